@@ -1,0 +1,1 @@
+"""Binaries: each parses flags, builds a few objects and calls the library."""

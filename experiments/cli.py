@@ -1,0 +1,138 @@
+"""What all binaries share: flags, devices, typed configs, and errors as one line."""
+
+import dataclasses
+import difflib
+import logging
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_dict, config_flags
+
+from llm_jax import config as configs
+from llm_jax.models import registry
+
+SIMULATE = flags.DEFINE_integer("simulate_devices", 0, "Give a CPU run this many devices.", lower_bound=0)
+
+# faster steps on XLA:CPU, measured in experiments/benchmark.py; set before the backend starts, never in the library
+CPU_FLAGS = ()
+
+
+def as_config_dict(config: Any) -> config_dict.ConfigDict:
+    """A frozen dataclass as a ConfigDict that flags can override, with the types of its fields."""
+    out = config_dict.ConfigDict()
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            nested = as_config_dict(value)
+            if type(value) in registry.FAMILIES.values():
+                nested.family = registry.family_of(value)
+            out[field.name] = nested
+        elif value is None:
+            out[field.name] = config_dict.placeholder(_optional_type(hints[field.name]))
+        else:
+            out[field.name] = value
+    return out
+
+
+def _optional_type(hint: Any) -> type:
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    first = next(o for o in options if o is not type(None))
+    first = typing.get_origin(first) or first
+    return dict if dataclasses.is_dataclass(first) else first
+
+
+def from_config_dict(cls: Any, values: config_dict.ConfigDict) -> Any:
+    """The frozen dataclass, built once from final values."""
+    plain = values.to_dict()
+    return cls.from_dict(plain) if hasattr(cls, "from_dict") else configs.from_dict(cls, plain)
+
+
+def check_overrides(argv: Sequence[str], flag: str, get_config: Callable[[], Any]) -> None:
+    """Refuses `--config.a.b=...` for a field that does not exist, naming near misses.
+
+    Raises:
+      ConfigError: if an override names an unknown field.
+    """
+    for arg in argv:
+        if not arg.startswith(f"--{flag}."):
+            continue
+        here, seen = get_config(), []
+        for part in arg.split("=", 1)[0].removeprefix(f"--{flag}.").split("."):
+            fields = list(here.keys()) if isinstance(here, config_dict.ConfigDict) else []
+            if part not in fields:
+                near = difflib.get_close_matches(part, fields) or fields
+                name = ".".join([*seen, part])
+                raise configs.ConfigError(f"unknown field {name}; did you mean {', '.join(near)}?")
+            seen.append(part)
+            here = here.get_ref(part).get() if not isinstance(here[part], config_dict.ConfigDict) else here[part]
+
+
+def setup_devices() -> None:
+    """Applies `--simulate_devices` and the CPU flags; call before anything touches a device."""
+    import jax
+
+    if SIMULATE.value:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", SIMULATE.value)
+    os.environ["XLA_FLAGS"] = " ".join([*CPU_FLAGS, os.environ.get("XLA_FLAGS", "")]).strip()
+    if os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        jax.distributed.initialize()
+
+
+def define_config(default: str | None, help_text: str) -> flags.FlagHolder[Any]:
+    """The `--config=FILE[:variant]` flag with dotted overrides."""
+    return config_flags.DEFINE_config_file("config", default, help_text, lock_config=True)
+
+
+def _fail(message: str, code: int) -> typing.NoReturn:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code) if code == 130 else sys.exit(code)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a binary; expected errors become one line on stderr and exit code 1 (130 when interrupted)."""
+
+    def wrapped(argv: Sequence[str]) -> None:
+        if len(argv) > 1:
+            _fail(f"unexpected argument {argv[1]!r}; flags start with --", 2)
+        absl_logging.set_verbosity(absl_logging.ERROR)  # orbax reports every file
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        for name in ("llm_jax", "experiments"):
+            logging.getLogger(name).addHandler(handler)
+            logging.getLogger(name).setLevel(logging.INFO)
+            logging.getLogger(name).propagate = False
+        try:
+            setup_devices()
+            main()
+        except KeyboardInterrupt as e:
+            _fail(f"{str(e) or 'interrupted'}; run the same command again to resume", 130)
+        except BrokenPipeError:
+            sys.exit(1)
+        except (ValueError, TypeError, RuntimeError, OSError, MemoryError) as e:
+            if os.environ.get("LLM_JAX_TRACEBACK"):
+                raise
+            text = str(e).strip() or type(e).__name__
+            hint = " (too little memory: a smaller training.batch_size, accumulation, or plan.remat=full helps)"
+            memory = isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in text
+            first = next((line for line in text.splitlines() if line.strip()), type(e).__name__)
+            _fail(first + (hint if memory else ""), 1)
+
+    app.run(wrapped, flags_parser=_parse)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    """Absl's parser; a bad flag or config value is one line."""
+    try:
+        return flags.FLAGS(list(argv), known_only=False)
+    except (flags.Error, AttributeError, TypeError, ValueError, KeyError, FileNotFoundError, ImportError) as e:
+        text = " ".join(str(e).split())
+        _fail(text.replace('"', ""), 2)

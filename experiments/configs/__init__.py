@@ -1,0 +1,1 @@
+"""One file an experiment: what it reproduces, the command, the cost, the result."""

@@ -1,0 +1,53 @@
+"""What the training binaries print at the end: the summary line and sampled continuations."""
+
+import lzma
+from typing import Any
+
+import jax
+
+from llm_jax.data import corpora
+from llm_jax.decoding.generate import Generator
+from llm_jax.decoding.sampling import SamplingConfig
+from llm_jax.training.run import RunConfig, Trained
+
+
+def xz_bits_per_byte(source: str, share: float) -> float | None:
+    """Bits per byte of `xz -9` on the held-out documents joined, None where nothing is held out."""
+    held = [d.text for d in corpora.documents(source) if d.text and corpora.split_of(d, share) == "validation"]
+    data = "".join(held).encode("utf-8", "surrogatepass")
+    return 8 * len(lzma.compress(data, preset=9)) / len(data) if data else None
+
+
+def summary(config: RunConfig, trained: Trained, workdir: str) -> str:
+    """One line of results, and where they are."""
+    numbers = trained.evaluation
+    parts = [f"step {int(trained.state.step)}"]
+    parts += [f"{k.removeprefix('eval/')} {v:.3f}" for k, v in numbers.items()]
+    if "eval/bits_per_byte" in numbers and config.data.split == "hash":
+        xz = xz_bits_per_byte(config.data.source, config.data.validation_share)
+        parts += [f"xz -9 on the same files {xz:.3f} bits per byte"] if xz is not None else []
+    return f"{', '.join(parts)}\nresults in {workdir}: loss.png, metrics.jsonl, checkpoints/, tokenizer.json"
+
+
+def continuations(trained: Trained, count: int, config: RunConfig, length: int = 96) -> list[str]:
+    """Samples that continue the beginnings of held-out documents (of training ones where none is held out)."""
+    tokenizer: Any = trained.tokenizer
+    prompts = []
+    for document in corpora.documents(config.data.source, text_field=config.data.text_field):
+        held = corpora.split_of(document, config.data.validation_share) == "validation"
+        if document.text and (held or not config.data.validation_share or config.data.split == "tail"):
+            lines = document.text.splitlines(keepends=True)
+            prompts.append("".join(lines[:8])[:400])
+        if len(prompts) == count:
+            break
+    if not prompts:
+        return []
+    room = trained.model.config.context_length
+    new = min(length, room // 2)
+    ids = [tokenizer.encode(p)[-(room - new) :] for p in prompts]
+    sampler = SamplingConfig(temperature=0.8, top_p=0.95)
+    generator = Generator(trained.model, trained.state.params, tokenizer.eos_ids, sampler)
+    results = generator.generate(ids, new, jax.random.key(config.training.seed))
+    return [
+        f"{tokenizer.decode(p)}\x1b[1m{tokenizer.decode(r.tokens)}\x1b[0m" for p, r in zip(ids, results, strict=True)
+    ]

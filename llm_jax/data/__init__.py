@@ -1,0 +1,1 @@
+"""From text to batches. Submodules are imported one by one."""

@@ -1,0 +1,209 @@
+"""Documents from files: text, folders, globs, JSON lines (plain, gzip, zstd), Parquet, and an embedded corpus.
+
+The embedded corpus `stdlib` is the Python standard library's own sources, which are on every machine.
+"""
+
+import dataclasses
+import glob
+import gzip
+import hashlib
+import io
+import json
+import logging
+import sysconfig
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+log = logging.getLogger(__name__)
+
+TEXT = (".txt", ".md", ".py", ".rst")
+SKIPPED = ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3")
+
+
+class CorpusError(ValueError):
+    """A corpus that cannot be read, or holds nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """One document.
+
+    Attributes:
+      name: where it came from, `path` or `path:line`.
+      text: its text; for records of another shape, the empty string.
+      record: the JSON object of a structured row (instructions, chats), else None.
+    """
+
+    name: str
+    text: str
+    record: dict[str, Any] | None = None
+
+
+def find_files(source: str) -> list[epath.Path]:
+    """Files of a source (`stdlib`, a file, a folder, a glob; several joined by commas), sorted.
+
+    Raises:
+      CorpusError: if nothing is found.
+    """
+    files: list[epath.Path] = []
+    for part in source.split(","):
+        if part == "stdlib":
+            root = epath.Path(sysconfig.get_path("stdlib"))
+            files += [p for p in _walk(root, SKIPPED) if p.name.endswith(".py")]
+            continue
+        path = epath.Path(part)
+        if any(c in part for c in "*?["):
+            names = [str(p) for p in _glob(part)]
+            files += [epath.Path(p) for p in names if epath.Path(p).is_file()]
+        elif path.is_dir():
+            files += [p for p in _walk(path) if _kind(p) is not None]
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise CorpusError(f"no corpus at {part!r}: give a file, a folder, a glob, or 'stdlib'")
+    if not files:
+        raise CorpusError(f"{source!r} matches no readable file (.txt .md .py .rst .jsonl[.gz|.zst] .parquet [.gz])")
+    return sorted(set(files), key=str)
+
+
+def _walk(folder: epath.Path, skipped: tuple[str, ...] = ()) -> Iterator[epath.Path]:
+    for path in folder.iterdir():
+        if path.is_dir():
+            if path.name not in skipped:
+                yield from _walk(path, skipped)
+        else:
+            yield path
+
+
+def _glob(pattern: str) -> list[str]:
+    if "://" not in pattern:
+        return glob.glob(pattern, recursive=True)
+    root, _, rest = pattern.partition("*")
+    base = root.rpartition("/")[0]
+    return [str(p) for p in epath.Path(base).glob(pattern[len(base) + 1 :])]
+
+
+def _kind(path: epath.Path) -> str | None:
+    name = path.name.removesuffix(".gz").removesuffix(".zst")
+    if name.endswith((".jsonl", ".ndjson")):
+        return "jsonl"
+    if name.endswith(".parquet"):
+        return "parquet"
+    return "text" if name.endswith(TEXT) else None
+
+
+def _decompress(path: epath.Path) -> bytes:
+    data = path.read_bytes()
+    try:
+        if path.name.endswith(".gz"):
+            return gzip.decompress(data)
+        if path.name.endswith(".zst"):
+            import zstandard
+
+            return zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data)).read()
+    except Exception as e:
+        raise CorpusError(f"{path} cannot be decompressed: {e}") from e
+    return data
+
+
+class BadRows:
+    """Counts rows that had to be skipped; the first few are logged."""
+
+    def __init__(self) -> None:
+        """Starts at zero."""
+        self.count = 0
+
+    def add(self, name: str, why: str) -> None:
+        """Counts one."""
+        self.count += 1
+        if self.count <= 3:
+            log.warning("skipping bad row %s: %s", name, why)
+
+
+def read_file(path: epath.Path, bad: BadRows, text_field: str = "text") -> Iterator[Document]:
+    """Documents of one file; a text file is one document."""
+    kind = _kind(path) or "text"
+    if kind == "parquet":
+        yield from _parquet(path, bad, text_field)
+        return
+    data = _decompress(path)
+    if kind == "text":
+        text = data.decode("utf-8", errors="replace")
+        if text.strip():
+            yield Document(str(path), text)
+        return
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        name = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except ValueError as e:
+            bad.add(name, f"no JSON ({e})")
+            continue
+        if not isinstance(row, dict):
+            bad.add(name, "no JSON object")
+        elif isinstance(row.get(text_field), str):
+            yield Document(name, row[text_field], row)
+        else:
+            yield Document(name, "", row)
+
+
+def _parquet(path: epath.Path, bad: BadRows, text_field: str) -> Iterator[Document]:
+    try:
+        import pyarrow.parquet as pq
+    except ImportError as e:
+        raise CorpusError(f"{path}: Parquet needs pyarrow: pip install 'llm_jax[parquet]'") from e
+    try:
+        with path.open("rb") as f:
+            table = pq.ParquetFile(f)
+            if text_field not in table.schema_arrow.names:
+                raise CorpusError(f"{path} has no column {text_field!r}, only {table.schema_arrow.names}")
+            number = 0
+            for batch in table.iter_batches(columns=[text_field]):
+                for value in batch.column(0).to_pylist():
+                    number += 1
+                    if isinstance(value, str):
+                        yield Document(f"{path}:{number}", value)
+                    else:
+                        bad.add(f"{path}:{number}", f"{text_field} is {type(value).__name__}")
+    except CorpusError:
+        raise
+    except Exception as e:
+        raise CorpusError(f"{path} is no readable Parquet file: {e}") from e
+
+
+def documents(source: str, bad: BadRows | None = None, text_field: str = "text") -> Iterator[Document]:
+    """All documents of a source, in the order of the sorted file names.
+
+    Raises:
+      CorpusError: if there is no file, or no document in them.
+    """
+    bad = BadRows() if bad is None else bad
+    found = False
+    for path in find_files(source):
+        for document in read_file(path, bad, text_field):
+            found = True
+            yield document
+    if bad.count:
+        log.warning("%d bad rows skipped in %s", bad.count, source)
+    if not found:
+        raise CorpusError(f"{source!r} holds no text ({bad.count} bad rows)")
+
+
+def split_of(document: Document, validation_share: float) -> str:
+    """`train` or `validation`, by a hash of the content: order, file names and additions do not move a document."""
+    content = document.text or json.dumps(document.record, sort_keys=True)
+    digest = hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return "validation" if int.from_bytes(digest, "big") < validation_share * 2**64 else "train"
+
+
+def fingerprint(source: str) -> str:
+    """Hash over the names and contents of a source's files; keys the token cache."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in find_files(source):
+        digest.update(str(path).encode())
+        digest.update(hashlib.blake2b(path.read_bytes()).digest())
+    return digest.hexdigest()

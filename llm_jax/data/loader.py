@@ -1,0 +1,75 @@
+"""Batches with grain: deterministic shuffle, one shard a process, a state that is a single number.
+
+Batch i of a run consists of the same rows on any number of processes, so the state (batches taken) resumes exactly,
+also onto another number of processes.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from llm_jax.data.corpora import CorpusError
+
+
+class Loader:
+    """An endless iterator over batches that knows where it is.
+
+    Attributes:
+      batch_size: global rows per batch.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        batch_size: int,
+        seed: int,
+        process_index: int | None = None,
+        process_count: int | None = None,
+    ) -> None:
+        """Reshuffles every epoch from `seed`; this process reads its own rows of every batch.
+
+        Raises:
+          CorpusError: if there are fewer rows than one batch.
+          ValueError: if the batch does not divide by the processes.
+        """
+        index = jax.process_index() if process_index is None else process_index
+        count = jax.process_count() if process_count is None else process_count
+        if batch_size % count:
+            raise ValueError(f"training.batch_size={batch_size} does not divide over {count} processes")
+        if len(source) < 1:
+            raise CorpusError("the corpus has no rows")
+        self.batch_size = batch_size
+        rows = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
+        rows = rows.slice(slice(index, None, count)).batch(batch_size // count)
+        self._iterator = iter(rows.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        """Itself."""
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        """The next batch, this process's rows."""
+        return next(self._iterator)
+
+    def state(self) -> dict[str, Any]:
+        """JSON-ready position."""
+        return dict(self._iterator.get_state())
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continues from a saved position."""
+        self._iterator.set_state(state)
+
+
+def eval_batches(source: Any, batch_size: int, limit: int | None = None) -> Iterator[dict[str, np.ndarray]]:
+    """All rows once, in order; the last batch is filled with rows of weight 0, so every batch has one shape."""
+    count = len(source) if limit is None else min(len(source), limit * batch_size)
+    for start in range(0, count, batch_size):
+        rows = [source[i] for i in range(start, min(start + batch_size, count))]
+        for row in rows:
+            row.setdefault("loss_weights", np.ones(row["input_ids"].shape, np.float32))
+        while len(rows) < batch_size:
+            rows.append({k: np.zeros_like(v) for k, v in rows[0].items()})
+        yield {k: np.stack([r[k] for r in rows]) for k in rows[0]}

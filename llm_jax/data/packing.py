@@ -1,0 +1,92 @@
+"""Rows of fixed length from documents: a contiguous stream, or whole documents side by side.
+
+Both are random-access sources: row i is computed from the memory-mapped tokens, nothing is copied up front.
+"""
+
+from typing import Any, SupportsIndex
+
+import numpy as np
+
+from llm_jax.data.corpora import CorpusError
+from llm_jax.data.tokens import TokenStore
+
+
+class StreamRows:
+    """Row i holds tokens `[i*T, i*T + T]`, T + 1 of them, cut wherever it falls; no token is lost or padded.
+
+    Attributes:
+      store: tokenized documents.
+      length: T, tokens predicted a row.
+      segments: adds `segment_ids`, so that attention and labels do not cross documents.
+    """
+
+    def __init__(self, store: TokenStore, length: int, segments: bool = False) -> None:
+        """Raises CorpusError where there are not T + 1 tokens."""
+        self.store, self.length, self.segments = store, length, segments
+        self.count = (len(store.ids) - 1) // length
+        if self.count < 1:
+            raise CorpusError(
+                f"{len(store.ids)} tokens are too few for one row of {length} + 1: "
+                "use more text or a smaller training.sequence_length"
+            )
+
+    def __len__(self) -> int:
+        """Rows."""
+        return self.count
+
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+        """`input_ids` [T + 1] int32 and, as asked for, `segment_ids` and `loss_weights`."""
+        start = int(index) * self.length
+        cut = slice(start, start + self.length + 1)
+        row: dict[str, Any] = {"input_ids": np.asarray(self.store.ids[cut], np.int32)}
+        if self.segments:
+            where = np.arange(start, start + self.length + 1)
+            document = np.searchsorted(self.store.starts, where, side="right")
+            row["segment_ids"] = (document - document[0]).astype(np.int32)
+        if self.store.weights is not None:
+            row["loss_weights"] = np.asarray(self.store.weights[cut], np.float32)
+        return row
+
+
+class WholeRows:
+    """Rows of whole documents, each a segment, the rest padding of weight 0; documents longer than a row are cut.
+
+    Consecutive documents share a row while they fit (next fit), so the order of the corpus is kept.
+    """
+
+    def __init__(self, store: TokenStore, length: int) -> None:
+        """Raises CorpusError where there is no document of two tokens."""
+        self.store, self.length, self.size = store, length, length + 1
+        rows: list[list[int]] = []
+        room = 0
+        self.truncated = 0
+        for document, n in enumerate(np.diff(store.starts)):
+            if n < 2:
+                continue
+            self.truncated += int(n > self.size)
+            n = min(int(n), self.size)
+            if n > room:
+                rows.append([])
+                room = self.size
+            rows[-1].append(document)
+            room -= n
+        if not rows:
+            raise CorpusError("no document of at least two tokens")
+        self.rows = rows
+
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self.rows)
+
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+        """`input_ids`, `segment_ids` (0 = padding) and `loss_weights`, `[T + 1]` each."""
+        ids, segments = np.zeros(self.size, np.int32), np.zeros(self.size, np.int32)
+        weights, at = np.zeros(self.size, np.float32), 0
+        for number, document in enumerate(self.rows[int(index)], 1):
+            start, end = self.store.starts[document : document + 2]
+            n = min(int(end - start), self.size)
+            cut, here = slice(start, start + n), slice(at, at + n)
+            ids[here], segments[here] = self.store.ids[cut], number
+            weights[here] = 1 if self.store.weights is None else self.store.weights[cut]
+            at += n
+        return {"input_ids": ids, "segment_ids": segments, "loss_weights": weights}

@@ -1,0 +1,221 @@
+"""Tokenizers: load, train, save, and watch BPE learn. The work is done by the `tokenizers` library.
+
+Sources: Sennrich et al. 2016 (BPE), https://arxiv.org/abs/1508.07909; Schuster and Nakajima 2012 (WordPiece); Kudo
+2018 (Unigram), https://arxiv.org/abs/1804.10959.
+"""
+
+import collections
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import tokenizers
+from etils import epath
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+KINDS = ("bpe", "wordpiece", "unigram", "char")
+END_OF_TEXT = "<|endoftext|>"
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that cannot be read or does not fit."""
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` with the special ids that models need.
+
+    Attributes:
+      backend: the library's tokenizer.
+      bos_id: put in front of a text, or None.
+      eos_ids: ids that end a text; the first separates packed documents.
+      chat_template: jinja2 source, or None.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        bos_id: int | None = None,
+        eos_ids: Sequence[int] = (),
+        chat_template: str | None = None,
+    ) -> None:
+        """Wraps a backend."""
+        self.backend = backend
+        self.bos_id = bos_id
+        self.eos_ids = tuple(eos_ids)
+        self.chat_template = chat_template
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries, added tokens included."""
+        return max(self.backend.get_vocab_size(), 1 + max(self.backend.get_vocab().values(), default=-1))
+
+    @property
+    def eos_id(self) -> int | None:
+        """The separator of packed documents."""
+        return self.eos_ids[0] if self.eos_ids else None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; special tokens written in it are recognised, none are added."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of several texts, in parallel."""
+        return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of ids."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+    def token(self, index: int) -> str:
+        """The vocabulary entry of an id."""
+        entry = self.backend.id_to_token(index)
+        return f"<{index}>" if entry is None else entry
+
+    def special(self, index: int | None) -> str:
+        """The vocabulary entry of a special id, the empty string for None."""
+        return "" if index is None else self.token(index)
+
+    def save(self, folder: epath.PathLike) -> None:
+        """Writes `tokenizer.json` and what we need beside it."""
+        folder = epath.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tokenizer.json").write_text(self.backend.to_str())
+        extra: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        if self.bos_id is not None:
+            extra["bos_token"] = self.token(self.bos_id)
+        if self.eos_ids:
+            extra["eos_token"] = self.token(self.eos_ids[0])
+            extra["eos_token_ids"] = list(self.eos_ids)
+        if self.chat_template is not None:
+            extra["chat_template"] = self.chat_template
+        (folder / "tokenizer_config.json").write_text(json.dumps(extra, indent=2) + "\n")
+
+
+def load(path: epath.PathLike) -> Tokenizer:
+    """Reads a `tokenizer.json`, or the folder around it with its `tokenizer_config.json`.
+
+    Raises:
+      TokenizerError: if there is none, or it cannot be parsed.
+    """
+    path = epath.Path(path)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.exists():
+        raise TokenizerError(f"no tokenizer at {file}")
+    try:
+        backend = tokenizers.Tokenizer.from_str(file.read_text())
+    except Exception as e:
+        raise TokenizerError(f"{file} is no tokenizer.json: {e}") from e
+    backend.no_padding()
+    backend.no_truncation()
+    extra = file.parent / "tokenizer_config.json"
+    settings = json.loads(extra.read_text()) if extra.exists() else {}
+    generation = file.parent / "generation_config.json"
+    named = json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None
+
+    def index(name: str) -> int | None:
+        value = settings.get(name)
+        value = value.get("content") if isinstance(value, dict) else value
+        return None if value is None else backend.token_to_id(value)
+
+    eos = [index("eos_token"), *settings.get("eos_token_ids", [])]
+    eos += named if isinstance(named, list) else [named]
+    if eos == [None]:
+        eos = [backend.token_to_id(END_OF_TEXT)]
+    template = settings.get("chat_template")
+    beside = file.parent / "chat_template.jinja"
+    if template is None and beside.exists():
+        template = beside.read_text()
+    return Tokenizer(backend, index("bos_token"), list(dict.fromkeys(i for i in eos if i is not None)), template)
+
+
+def train(texts: Iterable[str], kind: str, vocab_size: int, special: Sequence[str] = (END_OF_TEXT,)) -> Tokenizer:
+    """Learns a vocabulary.
+
+    Args:
+      texts: any iterator of text.
+      kind: `bpe` (byte-level), `wordpiece`, `unigram` or `char` (the characters seen; `vocab_size` is not used).
+      vocab_size: entries, special tokens included.
+      special: the first one separates documents.
+
+    Raises:
+      TokenizerError: on an unknown kind or a size below the base vocabulary.
+    """
+    if kind not in KINDS:
+        raise TokenizerError(f"tokenizer kind={kind!r} is none of {', '.join(KINDS)}")
+    common: dict[str, Any] = {"vocab_size": vocab_size, "special_tokens": list(special), "show_progress": False}
+    if kind == "bpe":
+        if vocab_size < 256 + len(special):
+            raise TokenizerError(f"vocab_size={vocab_size} is below the 256 bytes and {len(special)} special tokens")
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer: Any = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **common)
+    elif kind == "wordpiece":
+        common["special_tokens"] = [*special, "[UNK]"]
+        backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        backend.normalizer = normalizers.BertNormalizer()
+        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        backend.decoder = decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(**common)
+    elif kind == "unigram":
+        common["special_tokens"] = [*special, "<unk>"]
+        backend = tokenizers.Tokenizer(models.Unigram())
+        backend.pre_tokenizer = pre_tokenizers.Metaspace()
+        backend.decoder = decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(unk_token="<unk>", **common)
+    else:
+        trainer = trainers.WordLevelTrainer(special_tokens=list(special), vocab_size=2**31 - 1, show_progress=False)
+        backend = tokenizers.Tokenizer(models.WordLevel())
+        backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("(?s:.)"), "isolated")
+        backend.decoder = decoders.Fuse()
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend, None, [backend.token_to_id(special[0])] if special else [])
+
+
+class Merge(NamedTuple):
+    """One step of BPE on the replayed words: the pair, how often it stood there, and the words after it."""
+
+    pair: tuple[str, str]
+    count: int
+    words: dict[str, tuple[str, ...]]
+
+
+def replay_merges(tokenizer: Tokenizer, words: Mapping[str, int]) -> list[Merge]:
+    """Replays the learned merges, in the order learned, on given words with their counts.
+
+    Shows what the algorithm sees: which pair is merged, how often it occurs in these words, and into which pieces
+    each word is cut afterwards. Merges that touch none of the words are left out.
+
+    Raises:
+      TokenizerError: if the tokenizer is no BPE.
+    """
+    model = json.loads(tokenizer.backend.to_str())["model"]
+    if model["type"] != "BPE":
+        raise TokenizerError(f"merges can be replayed for BPE only, this is {model['type']}")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    pieces = {w: tuple(byte_level.pre_tokenize_str(w)[0][0]) for w in words}
+    history = []
+    for merge in model["merges"]:
+        a, b = merge.split(" ") if isinstance(merge, str) else merge
+        counts: collections.Counter[str] = collections.Counter()
+        for word, cut in pieces.items():
+            joined = _merge(cut, a, b)
+            if len(joined) != len(cut):
+                counts[word] = words[word] * (len(cut) - len(joined))
+                pieces[word] = joined
+        if counts:
+            history.append(Merge((a, b), counts.total(), dict(pieces)))
+    return history
+
+
+def _merge(cut: tuple[str, ...], a: str, b: str) -> tuple[str, ...]:
+    out: list[str] = []
+    i = 0
+    while i < len(cut):
+        if i + 1 < len(cut) and cut[i] == a and cut[i + 1] == b:
+            out.append(a + b)
+            i += 2
+        else:
+            out.append(cut[i])
+            i += 1
+    return tuple(out)

@@ -1,0 +1,215 @@
+"""Tokenized corpora on disk: written once, memory-mapped, checked when opened, rebuilt when damaged."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from llm_jax.data.corpora import BadRows, CorpusError, Document, documents, fingerprint, split_of
+from llm_jax.data.tokenizers import Tokenizer, TokenizerError
+
+log = logging.getLogger(__name__)
+FORMAT = 2
+
+
+class Example(NamedTuple):
+    """One encoded document: ids and, where only parts are trained, the weight (0 or 1) of predicting each token."""
+
+    ids: list[int]
+    weights: list[int] | None = None
+
+
+Encode = Callable[[Sequence[Document], BadRows], Iterable[Example]]
+
+
+class TokenStore(NamedTuple):
+    """A tokenized split.
+
+    Attributes:
+      ids: all tokens, one document after the other (memory-mapped).
+      starts: `[documents + 1]` offsets.
+      weights: uint8 beside `ids`, None where every token is trained.
+      text_bytes: UTF-8 bytes of the source text, for bits per byte.
+    """
+
+    ids: np.ndarray
+    starts: np.ndarray
+    weights: np.ndarray | None
+    text_bytes: int
+
+
+def plain_text(tokenizer: Tokenizer) -> Encode:
+    """Encodes documents as text followed by the separator."""
+
+    def encode(batch: Sequence[Document], bad: BadRows) -> Iterator[Example]:
+        end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+        usable = []
+        for d in batch:
+            if d.text:
+                usable.append(d.text)
+            else:
+                bad.add(d.name, "no text field")
+        for ids in tokenizer.encode_batch(usable):
+            yield Example(ids + end)
+
+    return encode
+
+
+def build(
+    source: str,
+    tokenizer: Tokenizer,
+    cache: epath.PathLike,
+    validation_share: float = 0.0,
+    encode: Encode | None = None,
+    kind: str = "text",
+    text_field: str = "text",
+    split: str = "hash",
+) -> dict[str, TokenStore]:
+    """Tokenizes a source, or opens the cache of an earlier run.
+
+    The cache is keyed by the tokenizer, the contents of the source and the split; a damaged one is rebuilt.
+
+    Args:
+      source: see `corpora.find_files`.
+      tokenizer: its ids are stored.
+      cache: local folder that holds caches.
+      validation_share: share of documents held out, by hash of their content.
+      encode: how documents become ids; plain text with a separator by default.
+      kind: names `encode` in the key.
+      text_field: field of JSON rows and Parquet tables that holds the text.
+      split: `hash` holds out whole documents by a hash of their content, `tail` the end of every document (for a corpus
+        that is one document).
+
+    Returns:
+      `{"train": ..., "validation": ...}`.
+
+    Raises:
+      CorpusError: if the source is missing or empty.
+    """
+    key = hashlib.blake2b(digest_size=16)
+    for part in (str(FORMAT), fingerprint(source), tokenizer.backend.to_str(), repr(tokenizer.eos_ids), kind):
+        key.update(part.encode("utf-8", "surrogatepass") + b"\0")
+    if split not in ("hash", "tail"):
+        raise CorpusError(f"data.split={split!r} is neither hash nor tail")
+    key.update(f"{validation_share}{split}{text_field}{tokenizer.chat_template}".encode())
+    folder = epath.Path(cache) / key.hexdigest()
+    try:
+        return {split: _open(folder, split) for split in ("train", "validation")}
+    except FileNotFoundError:
+        pass
+    except (ValueError, OSError, KeyError) as e:
+        log.warning("token cache %s is damaged (%s); building it again", folder, e)
+    working = epath.Path(f"{folder}.{os.getpid()}.tmp")
+    shutil.rmtree(working, ignore_errors=True)
+    working.mkdir(parents=True)
+    _write(source, tokenizer, working, validation_share, encode or plain_text(tokenizer), text_field, split)
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        working.rename(folder)
+    except OSError:  # another process was faster with the same content
+        shutil.rmtree(working, ignore_errors=True)
+    return {split: _open(folder, split) for split in ("train", "validation")}
+
+
+def _write(source, tokenizer, folder, validation_share, encode, text_field, how):
+    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    bad = BadRows()
+    splits = {s: _Writer(folder, s, dtype) for s in ("train", "validation")}
+    stream = documents(source, bad, text_field)
+    while batch := list(itertools.islice(stream, 256)):
+        for split, writer in splits.items():
+            if how == "hash":
+                chosen = [d for d in batch if split_of(d, validation_share) == split]
+            else:
+                chosen = [_part(d, split, validation_share) for d in batch]
+            writer.text_bytes += sum(len(d.text.encode("utf-8", "surrogatepass")) for d in chosen)
+            for example in encode(chosen, bad):
+                writer.add(example)
+    for writer in splits.values():
+        writer.close()
+    if not any(len(w.starts) > 1 for w in splits.values()):
+        raise CorpusError(f"{source!r} holds no usable document ({bad.count} bad rows)")
+    if bad.count:
+        log.warning("%d bad rows skipped in %s", bad.count, source)
+
+
+def _part(document: Document, split: str, share: float) -> Document:
+    cut = round(len(document.text) * (1 - share))
+    return dataclasses.replace(document, text=document.text[:cut] if split == "train" else document.text[cut:])
+
+
+class _Writer:
+    """Streams one split to disk."""
+
+    def __init__(self, folder: epath.Path, split: str, dtype: Any) -> None:
+        self.folder, self.split, self.dtype = folder, split, dtype
+        self.ids, self.weights = (folder / f"{split}.ids").open("wb"), (folder / f"{split}.weights").open("wb")
+        self.digest = hashlib.blake2b(digest_size=16)
+        self.starts, self.text_bytes, self.weighted = [0], 0, False
+
+    def add(self, example: Example) -> None:
+        data = np.asarray(example.ids, self.dtype).tobytes()
+        self.ids.write(data)
+        self.digest.update(data)
+        weights = np.ones(len(example.ids), np.uint8) if example.weights is None else example.weights
+        self.weighted |= example.weights is not None
+        self.weights.write(np.asarray(weights, np.uint8).tobytes())
+        self.starts.append(self.starts[-1] + len(example.ids))
+
+    def close(self) -> None:
+        self.ids.close()
+        self.weights.close()
+        with (self.folder / f"{self.split}.starts").open("wb") as f:
+            f.write(np.asarray(self.starts, np.int64).tobytes())
+        meta = {
+            "dtype": np.dtype(self.dtype).name,
+            "tokens": self.starts[-1],
+            "documents": len(self.starts) - 1,
+            "weighted": self.weighted,
+            "text_bytes": self.text_bytes,
+            "digest": self.digest.hexdigest(),
+        }
+        (self.folder / f"{self.split}.json").write_text(json.dumps(meta))
+
+
+def _open(folder: epath.Path, split: str) -> TokenStore:
+    meta = json.loads((folder / f"{split}.json").read_text())
+    tokens, dtype = meta["tokens"], np.dtype(meta["dtype"])
+    sizes = {"ids": tokens * dtype.itemsize, "weights": tokens, "starts": 8 * (meta["documents"] + 1)}
+    for suffix, size in sizes.items():
+        found = (folder / f"{split}.{suffix}").stat().length
+        if found != size:
+            raise ValueError(f"{split}.{suffix} has {found} bytes, expected {size}")
+    read = lambda suffix, dtype, n: (
+        np.memmap(folder / f"{split}.{suffix}", dtype, "r", shape=(n,)) if n else np.zeros(0, dtype)
+    )
+    ids = read("ids", dtype, tokens)
+    digest = hashlib.blake2b(digest_size=16)
+    for start in range(0, tokens, 1 << 24):
+        digest.update(ids[start : start + (1 << 24)].tobytes())
+    if digest.hexdigest() != meta["digest"]:
+        raise ValueError(f"{split}.ids does not match its checksum")
+    starts = np.array(read("starts", np.int64, meta["documents"] + 1))
+    weights = read("weights", np.uint8, tokens) if meta["weighted"] else None
+    return TokenStore(ids, starts, weights, meta["text_bytes"])
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Refuses a tokenizer that can produce ids the model has no row for.
+
+    Raises:
+      TokenizerError: with both sizes.
+    """
+    if tokenizer.vocab_size > vocab_size:
+        raise TokenizerError(
+            f"the tokenizer has {tokenizer.vocab_size} entries, the model only {vocab_size}: "
+            f"set --config.model.vocab_size={tokenizer.vocab_size} or train a smaller tokenizer"
+        )

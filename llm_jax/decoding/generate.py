@@ -1,0 +1,323 @@
+"""Prefill, then one compiled loop with a functional cache.
+
+Prompts are padded to buckets, so there is one compilation per shape bucket and not one per prompt length. The loop
+runs on unstacked parameters: scanning would copy every layer's weights and cache for every token.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from llm_jax.decoding import sampling
+from llm_jax.decoding.sampling import SamplingConfig
+from llm_jax.nn.cache import Cache
+from llm_jax.nn.stack import unstack
+
+RUNNING, STOP, LENGTH, STOP_STRING = range(4)
+REASONS = ("running", "stop", "length", "stop_string")
+
+
+class DecodeState(struct.PyTreeNode):
+    """Everything between two tokens.
+
+    Attributes:
+      cache: keys and values so far.
+      logits_BV: float32 logits of the next token.
+      tokens_BN: generated tokens, N slots.
+      logprobs_BN: their log-probabilities under the model itself, before penalties, temperature and truncation.
+      count_B: how many were generated.
+      limit_B: how many may be.
+      reason_B: an index into `REASONS`.
+      keys_B: one key a row.
+      history_BM: prompt and output, for n-gram blocking; width 0 where it is off.
+      prompt_BV: token counts of the prompt; width 0 where no penalty is on.
+      output_BV: token counts of the output.
+    """
+
+    cache: Cache
+    logits_BV: jax.Array
+    tokens_BN: jax.Array
+    logprobs_BN: jax.Array
+    count_B: jax.Array
+    limit_B: jax.Array
+    reason_B: jax.Array
+    keys_B: jax.Array
+    history_BM: jax.Array
+    prompt_BV: jax.Array
+    output_BV: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One row's result.
+
+    Attributes:
+      tokens: generated ids, the stop token not included.
+      logprobs: one per token.
+      finish_reason: `stop` (a stop token), `stop_string`, or `length`.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    finish_reason: str
+
+
+def bucket(size: int, smallest: int = 16) -> int:
+    """The next power of two from `smallest` on."""
+    while smallest < size:
+        smallest *= 2
+    return smallest
+
+
+def _forward(model: Any, params: Any, ids_BT: jax.Array, mask_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    """Logits after each row's last real token, and the new cache."""
+    out = model.apply({"params": params}, ids_BT, attention_mask=mask_BT, cache=cache)
+    h = out.last_hidden_state
+    if h.shape[1] > 1:
+        last = h.shape[1] - 1 - jnp.argmax(mask_BT[:, ::-1], axis=1)
+        h = jnp.take_along_axis(h, last[:, None, None], axis=1)
+    return out.head.logits(h[:, 0]), out.cache
+
+
+class Generator:
+    """A model ready to generate: unstacked parameters and compiled functions.
+
+    Attributes:
+      model: decoder.
+      params: its parameters, unstacked.
+      stop_tokens: ids that end a row.
+      sampling: how tokens are chosen.
+      context_length: most tokens (prompt and output) of a row.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        params: Any,
+        stop_tokens: Sequence[int] = (),
+        sampling: SamplingConfig = SamplingConfig(),
+        context_length: int | None = None,
+        cache_dtype: Any = jnp.float32,
+    ) -> None:
+        """Prepares; compiles on first use.
+
+        Args:
+          model: decoder module.
+          params: stacked or unstacked.
+          stop_tokens: ids that end a row.
+          sampling: how tokens are chosen.
+          context_length: the model's own by default.
+          cache_dtype: of keys and values.
+        """
+        self.model, self.params = model, unstack(params)
+        self.stop_tokens, self.sampling, self.cache_dtype = tuple(stop_tokens), sampling, cache_dtype
+        self.context_length = context_length or model.config.context_length
+        self._start = jax.jit(self._prefill, static_argnums=(5, 6))
+        self._advance = jax.jit(self._loop, donate_argnums=1)
+
+    def _prefill(self, params, ids_BT, mask_BT, limit_B, key, slots, new):
+        b, t = ids_BT.shape
+        cache = self.model.config.init_cache(b, slots, self.cache_dtype)
+        logits, cache = _forward(self.model, params, ids_BT, mask_BT, cache)
+        counted = logits.shape[1] if self.sampling.counts_tokens else 0
+        prompt = jnp.zeros((b, counted), jnp.int32)
+        if counted:
+            prompt = prompt.at[jnp.arange(b)[:, None], ids_BT].add(mask_BT.astype(jnp.int32))
+        history = jnp.zeros((b, t + new if self.sampling.no_repeat_ngram else 0), jnp.int32)
+        if self.sampling.no_repeat_ngram:
+            place = jnp.where(mask_BT, jnp.cumsum(mask_BT, axis=1) - 1, t + new)
+            history = history.at[jnp.arange(b)[:, None], place].set(ids_BT, mode="drop")
+        return DecodeState(
+            cache=cache,
+            logits_BV=logits,
+            tokens_BN=jnp.zeros((b, new), jnp.int32),
+            logprobs_BN=jnp.zeros((b, new), jnp.float32),
+            count_B=jnp.zeros((b,), jnp.int32),
+            limit_B=limit_B,
+            reason_B=jnp.where(limit_B > 0, RUNNING, LENGTH).astype(jnp.int32),
+            keys_B=jax.random.split(key, b),
+            history_BM=history,
+            prompt_BV=prompt,
+            output_BV=jnp.zeros_like(prompt),
+        )
+
+    def _loop(self, params, state, steps):
+        more = lambda x: (x[1] < steps) & jnp.any(x[0].reason_B == RUNNING)
+        return jax.lax.while_loop(more, lambda x: (self._one(params, x[0]), x[1] + 1), (state, 0))[0]
+
+    def _one(self, params, state):
+        c, rows = self.sampling, jnp.arange(state.count_B.shape[0])
+        logits = state.logits_BV
+        if c.counts_tokens:
+            logits = sampling.penalize(logits, state.prompt_BV, state.output_BV, c)
+        if c.no_repeat_ngram:
+            logits = sampling.block_ngrams(logits, state.history_BM, state.cache.length_B, c.no_repeat_ngram)
+        keys = jax.vmap(jax.random.fold_in)(state.keys_B, state.count_B)
+        token = sampling.choose(logits, keys, c)
+        logprob = state.logits_BV[rows, token] - jax.nn.logsumexp(state.logits_BV, axis=-1)
+
+        running = state.reason_B == RUNNING
+        stops = jnp.zeros_like(running)
+        for stop in self.stop_tokens:
+            stops |= token == stop
+        keep = running & ~stops
+        slot = jnp.where(keep, state.count_B, state.tokens_BN.shape[1])
+        put = lambda x, v: x.at[rows, slot].set(v.astype(x.dtype), mode="drop")
+        count = state.count_B + keep
+        reason = jnp.where(running & stops, STOP, state.reason_B)
+        reason = jnp.where(keep & (count >= state.limit_B), LENGTH, reason)
+        history, output = state.history_BM, state.output_BV
+        if c.no_repeat_ngram:
+            place = jnp.where(keep, state.cache.length_B, history.shape[1])
+            history = history.at[rows, place].set(token, mode="drop")
+        if c.counts_tokens:
+            output = output.at[rows, token].add(keep.astype(jnp.int32))
+        logits, cache = _forward(self.model, params, token[:, None], keep[:, None], state.cache)
+        return state.replace(
+            cache=cache,
+            logits_BV=logits,
+            tokens_BN=put(state.tokens_BN, token),
+            logprobs_BN=put(state.logprobs_BN, logprob),
+            count_B=count,
+            reason_B=reason,
+            history_BM=history,
+            output_BV=output,
+        )
+
+    def start(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int], key: jax.Array, window: bool = False
+    ) -> DecodeState:
+        """Reads the prompts into a fresh cache.
+
+        Args:
+          prompts: token ids, one list a row, of any lengths.
+          max_new_tokens: for all rows, or one each.
+          key: same key, same text.
+          window: generate past the context with a sliding window of `context_length` tokens (rotary models).
+
+        Raises:
+          ValueError: if a prompt is empty, or prompt and output exceed the context and `window` is off.
+        """
+        limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        if not prompts or any(len(p) == 0 for p in prompts):
+            raise ValueError("a prompt is empty; give at least one token (the model's bos token will do)")
+        if len(limits) != len(prompts):
+            raise ValueError(f"{len(limits)} limits for {len(prompts)} prompts")
+        longest = max(len(p) for p in prompts)
+        if longest > self.context_length:
+            raise ValueError(f"the prompt of {longest} tokens is longer than the context of {self.context_length}")
+        total = max(len(p) + n for p, n in zip(prompts, limits, strict=True))
+        if total > self.context_length and not window:
+            raise ValueError(
+                f"prompt and output of {total} tokens exceed the context of {self.context_length}: lower "
+                "max_new_tokens or ask for a sliding window"
+            )
+        width = min(bucket(longest), self.context_length)
+        new = bucket(max(limits))
+        slots = min(bucket(max(total, width)), self.context_length)
+        ids, mask = np.zeros((len(prompts), width), np.int32), np.zeros((len(prompts), width), bool)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, True
+        return self._start(self.params, ids, mask, np.asarray(limits, np.int32), key, slots, new)
+
+    def advance(self, state: DecodeState, steps: int) -> DecodeState:
+        """Generates up to `steps` more tokens in every running row; the state passed in is consumed."""
+        return self._advance(self.params, state, np.int32(steps))
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int | Sequence[int],
+        key: jax.Array,
+        window: bool = False,
+        stop_strings: Sequence[str] = (),
+        decode: Callable[[list[int]], str] | None = None,
+        chunk: int = 16,
+    ) -> list[Completion]:
+        """Generates for all prompts.
+
+        Args:
+          prompts: token ids.
+          max_new_tokens: for all rows, or one each.
+          key: same key, same text.
+          window: see `start`.
+          stop_strings: a row ends where its text contains one of these; checked every `chunk` tokens, the tokens
+            behind the match are dropped.
+          decode: ids to text, needed for stop strings.
+          chunk: tokens between checks.
+        """
+        if stop_strings and decode is None:
+            raise ValueError("stop_strings need decode, the tokenizer's decoder")
+        state = self.start(prompts, max_new_tokens, key, window)
+        if not stop_strings:
+            return completions(self.advance(state, 2**30))
+        while True:
+            state = self.advance(state, chunk)
+            state, running = self._cut(state, stop_strings, decode)
+            if not running:
+                return completions(state)
+
+    def _cut(self, state, stop_strings, decode):
+        tokens, count, reason = (np.array(x) for x in (state.tokens_BN, state.count_B, state.reason_B))
+        for row in range(len(count)):
+            ids = tokens[row, : count[row]].tolist()
+            if reason[row] == STOP_STRING or not any(s in decode(ids) for s in stop_strings):
+                continue
+            end = next(n for n in range(1, len(ids) + 1) if any(s in decode(ids[:n]) for s in stop_strings))
+            count[row], reason[row] = end, STOP_STRING
+        state = state.replace(count_B=jnp.asarray(count), reason_B=jnp.asarray(reason))
+        return state, bool((reason == RUNNING).any())
+
+    def stream(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        key: jax.Array,
+        decode: Callable[[list[int]], str],
+        window: bool = False,
+        stop_strings: Sequence[str] = (),
+        chunk: int = 1,
+    ) -> Iterator[str]:
+        """Yields text as it is generated, in whole characters; stop strings are not yielded."""
+        state, shown = self.start([prompt], max_new_tokens, key, window), ""
+        hold = max((len(s) for s in stop_strings), default=1) - 1
+        while True:
+            state = self.advance(state, chunk)
+            if stop_strings:
+                state, running = self._cut(state, stop_strings, decode)
+            else:
+                running = bool(np.asarray(state.reason_B)[0] == RUNNING)
+            text = decode(np.asarray(state.tokens_BN)[0, : int(np.asarray(state.count_B)[0])].tolist())
+            for stop in stop_strings:
+                text = text.partition(stop)[0]
+            ready = text if not running else text[: len(text) - hold].rstrip("\ufffd")
+            if len(ready) > len(shown):
+                yield ready[len(shown) :]
+                shown = ready
+            if not running:
+                return
+
+
+def completions(state: DecodeState) -> list[Completion]:
+    """Results of a finished state, on the host."""
+    tokens, logprobs, count, reason = jax.device_get(
+        (state.tokens_BN, state.logprobs_BN, state.count_B, state.reason_B)
+    )
+    return [
+        Completion(tokens[i, :n].tolist(), logprobs[i, :n].tolist(), REASONS[reason[i]]) for i, n in enumerate(count)
+    ]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def sequence_logprobs(model: Any, params: Any, ids_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
+    """Log-probability of every token given those before it, `[B, T - 1]`, zero where the mask is off."""
+    out = model.apply({"params": params}, ids_BT[:, :-1], attention_mask=mask_BT[:, :-1])
+    logp = jax.nn.log_softmax(out.logits, axis=-1)
+    own = jnp.take_along_axis(logp, ids_BT[:, 1:, None], axis=-1)[:, :, 0]
+    return jnp.where(mask_BT[:, 1:], own, 0.0)

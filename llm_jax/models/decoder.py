@@ -1,0 +1,114 @@
+"""What all decoders do before and after their layers: positions, masks, cache slots, outputs."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax.models.output import Output
+from llm_jax.nn.attention import Mask
+from llm_jax.nn.cache import Cache
+from llm_jax.nn.output import Head
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Everything the layers need beside the hidden states.
+
+    Attributes:
+      positions_BT: for position embeddings.
+      mask: who may look where.
+      slots_BT: cache slots of the new tokens, None without a cache.
+      length_B: the cache's new length, None without a cache.
+    """
+
+    positions_BT: jax.Array
+    mask: Mask
+    slots_BT: jax.Array | None
+    length_B: jax.Array | None
+
+
+def check_call(module: Any, input_ids: jax.Array, token_type_ids: Any, train: bool) -> None:
+    """Refuses arguments that a decoder cannot honour.
+
+    Raises:
+      ValueError: on token types, ids that are no [B, T] integers, or a dropout key that disagrees with `train`.
+    """
+    if token_type_ids is not None:
+        raise ValueError(f"{type(module).__name__} has no token types; leave token_type_ids=None")
+    if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
+        raise ValueError(f"input_ids must be [B, T] integers, got {input_ids.dtype}{list(input_ids.shape)}")
+    if train and not module.has_rng("dropout"):
+        raise ValueError('train=True needs a dropout key: pass rngs={"dropout": key}')
+    if not train and module.has_rng("dropout"):
+        raise ValueError("a dropout key was given but train=False; drop the key or set train=True")
+
+
+def _segment_positions(segment_ids: jax.Array) -> jax.Array:
+    """Positions that restart at 0 where a new segment begins."""
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
+    starts = jnp.concatenate([jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], 1)
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def prepare(
+    input_ids: jax.Array,
+    attention_mask: jax.Array | None,
+    position_ids: jax.Array | None,
+    segment_ids: jax.Array | None,
+    cache: Cache | None,
+    context_length: int | None,
+    window: int | None = None,
+) -> Inputs:
+    """Positions, mask and cache slots of a causal decoder.
+
+    Without `position_ids`, positions count real tokens from 0 (left and right padding both work), and restart in
+    every segment of a packed row.
+
+    Args:
+      input_ids: `[B, T]`.
+      attention_mask: `[B, T]`, 1 = real token; None means all.
+      position_ids: `[B, T]`, overrides the positions (not the order of attention).
+      segment_ids: `[B, T]`, documents of a packed row; attention stays inside.
+      cache: what was decoded before.
+      context_length: longest sequence of the model, None without a limit.
+      window: sliding-window width.
+
+    Raises:
+      ValueError: if the sequence or the cache exceeds `context_length`, or segments meet a cache.
+    """
+    b, t = input_ids.shape
+    if context_length is not None and t > context_length:
+        raise ValueError(f"sequence of {t} tokens is longer than the model's context of {context_length}")
+    real = jnp.ones((b, t), bool) if attention_mask is None else attention_mask.astype(bool)
+    if cache is not None:
+        if segment_ids is not None:
+            raise ValueError("segment_ids and a cache exclude each other: decode one document a row")
+        if t > cache.size:
+            raise ValueError(f"{t} tokens do not fit into a cache of {cache.size}")
+        order = cache.positions_of(real)
+        length_B = cache.length_B + jnp.sum(real, axis=1, dtype=jnp.int32)
+        mask = Mask(order, cache.key_positions(length_B), window=window)
+        slots = jnp.where(real, order % cache.size, cache.size)
+        return Inputs(jnp.maximum(order, 0) if position_ids is None else position_ids, mask, slots, length_B)
+    index = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
+    mask = Mask(index, jnp.where(real, index, -1), segment_ids, segment_ids, window=window)
+    if position_ids is None and segment_ids is not None:
+        position_ids = _segment_positions(segment_ids)
+    elif position_ids is None and attention_mask is not None:
+        position_ids = jnp.maximum(jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)
+    return Inputs(index if position_ids is None else position_ids, mask, None, None)
+
+
+def finish(h_BTD: jax.Array, first_BTD: jax.Array, outputs: Any, head: Head, inputs: Inputs) -> Output:
+    """Builds the `Output` from the last normalised state and the blocks' (cache, hidden, attentions)."""
+    caches, hidden, attentions = zip(*outputs, strict=True)
+    return Output(
+        logits=head.logits(h_BTD),
+        last_hidden_state=h_BTD,
+        head=head,
+        hidden_states=None if hidden[0] is None else (first_BTD, *hidden[:-1], h_BTD),
+        attentions=None if attentions[0] is None else attentions,
+        cache=None if inputs.length_B is None else Cache(caches, inputs.length_B),
+    )

@@ -1,0 +1,176 @@
+"""The Llama family: Llama 1-3, SmolLM2, Mistral, Qwen2/2.5, Qwen3.
+
+Sources: Touvron et al. 2023, https://arxiv.org/abs/2302.13971; Jiang et al. 2023 (sliding window),
+https://arxiv.org/abs/2310.06825; Yang et al. 2024/2025 (Qwen2: biases on q, k, v; Qwen3: norms on q, k),
+https://arxiv.org/abs/2407.10671, https://arxiv.org/abs/2505.09388.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from llm_jax.models import decoder
+from llm_jax.models.output import Output
+from llm_jax.nn import positions
+from llm_jax.nn.attention import Attention, AttentionConfig
+from llm_jax.nn.cache import Cache, init_cache
+from llm_jax.nn.embedding import Embedding
+from llm_jax.nn.execution import Execution
+from llm_jax.nn.feed_forward import ACTIVATIONS, FeedForward
+from llm_jax.nn.norms import RMSNorm
+from llm_jax.nn.output import OutputLayer
+from llm_jax.nn.positions import RotaryScaling
+from llm_jax.nn.stack import Stack
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """A Llama. The defaults are SmolLM2-135M.
+
+    Attributes:
+      vocab_size: V.
+      context_length: longest sequence it was trained for; rotary positions go on past it, so this limits training
+        and generation only.
+      model_dim: D.
+      num_layers: L.
+      num_heads: N.
+      num_kv_heads: K.
+      head_dim: H; None takes D / N.
+      hidden_dim: F.
+      activation: of the gate.
+      norm_eps: of the RMS norms.
+      tied: output layer shares the token table.
+      rope_theta: base of the rotary frequencies.
+      rope_scaling: how they are stretched.
+      qkv_bias: biases on query, key, value (Qwen2).
+      out_bias: bias on the attention output (Llama with attention_bias).
+      mlp_bias: biases in the feed-forward.
+      qk_norm: norms on queries and keys (Qwen3).
+      window: sliding-window width (Mistral), None for full attention.
+      attention_dropout: rate on attention weights.
+      init_std: of all matrices.
+      vocab_pad_multiple: token rows are padded to this multiple.
+    """
+
+    vocab_size: int = 49152
+    context_length: int = 8192
+    model_dim: int = 576
+    num_layers: int = 30
+    num_heads: int = 9
+    num_kv_heads: int = 3
+    head_dim: int | None = None
+    hidden_dim: int = 1536
+    activation: str = "silu"
+    norm_eps: float = 1e-5
+    tied: bool = True
+    rope_theta: float = 100000.0
+    rope_scaling: RotaryScaling | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    window: int | None = None
+    attention_dropout: float = 0.0
+    init_std: float = 0.02
+    vocab_pad_multiple: int = 1
+
+    def __post_init__(self) -> None:
+        """Checks sizes and names."""
+        if self.head_dim is None and self.model_dim % self.num_heads:
+            raise ValueError(f"model_dim={self.model_dim} is not a multiple of num_heads={self.num_heads}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation={self.activation!r} is none of {', '.join(ACTIVATIONS)}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window={self.window} must be at least 1, or None")
+
+    @property
+    def attention(self) -> AttentionConfig:
+        """Sizes of the attention layers."""
+        return AttentionConfig(
+            model_dim=self.model_dim,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim or self.model_dim // self.num_heads,
+            qkv_bias=self.qkv_bias,
+            out_bias=self.out_bias,
+            qk_norm=self.qk_norm,
+            norm_eps=self.norm_eps,
+            dropout=self.attention_dropout,
+            init_std=self.init_std,
+        )
+
+    def make(self, execution: Execution = Execution()) -> "Llama":
+        """The module."""
+        return Llama(self, execution)
+
+    def init_cache(self, batch: int, size: int, dtype: Any = "float32") -> Cache:
+        """An empty cache."""
+        return init_cache(self.num_layers, batch, size, self.num_kv_heads, self.attention.head_dim, dtype)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and gated feed-forward."""
+
+    config: LlamaConfig
+    execution: Execution
+    output_hidden_states: bool
+    output_attentions: bool
+
+    @nn.compact
+    def __call__(self, x, cache, mask, slots, rotary, train=False):
+        """One layer: `(x, cache) -> (x, (cache, x or None, weights or None))`."""
+        c = self.config
+        attention = Attention(c.attention, self.execution, name="attention")
+        mlp = FeedForward(c.hidden_dim, c.activation, True, c.mlp_bias, c.init_std, name="mlp")
+        y = RMSNorm(c.norm_eps, name="attention_norm")(x)
+        y, cache, shown = attention(y, mask, rotary, cache, slots, train, self.output_attentions)
+        x = x + y
+        x = x + mlp(RMSNorm(c.norm_eps, name="mlp_norm")(x))
+        x = self.execution.constrain(x, ("batch", "length", "embed"))
+        return x, (cache, x if self.output_hidden_states else None, shown)
+
+
+class Llama(nn.Module):
+    """A decoder with rotary positions."""
+
+    config: LlamaConfig
+    execution: Execution = Execution()
+
+    @nn.compact
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        token_type_ids: None = None,
+        position_ids: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        cache: Cache | None = None,
+        train: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> Output:
+        """See `models.decoder.prepare` for the arguments; `train=True` needs a `dropout` key."""
+        c = self.config
+        decoder.check_call(self, input_ids, token_type_ids, train)
+        inputs = decoder.prepare(
+            input_ids, attention_mask, position_ids, segment_ids, cache, c.context_length, c.window
+        )
+        init = nn.initializers.normal(c.init_std)
+        tokens = Embedding(c.vocab_size, c.model_dim, c.vocab_pad_multiple, table_init=init, name="embed")
+        x = first = self.execution.constrain(tokens(input_ids, self.execution.dtype), ("batch", "length", "embed"))
+        freq, factor = positions.rotary_frequencies(c.attention.head_dim, c.rope_theta, c.rope_scaling)
+        rotary = positions.rotary_tables(inputs.positions_BT, freq, factor, jnp.promote_types(jnp.float32, x.dtype))
+        block = functools.partial(Block, c, self.execution, output_hidden_states, output_attentions)
+        stack = Stack(block, c.num_layers, execution=self.execution, name="decoder")
+        layers = None if cache is None else cache.layers
+        x, outputs = stack(x, layers, (inputs.mask, inputs.slots_BT, rotary), train)
+        x = RMSNorm(c.norm_eps, name="final_norm")(x)
+        if c.tied:
+            head = tokens.head()
+        else:
+            head = OutputLayer(c.vocab_size, c.vocab_pad_multiple, kernel_init=init, name="head")(x)
+        return decoder.finish(x, first, outputs, head, inputs)

@@ -1,0 +1,32 @@
+"""Families by name, so that a config file or a checkpoint can say which model it holds."""
+
+from typing import Any
+
+from llm_jax import config as configs
+from llm_jax.models.gpt import GPTConfig
+from llm_jax.models.llama import LlamaConfig
+
+FAMILIES: dict[str, type] = {"gpt": GPTConfig, "llama": LlamaConfig}
+
+
+def family_of(config: Any) -> str:
+    """The name of a config's family."""
+    return next(name for name, cls in FAMILIES.items() if type(config) is cls)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """JSON-ready, with the family's name."""
+    return {"family": family_of(config), **configs.to_dict(config)}
+
+
+def from_dict(values: dict[str, Any]) -> Any:
+    """Undoes `to_dict`.
+
+    Raises:
+      ConfigError: on an unknown family or field.
+    """
+    rest = dict(values)
+    name = rest.pop("family", None)
+    if name not in FAMILIES:
+        raise configs.ConfigError(f"model.family={name!r} is none of {', '.join(FAMILIES)}")
+    return configs.from_dict(FAMILIES[name], rest, "model")

@@ -1,0 +1,339 @@
+"""Multi-head and grouped-query attention behind one function with three implementations.
+
+Sources: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; Ainslie et al. 2023 (grouped queries),
+https://arxiv.org/abs/2305.13245; Rabe and Staats 2021 (attention in chunks, linear memory),
+https://arxiv.org/abs/2112.05682; Beltagy et al. 2020 (sliding window), https://arxiv.org/abs/2004.05150.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from jax.ad_checkpoint import checkpoint_name
+
+from llm_jax.nn import ports, positions
+from llm_jax.nn.cache import LayerCache
+from llm_jax.nn.execution import Execution
+from llm_jax.nn.linear import Linear
+from llm_jax.nn.norms import RMSNorm
+
+LOWEST = -1e30  # scores of hidden keys; finite, so that a fully hidden row gives zeros and no NaN
+
+
+class Mask(struct.PyTreeNode):
+    """Who may look where, from positions and segments, so that no [T, S] array need exist.
+
+    Attributes:
+      q_positions_BT: positions of the queries.
+      k_positions_BS: positions of the keys; a negative one is hidden from everybody (padding, empty cache slots).
+      q_segments_BT: document of each query; None where there is one document.
+      k_segments_BS: document of each key.
+      causal: a query sees positions up to its own.
+      window: a query sees only the last `window` positions, its own included.
+    """
+
+    q_positions_BT: jax.Array
+    k_positions_BS: jax.Array
+    q_segments_BT: jax.Array | None = None
+    k_segments_BS: jax.Array | None = None
+    causal: bool = struct.field(pytree_node=False, default=True)
+    window: int | None = struct.field(pytree_node=False, default=None)
+
+    def dense(self) -> jax.Array:
+        """`[B, T, S]` bool."""
+        q, k = self.q_positions_BT[:, :, None], self.k_positions_BS[:, None, :]
+        shape = jnp.broadcast_shapes(q.shape, k.shape)
+        q, k = jnp.broadcast_to(q, shape), jnp.broadcast_to(k, shape)
+        seen = k >= 0
+        if self.causal:
+            seen &= k <= q
+        if self.window is not None:
+            seen &= q - k < self.window
+        if self.q_segments_BT is not None:
+            q = jnp.broadcast_to(self.q_segments_BT[:, :, None], shape)
+            seen &= q == jnp.broadcast_to(self.k_segments_BS[:, None, :], shape)
+        return seen
+
+    def distance(self) -> jax.Array:
+        """`[B, T, S]`: query position minus key position."""
+        return self.q_positions_BT[:, :, None] - self.k_positions_BS[:, None, :]
+
+    def slice(self, axis: str, start: jax.Array, size: int) -> "Mask":
+        """The mask of a chunk of queries (`axis="q"`) or keys (`"k"`)."""
+        cut = lambda x: None if x is None else jax.lax.dynamic_slice_in_dim(x, start, size, 1)
+        if axis == "q":
+            return self.replace(q_positions_BT=cut(self.q_positions_BT), q_segments_BT=cut(self.q_segments_BT))
+        return self.replace(k_positions_BS=cut(self.k_positions_BS), k_segments_BS=cut(self.k_segments_BS))
+
+
+def _scores(q_BTNH, k_BSKH, mask, slopes_N, bias_BNTS, scale):
+    """Float32 scores `[B, K, N/K, T, S]`, hidden ones at LOWEST, and the dense mask."""
+    b, t, n, h = q_BTNH.shape
+    k = k_BSKH.shape[2]
+    q_BTKGH = (q_BTNH * jnp.asarray(scale, q_BTNH.dtype)).reshape(b, t, k, n // k, h)
+    wide = jnp.promote_types(jnp.float32, q_BTNH.dtype)
+    s = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=wide)
+    grouped = lambda x_BNTS: x_BNTS.reshape(x_BNTS.shape[0], k, n // k, *x_BNTS.shape[2:])
+    if slopes_N is not None:
+        bias = -slopes_N[None, :, None, None] * mask.distance()[:, None].astype(wide)
+        s = s + grouped(bias)
+    if bias_BNTS is not None:
+        s = s + jnp.broadcast_to(grouped(bias_BNTS).astype(wide), s.shape)
+    seen = None if mask is None else jnp.broadcast_to(mask.dense()[:, None, None], s.shape)
+    return (s if seen is None else jnp.where(seen, s, LOWEST)), seen
+
+
+def _dropout(w, rate, key):
+    keep = jax.random.bernoulli(key, 1 - rate, w.shape)
+    return jnp.where(keep, w / (1 - rate), 0).astype(w.dtype)
+
+
+def _reference(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale, rate, key):
+    s, seen = _scores(q_BTNH, k_BSKH, mask, slopes_N, bias_BNTS, scale)
+    w = jax.nn.softmax(s, axis=-1)
+    if seen is not None:
+        w = jnp.where(seen, w, 0)
+    dropped = w if key is None else _dropout(w, rate, key)
+    out = jnp.einsum("bkgts,bskh->btkgh", dropped.astype(v_BSKH.dtype), v_BSKH)
+    b, k, g, t, size = w.shape
+    return out.reshape(q_BTNH.shape), w.reshape(b, k * g, t, size)
+
+
+def _fused(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale):
+    seen = None if mask is None else mask.dense()[:, None]
+    if slopes_N is not None:
+        alibi = -slopes_N[None, :, None, None] * mask.distance()[:, None].astype(q_BTNH.dtype)
+        bias_BNTS = alibi if bias_BNTS is None else alibi + bias_BNTS
+    out = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, bias=bias_BNTS, mask=seen, scale=scale)
+    if seen is not None:
+        out = jnp.where(jnp.broadcast_to(jnp.any(seen, axis=-1)[:, 0, :, None, None], out.shape), out, 0)
+    return out
+
+
+def _pad(x, size, axis, value=0):
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % size)
+    return jnp.pad(x, widths, constant_values=value)
+
+
+def _chunked(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale, rate, key, q_chunk, k_chunk):
+    b, t, n, h = q_BTNH.shape
+    s, k = k_BSKH.shape[1], k_BSKH.shape[2]
+    q_chunk, k_chunk = min(q_chunk, t), min(k_chunk, s)
+    if mask is None:
+        mask = Mask(jnp.zeros((b, t), jnp.int32), jnp.zeros((b, s), jnp.int32), causal=False)
+    mask = mask.replace(
+        q_positions_BT=_pad(mask.q_positions_BT, q_chunk, 1),
+        k_positions_BS=_pad(mask.k_positions_BS, k_chunk, 1, value=-1),
+        q_segments_BT=None if mask.q_segments_BT is None else _pad(mask.q_segments_BT, q_chunk, 1),
+        k_segments_BS=None if mask.k_segments_BS is None else _pad(mask.k_segments_BS, k_chunk, 1),
+    )
+    if bias_BNTS is not None:
+        bias_BNTS = _pad(_pad(bias_BNTS, q_chunk, 2), k_chunk, 3)
+    q_BTNH, k_BSKH, v_BSKH = _pad(q_BTNH, q_chunk, 1), _pad(k_BSKH, k_chunk, 1), _pad(v_BSKH, k_chunk, 1)
+    wide = jnp.promote_types(jnp.float32, q_BTNH.dtype)
+    cut = jax.lax.dynamic_slice_in_dim
+
+    @jax.checkpoint
+    def queries(i):
+        q = cut(q_BTNH, i * q_chunk, q_chunk, 1)
+        mask_i = mask.slice("q", i * q_chunk, q_chunk)
+        bias_i = None if bias_BNTS is None else cut(bias_BNTS, i * q_chunk, q_chunk, 2)
+
+        def keys(carry, j):
+            top, total, acc = carry
+            bias = None if bias_i is None else cut(bias_i, j * k_chunk, k_chunk, 3)
+            mask_ij = mask_i.slice("k", j * k_chunk, k_chunk)
+            x, seen = _scores(q, cut(k_BSKH, j * k_chunk, k_chunk, 1), mask_ij, slopes_N, bias, scale)
+            new_top = jnp.maximum(top, jnp.max(x, axis=-1))
+            w = jnp.where(seen, jnp.exp(x - new_top[..., None]), 0)
+            shrink = jnp.exp(top - new_top)
+            total = total * shrink + jnp.sum(w, axis=-1)
+            if key is not None:
+                w = _dropout(w, rate, jax.random.fold_in(jax.random.fold_in(key, i), j))
+            v = cut(v_BSKH, j * k_chunk, k_chunk, 1)
+            acc = acc * shrink[..., None] + jnp.einsum("bkgts,bskh->bkgth", w.astype(v.dtype), v).astype(wide)
+            return (new_top, total, acc), None
+
+        shape = (b, k, n // k, q_chunk)
+        start = (jnp.full(shape, LOWEST, wide), jnp.zeros(shape, wide), jnp.zeros((*shape, h), wide))
+        (_, total, acc), _ = jax.lax.scan(keys, start, jnp.arange(k_BSKH.shape[1] // k_chunk))
+        out = acc / jnp.where(total == 0, 1, total)[..., None]
+        return out.transpose(0, 3, 1, 2, 4).reshape(b, q_chunk, n, h).astype(q.dtype)
+
+    out = jax.lax.map(queries, jnp.arange(q_BTNH.shape[1] // q_chunk))
+    return out.transpose(1, 0, 2, 3, 4).reshape(b, -1, n, h)[:, :t]
+
+
+def attend(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask: Mask | None = None,
+    *,
+    scale: float,
+    implementation: str = "auto",
+    slopes_N: jax.Array | None = None,
+    bias_BNTS: jax.Array | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    q_chunk: int = 256,
+    k_chunk: int = 256,
+) -> jax.Array:
+    """Softmax attention; scores and softmax in float32 (float64 for float64 inputs).
+
+    Args:
+      q_BTNH: queries.
+      k_BSKH: keys; K divides N, query head n reads key head n // (N / K).
+      v_BSKH: values.
+      mask: who may look where; None means everywhere. A fully hidden row returns zeros.
+      scale: usually H ** -0.5.
+      implementation: `reference` (einsum, [T, S] scores), `fused` (`jax.nn.dot_product_attention`, no dropout),
+        `chunked` (online softmax, memory linear in T and S), `auto` (fused unless dropout is on).
+      slopes_N: ALiBi slopes; needs a mask, whose positions give the distances.
+      bias_BNTS: added to the scores, B or 1 rows.
+      dropout_rate: share of attention weights dropped where `dropout_key` is given.
+      dropout_key: turns dropout on.
+      q_chunk: queries per chunk (chunked).
+      k_chunk: keys per chunk (chunked).
+
+    Returns:
+      `[B, T, N, H]` in the dtype of `q_BTNH`.
+
+    Raises:
+      ValueError: if N is no multiple of K, or `fused` is asked for with dropout.
+    """
+    if q_BTNH.shape[2] % k_BSKH.shape[2]:
+        raise ValueError(f"{q_BTNH.shape[2]} query heads are no multiple of {k_BSKH.shape[2]} key heads")
+    if dropout_rate == 0:
+        dropout_key = None
+    if implementation == "auto":
+        implementation = "fused" if dropout_key is None else "reference"
+    args = (q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale)
+    if implementation == "reference":
+        return _reference(*args, dropout_rate, dropout_key)[0]
+    if implementation == "chunked":
+        return _chunked(*args, dropout_rate, dropout_key, q_chunk, k_chunk)
+    if implementation != "fused":
+        raise ValueError(f"implementation={implementation!r} is none of auto, reference, fused, chunked")
+    if dropout_key is not None:
+        raise ValueError("fused attention has no dropout; use reference or chunked, or dropout_rate=0")
+    if q_BTNH.dtype == jnp.float16:  # XLA:CPU has no such product
+        reference = lambda *a: _reference(*a, scale, 0.0, None)[0]
+        return jax.lax.platform_dependent(*args[:-1], cpu=reference, default=lambda *a: _fused(*a, scale))
+    return _fused(*args)
+
+
+def attention_weights(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    mask: Mask | None = None,
+    *,
+    scale: float,
+    slopes_N: jax.Array | None = None,
+    bias_BNTS: jax.Array | None = None,
+) -> jax.Array:
+    """The softmax weights `[B, N, T, S]` (without dropout) that `attend` uses."""
+    return _reference(q_BTNH, k_BSKH, k_BSKH, mask, slopes_N, bias_BNTS, scale, 0.0, None)[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """Sizes and options of one attention layer.
+
+    Attributes:
+      model_dim: D, width of the residual stream.
+      num_heads: N, query heads.
+      num_kv_heads: K, key/value heads; N must be a multiple of K.
+      head_dim: H.
+      qkv_bias: biases on query, key and value.
+      out_bias: bias on the output.
+      qk_norm: RMSNorm over H on queries and keys, before the rotation.
+      norm_eps: of that norm.
+      dropout: rate on the attention weights.
+      init_std: of the kernels.
+      out_init_std: of the output kernel; None takes init_std.
+    """
+
+    model_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: bool = False
+    norm_eps: float = 1e-6
+    dropout: float = 0.0
+    init_std: float = 0.02
+    out_init_std: float | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the head counts."""
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
+
+
+class Attention(nn.Module):
+    """Self-attention with an optional cache."""
+
+    config: AttentionConfig
+    execution: Execution = Execution()
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        mask: Mask,
+        rotary: tuple[jax.Array, jax.Array] | None = None,
+        cache: LayerCache | None = None,
+        slots_BT: jax.Array | None = None,
+        train: bool = False,
+        output_attentions: bool = False,
+    ) -> tuple[jax.Array, LayerCache | None, jax.Array | None]:
+        """Attends within `x_BTD`, or to the cache after writing `x_BTD` into `slots_BT`.
+
+        Returns:
+          (output `[B, T, D]`, updated cache or None, weights `[B, N, T, S]` or None).
+        """
+        c, constrain = self.config, self.execution.constrain
+        b, t, _ = x_BTD.shape
+        linear = functools.partial(Linear, kernel_init=nn.initializers.normal(c.init_std))
+
+        def heads(name, count, axis):
+            y = linear(count * c.head_dim, ("embed", axis), c.qkv_bias, name=name)(x_BTD)
+            y = constrain(y.reshape(b, t, count, c.head_dim), ("batch", "length", axis, None))
+            if c.qk_norm and name != "value":
+                y = RMSNorm(c.norm_eps, name=f"{name}_norm")(y)
+            return positions.rotate(y, rotary) if rotary is not None and name != "value" else y
+
+        q_BTNH = heads("query", c.num_heads, "heads")
+        k_BSKH = heads("key", c.num_kv_heads, "kv")
+        v_BSKH = heads("value", c.num_kv_heads, "kv")
+        if cache is not None:
+            cache = cache.write(k_BSKH, v_BSKH, slots_BT)
+            k_BSKH, v_BSKH = cache.k_BSKH.astype(q_BTNH.dtype), cache.v_BSKH.astype(q_BTNH.dtype)
+        scale = 1 / math.sqrt(c.head_dim)
+        out_BTNH = attend(
+            *(q_BTNH, k_BSKH, v_BSKH, mask),
+            scale=scale,
+            implementation=self.execution.attention,
+            dropout_rate=c.dropout,
+            dropout_key=self.make_rng("dropout") if train and c.dropout > 0 else None,
+        )
+        shown = attention_weights(q_BTNH, k_BSKH, mask, scale=scale) if output_attentions else None
+        out_init = nn.initializers.normal(c.init_std if c.out_init_std is None else c.out_init_std)
+        y_BTD = Linear(c.model_dim, ("heads", "embed"), c.out_bias, out_init, name="out")(
+            out_BTNH.reshape(b, t, c.num_heads * c.head_dim)
+        )
+        y_BTD = ports.sequential(self, "adapter", checkpoint_name(y_BTD, "attention"))
+        return ports.parallel(self, "parallel_adapter", x_BTD, y_BTD), cache, shown
+
+
+def dropout(module: Any, x: jax.Array, rate: float, train: bool) -> jax.Array:
+    """Residual dropout of a Linen module, from its `dropout` stream."""
+    return _dropout(x, rate, module.make_rng("dropout")) if train and rate > 0 else x

@@ -1,0 +1,64 @@
+"""Execution: where a plan meets a model.
+
+Everything that changes how a model runs and nothing of what it computes. Static, hashable, never saved.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+REMAT = ("none", "dots", "full", "every:K", "names:a,b")
+ATTENTION = ("auto", "reference", "fused", "chunked")
+
+
+def _unconstrained(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    del axes
+    return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a model runs.
+
+    Attributes:
+      remat: what the backward pass recomputes: `none` (save everything), `dots` (save matrix products), `full`
+        (save block inputs), `every:K` (save the input of every K-th block), `names:a,b` (save what blocks
+        named with `checkpoint_name`, e.g. `names:attention,mlp`).
+      attention: `reference`, `fused`, `chunked`, or `auto`: fused where nothing asks for the weights or for
+        dropout.
+      dtype: compute dtype of activations and kernels; None keeps that of the parameters.
+      constrain: `(x, logical axes) -> x`, pins the sharding of activations.
+      stack_runner: replaces the loop over layers, `(layer, params, carry, per_layer, keys) -> (carry, outputs)`.
+    """
+
+    remat: str = "none"
+    attention: str = "auto"
+    dtype: Any = None
+    constrain: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] = _unconstrained
+    stack_runner: Callable[..., Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the mode strings."""
+        kind, _, rest = self.remat.partition(":")
+        valid = {"none": not rest, "dots": not rest, "full": not rest, "names": bool(rest)}
+        if not (valid.get(kind, False) or (kind == "every" and rest.isdigit() and int(rest) > 0)):
+            raise ValueError(f"remat={self.remat!r} is none of {', '.join(REMAT)}")
+        if self.attention not in ATTENTION:
+            raise ValueError(f"attention={self.attention!r} is none of {', '.join(ATTENTION)}")
+
+    def remat_every(self) -> int:
+        """How many blocks share one checkpoint; 0 without rematerialisation."""
+        kind, _, rest = self.remat.partition(":")
+        return 0 if kind == "none" else int(rest) if kind == "every" else 1
+
+    def remat_policy(self) -> Any:
+        """The `jax.checkpoint` policy of `remat`."""
+        kind, _, rest = self.remat.partition(":")
+        policies = jax.checkpoint_policies
+        if kind == "dots":
+            return policies.dots_with_no_batch_dims_saveable
+        if kind == "names":
+            return policies.save_only_these_names(*rest.split(","))
+        return policies.nothing_saveable

@@ -1,0 +1,59 @@
+"""Position-wise feed-forward layers, plain and gated.
+
+Sources: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; Shazeer 2020 (GLU variants),
+https://arxiv.org/abs/2002.05202.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+from llm_jax.nn import ports
+from llm_jax.nn.linear import Linear
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+
+
+class FeedForward(nn.Module):
+    """`down(act(up(x)))`, or `down(act(gate(x)) * up(x))` where gated (SwiGLU with silu, GEGLU with gelu).
+
+    Attributes:
+      hidden: F.
+      activation: a key of `ACTIVATIONS`.
+      gated: adds the gate.
+      use_bias: biases on all kernels.
+      init_std: standard deviation of the kernels.
+      out_init_std: of the down kernel; None takes init_std.
+    """
+
+    hidden: int
+    activation: str
+    gated: bool = False
+    use_bias: bool = True
+    init_std: float = 0.02
+    out_init_std: float | None = None
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """`[B, T, D]` to `[B, T, D]`."""
+        linear = functools.partial(Linear, use_bias=self.use_bias)
+        init = nn.initializers.normal(self.init_std)
+        out_init = init if self.out_init_std is None else nn.initializers.normal(self.out_init_std)
+        activate = ACTIVATIONS[self.activation]
+        up_BTF = linear(self.hidden, ("embed", "mlp"), kernel_init=init, name="up")(x_BTD)
+        if self.gated:
+            gate_BTF = linear(self.hidden, ("embed", "mlp"), kernel_init=init, name="gate")(x_BTD)
+            h_BTF = activate(gate_BTF) * up_BTF
+        else:
+            h_BTF = activate(up_BTF)
+        y_BTD = linear(x_BTD.shape[-1], ("mlp", "embed"), kernel_init=out_init, name="down")(h_BTF)
+        y_BTD = ports.sequential(self, "adapter", checkpoint_name(y_BTD, "mlp"))
+        return ports.parallel(self, "parallel_adapter", x_BTD, y_BTD)

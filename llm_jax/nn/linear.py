@@ -1,0 +1,47 @@
+"""The one place where a kernel meets an activation."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from llm_jax.nn import weights
+
+
+def add_last(x: jax.Array, v: jax.Array) -> jax.Array:
+    """`x[..., D] + v[D]`; written out because implicit rank promotion is an error in our tests."""
+    return x + jnp.broadcast_to(v, x.shape)
+
+
+def scale_last(x: jax.Array, v: jax.Array) -> jax.Array:
+    """`x[..., D] * v[D]`."""
+    return x * jnp.broadcast_to(v, x.shape)
+
+
+class Linear(nn.Module):
+    """`x[..., in] @ kernel[in, features] + bias`.
+
+    Attributes:
+      features: output width.
+      axes: logical axes of the kernel, (input, output).
+      use_bias: adds a bias.
+      kernel_init: initialiser of the kernel.
+    """
+
+    features: int
+    axes: tuple[str, str]
+    use_bias: bool = True
+    kernel_init: Callable[..., jax.Array] = nn.initializers.normal(0.02)
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Computes in the dtype of `x`."""
+        kernel: Any = weights.parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.axes)
+        key = self.make_rng("dropout") if weights.is_node(kernel) and self.has_rng("dropout") else None
+        y = weights.matmul(x, weights.cast(kernel, x.dtype), key)
+        if self.use_bias:
+            bias = weights.parameter(self, "bias", nn.initializers.zeros, (self.features,), self.axes[1:])
+            y = add_last(y, bias.astype(y.dtype))
+        return y

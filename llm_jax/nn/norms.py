@@ -1,0 +1,70 @@
+"""Normalisation, computed in float32 whatever the activations are.
+
+Sources: Ba et al. 2016, https://arxiv.org/abs/1607.06450; Zhang and Sennrich 2019,
+https://arxiv.org/abs/1910.07467; Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from llm_jax.nn import weights
+from llm_jax.nn.linear import add_last, scale_last
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(jnp.float32, x.dtype))
+
+
+class LayerNorm(nn.Module):
+    """Centres and scales each position over its features."""
+
+    eps: float = 1e-5
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., D]` to `[..., D]`, same dtype."""
+        y = _wide(x)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        y = scale_last(y, _wide(weights.parameter(self, "scale", nn.initializers.ones, x.shape[-1:], ("norm",))))
+        if self.use_bias:
+            y = add_last(y, _wide(weights.parameter(self, "bias", nn.initializers.zeros, x.shape[-1:], ("norm",))))
+        return y.astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Scales each position by its root mean square; no centring, no bias."""
+
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., D]` to `[..., D]`, same dtype."""
+        y = _wide(x)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        scale = weights.parameter(self, "scale", nn.initializers.ones, x.shape[-1:], ("norm",))
+        return scale_last(y, _wide(scale)).astype(x.dtype)
+
+
+class MaskedBatchNorm(nn.Module):
+    """Batch normalisation over real tokens, in training mode; here for contrast with layer norm only.
+
+    A position's output depends on the other rows of the batch and on their lengths, which is why language
+    models do not use it.
+    """
+
+    eps: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, mask_BT: jax.Array) -> jax.Array:
+        """Statistics of each feature over the positions where `mask_BT` is true."""
+        y = _wide(x_BTD)
+        m = mask_BT[:, :, None].astype(y.dtype)
+        total = jnp.maximum(jnp.sum(m), 1)
+        y = y - jnp.sum(y * m, axis=(0, 1), keepdims=True) / total
+        y = y * jax.lax.rsqrt(jnp.sum(jnp.square(y) * m, axis=(0, 1), keepdims=True) / total + self.eps)
+        y = scale_last(y, _wide(weights.parameter(self, "scale", nn.initializers.ones, x_BTD.shape[-1:], ("norm",))))
+        bias = weights.parameter(self, "bias", nn.initializers.zeros, x_BTD.shape[-1:], ("norm",))
+        return add_last(y, _wide(bias)).astype(x_BTD.dtype)

@@ -1,0 +1,123 @@
+"""Output layers: one head, several ways to pay for a large vocabulary.
+
+Sources: sampled softmax with the log-q correction, Jean et al. 2015, https://arxiv.org/abs/1412.2007, eq. 8.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from llm_jax.nn import weights
+from llm_jax.nn.linear import add_last
+
+MASKED = -1e30  # logits of padded vocabulary entries; finite, so that max and subtraction stay finite
+
+
+def padded_size(size: int, multiple: int) -> int:
+    """The smallest multiple that holds `size`, so that a vocabulary axis divides over devices."""
+    return -(-size // multiple) * multiple
+
+
+class Head(struct.PyTreeNode):
+    """The last matrix of a language model, as models return it in `Output.head`.
+
+    Attributes:
+      weight: `[D, V_padded]`, or `[V_padded, D]` where `transposed` (a tied table).
+      bias: `[V_padded]` or None.
+      vocab_size: V; entries behind it are padding.
+      transposed: the layout of `weight`.
+    """
+
+    weight: Any
+    bias: jax.Array | None
+    vocab_size: int = struct.field(pytree_node=False)
+    transposed: bool = struct.field(pytree_node=False, default=False)
+
+    @property
+    def padded_size(self) -> int:
+        """Columns that `logits` returns."""
+        return weights.shape_of(self.weight)[0 if self.transposed else 1]
+
+    def logits(self, h: jax.Array) -> jax.Array:
+        """`h[..., D]` to float32 logits `[..., V_padded]`; padding holds -1e30."""
+        w = weights.cast(self.weight, h.dtype)
+        y = weights.matmul_t(h, w) if self.transposed else weights.matmul(h, w)
+        y = y.astype(jnp.promote_types(jnp.float32, y.dtype))
+        if self.bias is not None:
+            y = add_last(y, self.bias.astype(y.dtype))
+        if self.vocab_size == self.padded_size:
+            return y
+        real = jnp.broadcast_to(jnp.arange(self.padded_size) < self.vocab_size, y.shape)
+        return jnp.where(real, y, MASKED)
+
+    def some_logits(self, h_TD: jax.Array, ids_S: jax.Array) -> jax.Array:
+        """Logits of chosen entries only: `[T, S]`, float32."""
+        if self.transposed:
+            rows_SD = weights.take(self.weight, ids_S)
+        else:
+            rows_SD = jnp.take(weights.dense(self.weight), ids_S, axis=1).T
+        y = (h_TD @ rows_SD.T.astype(h_TD.dtype)).astype(jnp.promote_types(jnp.float32, h_TD.dtype))
+        return y if self.bias is None else add_last(y, self.bias[ids_S].astype(y.dtype))
+
+
+class OutputLayer(nn.Module):
+    """An output layer with a matrix of its own.
+
+    Attributes:
+      vocab_size: V.
+      pad_multiple: columns are padded to this multiple.
+      use_bias: adds a bias.
+      kernel_init: initialiser of the kernel.
+    """
+
+    vocab_size: int
+    pad_multiple: int = 1
+    use_bias: bool = False
+    kernel_init: Callable[..., jax.Array] = nn.initializers.normal(0.02)
+
+    @nn.compact
+    def __call__(self, h: jax.Array) -> Head:
+        """The head for hidden states of the width of `h`."""
+        columns = padded_size(self.vocab_size, self.pad_multiple)
+        kernel = weights.parameter(self, "kernel", self.kernel_init, (h.shape[-1], columns), ("embed", "vocab"))
+        bias = None
+        if self.use_bias:
+            bias = weights.parameter(self, "bias", nn.initializers.zeros, (columns,), ("vocab",))
+        return Head(kernel, bias, self.vocab_size)
+
+
+def full_softmax(h_TD: jax.Array, head: Head, labels_T: jax.Array) -> jax.Array:
+    """Negative log-likelihood `[T]` under the softmax over the whole vocabulary."""
+    logp = jax.nn.log_softmax(head.logits(h_TD), axis=-1)
+    return -jnp.take_along_axis(logp, labels_T[:, None], axis=-1)[:, 0]
+
+
+def sampled_softmax(
+    h_TD: jax.Array, head: Head, labels_T: jax.Array, sampled_S: jax.Array, log_q_V: jax.Array
+) -> jax.Array:
+    """Negative log-likelihood `[T]` of the label among itself and the sampled entries.
+
+    Args:
+      h_TD: last hidden states.
+      head: the output layer.
+      labels_T: targets.
+      sampled_S: entries drawn from the proposal, shared by all positions; those that equal a position's own
+        label are left out there.
+      log_q_V: log of the expected count of each entry in `sampled_S`, subtracted from its logit, so that the
+        estimate of the softmax's gradient is consistent. Zeros with `sampled_S = arange(V)` give the full softmax.
+    """
+    labels_T = labels_T.astype(jnp.int32)
+    if head.transposed:
+        own_TD = weights.take(head.weight, labels_T)
+    else:
+        own_TD = jnp.take(weights.dense(head.weight), labels_T, axis=1).T
+    own_T = jnp.sum(h_TD * own_TD, axis=-1)
+    own_T = own_T if head.bias is None else own_T + head.bias[labels_T]
+    own_T = own_T - log_q_V[labels_T]
+    other_TS = head.some_logits(h_TD, sampled_S) - log_q_V[sampled_S][None, :]
+    other_TS = jnp.where(sampled_S[None, :] == labels_T[:, None], MASKED, other_TS)
+    return jax.nn.logsumexp(jnp.concatenate([own_T[:, None], other_TS], axis=1), axis=1) - own_T

@@ -1,0 +1,108 @@
+"""Position information: sinusoids, rotary angles, linear biases.
+
+Sources: Vaswani et al. 2017, section 3.5, https://arxiv.org/abs/1706.03762; Su et al. 2021 (rotary),
+https://arxiv.org/abs/2104.09864; Peng et al. 2023 (YaRN), https://arxiv.org/abs/2309.00071; Press et al. 2021
+(ALiBi), https://arxiv.org/abs/2108.12409; Llama 3's rescaling as its checkpoints' `rope_scaling` defines it.
+Learned positions are an `nn.Embedding` over positions.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def sinusoids(length: int, features: int) -> np.ndarray:
+    """`[length, features]` float32: sines in even columns, cosines in odd ones (the paper's formula)."""
+    angle = np.arange(length)[:, None] / 10000 ** (np.arange(0, features, 2) / features)[None, :]
+    table = np.zeros((length, features))
+    table[:, 0::2] = np.sin(angle)
+    table[:, 1::2] = np.cos(angle)[:, : features // 2]
+    return table.astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class RotaryScaling:
+    """How a checkpoint stretches its rotary frequencies past the length it was trained on.
+
+    Attributes:
+      kind: `linear` (positions divided by `factor`), `llama3` or `yarn`.
+      factor: context extension factor.
+      original_length: context of pre-training, tokens (llama3, yarn).
+      low_freq_factor: llama3: wavelengths above original_length / this are fully stretched.
+      high_freq_factor: llama3: wavelengths below original_length / this are kept.
+      beta_fast: yarn: rotations over the original context above which a dimension is kept.
+      beta_slow: yarn: rotations below which a dimension is fully stretched.
+      attention_factor: yarn: multiplies cosines and sines; None takes 0.1 ln(factor) + 1.
+      truncate: yarn: round the two borders outward to whole dimensions.
+    """
+
+    kind: str
+    factor: float
+    original_length: int = 8192
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        """Checks the kind."""
+        if self.kind not in ("linear", "llama3", "yarn"):
+            raise ValueError(f"rotary scaling kind={self.kind!r} is none of linear, llama3, yarn")
+
+
+def rotary_frequencies(
+    head_dim: int, theta: float, scaling: RotaryScaling | None = None
+) -> tuple[np.ndarray, float]:
+    """Angular frequency of each of the H/2 pairs (float64), and the factor on cosines and sines."""
+    if head_dim % 2:
+        raise ValueError(f"rotary positions need an even head_dim, got {head_dim}")
+    freq = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+    if scaling is None:
+        return freq, 1.0
+    if scaling.kind == "linear":
+        return freq / scaling.factor, 1.0
+    if scaling.kind == "llama3":
+        turns = scaling.original_length * freq / (2 * math.pi)
+        keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        keep = np.clip(keep, 0, 1)
+        return keep * freq + (1 - keep) * freq / scaling.factor, 1.0
+    border = lambda rotations: (
+        head_dim * math.log(scaling.original_length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+    )
+    low, high = border(scaling.beta_fast), border(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 1e-3), 0, 1)
+    factor = scaling.attention_factor
+    factor = 0.1 * math.log(scaling.factor) + 1 if factor is None else factor
+    return (1 - ramp) * freq + ramp * freq / scaling.factor, factor
+
+
+def rotary_tables(
+    positions_BT: jax.Array, freq: np.ndarray, factor: float = 1.0, dtype: jnp.dtype = jnp.float32
+) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines `[B, T, H/2]` of every position."""
+    wide = jnp.promote_types(jnp.float32, dtype)
+    angle = positions_BT[:, :, None].astype(wide) * jnp.asarray(freq, wide)[None, None, :]
+    return (jnp.cos(angle) * factor).astype(dtype), (jnp.sin(angle) * factor).astype(dtype)
+
+
+def rotate(x_BTNH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates pair (i, i + H/2) of every head by its angle (the half-split layout of Hugging Face)."""
+    cos, sin = (t[:, :, None, :].astype(x_BTNH.dtype) for t in tables)
+    a, b = jnp.split(x_BTNH, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def alibi_slopes(num_heads: int) -> np.ndarray:
+    """`[N]` float32 slopes; for N no power of two the paper's interleaving."""
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(num_heads - power)]
+    return np.asarray(slopes, np.float32)

@@ -1,0 +1,209 @@
+"""N equal blocks over one parameter tree, scanned or unrolled.
+
+Linen's own `scan` and `remat` change initialisation and dropout and cannot share weights between layers; here the
+block is applied as a pure function, so that both forms give the same numbers.
+
+The tree's shape decides: stacked leaves (a leading layer axis) run in `lax.scan`, children `0, 1, ...` run
+unrolled. `stack` and `unstack` convert.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from llm_jax.nn import weights
+from llm_jax.nn.execution import Execution
+
+
+def is_unstacked(layers: Any) -> bool:
+    """True for a tree with children `0, 1, ...`."""
+    return isinstance(layers, Mapping) and "0" in layers
+
+
+def _num_stacked(layers: Any) -> int:
+    return jax.tree.leaves(layers)[0].shape[0]
+
+
+def _merge(base: Any, extra: Any) -> Any:
+    if not isinstance(base, Mapping) or not isinstance(extra, Mapping):
+        return extra
+    return {**base, **{k: _merge(base[k], v) if k in base else v for k, v in extra.items()}}
+
+
+def _every(tree: Any, fn: Callable[[Any], Any]) -> Any:
+    """Applies `fn` to every subtree called `layers` or `per_layer`."""
+    if not isinstance(tree, Mapping):
+        return tree
+    return {k: fn(v) if k in ("layers", "per_layer") else _every(v, fn) for k, v in tree.items()}
+
+
+def unstack(params: Any) -> Any:
+    """Splits every stacked `layers` subtree into children `0, 1, ...`."""
+
+    def split(layers: Any) -> Any:
+        if is_unstacked(layers):
+            return layers
+        count = _num_stacked(layers)
+        return {str(i): jax.tree.map(lambda x: x[i], layers) for i in range(count)}  # noqa: B023
+
+    return _every(params, split)
+
+
+def stack(params: Any) -> Any:
+    """Stacks every unrolled `layers` subtree.
+
+    Raises:
+      ValueError: if layers differ in structure or shape (such a tree runs unrolled only).
+    """
+
+    def join(layers: Any) -> Any:
+        if not is_unstacked(layers):
+            return layers
+        each = [layers[str(i)] for i in range(len(layers))]
+        shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), e) for e in each]
+        if any(s != shapes[0] for s in shapes[1:]):
+            raise ValueError("layers differ in structure or shape and cannot be stacked; keep them unrolled")
+        return jax.tree.map(lambda *x: jnp.stack(x), *each)
+
+    return _every(params, join)
+
+
+class Stack(nn.Module):
+    """Runs `num_layers` blocks made by `make_block`.
+
+    A block is a Linen module called as `block(carry, per_layer, *shared, train=...) -> (carry, output)`.
+
+    Attributes:
+      make_block: makes an unbound block; takes `parent=None`.
+      num_layers: L.
+      num_groups: G parameter sets, layer l uses set l * G // L; None means one a layer.
+      execution: remat policy and stack runner.
+    """
+
+    make_block: Callable[..., nn.Module]
+    num_layers: int
+    num_groups: int | None = None
+    execution: Execution = Execution()
+
+    def _init(self, key: jax.Array, carry: Any, per_layer: Any, shared: tuple[Any, ...]) -> Any:
+        groups = self.num_groups or self.num_layers
+        block = self.make_block(parent=None)
+        first = _pick(per_layer, 0)
+        one = lambda g: block.init(jax.random.fold_in(key, g), carry, first, *shared, train=False)["params"]
+        boxed = jax.vmap(one)(jnp.arange(groups))
+        is_box = lambda x: isinstance(x, weights.Boxed)
+        return jax.tree.map(lambda b: b.add_axis(0, {"name": "layers"}), boxed, is_leaf=is_box)
+
+    @nn.compact
+    def __call__(
+        self, carry: Any, per_layer: Any = None, shared: tuple[Any, ...] = (), train: bool = False
+    ) -> tuple[Any, Any]:
+        """Runs all layers.
+
+        Args:
+          carry: what flows from layer to layer.
+          per_layer: per-layer inputs, a tuple with one tree a layer, or None.
+          shared: inputs that all layers see.
+          train: turns dropout on; needs a `dropout` stream.
+
+        Returns:
+          (last carry, tuple of per-layer outputs, or None where blocks return None).
+        """
+        count, groups = self.num_layers, self.num_groups or self.num_layers
+        if self.is_initializing():
+            self.param("layers", lambda key: self._init(key, carry, per_layer, shared))
+        params, _ = weights.split_axes(self.get_variable("params", "layers"))
+        extra = self.get_variable("params", "per_layer") if self.has_variable("params", "per_layer") else None
+        stored = len(params) if is_unstacked(params) else _num_stacked(params)
+        if stored != groups:
+            raise ValueError(f"{'/'.join(self.path)}/layers holds {stored} layers, the config asks for {groups}")
+        key = self.make_rng("dropout") if train else None
+        block = self.make_block(parent=None)
+        sowing = self.is_mutable_collection("intermediates") and not self.is_initializing()
+
+        def layer(p: Any, index: Any, carry: Any, inputs: Any) -> tuple[Any, Any]:
+            rngs = {} if key is None else {"dropout": jax.random.fold_in(key, index)}
+            run = lambda **kw: block.apply({"params": p}, carry, inputs, *shared, train=train, rngs=rngs, **kw)
+            if not sowing:
+                return *run(), None
+            (carry, out), sown = run(mutable=["intermediates"])
+            return carry, out, sown.get("intermediates", {})
+
+        if self.execution.stack_runner is not None:
+            return self.execution.stack_runner(layer, params, carry, per_layer)
+        run = _unrolled if is_unstacked(params) else _scanned
+        group_of = [l * groups // count for l in range(count)]
+        carry, outputs, sown = run(layer, params, extra, group_of, carry, per_layer, self.execution)
+        if sowing:
+            for index, tree in enumerate(sown):
+                self.sow("intermediates", str(index), tree)
+        return carry, outputs
+
+
+def _pick(per_layer: Any, index: int) -> Any:
+    return None if per_layer is None else per_layer[index]
+
+
+def _chunks(execution: Execution, count: int) -> int:
+    every = execution.remat_every() or 1
+    if count % every:
+        raise ValueError(f"remat={execution.remat!r} does not divide {count} layers")
+    return every
+
+
+def _unrolled(layer, params, extra, group_of, carry, per_layer, execution):
+    every, outputs, sown = _chunks(execution, len(group_of)), [], []
+
+    def params_of(index):
+        p = params[str(group_of[index])]
+        if extra is None:
+            return p
+        own = extra[str(index)] if is_unstacked(extra) else jax.tree.map(lambda x: x[index], extra)
+        return _merge(p, own)
+
+    def several(start, trees, inputs, carry):
+        out = []
+        for i, (p, x) in enumerate(zip(trees, inputs, strict=True)):
+            carry, *rest = layer(p, start + i, carry, x)
+            out.append(rest)
+        return carry, out
+
+    for start in range(0, len(group_of), every):
+        run = lambda trees, inputs, carry, start=start: several(start, trees, inputs, carry)
+        if execution.remat_every():
+            run = jax.checkpoint(run, policy=execution.remat_policy())
+        indices = range(start, start + every)
+        carry, out = run([params_of(i) for i in indices], [_pick(per_layer, i) for i in indices], carry)
+        outputs += [o for o, _ in out]
+        sown += [s for _, s in out]
+    return carry, None if all(o is None for o in outputs) else tuple(outputs), sown
+
+
+def _scanned(layer, params, extra, group_of, carry, per_layer, execution):
+    count, every = len(group_of), _chunks(execution, len(group_of))
+    if len(set(group_of)) != count:
+        params = jax.tree.map(lambda x: x[jnp.asarray(group_of)], params)
+    if extra is not None:
+        params = _merge(params, jax.tree.map(lambda *x: jnp.stack(x), *(extra[str(i)] for i in range(count)))
+                        if is_unstacked(extra) else extra)
+    inputs = None if per_layer is None else jax.tree.map(lambda *x: jnp.stack(x), *per_layer)
+    xs = (params, jnp.arange(count), inputs)
+
+    def one(carry, x):
+        p, index, inputs = x
+        carry, out, sown = layer(p, index, carry, inputs)
+        return carry, (out, sown)
+
+    checkpoint = lambda f: jax.checkpoint(f, policy=execution.remat_policy(), prevent_cse=False)
+    if every == 1:
+        carry, ys = jax.lax.scan(checkpoint(one) if execution.remat_every() else one, carry, xs)
+    else:
+        grouped = jax.tree.map(lambda x: x.reshape(count // every, every, *x.shape[1:]), xs)
+        carry, ys = jax.lax.scan(checkpoint(lambda carry, x: jax.lax.scan(one, carry, x)), carry, grouped)
+        ys = jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), ys)
+    out, sown = ys
+    split = lambda tree: [jax.tree.map(lambda x: x[i], tree) for i in range(count)]  # noqa: B023
+    return carry, None if out is None else tuple(split(out)), split(sown) if sown else []

@@ -1,0 +1,305 @@
+"""Weights: anything that can multiply.
+
+A kernel is a matrix `[in, out]`. A plain array is a weight; so is every `Weight`, a pytree node that stands
+in the parameter tree where an array stood (a low-rank update, a quantized matrix, ...). `nn.Linear` and
+`nn.Embedding` ask for nothing but the functions of this module, so a model runs any of them unchanged, and
+they nest.
+
+Source: this library's own design; the hand-written gradient of the plain product is there because autodiff's
+lands in the transposed layout, which XLA:CPU then copies.
+"""
+
+import functools
+import importlib
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from flax.core import meta
+from jax import lax
+
+from llm_jax.nn import paths
+
+Axes = jax.sharding.PartitionSpec  # logical axis names of one leaf; PartitionSpec because it is no pytree node
+
+
+class Node(struct.PyTreeNode):
+    """Anything structured that may stand in a parameter tree. Subclasses are frozen dataclasses.
+
+    Subclasses register under their qualified name, which is what `structure.json` of a checkpoint holds.
+    """
+
+    registry = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Makes the subclass a pytree node and registers it."""
+        super().__init_subclass__(**kwargs)
+        Node.registry[f"{cls.__module__}.{cls.__qualname__}"] = cls
+
+
+class Weight(Node):
+    """A structured matrix. Subclasses define `dense` and `shape`; the rest has defaults in terms of them."""
+
+    def dense(self) -> jax.Array:
+        """The matrix itself, `[in, out]`."""
+        raise TypeError(f"{type(self).__name__} does not say what its matrix is: define dense()")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape that the plain matrix would have."""
+        raise TypeError(f"{type(self).__name__} does not say its shape: define shape")
+
+    def matmul(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """`x[..., in] @ self`; `key` feeds dropout inside the weight."""
+        del key
+        return matmul(x, self.dense())
+
+    def matmul_t(self, x: jax.Array) -> jax.Array:
+        """`x[..., out] @ self.T`."""
+        return matmul_t(x, self.dense())
+
+    def take(self, ids: jax.Array) -> jax.Array:
+        """Rows of the matrix."""
+        return take(self.dense(), ids)
+
+    def axes(self, base: Axes) -> "Weight":
+        """Logical axes of the leaves, in a node of the same type, from those of the plain matrix."""
+        return jax.tree.map(lambda leaf: Axes(*base[: leaf.ndim]), self)
+
+    def cast(self, dtype: jnp.dtype) -> "Weight":
+        """Floating leaves in `dtype`; override where a leaf must keep its own (quantization scales)."""
+        return jax.tree.map(lambda leaf: _cast_leaf(leaf, dtype), self)
+
+
+def is_node(x: Any) -> bool:
+    """True for structured entries of a parameter tree."""
+    return isinstance(x, Node)
+
+
+def _cast_leaf(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+# The plain product ---------------------------------------------------------------------------------------
+
+
+def _contract(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
+    return lax.dot_general(x, w, (((x.ndim - 1,), (axis,)), ((), ())))
+
+
+def _outer(a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    lead = tuple(range(a.ndim - 1))  # contract all leading axes: reshaping them would gather sharded sequences
+    return lax.dot_general(a, b, ((lead, lead), ((), ()))).astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: jax.Array, w: jax.Array, transposed: bool) -> jax.Array:
+    return _contract(x, w, 1 if transposed else 0)
+
+
+def _product_fwd(x, w, transposed):
+    saved = (x.value if w.perturbed else None, w.value if x.perturbed else None)
+    return _contract(x.value, w.value, 1 if transposed else 0), saved
+
+
+def _product_bwd(transposed, saved, dy):
+    x, w = saved
+    if isinstance(dy, jax.custom_derivatives.SymbolicZero):
+        return None, None
+    dx = None if w is None else _contract(dy, w, 0 if transposed else 1)
+    if x is None:
+        return dx, None
+    return dx, _outer(dy, x, dy.dtype) if transposed else _outer(x, dy, dy.dtype)
+
+
+_product.defvjp(_product_fwd, _product_bwd, symbolic_zeros=True)
+
+
+def _varying(x: jax.Array) -> frozenset[str]:
+    aval = jax.typeof(x)  # jax 0.10 moved `vma` into `manual_axis_type`
+    return aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma
+
+
+def _same_varying(x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Inside `shard_map`, marks both operands as varying over the union of their manual axes."""
+    vx, vw = _varying(x), _varying(w)
+    if vx == vw:
+        return x, w
+    grow = lambda a, have: lax.pcast(a, tuple((vx | vw) - have), to="varying") if (vx | vw) - have else a
+    return grow(x, vx), grow(w, vw)
+
+
+# The protocol --------------------------------------------------------------------------------------------
+
+
+def matmul(x: jax.Array, w: Any, key: jax.Array | None = None) -> jax.Array:
+    """`x[..., in] @ w[in, out]`; `key` feeds dropout inside a structured weight."""
+    if isinstance(w, Weight):
+        return w.matmul(x, key)
+    return _product(*_same_varying(x, w), False)
+
+
+def matmul_t(x: jax.Array, w: Any) -> jax.Array:
+    """`x[..., out] @ w[in, out].T`, the tied head."""
+    if isinstance(w, Weight):
+        return w.matmul_t(x)
+    return _product(*_same_varying(x, w), True)
+
+
+def take(w: Any, ids: jax.Array) -> jax.Array:
+    """Rows of `w`: `[*ids.shape, out]`."""
+    return w.take(ids) if isinstance(w, Weight) else jnp.take(w, ids, axis=0)
+
+
+def dense(w: Any) -> jax.Array:
+    """The matrix itself."""
+    return w.dense() if isinstance(w, Weight) else w
+
+
+def cast(tree: Any, dtype: Any) -> Any:
+    """Casts floating leaves of a parameter tree; quantization scales keep their own dtype. None is a no-op."""
+    if dtype is None:
+        return tree
+    leaf = lambda w: w.cast(dtype) if isinstance(w, Weight) else jax.tree.map(lambda x: _cast_leaf(x, dtype), w)
+    return jax.tree.map(leaf, tree, is_leaf=is_node)
+
+
+def shape_of(w: Any) -> tuple[int, ...]:
+    """The shape of the plain matrix."""
+    return tuple(w.shape)
+
+
+def axes_of(w: Any, base: Axes) -> Any:
+    """Logical axes of every leaf of `w`, given those of the plain array."""
+    return w.axes(base) if isinstance(w, Weight) else base
+
+
+def count(tree: Any) -> int:
+    """Number of stored numbers."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+def bytes_of(tree: Any) -> int:
+    """Bytes of all leaves; works on abstract trees too."""
+    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+
+
+# Reading and declaring parameters ------------------------------------------------------------------------
+
+
+class Boxed(struct.PyTreeNode, meta.AxisMetadata):
+    """A parameter with its logical axes, as `init` returns it. `split_axes` takes the boxes off."""
+
+    value: Any
+    names: tuple[str | None, ...] = struct.field(pytree_node=False)
+
+    def unbox(self) -> Any:
+        """The value."""
+        return self.value
+
+    def replace_boxed(self, val: Any) -> "Boxed":
+        """The same axes around another value."""
+        return self.replace(value=val)
+
+    def add_axis(self, index: int, params: dict[str, Any]) -> "Boxed":
+        """Adds the axis `params["name"]` at `index`."""
+        names = list(self.names)
+        names.insert(index, params.get("name"))
+        return self.replace(names=tuple(names))
+
+    def remove_axis(self, index: int, params: dict[str, Any]) -> "Boxed":
+        """Removes the axis at `index`."""
+        del params
+        return self.replace(names=self.names[:index] + self.names[index + 1 :])
+
+
+def parameter(
+    module: Any,
+    name: str,
+    init: Callable[..., jax.Array],
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+) -> Any:
+    """Reads parameter `name` of a Linen module, or initialises it (float32, boxed with its logical axes).
+
+    Linen's own `param` compares the stored value with the initialiser's shape and so rejects structured
+    weights; here only the protocol's shape is compared.
+
+    Raises:
+      ValueError: if the stored weight has another shape.
+    """
+    if not module.has_variable("params", name):
+        return module.param(name, lambda key: Boxed(init(key, shape, jnp.float32), axes))
+    w = module.get_variable("params", name)
+    w = w.value if isinstance(w, Boxed) else w
+    if shape_of(w) != tuple(shape):
+        where = "/".join((*module.path, name))
+        raise ValueError(f"{where} has shape {shape_of(w)}, the config asks for {tuple(shape)}")
+    return w
+
+
+def split_axes(boxed: Any) -> tuple[Any, Any]:
+    """Splits what `init` returned into (parameters, logical axes of every parameter)."""
+    is_box = lambda x: isinstance(x, Boxed)
+    params = jax.tree.map(lambda b: b.value if is_box(b) else b, boxed, is_leaf=is_box)
+    axes = jax.tree.map(
+        lambda b: Axes(*b.names) if is_box(b) else Axes(*(None,) * jnp.ndim(b)), boxed, is_leaf=is_box
+    )
+    return params, axes
+
+
+def replace(tree: Any, patterns: str | Iterable[str], fn: Callable[[str, Any], Any]) -> Any:
+    """Replaces every weight whose path matches by `fn(path, weight)`; structured weights count as one leaf.
+
+    Raises:
+      ValueError: if a pattern matches nothing.
+    """
+    chosen = set(paths.select([p for p, _ in paths.flatten(tree, is_node)], patterns))
+    return paths.map_with_path(lambda p, w: fn(p, w) if p in chosen else w, tree, is_leaf=is_node)
+
+
+# Structure: what an array file cannot hold ---------------------------------------------------------------
+
+
+def structure(tree: Any) -> dict[str, Any]:
+    """Describes the structured nodes: `{path: {"type": name, "static": {...}}}`, JSON-ready."""
+    out = {}
+    for path, node in paths.flatten(tree, is_node):
+        if is_node(node):
+            out[path] = _describe(node)
+    return out
+
+
+def _describe(node: Node) -> dict[str, Any]:
+    static, fields = {}, {}
+    for f in node.__dataclass_fields__.values():
+        value = getattr(node, f.name)
+        if not f.metadata.get("pytree_node", True):
+            static[f.name] = list(value) if isinstance(value, tuple) else value
+        elif is_node(value):
+            fields[f.name] = _describe(value)
+        else:
+            fields[f.name] = value is not None
+    return {"type": f"{type(node).__module__}.{type(node).__qualname__}", "static": static, "fields": fields}
+
+
+def build(description: dict[str, Any], leaf: Callable[[str], Any], path: str) -> Node:
+    """Rebuilds a node from `structure`'s description; `leaf(path)` supplies the arrays.
+
+    Raises:
+      ValueError: if the type is unknown. Only types of this library are imported by name.
+    """
+    name = description["type"]
+    if name not in Node.registry and name.startswith("llm_jax."):
+        importlib.import_module(name.rpartition(".")[0])
+    if name not in Node.registry:
+        raise ValueError(f"{path}: unknown weight type {name!r}; import the module that defines it first")
+    static = {k: tuple(v) if isinstance(v, list) else v for k, v in description["static"].items()}
+    fields = {}
+    for key, value in description["fields"].items():
+        here = f"{path}/{key}"
+        fields[key] = build(value, leaf, here) if isinstance(value, dict) else (leaf(here) if value else None)
+    return Node.registry[name](**fields, **static)

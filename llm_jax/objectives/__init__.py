@@ -1,0 +1,1 @@
+"""Training objectives: `prepare` and `score`, sums per term, never means."""

@@ -1,0 +1,66 @@
+"""Next-token prediction."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax.objectives.cross_entropy import cross_entropy_sums
+from llm_jax.objectives.objective import Batch, Prepared
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalLM:
+    """Cross-entropy of every token given those before it.
+
+    Attributes:
+      z_loss: coefficient of the mean squared log-partition.
+      label_smoothing: mass moved from the label to all entries evenly.
+      chunk: positions whose logits exist at once, 0 for all.
+    """
+
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+    chunk: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing={self.label_smoothing} must lie in [0, 1)")
+        if self.z_loss < 0 or self.chunk < 0:
+            raise ValueError(f"z_loss={self.z_loss} and chunk={self.chunk} must not be negative")
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """The terms."""
+        return {"next_token": 1.0, **({"z_loss": self.z_loss} if self.z_loss else {})}
+
+    def prepare(self, batch: Batch, key: jax.Array) -> Prepared:
+        """Shifts by one.
+
+        Args:
+          batch: `input_ids` `[B, T+1]`; optional `segment_ids` `[B, T+1]` (documents, a label never crosses them) and
+            `loss_weights` `[B, T+1]` (weight of predicting each token).
+          key: unused; nothing is random here.
+        """
+        del key
+        ids = batch["input_ids"]
+        weights = batch.get("loss_weights")
+        weights = jnp.ones(ids[:, 1:].shape, jnp.float32) if weights is None else weights[:, 1:].astype(jnp.float32)
+        inputs = {"input_ids": ids[:, :-1]}
+        if "segment_ids" in batch:
+            segments = batch["segment_ids"]
+            inputs["segment_ids"] = segments[:, :-1]
+            weights = jnp.where(segments[:, 1:] == segments[:, :-1], weights, 0)
+        total = jnp.sum(weights)
+        return Prepared(inputs, (ids[:, 1:], weights), dict.fromkeys((*self.coefficients, "accuracy"), total))
+
+    def score(self, output: Any, targets: tuple[jax.Array, jax.Array]) -> dict[str, jax.Array]:
+        """Sums of every term, and of correct predictions (`accuracy`, reported and not trained)."""
+        labels, weights = targets
+        loss, squares, correct = cross_entropy_sums(
+            output.last_hidden_state, output.head, labels, weights, self.label_smoothing, self.chunk
+        )
+        terms = {"next_token": loss, "z_loss": squares} if self.z_loss else {"next_token": loss}
+        return {**terms, "accuracy": jax.lax.stop_gradient(correct)}

@@ -1,0 +1,47 @@
+"""What every objective is."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+Batch = Mapping[str, jax.Array]
+
+
+class Prepared(NamedTuple):
+    """One micro-batch, ready for the model.
+
+    Attributes:
+      inputs: keyword arguments of the model's call.
+      targets: what `score` needs.
+      weights: `{term: float32 sum of weights}`; totalled over micro-batches and devices before the loss divides.
+    """
+
+    inputs: dict[str, jax.Array]
+    targets: Any
+    weights: dict[str, jax.Array]
+
+
+class Objective(Protocol):
+    """The loss is the sum over terms of coefficient * score / total weight."""
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """`{term: coefficient}`."""
+        ...
+
+    def prepare(self, batch: Batch, key: jax.Array) -> Prepared:
+        """Masks, corrupts, permutes or shifts; pure."""
+        ...
+
+    def score(self, output: Any, targets: Any) -> dict[str, jax.Array]:
+        """`{term: float32 sum}` of a model's `Output`."""
+        ...
+
+
+def total_loss(objective: Objective, scores: Mapping[str, jax.Array], weights: Mapping[str, jax.Array]) -> jax.Array:
+    """The loss from score sums and total weights; a term without weight counts nothing."""
+    total = 0.0
+    for term, coefficient in objective.coefficients.items():
+        total = total + coefficient * scores[term] / jax.numpy.maximum(weights[term], 1e-8)
+    return total

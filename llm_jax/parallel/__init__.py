@@ -1,0 +1,1 @@
+"""Plans: meshes, sharding rules, ZeRO."""

@@ -1,0 +1,160 @@
+"""A plan: how a run is spread over devices, as one object built from a config.
+
+Data parallelism, hybrid replicas, tensor parallelism (Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053) and
+ZeRO 1-3 in any combination.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llm_jax.nn import paths, weights
+from llm_jax.nn.execution import Execution
+from llm_jax.parallel import zero
+from llm_jax.parallel.mesh import make_mesh
+from llm_jax.parallel.rules import TENSOR_PARALLEL, Rules, logical_axes, place
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanConfig:
+    """How a run is spread over devices.
+
+    Attributes:
+      data: devices along the batch; -1 takes all that are left.
+      replica: groups of `data` devices that hold whole copies (hybrid ZeRO divides inside a group only).
+      model: devices along heads, feed-forward and vocabulary (tensor parallelism).
+      zero: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters divided over `data`.
+      remat: see `nn.Execution`.
+      attention: see `nn.Execution`.
+      precision: fp32, bf16 or fp16.
+      master: `in_params` or `in_optimizer`, where the float32 copy of the weights lives.
+      unroll: run layers unrolled rather than scanned (faster steps on a CPU, compile time grows with depth).
+    """
+
+    data: int = -1
+    replica: int = 1
+    model: int = 1
+    zero: int = 0
+    remat: str = "none"
+    attention: str = "auto"
+    precision: str = "fp32"
+    master: str = "in_params"
+    unroll: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks ranges."""
+        if self.zero not in (0, 1, 2, 3):
+            raise ValueError(f"zero={self.zero} is none of 0, 1, 2, 3")
+        for name in ("replica", "model"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        Execution(remat=self.remat, attention=self.attention)
+
+
+class Plan:
+    """A plan config on real devices.
+
+    Attributes:
+      config: the config.
+      mesh: the devices.
+      rules: logical to mesh axes, for one model.
+      notes: what stays replicated for the whole model, and why.
+    """
+
+    def __init__(self, config: PlanConfig, model_config: Any, devices: Any = None) -> None:
+        """Builds the mesh and the rules.
+
+        Heads are divided only where the axis divides both query and key heads; otherwise attention is replicated.
+        """
+        self.config = config
+        sizes = {"replica": config.replica, "data": config.data, "model": config.model}
+        self.mesh = make_mesh(sizes, devices)
+        self.rules: Rules = dict(TENSOR_PARALLEL)
+        self.notes: list[str] = []
+        heads = getattr(model_config, "num_heads", 1)
+        kv = getattr(model_config, "num_kv_heads", heads)
+        if heads % config.model or kv % config.model:
+            self.rules = {**self.rules, "heads": None, "kv": None}
+            self.notes.append(f"attention is replicated: {heads} query and {kv} key heads do not divide by "
+                              f"model={config.model}")
+
+    @property
+    def batch_divisor(self) -> int:
+        """Rows of every micro-batch must divide by this."""
+        return self.mesh.shape["replica"] * self.mesh.shape["data"]
+
+    def check_batch(self, batch_size: int, accumulation: int = 1) -> None:
+        """Raises ValueError where the batch does not divide."""
+        need = self.batch_divisor * accumulation
+        if batch_size % need:
+            raise ValueError(
+                f"training.batch_size={batch_size} does not divide by {need} "
+                f"(data={self.batch_divisor} x accumulation={accumulation})"
+            )
+
+    def execution(self, **changes: Any) -> Execution:
+        """How the model runs under this plan."""
+        return Execution(
+            **{"remat": self.config.remat, "attention": self.config.attention, "constrain": self.constrain, **changes}
+        )
+
+    def constrain(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        """Pins an activation's sharding; dimensions that do not divide stay free."""
+        if self.mesh.size == 1:
+            return x
+        return jax.lax.with_sharding_constraint(x, self._named(place(P(*axes), x.shape, self.rules, self.mesh).spec))
+
+    def _named(self, specs: Any) -> Any:
+        return jax.tree.map(lambda s: NamedSharding(self.mesh, s), specs, is_leaf=lambda s: isinstance(s, P))
+
+    def batch_sharding(self) -> NamedSharding:
+        """Rows over replicas and data."""
+        return NamedSharding(self.mesh, P(("replica", "data")))
+
+    def specs(self, params: Any, axes: Any, divided: bool) -> Any:
+        """Mesh axes of every parameter leaf; `divided` adds ZeRO's axis."""
+        names = logical_axes(params, axes)
+        is_spec = lambda x: isinstance(x, P)
+        flat = [
+            place(n, x.shape, self.rules, self.mesh).spec
+            for n, x in zip(jax.tree.leaves(names, is_leaf=is_spec), jax.tree.leaves(params), strict=True)
+        ]
+        specs = jax.tree.unflatten(jax.tree.structure(params), flat)
+        return zero.divide_tree(specs, params, names, self.mesh, "data") if divided else specs
+
+    def param_shardings(self, params: Any, axes: Any) -> Any:
+        """Shardings that parameters are stored in."""
+        return self._named(self.specs(params, axes, self.config.zero >= 3))
+
+    def grad_shardings(self, params: Any, axes: Any) -> Any:
+        """Shardings that gradients are kept in."""
+        return self._named(self.specs(params, axes, self.config.zero >= 2))
+
+    def state_shardings(self, state: Any, axes: Any) -> Any:
+        """Shardings of a whole `TrainState` (abstract)."""
+        stored = self.specs(state.params, axes, self.config.zero >= 3)
+        inner = self.specs(state.params, axes, self.config.zero >= 1)
+        flat = zip(paths.flatten(state.params), jax.tree.leaves(inner, is_leaf=lambda x: isinstance(x, P)), strict=True)
+        by_path = {path: (tuple(leaf.shape), spec) for (path, leaf), spec in flat}
+        axis = "data" if self.config.zero >= 1 else None
+        whole = zero.state_specs(state.replace(params=None), by_path, self.mesh, axis)
+        return self._named(whole.replace(params=stored))
+
+    def describe(self, params: Any, axes: Any) -> str:
+        """Per parameter: shape, logical axes, mesh axes, bytes per device, and what stays replicated and why."""
+        names = logical_axes(params, axes)
+        is_spec = lambda x: isinstance(x, P)
+        specs = jax.tree.leaves(self.specs(params, axes, self.config.zero >= 3), is_leaf=is_spec)
+        logical = jax.tree.leaves(names, is_leaf=is_spec)
+        lines = [f"mesh {dict(self.mesh.shape)}, zero {self.config.zero}", *self.notes]
+        for (path, leaf), spec, name in zip(paths.flatten(params), specs, logical, strict=True):
+            shard = NamedSharding(self.mesh, spec).shard_shape(tuple(leaf.shape))
+            size = weights.bytes_of(jax.ShapeDtypeStruct(shard, leaf.dtype))
+            why = place(name, leaf.shape, self.rules, self.mesh).why
+            dtype = jnp.dtype(leaf.dtype).name
+            lines.append(f"{path}  {dtype}{list(leaf.shape)}  {tuple(name)}  {tuple(spec)}  {size:,} B  {why}".rstrip())
+        return "\n".join(lines)

@@ -1,0 +1,66 @@
+"""ZeRO: which of parameters, gradients and optimizer state are divided over the data axis.
+
+Source: Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054. Stage 1 divides the optimizer state, 2 the
+gradients too, 3 the parameters too. All three are the same sharding, chosen here; the compiler inserts the
+reduce-scatters and all-gathers.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from llm_jax.nn import paths
+
+
+def divide(spec: P, shape: tuple[int, ...], mesh: Mesh, axis: str, avoid: tuple[int, ...] = ()) -> P:
+    """Adds `axis` at the largest free dimension that divides; unchanged where none does.
+
+    `avoid` lists dimensions taken only if no other divides (the layer axis, along which the scan slices).
+    """
+    size = mesh.shape[axis]
+    parts = [*spec, *(None,) * (len(shape) - len(spec))]
+    free = [i for i, (n, s) in enumerate(zip(shape, parts, strict=True)) if s is None and n % size == 0 and n > 0]
+    if size == 1 or not free:
+        return P(*parts)
+    best = max(free, key=lambda i: (i not in avoid, shape[i], -i))
+    parts[best] = axis
+    return P(*parts)
+
+
+def divide_tree(specs: Any, params: Any, names: Any, mesh: Mesh, axis: str) -> Any:
+    """`divide` for every parameter."""
+    is_spec = lambda x: isinstance(x, P)
+    flat_names = [n for _, n in paths.flatten(names, is_spec)]
+    leaves, tree = jax.tree.flatten(params)
+    flat = [
+        divide(s, x.shape, mesh, axis, tuple(i for i, n in enumerate(n_) if n == "layers"))
+        for s, x, n_ in zip(jax.tree.leaves(specs, is_leaf=is_spec), leaves, flat_names, strict=True)
+    ]
+    return jax.tree.unflatten(tree, flat)
+
+
+def state_specs(state: Any, by_path: Mapping[str, tuple[tuple[int, ...], P]], mesh: Mesh, axis: str | None) -> Any:
+    """Specs for optimizer state, averages and masters.
+
+    A leaf whose path ends like a parameter's and has its shape takes the parameter's spec; any other leaf is divided
+    along its largest free dimension, or replicated where `axis` is None.
+
+    Args:
+      state: abstract tree.
+      by_path: `{parameter path: (shape, spec)}`.
+      mesh: devices.
+      axis: mesh axis to divide over.
+    """
+
+    def one(path: str, leaf: Any) -> P:
+        parts = path.split("/")
+        for i in range(len(parts)):
+            hit = by_path.get("/".join(parts[i:]))
+            if hit is not None and hit[0] == tuple(leaf.shape):
+                return hit[1]
+        return P() if axis is None else divide(P(), leaf.shape, mesh, axis)
+
+    return paths.map_with_path(one, state)

@@ -1,0 +1,108 @@
+"""Numbers of a run: JSON lines, TensorBoard events, the loss plot, and how well the hardware is used."""
+
+import json
+import math
+from typing import Any
+
+import jax
+import tensorboardX
+from etils import epath
+
+from llm_jax.nn import paths, weights
+
+# dense bf16 peak FLOP/s per chip, from the makers' data sheets
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def flops_per_token(params: Any, num_layers: int, length: int, attention_dim: int) -> float:
+    """Model FLOPs per trained token: `6 P + 12 L T A`.
+
+    P counts the parameters that multiply (all but embedding tables; a tied table counts, as the head uses it), T is
+    the sequence length and A the width of the attention (heads times head size). 6 is 2 for the forward and 4 for the
+    backward product; attention adds 2 * 2 * T * A per layer forward (scores and values), times 3, not halved for
+    causality (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B). Recomputation is not counted.
+    """
+    names = [p for p, _ in paths.flatten(params, weights.is_node)]
+    untied = any(p.startswith("head/") for p in names)
+    total = 0
+    for path, leaf in paths.flatten(params, weights.is_node):
+        lookup_only = path == "positions/embedding" or (path == "embed/embedding" and untied)
+        if not lookup_only:
+            total += math.prod(leaf.shape)
+    return 6.0 * total + 12.0 * num_layers * length * attention_dim
+
+
+def peak_flops() -> float | None:
+    """Peak of one device of this run, None where unknown (CPUs)."""
+    kind = jax.devices()[0].device_kind
+    return next((peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name)), None)
+
+
+class MetricsWriter:
+    """Appends to `metrics.jsonl` and TensorBoard; only the first process writes."""
+
+    def __init__(self, workdir: epath.PathLike, first_step: int) -> None:
+        """Lines after `first_step`, left by a run that was killed after its last checkpoint, are dropped."""
+        self.file = epath.Path(workdir) / "metrics.jsonl"
+        self.active = jax.process_index() == 0
+        if not self.active:
+            return
+        kept = [r for r in read_metrics(workdir) if r["step"] <= first_step]
+        self.file.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        self._board = tensorboardX.SummaryWriter(str(epath.Path(workdir) / "tensorboard"), purge_step=first_step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One line; values that are not finite are written as null."""
+        if not self.active:
+            return
+        clean = {k: (v if math.isfinite(v) else None) for k, v in values.items()}
+        with self.file.open("a") as f:
+            f.write(json.dumps({"step": step, **clean}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes the event file."""
+        if self.active:
+            self._board.close()
+
+
+def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
+    """All complete lines of `metrics.jsonl`."""
+    file = epath.Path(workdir) / "metrics.jsonl"
+    rows = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # cut short by a kill
+            continue
+    return rows
+
+
+def plot_loss(workdir: epath.PathLike) -> epath.Path:
+    """Draws training and held-out loss against the step into `loss.png`."""
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(workdir)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, style, label in (("train/loss", "-", "training"), ("eval/loss", "o-", "held out")):
+        points = [(r["step"], r[name]) for r in rows if r.get(name) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2, markersize=4)
+    axes.set(xlabel="step", ylabel="cross-entropy (nats per token)", title=epath.Path(workdir).name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = epath.Path(workdir) / "loss.png"
+    with path.open("wb") as f:
+        figure.savefig(f, format="png", dpi=120)
+    return path

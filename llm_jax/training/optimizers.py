@@ -1,0 +1,136 @@
+"""Optimizers and schedules from a config.
+
+Sources: Kingma and Ba 2015; Loshchilov and Hutter 2019 (AdamW); Shazeer and Stern 2018 (Adafactor); Chen et al. 2023
+(Lion); Jordan et al. 2024 (Muon); Vaswani et al. 2017, section 5.3 (Noam); Hu et al. 2024 (warmup-stable-decay).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax import contrib
+
+from llm_jax.nn import paths
+
+Schedule = Callable[[Any], Any]
+NAMES = ("adam", "adamw", "adafactor", "lion", "muon", "sgd")
+SCHEDULES = ("constant", "linear", "cosine", "wsd", "noam")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """An optimizer with its schedule.
+
+    Attributes:
+      name: adam, adamw, adafactor, lion, muon (kernels; the rest takes adamw) or sgd.
+      learning_rate: peak; for `noam` the factor in front of the paper's formula.
+      schedule: constant, linear, cosine, wsd (constant, then linear decay) or noam; all but noam warm up linearly.
+      warmup_steps: optimizer steps.
+      decay_steps: wsd: length of the last phase, optimizer steps; 0 takes a tenth of all steps.
+      final_ratio: last rate over peak.
+      b1: first-moment decay (momentum for muon and sgd).
+      b2: second-moment decay.
+      eps: denominator offset.
+      weight_decay: decoupled decay of what `decay` matches.
+      decay: patterns of decayed parameters; matrices by default, never norms and biases.
+      clip_norm: global gradient norm is clipped here; 0 never clips.
+      noam_dim: D of the Noam formula.
+    """
+
+    name: str = "adamw"
+    learning_rate: float = 3e-4
+    schedule: str = "cosine"
+    warmup_steps: int = 0
+    decay_steps: int = 0
+    final_ratio: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    decay: tuple[str, ...] = ("*kernel*", "*embedding*")
+    clip_norm: float = 1.0
+    noam_dim: int = 512
+
+    def __post_init__(self) -> None:
+        """Checks names and ranges."""
+        if self.name not in NAMES:
+            raise ValueError(f"optimizer name={self.name!r} is none of {', '.join(NAMES)}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule={self.schedule!r} is none of {', '.join(SCHEDULES)}")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate={self.learning_rate} must be positive")
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
+    """Learning rate as a function of the optimizer step, counted from 0."""
+    c, peak, warmup = config, config.learning_rate, config.warmup_steps
+    if c.schedule == "noam":
+        w = max(warmup, 1)
+        return lambda t: peak * c.noam_dim**-0.5 * jnp.minimum((t + 1.0) ** -0.5, (t + 1.0) * w**-1.5)
+    rest = max(steps - warmup, 1)
+    if c.schedule == "constant":
+        after = optax.constant_schedule(peak)
+    elif c.schedule == "linear":
+        after = optax.linear_schedule(peak, peak * c.final_ratio, rest)
+    elif c.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, rest, c.final_ratio)
+    else:
+        tail = min(c.decay_steps or max(steps // 10, 1), rest)
+        after = optax.join_schedules(
+            [optax.constant_schedule(peak), optax.linear_schedule(peak, peak * c.final_ratio, tail)], [rest - tail]
+        )
+    if not warmup:
+        return after
+    ramp = lambda t: peak * (t + 1.0) / warmup  # the first step already learns
+    return optax.join_schedules([ramp, after], [warmup])
+
+
+def _is_stacked(path: str) -> bool:
+    parts = path.split("/")
+    return "layers" in parts and not parts[parts.index("layers") + 1].isdigit()
+
+
+def per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Runs `tx` on every layer of stacked leaves by itself.
+
+    Optimizers whose statistics span a leaf (Adafactor's factors, Muon's orthogonalisation) would otherwise treat a
+    stacked tree differently from an unrolled one.
+    """
+    layered = optax.GradientTransformation(
+        lambda p: jax.vmap(tx.init)(p) if jax.tree.leaves(p) else optax.EmptyState(),
+        lambda g, s, p=None: jax.vmap(tx.update)(g, s, p) if jax.tree.leaves(g) else (g, s),
+    )
+    labels = lambda params: paths.map_with_path(lambda p, _: "stacked" if _is_stacked(p) else "plain", params)
+    return optax.partition({"stacked": layered, "plain": tx}, labels)
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """The update rule without clipping, which the step does itself (it needs the norm anyway)."""
+    c, rate = config, make_schedule(config, steps)
+    match = paths.matcher(c.decay)
+    mask = lambda params: paths.map_with_path(lambda p, _: match(p) and not p.endswith("bias"), params)
+    decay = optax.add_decayed_weights(c.weight_decay, mask) if c.weight_decay else optax.identity()
+    scale = optax.scale_by_learning_rate(rate)
+    adam = optax.scale_by_adam(c.b1, c.b2, c.eps)
+    if c.name == "adam":
+        return optax.chain(adam, scale)
+    if c.name == "adamw":
+        return optax.chain(adam, decay, scale)
+    if c.name == "lion":
+        return optax.chain(optax.scale_by_lion(c.b1, c.b2), decay, scale)
+    if c.name == "sgd":
+        return optax.chain(optax.trace(c.b1) if c.b1 else optax.identity(), decay, scale)
+    if c.name == "adafactor":
+        factored = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+        return optax.chain(per_layer(factored), decay, scale)
+    kinds = lambda params: paths.map_with_path(
+        lambda p, x: "muon" if p.endswith("kernel") and x.ndim - _is_stacked(p) == 2 else "adam", params
+    )
+    matrix = lambda tree: jax.tree.map(lambda _: contrib.MuonDimensionNumbers(0, 1), tree)
+    muon = contrib.scale_by_muon(beta=c.b1, weight_dimension_numbers=matrix)
+    shape = lambda tree: jax.tree.map(lambda u: u * max(1.0, u.shape[1] / u.shape[0]) ** 0.5, tree)
+    muon = per_layer(optax.chain(muon, optax.stateless(lambda updates, _: shape(updates))))
+    return optax.chain(optax.partition({"muon": muon, "adam": adam}, kinds), decay, scale)

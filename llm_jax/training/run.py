@@ -1,0 +1,273 @@
+"""A whole training run from one config: the function behind `experiments/train.py` and the notebooks."""
+
+import dataclasses
+import functools
+import json
+import logging
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from llm_jax import config as configs
+from llm_jax.data import corpora, packing, tokenizers, tokens
+from llm_jax.data.loader import Loader, eval_batches
+from llm_jax.models import registry
+from llm_jax.models.gpt import GPTConfig
+from llm_jax.nn import weights
+from llm_jax.objectives.causal_lm import CausalLM
+from llm_jax.parallel.plan import Plan, PlanConfig
+from llm_jax.training import metrics
+from llm_jax.training.checkpoints import Checkpoints
+from llm_jax.training.loop import LoopConfig, run_loop, summarize
+from llm_jax.training.optimizers import OptimizerConfig, make_optimizer
+from llm_jax.training.precision import Precision
+from llm_jax.training.state import TrainState, init_state
+from llm_jax.training.step import StepConfig, make_eval_step, make_train_step
+from llm_jax.training.workdir import Workdir
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What a run reads.
+
+    Attributes:
+      source: `stdlib`, a file, a folder, a glob, or several joined by commas.
+      tokenizer: a `tokenizer.json` or a folder with one; None trains one on the training split.
+      tokenizer_kind: of the trained one: bpe, wordpiece, unigram, char. Its size is the model's vocab_size.
+      validation_share: share held out.
+      split: `hash` (whole documents) or `tail` (the end of every document).
+      packing: `stream` (rows cut anywhere) or `whole` (whole documents side by side, padded).
+      segments: stream: attention and labels do not cross documents.
+      text_field: field of JSON rows and Parquet tables.
+      cache: local folder for tokenized data; None takes the work directory's `tokens`.
+    """
+
+    source: str = "stdlib"
+    tokenizer: str | None = None
+    tokenizer_kind: str = "bpe"
+    validation_share: float = 0.02
+    split: str = "hash"
+    packing: str = "stream"
+    segments: bool = False
+    text_field: str = "text"
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        """Checks names and ranges."""
+        if self.packing not in ("stream", "whole"):
+            raise ValueError(f"packing={self.packing!r} is neither stream nor whole")
+        if not 0 <= self.validation_share < 1:
+            raise ValueError(f"validation_share={self.validation_share} must lie in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that defines a run."""
+
+    model: Any = GPTConfig()
+    data: DataConfig = DataConfig()
+    objective: CausalLM = CausalLM()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    plan: PlanConfig = PlanConfig()
+    training: LoopConfig = LoopConfig()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**configs.to_dict(self), "model": registry.to_dict(self.model)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "RunConfig":
+        """Undoes `to_dict`; raises ConfigError on anything unknown."""
+        rest = dict(values)
+        model = registry.from_dict(rest.pop("model", {"family": "gpt"}))
+        return dataclasses.replace(configs.from_dict(cls, rest), model=model)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a finished run hands on."""
+
+    state: TrainState
+    model: Any
+    tokenizer: tokenizers.Tokenizer
+    evaluation: dict[str, float]
+
+
+def get_tokenizer(config: RunConfig, workdir: epath.Path) -> tokenizers.Tokenizer:
+    """The run's tokenizer: named, left by an earlier start, or trained on the training split."""
+    if config.data.tokenizer is not None:
+        tokenizer = tokenizers.load(config.data.tokenizer)
+    elif (workdir / "tokenizer.json").exists():
+        tokenizer = tokenizers.load(workdir)
+    else:
+        log.info("training a %s tokenizer of %d entries", config.data.tokenizer_kind, config.model.vocab_size)
+        share = config.data.validation_share if config.data.split == "hash" else 0.0
+        texts = (
+            d.text
+            for d in corpora.documents(config.data.source, text_field=config.data.text_field)
+            if d.text and corpora.split_of(d, share) == "train"
+        )
+        tokenizer = tokenizers.train(texts, config.data.tokenizer_kind, config.model.vocab_size)
+    tokens.check_vocabulary(tokenizer, config.model.vocab_size)
+    if not (workdir / "tokenizer.json").exists():
+        tokenizer.save(workdir)
+    return tokenizer
+
+
+def get_rows(
+    config: RunConfig, tokenizer: tokenizers.Tokenizer, workdir: epath.Path, encode: tokens.Encode | None, kind: str
+) -> tuple[Any, Any, float]:
+    """(training rows, held-out rows or None, tokens per byte of the held-out text)."""
+    data, length = config.data, config.training.sequence_length
+    cache = data.cache or workdir / "tokens"
+    stores = tokens.build(
+        data.source, tokenizer, cache, data.validation_share, encode, kind, data.text_field, data.split
+    )
+    make = functools.partial(packing.StreamRows, segments=data.segments)
+    if data.packing == "whole":
+        make = packing.WholeRows
+    held = stores["validation"]
+    enough = len(held.ids) > (length if data.packing == "stream" else 1)
+    ratio = len(held.ids) / held.text_bytes if held.text_bytes and held.weights is None else 0.0
+    return make(stores["train"], length), make(held, length) if enough else None, ratio
+
+
+def train(
+    config: RunConfig,
+    workdir: epath.PathLike,
+    params: Any = None,
+    tokenizer: tokenizers.Tokenizer | None = None,
+    encode: tokens.Encode | None = None,
+    kind: str = "text",
+    restore_step: int | None = None,
+) -> Trained:
+    """Trains, or resumes where the work directory's last checkpoint stands.
+
+    Args:
+      config: the run.
+      workdir: everything the run writes.
+      params: start from these parameters (fine-tuning); fresh ones by default. Not needed to resume in principle, but
+        their structure must be the same.
+      tokenizer: of the loaded model; the config's by default.
+      encode: how documents become ids (chat turns with loss masks); plain text by default.
+      kind: names `encode` in the token cache.
+      restore_step: checkpoint to resume from; the newest by default.
+
+    Raises:
+      CorpusError, TokenizerError, ConfigError, CheckpointError, WorkdirError, TrainingError: each with one line.
+      Interrupted: on SIGINT or SIGTERM, after saving.
+    """
+    with Workdir(workdir) as claimed:
+        claimed.settle_config(config.to_dict())
+        return _train(config, claimed.path, params, tokenizer, encode, kind, restore_step)
+
+
+def _train(config, workdir, params, tokenizer, encode, kind, restore_step):
+    c = config.training
+    limit = getattr(config.model, "context_length", None)
+    if limit is not None and c.sequence_length > limit:
+        raise configs.ConfigError(
+            f"training.sequence_length={c.sequence_length} exceeds model.context_length={limit}"
+        )
+    plan = Plan(config.plan, config.model)
+    plan.check_batch(c.batch_size, c.accumulation)
+    if tokenizer is None:
+        tokenizer = get_tokenizer(config, workdir)
+    elif not (workdir / "tokenizer.json").exists():
+        tokenizer.save(workdir)
+    rows, held, tokens_per_byte = get_rows(config, tokenizer, workdir, encode, kind)
+    loader = Loader(rows, c.batch_size, c.seed)
+
+    model = config.model.make(plan.execution())
+    tx = make_optimizer(config.optimizer, c.steps)
+    precision = Precision(config.plan.precision, config.plan.master)
+    example = jax.ShapeDtypeStruct((plan.batch_divisor, c.sequence_length), np.int32)
+    boxed = jax.eval_shape(lambda key, ids: model.init(key, ids)["params"], jax.random.key(0), example)
+    abstract, axes = weights.split_axes(boxed)
+    abstract = abstract if params is None else jax.eval_shape(lambda: params)
+
+    def init(key, given):
+        init_key, step_key = jax.random.split(key)
+        if given is None:
+            given = weights.split_axes(model.init(init_key, np.zeros(example.shape, example.dtype))["params"])[0]
+        return init_state(given, tx, step_key, precision, c.trainable, ema=c.ema > 0)
+
+    key = jax.random.key(c.seed)
+    shapes = jax.eval_shape(init, key, params)
+    shardings = plan.state_shardings(shapes, axes)
+    checkpoints = Checkpoints(workdir / "checkpoints", c.keep_last, c.keep_best)
+    if checkpoints.latest() is None:
+        state = jax.jit(init, out_shardings=shardings)(key, params)
+    else:
+        restored = checkpoints.restore(shapes, restore_step, shardings)
+        state = restored.state
+        loader.restore(restored.run["data"])
+        log.info("resuming from step %d", restored.step)
+
+    grads = plan.grad_shardings(abstract, axes)
+    pin = lambda tree: jax.tree.map(
+        lambda g, s: None if g is None else jax.lax.with_sharding_constraint(g, s), tree, grads,
+        is_leaf=lambda x: x is None,
+    )
+    options = StepConfig(c.accumulation, config.optimizer.clip_norm, c.ema, c.trainable, precision, config.plan.unroll)
+    step = make_train_step(
+        model, config.objective, tx, options, constrain_grads=pin if plan.mesh.size > 1 else lambda g: g
+    )
+    step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    rows_sharding = plan.batch_sharding()
+    local = functools.partial(jax.make_array_from_process_local_data, rows_sharding)
+    place = lambda batch: {k: local(v) for k, v in batch.items()}
+    place_global = lambda batch: jax.device_put(batch, rows_sharding)
+    plain = dataclasses.replace(config.objective, label_smoothing=0.0, z_loss=0.0)
+    eval_step = jax.jit(make_eval_step(model, plain, precision))
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        if held is None:
+            return {}
+        return evaluate_rows(eval_step, state.params, held, c.batch_size, c.eval_batches, place_global, tokens_per_byte)
+
+    size = config.model
+    heads = getattr(size, "head_dim", None) or size.model_dim // size.num_heads
+    flops = metrics.flops_per_token(abstract, size.num_layers, c.sequence_length, size.num_heads * heads)
+    peak = metrics.peak_flops()
+    writer = metrics.MetricsWriter(workdir, int(state.step))
+    log.info("%s parameters in %s", f"{weights.count(abstract):,}", workdir)
+    try:
+        state, evaluation = run_loop(
+            *(state, step, loader, place, checkpoints, writer, c, evaluate, {"config": config.to_dict()}),
+            flops_per_token=flops,
+            peak_flops=None if peak is None else peak * jax.device_count(),
+            workdir=workdir,
+        )
+    finally:
+        writer.close()
+        checkpoints.close()
+        if jax.process_index() == 0 and metrics.read_metrics(workdir):
+            metrics.plot_loss(workdir)
+    return Trained(state, config.model.make(), tokenizer, evaluation)
+
+
+def evaluate_rows(
+    eval_step: Any, params: Any, rows: Any, batch_size: int, limit: int, place: Any, tokens_per_byte: float
+) -> dict[str, float]:
+    """Sums scores over held-out rows (`limit` batches, 0 for all) and summarizes them."""
+    sums: dict[str, float] = {}
+    totals: dict[str, float] = {}
+    for batch in eval_batches(rows, batch_size, limit or None):
+        scores, counts = jax.device_get(eval_step(params, place(batch)))
+        for into, values in ((sums, scores), (totals, counts)):
+            for name, value in values.items():
+                into[name] = into.get(name, 0.0) + float(value)
+    return summarize(sums, totals, tokens_per_byte)
+
+
+def load_config(workdir: epath.PathLike) -> RunConfig:
+    """The config that a run left in its work directory."""
+    file = epath.Path(workdir) / "config.json"
+    if not file.exists():
+        raise configs.ConfigError(f"{workdir} holds no run: config.json is missing")
+    return RunConfig.from_dict(json.loads(file.read_text()))

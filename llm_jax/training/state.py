@@ -1,0 +1,64 @@
+"""The training state: everything that a resumed run needs, as one pytree."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from llm_jax.nn import weights
+from llm_jax.training.precision import LossScale, Precision
+from llm_jax.training.trainable import partition
+
+
+class TrainState(struct.PyTreeNode):
+    """State between two steps.
+
+    Attributes:
+      step: batches seen, int32 (also those whose update was skipped).
+      params: all parameters, in the dtype they are stored in.
+      opt_state: optimizer state of the trainable part.
+      master: float32 copy of the trainable part, None where the parameters are their own master.
+      loss_scale: fp16 only.
+      carry: what runs on from batch to batch (memories), None without.
+      key: every random draw of step t comes from `fold_in(key, t)`.
+      average: exponential moving average of the trainable part, None without.
+      bad_steps: consecutive steps with a non-finite loss or gradient.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    master: Any
+    loss_scale: LossScale | None
+    carry: Any
+    key: jax.Array
+    average: Any
+    bad_steps: jax.Array
+
+
+def init_state(
+    params: Any,
+    tx: optax.GradientTransformation,
+    key: jax.Array,
+    precision: Precision = Precision(),
+    trainable: tuple[str, ...] | None = None,
+    ema: bool = False,
+) -> TrainState:
+    """The state before the first step; pure, so it runs under jit with the plan's shardings."""
+    wide = weights.cast(partition(params, trainable)[0], jnp.float32) if precision.keeps_master else None
+    params = precision.stored(params)
+    master = wide
+    learn = partition(params, trainable)[0] if master is None else master
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        opt_state=tx.init(learn),
+        master=master,
+        loss_scale=precision.init_scale(),
+        carry=None,
+        key=key,
+        average=jax.tree.map(lambda x: x.astype(jnp.float32), learn) if ema else None,
+        bad_steps=jnp.int32(0),
+    )

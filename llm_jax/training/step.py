@@ -1,0 +1,168 @@
+"""One optimizer step as a pure function: micro-batches, precision, clipping, the non-finite guard, averages."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from llm_jax.nn import weights
+from llm_jax.nn.stack import unstack
+from llm_jax.nn.ties import Ties, expand
+from llm_jax.objectives.objective import Objective, total_loss
+from llm_jax.training.precision import Precision
+from llm_jax.training.state import TrainState
+from llm_jax.training.trainable import combine, partition
+
+Step = Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def _same(tree: Any) -> Any:
+    return tree
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """Options of the step.
+
+    Attributes:
+      accumulation: micro-batches per step; rows of the batch must divide by it.
+      clip_norm: global gradient norm is clipped here, 0 never.
+      ema: decay of the moving average, 0 for none.
+      trainable: patterns of what trains, None for everything.
+      precision: compute dtype and master copy.
+      unroll: run the layers unrolled; the state stays stacked.
+    """
+
+    accumulation: int = 1
+    clip_norm: float = 1.0
+    ema: float = 0.0
+    trainable: tuple[str, ...] | None = None
+    precision: Precision = Precision()
+    unroll: bool = False
+
+
+def make_train_step(
+    model: Any,
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    config: StepConfig = StepConfig(),
+    ties: Ties | None = None,
+    constrain_params: Callable[[Any], Any] = _same,
+    constrain_grads: Callable[[Any], Any] = _same,
+) -> Step:
+    """Builds `step(state, batch) -> (state, metrics)`; jit it with the state donated.
+
+    The loss is `sum(coefficient * score / weight)`, each term's weight totalled over all micro-batches before any
+    backward pass, so accumulation gives the gradient of one large batch. A step whose loss or gradient is not finite
+    changes nothing but `step`, `bad_steps` and the loss scale.
+
+    Args:
+      model: Linen module.
+      objective: see `objectives.objective`.
+      tx: optimizer without clipping.
+      config: options.
+      ties: shared parameters, expanded before every `apply`.
+      constrain_params: pins the sharding of parameters in the forward pass (ZeRO).
+      constrain_grads: pins the sharding of gradients (ZeRO-2 and 3).
+
+    Raises:
+      ValueError: when traced with a batch that does not divide by `accumulation`.
+    """
+    precision = config.precision
+
+    def loss_fn(trainable, frozen, prepared, totals, key, scale):
+        params = constrain_params(weights.cast(combine(trainable, frozen), precision.dtype))
+        params = expand(params, ties) if ties else params
+        params = unstack(params) if config.unroll else params
+        out = model.apply({"params": params}, **prepared.inputs, train=True, rngs={"dropout": key})
+        scores = objective.score(out, prepared.targets)
+        return total_loss(objective, scores, totals) * scale, scores
+
+    def step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
+        count = config.accumulation
+        rows = jax.tree.leaves(batch)[0].shape[0]
+        if rows % count:
+            raise ValueError(f"a batch of {rows} rows does not divide into {count} micro-batches")
+        key = jax.random.fold_in(state.key, state.step)
+        trainable, frozen = partition(state.params, config.trainable)
+        scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
+        gradient = jax.value_and_grad(loss_fn, has_aux=True)
+
+        def micro_keys(index):
+            return jax.random.split(jax.random.fold_in(key, index))
+
+        if count == 1:
+            prepare_key, dropout_key = micro_keys(0)
+            prepared = objective.prepare(batch, prepare_key)
+            totals = prepared.weights
+            (loss, scores), grads = gradient(trainable, frozen, prepared, totals, dropout_key, scale)
+            grads = constrain_grads(grads)
+        else:
+            split = lambda x: x.reshape(rows // count, count, *x.shape[1:]).swapaxes(0, 1)
+            prepared = jax.vmap(lambda b, i: objective.prepare(b, micro_keys(i)[0]))(
+                jax.tree.map(split, dict(batch)), jnp.arange(count)
+            )
+            totals = jax.tree.map(lambda w: jnp.sum(w, axis=0), prepared.weights)
+
+            def one(carry, x):
+                index, micro = x
+                out = gradient(trainable, frozen, micro, totals, micro_keys(index)[1], scale)
+                (loss, scores), grads = out
+                grads = constrain_grads(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+                return jax.tree.map(jnp.add, carry, (loss, scores, grads)), None
+
+            zero = jnp.float32(0)
+            zeros = constrain_grads(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable))
+            start = (zero, dict.fromkeys(totals, zero), zeros)
+            (loss, scores, grads), _ = jax.lax.scan(one, start, (jnp.arange(count), prepared))
+
+        unscale = 1 / scale
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32) * unscale if state.loss_scale is not None else g, grads)
+        norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        if config.clip_norm:
+            shrink = jnp.minimum(1.0, config.clip_norm / jnp.maximum(norm, 1e-12))
+            grads = jax.tree.map(lambda g: g * shrink.astype(g.dtype), grads)
+
+        learn = trainable if state.master is None else state.master
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, learn)
+        updates, opt_state = tx.update(grads, state.opt_state, learn)
+        learn = optax.apply_updates(learn, updates)
+        average = state.average
+        if average is not None:
+            average = jax.tree.map(lambda a, p: config.ema * a + (1 - config.ema) * p, average, learn)
+        master = None if state.master is None else learn
+        moved = learn if master is None else jax.tree.map(lambda m, p: m.astype(p.dtype), learn, trainable)
+        new = state.replace(params=combine(moved, frozen), opt_state=opt_state, master=master, average=average)
+        new = jax.tree.map(lambda a, b: a if a is b else jnp.where(finite, a, b), new, state)
+        new = new.replace(
+            step=state.step + 1,
+            bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
+            loss_scale=None if state.loss_scale is None else state.loss_scale.update(finite),
+        )
+        metrics = {"loss": loss * unscale, "grad_norm": norm, "tokens": totals[next(iter(totals))]}
+        metrics["bad_steps"] = new.bad_steps
+        metrics |= {name: scores[name] / jnp.maximum(totals[name], 1e-8) for name in scores}
+        if state.loss_scale is not None:
+            metrics["loss_scale"] = state.loss_scale.scale
+        return new, metrics
+
+    return step
+
+
+def make_eval_step(
+    model: Any, objective: Objective, precision: Precision = Precision(), ties: Ties | None = None
+) -> Callable[[Any, Mapping[str, jax.Array]], tuple[dict[str, jax.Array], dict[str, jax.Array]]]:
+    """Builds `evaluate(params, batch) -> (score sums, weight sums)`, without dropout."""
+
+    def evaluate(params, batch):
+        params = weights.cast(params, precision.dtype)
+        params = expand(params, ties) if ties else params
+        prepared = objective.prepare(batch, jax.random.key(0))
+        out = model.apply({"params": params}, **prepared.inputs)
+        return objective.score(out, prepared.targets), prepared.weights
+
+    return evaluate

@@ -1,0 +1,74 @@
+"""The work directory of a run: one live run at a time, one config."""
+
+import fcntl
+import json
+from typing import Any, TextIO
+
+from etils import epath
+
+# fields that may differ when a run resumes: they change how far and where it runs, not what it learns
+FREE = ("training.steps", "training.log_every", "training.eval_every", "training.checkpoint_every", "plan.")
+
+
+class WorkdirError(ValueError):
+    """A work directory that is in use, or belongs to another config."""
+
+
+class Workdir:
+    """Holds a lock on a local folder while open; remote folders are not locked."""
+
+    def __init__(self, path: epath.PathLike) -> None:
+        """Claims the folder.
+
+        Raises:
+          WorkdirError: if another process runs in it.
+        """
+        self.path = epath.Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock: TextIO | None = None
+        if "://" in str(path):
+            return
+        lock = open(self.path / ".lock", "w")  # noqa: SIM115  held as long as the run
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            lock.close()
+            raise WorkdirError(f"{self.path} is in use by a live run; wait for it or choose another --workdir") from e
+        self._lock = lock
+
+    def __enter__(self) -> "Workdir":
+        """Itself."""
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Gives the folder back."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def settle_config(self, config: dict[str, Any]) -> None:
+        """Writes `config.json`, or checks that an earlier run used the same one.
+
+        Raises:
+          WorkdirError: naming the fields that differ.
+        """
+        file = self.path / "config.json"
+        if file.exists() and (self.path / "checkpoints").exists():
+            try:
+                before = json.loads(file.read_text())
+            except ValueError:
+                before = config
+            changed = [k for k in sorted(_flat(before).items() ^ _flat(config).items()) if not k[0].startswith(FREE)]
+            names = sorted({k for k, _ in changed})
+            if names:
+                shown = ", ".join(f"{n}: {_flat(before).get(n)} -> {_flat(config).get(n)}" for n in names[:5])
+                raise WorkdirError(f"{self.path} holds a run with another config ({shown}); choose another --workdir")
+        file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, str]:
+    if not isinstance(tree, dict):
+        return {prefix.rstrip("."): json.dumps(tree)}
+    out: dict[str, str] = {}
+    for key, value in tree.items():
+        out |= _flat(value, f"{prefix}{key}.")
+    return out
