@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.training.checkpoints import Checkpoints
+from llm_jax.storage.checkpoints import Checkpoints
 
 
 def average_checkpoints(checkpoints: Checkpoints, steps: list[int] | None = None) -> Any:

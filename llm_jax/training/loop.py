@@ -15,7 +15,7 @@ import jax
 from etils import epath
 from tqdm import tqdm
 
-from llm_jax.training.checkpoints import Checkpoints
+from llm_jax.storage.checkpoints import Checkpoints
 from llm_jax.training.metrics import MetricsWriter
 from llm_jax.training.state import TrainState
 
@@ -182,7 +182,7 @@ def run_loop(
                     "the last good parameters are saved; lower optimizer.learning_rate or use plan.precision=fp32"
                 )
             final = step == config.steps
-            if step == start + 1 or step % config.log_every == 0 or final:
+            if step == 1 or step % config.log_every == 0 or final:
                 log(step, values)
             if final or (config.eval_every and step % config.eval_every == 0):
                 began = time.perf_counter()

@@ -19,7 +19,7 @@ from llm_jax.nn import weights
 from llm_jax.objectives.causal_lm import CausalLM
 from llm_jax.parallel.plan import Plan, PlanConfig
 from llm_jax.training import metrics
-from llm_jax.training.checkpoints import Checkpoints
+from llm_jax.storage.checkpoints import Checkpoints
 from llm_jax.training.loop import LoopConfig, run_loop, summarize
 from llm_jax.training.optimizers import OptimizerConfig, make_optimizer
 from llm_jax.training.precision import Precision

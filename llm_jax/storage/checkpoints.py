@@ -66,7 +66,12 @@ class Checkpoints:
     """The checkpoints of one run."""
 
     def __init__(
-        self, folder: epath.PathLike, keep_last: int = 2, keep_best: int = 0, asynchronous: bool = True
+        self,
+        folder: epath.PathLike,
+        keep_last: int = 2,
+        keep_best: int = 0,
+        asynchronous: bool = True,
+        read_only: bool = False,
     ) -> None:
         """Opens or creates the folder.
 
@@ -75,15 +80,18 @@ class Checkpoints:
           keep_last: newest checkpoints kept.
           keep_best: checkpoints with the lowest `eval/loss` kept beside them.
           asynchronous: write in the background.
+          read_only: never write or clean up; for readers beside a live run.
         """
         keep: list[Any] = [policies.LatestN(keep_last)]
         if keep_best:
             keep.append(policies.BestN(get_metric_fn=lambda m: -m["eval/loss"], n=keep_best))
         self.folder = epath.Path(folder)
         options = ocp.CheckpointManagerOptions(
+            read_only=read_only,
+            create=not read_only,
             preservation_policy=policies.AnyPreservationPolicy(keep),
             enable_async_checkpointing=asynchronous,
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not read_only,
         )
         names = ("state", "structure", "run")
         self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options, item_names=names)
@@ -140,15 +148,16 @@ class Checkpoints:
             found = f"; there are {self.steps()}" if self.steps() else ""
             raise CheckpointError(f"no checkpoint {'' if step is None else step} in {self.folder}{found}")
         try:
-            args = ocp.args.Composite(structure=ocp.args.JsonRestore(), run=ocp.args.JsonRestore())
-            parts = self._manager.restore(step, args=args)
-            if not isinstance(parts.run, dict) or not isinstance(parts.structure, dict):
-                raise ValueError("run or structure is missing")
+            with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+                run, structure = (reader.restore(self._item(step, name)) for name in ("run", "structure"))
         except Exception as e:
             raise CheckpointError(
                 f"checkpoint {self.folder / str(step)} is damaged or not ours ({_line(e)}){self._offer(step)}"
             ) from e
-        return step, parts.run, parts.structure
+        return step, run, structure
+
+    def _item(self, step: int, name: str) -> epath.Path:
+        return self.folder.absolute() / str(step) / name
 
     def restore(self, target: Any, step: int | None = None, shardings: Any = None) -> Restored:
         """Restores onto any mesh: shapes and types come from `target`, places from `shardings`.
@@ -174,13 +183,13 @@ class Checkpoints:
             raise CheckpointError(
                 f"checkpoint {self.folder / str(step)} is damaged ({_line(e)}){self._offer(step)}"
             ) from e
-        return Restored(step, _rekey(raw, jax.eval_shape(lambda: target) if callable(target) else target), run)
+        return Restored(step, _rekey(raw, target), run)
 
     def stored_shapes(self, step: int) -> dict[str, tuple[tuple[int, ...], Any]]:
         """`{path: (shape, dtype)}` of the arrays of a checkpoint."""
         try:
-            meta = self._manager.item_metadata(step).state
-            tree = getattr(meta, "tree", meta)
+            with ocp.PyTreeCheckpointer() as reader:
+                tree = reader.metadata(self._item(step, "state")).item_metadata.tree
             return {p: (tuple(m.shape), m.dtype) for p, m in paths.flatten(tree)}
         except Exception as e:
             raise CheckpointError(
@@ -231,7 +240,7 @@ class Checkpoints:
                 wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
             )
             with ocp.PyTreeCheckpointer() as reader:
-                raw = reader.restore(self.folder.absolute() / str(step) / "state", args=restore)
+                raw = reader.restore(self._item(step, "state"), args=restore)
         except Exception as e:
             raise CheckpointError(
                 f"checkpoint {self.folder / str(step)} is damaged ({_line(e)}){self._offer(step)}"

@@ -1,0 +1,99 @@
+"""GPT-1 and GPT-2 in Hugging Face's names."""
+
+from typing import Any
+
+from llm_jax.interop.names import InteropError, Rule
+from llm_jax.models.gpt import GPTConfig
+
+# GPT-1's "gelu" is the tanh approximation too (transformers' modeling_openai.py)
+ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu", "silu": "silu"}
+
+
+def _activation(name: str) -> str:
+    if name not in ACTIVATIONS:
+        raise InteropError(f"activation {name!r} is not supported; there are {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def config_from_hf(c: dict[str, Any]) -> GPTConfig:
+    """From the contents of `config.json`."""
+    first = c["model_type"] == "openai-gpt"
+    for flag in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"):
+        if c.get(flag):
+            raise InteropError(f"{flag}=true is not supported")
+    if not c.get("scale_attn_weights", True):
+        raise InteropError("scale_attn_weights=false is not supported")
+    name = c.get("afn", "gelu") if first else c.get("activation_function", "gelu_new")
+    return GPTConfig(
+        vocab_size=c.get("vocab_size", 40478 if first else 50257),
+        context_length=c.get("n_positions", 512 if first else 1024),
+        model_dim=c.get("n_embd", 768),
+        num_layers=c.get("n_layer", 12),
+        num_heads=c.get("n_head", 12),
+        hidden_dim=c.get("n_inner"),
+        norm="post" if first else "pre",
+        activation="gelu_tanh" if first and name == "gelu" else _activation(name),
+        norm_eps=c.get("layer_norm_epsilon", 1e-5),
+        tied=c.get("tie_word_embeddings", True),
+        dropout=c.get("resid_pdrop", 0.1),
+        attention_dropout=c.get("attn_pdrop", 0.1),
+        init_std=c.get("initializer_range", 0.02),
+    )
+
+
+def config_to_hf(config: GPTConfig) -> dict[str, Any]:
+    """The contents of `config.json`."""
+    first = config.norm == "post"
+    theirs = {v: k for k, v in reversed(ACTIVATIONS.items())}
+    if first and config.hidden_dim not in (None, 4 * config.model_dim):
+        raise InteropError("GPT-1's format has no hidden_dim other than 4 * model_dim")
+    name = theirs[config.activation]
+    if first and config.activation == "gelu":
+        raise InteropError("GPT-1's format has no exact gelu")
+    return {
+        "model_type": "openai-gpt" if first else "gpt2",
+        "architectures": ["OpenAIGPTLMHeadModel" if first else "GPT2LMHeadModel"],
+        "vocab_size": config.vocab_size,
+        "n_positions": config.context_length,
+        "n_embd": config.model_dim,
+        "n_layer": config.num_layers,
+        "n_head": config.num_heads,
+        "afn" if first else "activation_function": "gelu" if first and config.activation == "gelu_tanh" else name,
+        **({} if first else {"n_inner": config.hidden_dim}),
+        "layer_norm_epsilon": config.norm_eps,
+        "tie_word_embeddings": config.tied,
+        "resid_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.attention_dropout,
+        "initializer_range": config.init_std,
+    }
+
+
+def rules(config: GPTConfig) -> list[Rule]:
+    """Where everything is; their Conv1D kernels are `[in, out]` like ours, q, k and v in one."""
+    first = config.norm == "post"
+    table = "transformer.tokens_embed" if first else "transformer.wte"
+    places = "transformer.positions_embed" if first else "transformer.wpe"
+    out = [Rule("embed/embedding", f"{table}.weight"), Rule("positions/embedding", f"{places}.weight")]
+    ours, theirs, d = "decoder/layers", "transformer.h.{l}", config.model_dim
+    for kind in ("kernel", "bias"):
+        their = "weight" if kind == "kernel" else "bias"
+        for i, name in enumerate(("query", "key", "value")):
+            out.append(Rule(f"{ours}/attention/{name}/{kind}", f"{theirs}.attn.c_attn.{their}", part=(i, (d, d, d))))
+        out.append(Rule(f"{ours}/attention/out/{kind}", f"{theirs}.attn.c_proj.{their}"))
+        out.append(Rule(f"{ours}/mlp/up/{kind}", f"{theirs}.mlp.c_fc.{their}"))
+        out.append(Rule(f"{ours}/mlp/down/{kind}", f"{theirs}.mlp.c_proj.{their}"))
+    for kind in ("scale", "bias"):
+        their = "weight" if kind == "scale" else "bias"
+        out.append(Rule(f"{ours}/attention_norm/{kind}", f"{theirs}.ln_1.{their}"))
+        out.append(Rule(f"{ours}/mlp_norm/{kind}", f"{theirs}.ln_2.{their}"))
+        if not first:
+            out.append(Rule(f"final_norm/{kind}", f"transformer.ln_f.{their}"))
+    if not config.tied:
+        out.append(Rule("head/kernel", "lm_head.weight", transposed=True))
+    return out
+
+
+def ignored(config: GPTConfig, name: str) -> bool:
+    """Their tensors without a counterpart: mask buffers, the tied head."""
+    return name.endswith((".attn.bias", ".attn.masked_bias")) or (config.tied and name == "lm_head.weight")

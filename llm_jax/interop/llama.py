@@ -1,0 +1,164 @@
+"""The Llama family in Hugging Face's names."""
+
+import dataclasses
+from typing import Any
+
+from llm_jax.interop.names import InteropError, Rule
+from llm_jax.models.llama import LlamaConfig
+from llm_jax.nn.positions import RotaryScaling
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
+
+
+def _scaling(rope: dict[str, Any], context: int) -> RotaryScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    names = {
+        "original_max_position_embeddings": "original_length", "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow",
+        "attention_factor": "attention_factor", "truncate": "truncate",
+    }  # fmt: skip
+    if kind not in ("linear", "llama3", "yarn"):
+        raise InteropError(f"rope_type {kind!r} is not supported; there are default, linear, llama3, yarn")
+    if kind == "yarn" and (rope.get("mscale") or rope.get("mscale_all_dim")):
+        raise InteropError("yarn with mscale is not supported")
+    values = {ours: rope[theirs] for theirs, ours in names.items() if rope.get(theirs) is not None}
+    values.setdefault("original_length", context)
+    return RotaryScaling(kind=kind, factor=float(rope["factor"]), **values)
+
+
+def config_from_hf(c: dict[str, Any]) -> LlamaConfig:
+    """From the contents of `config.json`, of transformers 4 and 5."""
+    kind = c["model_type"]
+    rope = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}
+    context = c.get("max_position_embeddings", 2048)
+    activation = c.get("hidden_act", "silu")
+    if activation not in ACTIVATIONS:
+        raise InteropError(f"hidden_act {activation!r} is not supported; there are {', '.join(ACTIVATIONS)}")
+    window = c.get("sliding_window")
+    if kind.startswith("qwen"):
+        layers = c.get("layer_types") or []
+        if c.get("use_sliding_window") and (c.get("max_window_layers", 0) > 0 or "full_attention" in layers):
+            raise InteropError("a sliding window in some layers only is not supported")
+        window = window if c.get("use_sliding_window") else None
+    elif kind == "llama":
+        window = None
+    if c.get("pretraining_tp", 1) != 1:
+        raise InteropError("pretraining_tp other than 1 is not supported")
+    bias = c.get("attention_bias", False)
+    return LlamaConfig(
+        vocab_size=c["vocab_size"],
+        context_length=context,
+        model_dim=c["hidden_size"],
+        num_layers=c["num_hidden_layers"],
+        num_heads=c["num_attention_heads"],
+        num_kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
+        head_dim=c.get("head_dim") or (128 if kind == "qwen3" else None),
+        hidden_dim=c["intermediate_size"],
+        activation=ACTIVATIONS[activation],
+        norm_eps=c.get("rms_norm_eps", 1e-6),
+        tied=c.get("tie_word_embeddings", False),
+        rope_theta=float(rope.get("rope_theta", c.get("rope_theta", 10000.0))),
+        rope_scaling=_scaling(rope, context),
+        qkv_bias=True if kind == "qwen2" else bias,
+        out_bias=bias if kind in ("llama", "qwen3") else False,
+        mlp_bias=c.get("mlp_bias", False),
+        qk_norm=kind == "qwen3",
+        window=window,
+        attention_dropout=c.get("attention_dropout", 0.0),
+        init_std=c.get("initializer_range", 0.02),
+    )
+
+
+def model_type(config: LlamaConfig) -> str:
+    """Which of their architectures holds this config.
+
+    Raises:
+      InteropError: if none does.
+    """
+    if config.qk_norm:
+        kind = "qwen3"
+    elif config.qkv_bias and not config.out_bias:
+        kind = "qwen2"
+    else:
+        kind = "llama" if config.window is None else "mistral"
+    if (kind == "mistral" and config.qkv_bias) or (config.mlp_bias and kind != "llama"):
+        raise InteropError(f"no Hugging Face architecture has this combination of biases with {kind}")
+    if kind == "qwen3" and config.qkv_bias != config.out_bias:
+        raise InteropError("qwen3 has biases on all of q, k, v, out or on none")
+    return kind
+
+
+def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
+    """The contents of `config.json`."""
+    kind = model_type(config)
+    theirs = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
+    classes = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+    out = {
+        "model_type": kind,
+        "architectures": [f"{classes[kind]}ForCausalLM"],
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.context_length,
+        "hidden_size": config.model_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.attention.head_dim,
+        "intermediate_size": config.hidden_dim,
+        "hidden_act": theirs[config.activation],
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tied,
+        "rope_theta": config.rope_theta,
+        "attention_dropout": config.attention_dropout,
+        "initializer_range": config.init_std,
+    }
+    if kind in ("llama", "qwen3"):
+        out["attention_bias"] = config.qkv_bias
+    if kind == "llama":
+        out["mlp_bias"] = config.mlp_bias
+    if kind == "mistral":
+        out["sliding_window"] = config.window
+    if kind.startswith("qwen"):
+        out |= {"use_sliding_window": config.window is not None, "max_window_layers": 0}
+        out["sliding_window"] = config.window
+    s = config.rope_scaling
+    if s is not None:
+        rope = {"rope_type": s.kind, "factor": s.factor}
+        if s.kind == "llama3":
+            rope |= {"low_freq_factor": s.low_freq_factor, "high_freq_factor": s.high_freq_factor}
+        if s.kind == "yarn":
+            rope |= {"beta_fast": s.beta_fast, "beta_slow": s.beta_slow, "truncate": s.truncate}
+            rope |= {} if s.attention_factor is None else {"attention_factor": s.attention_factor}
+        if s.kind != "linear":
+            rope["original_max_position_embeddings"] = s.original_length
+        out["rope_scaling"] = rope
+    return out
+
+
+def rules(config: LlamaConfig) -> list[Rule]:
+    """Where everything is; their kernels are `[out, in]`."""
+    ours, theirs = "decoder/layers", "model.layers.{l}"
+    out = [Rule("embed/embedding", "model.embed_tokens.weight"), Rule("final_norm/scale", "model.norm.weight")]
+    out.append(Rule(f"{ours}/attention_norm/scale", f"{theirs}.input_layernorm.weight"))
+    out.append(Rule(f"{ours}/mlp_norm/scale", f"{theirs}.post_attention_layernorm.weight"))
+    attention = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
+    linears = {f"attention/{a}": f"self_attn.{b}" for a, b in attention.items()}
+    linears |= {f"mlp/{a}": f"mlp.{a}_proj" for a in ("gate", "up", "down")}
+    for a, b in linears.items():
+        out.append(Rule(f"{ours}/{a}/kernel", f"{theirs}.{b}.weight", transposed=True))
+        out.append(Rule(f"{ours}/{a}/bias", f"{theirs}.{b}.bias"))
+    if config.qk_norm:
+        out += [Rule(f"{ours}/attention/{a}_norm/scale", f"{theirs}.self_attn.{a[0]}_norm.weight")
+                for a in ("query", "key")]
+    if not config.tied:
+        out.append(Rule("head/kernel", "lm_head.weight", transposed=True))
+    return out
+
+
+def ignored(config: LlamaConfig, name: str) -> bool:
+    """Their tensors without a counterpart."""
+    return name.endswith("rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight")
+
+

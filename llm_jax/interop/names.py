@@ -1,0 +1,191 @@
+"""Reading and writing other people's tensors by rules.
+
+A rule says where one of our parameters lives in their file and how to get it: `{l}` stands for the layer. Reading
+is by slices, tensor by tensor: never is more in memory than the parameters so far and one tensor.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_jax.nn import paths, weights
+
+
+class InteropError(ValueError):
+    """A model that cannot be loaded or saved; the message names the tensors."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One of our parameters in their file.
+
+    Attributes:
+      ours: our path, without the layer index.
+      theirs: their name, `{l}` for the layer.
+      transposed: stored `[out, in]`.
+      part: (index, sizes) of the piece of their last axis (first where transposed) that is ours: fused projections.
+      forward: their array to ours, after the above (rotary layouts).
+      backward: the inverse, for saving.
+    """
+
+    ours: str
+    theirs: str
+    transposed: bool = False
+    part: tuple[int, tuple[int, ...]] | None = None
+    forward: Callable[[np.ndarray], np.ndarray] | None = None
+    backward: Callable[[np.ndarray], np.ndarray] | None = None
+
+
+def _get(source: Mapping[str, np.ndarray], rule: Rule, layer: int | None) -> np.ndarray:
+    name = rule.theirs.format(l=layer)
+    array = source[name]
+    if rule.transposed:
+        array = array.T
+    if rule.part is not None:
+        index, sizes = rule.part
+        if array.shape[-1] != sum(sizes):
+            raise InteropError(f"{name} has shape {array.shape}, expected {sum(sizes)} in the split dimension")
+        start = sum(sizes[:index])
+        array = array[..., start : start + sizes[index]]
+    return array if rule.forward is None else rule.forward(array)
+
+
+def _fill_rows(array: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:
+    """Pads a vocabulary axis with zeros; any other difference is an error."""
+    if array.shape == shape:
+        return array
+    differ = [i for i, (a, b) in enumerate(zip(array.shape, shape, strict=False)) if a != b]
+    if len(array.shape) != len(shape) or len(differ) != 1 or array.shape[differ[0]] > shape[differ[0]]:
+        raise InteropError(f"{name} has shape {list(array.shape)}, the config asks for {list(shape)}")
+    widths = [(0, b - a) for a, b in zip(array.shape, shape, strict=True)]
+    return np.pad(array, widths)
+
+
+def read_params(
+    source: Mapping[str, np.ndarray],
+    rules: Sequence[Rule],
+    abstract: Any,
+    ignored: Callable[[str], bool],
+    where: str,
+    dtype: Any = None,
+    shardings: Any = None,
+    padded: Callable[[str], bool] = lambda path: False,
+) -> Any:
+    """Builds our (stacked) parameter tree from their tensors.
+
+    Args:
+      source: their tensors, read lazily.
+      rules: one for every one of our parameters.
+      abstract: our tree of shapes.
+      ignored: their names that we do not need (buffers, tied copies).
+      where: for messages.
+      dtype: cast floating tensors; theirs by default.
+      shardings: tree of shardings; one device by default. Every slice is read once, however many replicas want it.
+      padded: our paths whose rows may be padded.
+
+    Raises:
+      InteropError: naming missing, unexpected and misshapen tensors.
+    """
+    by_path = {r.ours: r for r in rules}
+    leaves = paths.flatten(abstract)
+    unknown = [p for p, _ in leaves if p not in by_path]
+    if unknown:
+        raise InteropError(f"{where}: no rule for {unknown[:3]}; this model cannot be read from that format")
+    wanted: set[str] = set()
+    for path, leaf in leaves:
+        theirs = by_path[path].theirs
+        wanted |= {theirs.format(l=i) for i in range(leaf.shape[0])} if "{l}" in theirs else {theirs}
+    missing = sorted(wanted - set(source))
+    extra = sorted(n for n in set(source) - wanted if not ignored(n))
+    if missing or extra:
+        parts = [f"missing {_some(missing)}"] * bool(missing) + [f"unexpected {_some(extra)}"] * bool(extra)
+        raise InteropError(f"{where} does not fit its config: {'; '.join(parts)}")
+    flat_shardings = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings)
+    out = []
+    for (path, leaf), sharding in zip(leaves, flat_shardings, strict=True):
+        out.append(_read_one(source, by_path[path], path, leaf, dtype, sharding, padded(path)))
+    return jax.tree.unflatten(jax.tree.structure(abstract), out)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _read_one(source, rule, path, leaf, dtype, sharding, padded):
+    layered = "{l}" in rule.theirs
+    shape = leaf.shape[1:] if layered else leaf.shape
+
+    def layer(index: int | None) -> np.ndarray:
+        name = rule.theirs.format(l=index)
+        array = _get(source, rule, index)
+        if padded:
+            return _fill_rows(array, shape, name)
+        if array.shape != shape:
+            raise InteropError(f"{name} has shape {list(array.shape)}, the config asks for {list(shape)}")
+        return array
+
+    first = layer(0 if layered else None)
+    kind = first.dtype if dtype is None or not jnp.issubdtype(first.dtype, jnp.floating) else jnp.dtype(dtype)
+    memo: dict[str, np.ndarray] = {}
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        key = str(index)
+        if key not in memo:
+            if layered:
+                chosen = range(*index[0].indices(leaf.shape[0]))
+                pieces = [layer(i)[index[1:]] for i in chosen]
+                block = np.empty((len(pieces), *pieces[0].shape), kind)
+                for i, piece in enumerate(pieces):
+                    block[i] = piece
+                memo[key] = block
+            else:
+                memo[key] = np.ascontiguousarray(first[index], kind)
+        return memo[key]
+
+    if sharding is None:
+        return jnp.asarray(read((slice(None),) * len(leaf.shape)))
+    return jax.make_array_from_callback(leaf.shape, sharding, read)
+
+
+def write_params(
+    params: Any, rules: Sequence[Rule], rows: Mapping[str, int], dtype: Any = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields their (name, array) for our stacked tree; structured weights are written as their dense matrices.
+
+    Args:
+      params: stacked parameters.
+      rules: one for every parameter.
+      rows: our path -> real rows, where rows are padded.
+      dtype: cast; ours by default.
+
+    Raises:
+      InteropError: if a parameter has no rule.
+    """
+    values = dict(paths.flatten(params, weights.is_node))
+    by_theirs: dict[str, list[Rule]] = {}
+    for rule in rules:
+        if rule.ours in values:
+            by_theirs.setdefault(rule.theirs, []).append(rule)
+    homeless = sorted(values.keys() - {r.ours for r in rules})
+    if homeless:
+        raise InteropError(f"{_some(homeless)} have no place in that format; merge or detach what was added first")
+    for theirs, group in by_theirs.items():
+        group = sorted(group, key=lambda r: 0 if r.part is None else r.part[0])
+        count = jax.tree.leaves(values[group[0].ours])[0].shape[0] if "{l}" in theirs else None
+        for layer in [None] if count is None else range(count):
+            pieces = []
+            for rule in group:
+                w = values[rule.ours]
+                w = w if layer is None else jax.tree.map(lambda x: x[layer], w)  # noqa: B023
+                array = np.asarray(weights.dense(w))
+                if rule.ours in rows:
+                    array = array[..., : rows[rule.ours]] if rule.transposed else array[: rows[rule.ours]]
+                array = array if rule.backward is None else rule.backward(array)
+                pieces.append(array)
+            joined = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=-1)
+            joined = joined.T if group[0].transposed else joined
+            yield theirs.format(l=layer), joined if dtype is None else joined.astype(jnp.dtype(dtype))

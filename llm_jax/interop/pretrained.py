@@ -1,0 +1,194 @@
+"""One call to load whatever a path holds, one to write it back as a Hugging Face folder."""
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from llm_jax.data import tokenizers
+from llm_jax.interop import gguf as gguf_names
+from llm_jax.interop import gpt, llama, names
+from llm_jax.interop.names import InteropError
+from llm_jax.models import registry
+from llm_jax.nn import weights
+from llm_jax.nn.execution import Execution
+from llm_jax.nn.stack import stack
+from llm_jax.storage.gguf import GgufFile
+from llm_jax.storage.safetensors import TensorFolder, write_folder
+
+FAMILIES = {
+    "gpt2": gpt,
+    "openai-gpt": gpt,
+    **dict.fromkeys(llama.MODEL_TYPES, llama),
+}
+PREFIXES = ("transformer.", "model.")  # left out by checkpoints of models without a head
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+Place = Callable[[Any, Any], Any]
+
+
+class Pretrained(NamedTuple):
+    """A loaded model.
+
+    Attributes:
+      model: Linen module; `model.apply({"params": params}, input_ids)`.
+      params: stacked parameter tree.
+      tokenizer: None where the path holds none.
+      config: the model's config.
+    """
+
+    model: Any
+    params: Any
+    tokenizer: tokenizers.Tokenizer | None
+    config: Any
+
+
+def load(
+    path: epath.PathLike, *, dtype: Any = None, execution: Execution = Execution(), place: Place | None = None
+) -> Pretrained:
+    """Loads a Hugging Face folder, a `.gguf` file, a work directory of ours, or a repository of the hub.
+
+    Loading streams tensor by tensor; nothing is unpickled.
+
+    Args:
+      path: where; `org/name` is fetched with `huggingface_hub` if no such folder exists.
+      dtype: cast floating parameters; as stored by default (GGUF: float32).
+      execution: how the model runs.
+      place: `(abstract params, logical axes) -> shardings` (a plan's `param_shardings`); one device by default.
+
+    Raises:
+      InteropError, StorageError, CheckpointError, TokenizerError: one line that names what is wrong.
+    """
+    found = _find(path)
+    if found.is_file():
+        return _load_gguf(found, dtype, execution, place)
+    if (found / "checkpoints").exists():
+        return _load_own(found, dtype, execution, place)
+    return _load_huggingface(found, dtype, execution, place)
+
+
+def _find(path: epath.PathLike) -> epath.Path:
+    found = epath.Path(path)
+    if found.exists():
+        return found
+    if not _REPOSITORY.fullmatch(str(path)):
+        raise InteropError(f"no model at {path}")
+    try:
+        import huggingface_hub
+    except ImportError as e:
+        raise InteropError(f"no folder {path}; to fetch it from the hub: pip install 'llm_jax[hub]'") from e
+    try:
+        patterns = ["*.json", "*.safetensors", "*.jinja"]
+        return epath.Path(huggingface_hub.snapshot_download(str(path), allow_patterns=patterns))
+    except Exception as e:
+        raise InteropError(f"{path} is no local folder and could not be fetched from the hub: {e}") from e
+
+
+def _abstract(model: Any) -> tuple[Any, Any]:
+    ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    return weights.split_axes(jax.eval_shape(lambda k, i: model.init(k, i)["params"], jax.random.key(0), ids))
+
+
+def _read(source, rules, model, ignored, where, dtype, place):
+    shapes, axes = _abstract(model)
+    padded = lambda p: p in ("embed/embedding", "head/kernel") and model.config.vocab_pad_multiple > 1
+    shardings = None if place is None else place(shapes, axes)
+    return names.read_params(source, rules, shapes, ignored, where, dtype, shardings, padded)
+
+
+def _load_gguf(path, dtype, execution, place):
+    file = GgufFile(path)
+    config = gguf_names.config_of(file)
+    model = config.make(execution)
+    rules = gguf_names.rules(config, file.metadata["general.architecture"])
+    params = _read(file, rules, model, gguf_names.ignored, str(path), dtype or jnp.float32, place)
+    return Pretrained(model, params, gguf_names.tokenizer_of(file.metadata), config)
+
+
+def _load_huggingface(path, dtype, execution, place):
+    file = path / "config.json"
+    if not file.exists():
+        raise InteropError(f"{path} holds no model: config.json is missing")
+    try:
+        raw = json.loads(file.read_text())
+        kind = raw["model_type"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise InteropError(f"{file} is no model config: {type(e).__name__}: {e}") from e
+    if kind not in FAMILIES:
+        raise InteropError(f"{file}: model_type {kind!r} is not supported; there are {', '.join(FAMILIES)}")
+    family: Any = FAMILIES[kind]
+    try:
+        config = family.config_from_hf(raw)
+    except (KeyError, TypeError) as e:
+        raise InteropError(f"{file} lacks or misstates {e}") from e
+    model = config.make(execution)
+    source = TensorFolder(path)
+    rules = _with_their_prefix(family.rules(config), source)
+    params = _read(source, rules, model, lambda n: family.ignored(config, n), str(path), dtype, place)
+    has_tokenizer = (path / "tokenizer.json").exists()
+    return Pretrained(model, params, tokenizers.load(path) if has_tokenizer else None, config)
+
+
+def _with_their_prefix(rules, source):
+    """Checkpoints of headless classes leave `transformer.` or `model.` out."""
+    for prefix in PREFIXES:
+        theirs = [r for r in rules if r.theirs.startswith(prefix)]
+        if theirs and not any(n.startswith(prefix) for n in source):
+            cut = lambda r: names.dataclasses.replace(r, theirs=r.theirs.removeprefix(prefix))  # noqa: B023
+            return [cut(r) for r in rules]
+    return rules
+
+
+def _load_own(path, dtype, execution, place):
+    from llm_jax.storage.checkpoints import Checkpoints
+
+    try:
+        config = registry.from_dict(json.loads((path / "config.json").read_text())["model"])
+    except (OSError, ValueError, KeyError) as e:
+        raise InteropError(f"{path} is no work directory of ours: {e}") from e
+    model = config.make(execution)
+    _, axes = _abstract(model)
+    checkpoints = Checkpoints(path / "checkpoints", read_only=True)
+    put = None if place is None else lambda shapes: place(shapes, axes)
+    params, _ = checkpoints.restore_params(cast=dtype, place=put)
+    has_tokenizer = (path / "tokenizer.json").exists()
+    return Pretrained(model, params, tokenizers.load(path) if has_tokenizer else None, config)
+
+
+def save(
+    path: epath.PathLike, model: Any, params: Any, tokenizer: tokenizers.Tokenizer | None = None, dtype: Any = None
+) -> None:
+    """Writes a folder that `transformers` loads: config.json, model*.safetensors, tokenizer.json.
+
+    Structured weights (LoRA, quantized) are written as the dense matrices they stand for.
+
+    Args:
+      path: folder.
+      model: the module.
+      params: stacked or unstacked.
+      tokenizer: written beside it.
+      dtype: cast; as they are by default.
+
+    Raises:
+      InteropError: if the architecture has no place for a parameter or a config field.
+    """
+    config = model.config
+    family: Any = {"gpt": gpt, "llama": llama}.get(registry.family_of(config))
+    theirs = family.config_to_hf(config)
+    leaves = jax.tree.leaves(params)
+    floating = [x.dtype for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
+    theirs["dtype"] = theirs["torch_dtype"] = jnp.dtype(dtype or floating[0]).name
+    if tokenizer is not None:
+        theirs |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.eos_ids) or None}
+    real = {"embed/embedding": config.vocab_size, "head/kernel": config.vocab_size}
+    write_folder(path, names.write_params(stack(params), family.rules(config), real, dtype))
+    folder = epath.Path(path)
+    (folder / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
+    if tokenizer is not None:
+        tokenizer.save(folder)
+
+

@@ -1,0 +1,1 @@
+"""Bytes in and out; no model is known here."""

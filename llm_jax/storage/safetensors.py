@@ -1,0 +1,139 @@
+"""Safetensors files and folders: lazy views in, sharded files out.
+
+The library checks headers; tensors are then views of a memory map, so nothing is read before it is used.
+"""
+
+import json
+import mmap
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+from etils import epath
+from safetensors.numpy import save_file
+
+DTYPES: dict[str, Any] = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+}  # fmt: skip
+
+
+class StorageError(ValueError):
+    """A file that cannot be read as what it claims to be."""
+
+
+class TensorFolder(Mapping[str, np.ndarray]):
+    """All tensors of one file, or of every `*.safetensors` in a folder, as read-only views."""
+
+    def __init__(self, path: epath.PathLike) -> None:
+        """Reads the headers.
+
+        Raises:
+          StorageError: if there is no file, a header is damaged, a shard named by the index is missing, or a tensor
+            is stored twice.
+        """
+        path = epath.Path(path)
+        files = sorted(path.glob("*.safetensors"), key=str) if path.is_dir() else [path]
+        if not files or not files[0].exists():
+            raise StorageError(f"no *.safetensors in {path}")
+        index = path / "model.safetensors.index.json"
+        if path.is_dir() and index.exists():
+            try:
+                named = set(json.loads(index.read_text())["weight_map"].values())
+            except (ValueError, KeyError, AttributeError) as e:
+                raise StorageError(f"{index} is damaged: {e}") from e
+            missing = named - {f.name for f in files}
+            if missing:
+                raise StorageError(f"{path} lacks {', '.join(sorted(missing))}, named in its index")
+            files = [f for f in files if f.name in named]
+        self._views: dict[str, np.ndarray] = {}
+        for file in files:
+            for name, view in _read(str(file)):
+                if name in self._views:
+                    raise StorageError(f"{name} is stored twice in {path}")
+                self._views[name] = view
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """A view."""
+        return self._views[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Names."""
+        return iter(self._views)
+
+    def __len__(self) -> int:
+        """Number of tensors."""
+        return len(self._views)
+
+
+def _read(file: str) -> Iterator[tuple[str, np.ndarray]]:
+    try:
+        with safetensors.safe_open(file, framework="np") as checked:  # validates header, offsets and sizes
+            names = list(checked.keys())
+        with open(file, "rb") as f:
+            size = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(size))
+            data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    except (safetensors.SafetensorError, OSError, ValueError, OverflowError) as e:
+        raise StorageError(f"{file} is no readable safetensors file: {e}") from e
+    for name in names:
+        entry = header[name]
+        if entry["dtype"] not in DTYPES:
+            raise StorageError(f"{file}: {name} has dtype {entry['dtype']}, which is not supported")
+        start, end = entry["data_offsets"]
+        dtype = np.dtype(DTYPES[entry["dtype"]])
+        view = np.frombuffer(data, dtype, (end - start) // dtype.itemsize, 8 + size + start)
+        yield name, view.reshape(entry["shape"])
+
+
+def write_folder(
+    path: epath.PathLike, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int = 2 * 2**30
+) -> None:
+    """Writes tensors as they come, in shards of about `shard_bytes`; one shard needs no index.
+
+    Every file is written under another name first and then renamed, so a full disk leaves no broken file behind.
+
+    Raises:
+      StorageError: where the disk refuses.
+    """
+    folder = epath.Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[list[str]] = []
+    pending: dict[str, np.ndarray] = {}
+    total = 0
+
+    def flush() -> None:
+        if not pending:
+            return
+        name = folder / f"shard-{len(shards)}.tmp"
+        try:
+            save_file(dict(pending), str(name), metadata={"format": "pt"})
+        except (OSError, safetensors.SafetensorError) as e:
+            for left in folder.glob("shard-*.tmp"):
+                left.unlink()
+            raise StorageError(f"{folder} could not be written: {e}") from e
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, array in tensors:
+        if pending and sum(a.nbytes for a in pending.values()) + array.nbytes > shard_bytes:
+            flush()
+        pending[name] = np.ascontiguousarray(array)
+        total += array.nbytes
+    flush()
+    count = len(shards)
+    file = lambda i: "model.safetensors" if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+    for old in folder.glob("*.safetensors"):
+        old.unlink()
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        index.unlink()
+    for i in range(count):
+        os.replace(folder / f"shard-{i}.tmp", folder / file(i))
+    if count > 1:
+        weight_map = {name: file(i) for i, names in enumerate(shards) for name in names}
+        index.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
