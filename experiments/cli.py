@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import importlib.util
 import logging
 import os
 import sys
@@ -63,7 +64,8 @@ def check_overrides(argv: Sequence[str], flag: str, get_config: Callable[[], Any
     for arg in argv:
         if not arg.startswith(f"--{flag}."):
             continue
-        here, seen = get_config(), []
+        here: Any = get_config()
+        seen: list[str] = []
         for part in arg.split("=", 1)[0].removeprefix(f"--{flag}.").split("."):
             fields = list(here.keys()) if isinstance(here, config_dict.ConfigDict) else []
             if part not in fields:
@@ -84,6 +86,18 @@ def setup_devices() -> None:
     os.environ["XLA_FLAGS"] = " ".join([*CPU_FLAGS, os.environ.get("XLA_FLAGS", "")]).strip()
     if os.environ.get("JAX_COORDINATOR_ADDRESS"):
         jax.distributed.initialize()
+
+
+def find_model(name: str) -> str:
+    """A path or hub name as it is; the name of an installed package that carries a model: the file inside it."""
+    if os.path.exists(name) or not name.isidentifier():
+        return name
+    spec = importlib.util.find_spec(name)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        found = sorted(f for f in os.listdir(folder) if f.endswith(".gguf"))
+        if found:
+            return os.path.join(folder, found[0])
+    return name
 
 
 def define_config(default: str | None, help_text: str) -> flags.FlagHolder[Any]:

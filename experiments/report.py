@@ -18,15 +18,20 @@ def xz_bits_per_byte(source: str, share: float) -> float | None:
     return 8 * len(lzma.compress(data, preset=9)) / len(data) if data else None
 
 
-def summary(config: RunConfig, trained: Trained, workdir: str) -> str:
+def numbers(trained: Trained, workdir: str) -> str:
     """One line of results, and where they are."""
-    numbers = trained.evaluation
     parts = [f"step {int(trained.state.step)}"]
-    parts += [f"{k.removeprefix('eval/')} {v:.3f}" for k, v in numbers.items()]
-    if "eval/bits_per_byte" in numbers and config.data.split == "hash":
-        xz = xz_bits_per_byte(config.data.source, config.data.validation_share)
-        parts += [f"xz -9 on the same files {xz:.3f} bits per byte"] if xz is not None else []
+    parts += [f"{k.removeprefix('eval/')} {v:.3f}" for k, v in trained.evaluation.items()]
     return f"{', '.join(parts)}\nresults in {workdir}: loss.png, metrics.jsonl, checkpoints/, tokenizer.json"
+
+
+def summary(config: RunConfig, trained: Trained, workdir: str) -> str:
+    """The results with `xz -9` on the same files beside them."""
+    line = numbers(trained, workdir)
+    if "eval/bits_per_byte" not in trained.evaluation or config.data.split != "hash":
+        return line
+    xz = xz_bits_per_byte(config.data.source, config.data.validation_share)
+    return line if xz is None else f"xz -9 on the held-out files: {xz:.3f} bits per byte\n{line}"
 
 
 def continuations(trained: Trained, count: int, config: RunConfig, length: int = 96) -> list[str]:

@@ -22,11 +22,17 @@ def get_config(variant: str = ""):
     data = DataConfig(source="stdlib", validation_share=0.03)
     if variant == "tiny":
         model = GPTConfig(vocab_size=512, context_length=64, model_dim=32, num_layers=2, num_heads=2, dropout=0.1)
-        training = LoopConfig(steps=20, batch_size=8, sequence_length=64, eval_every=10, eval_batches=2,
-                              checkpoint_every=5, log_every=5, accumulation=2)
+        training = LoopConfig(
+            steps=20,
+            batch_size=8,
+            sequence_length=64,
+            eval_every=10,
+            eval_batches=2,
+            checkpoint_every=5,
+            log_every=5,
+            accumulation=2,
+        )
     elif variant:
         raise ValueError(f"variant {variant!r} is neither empty nor tiny")
     plan = PlanConfig(unroll=True)
-    return cli.as_config_dict(
-        RunConfig(model=model, data=data, optimizer=optimizer, plan=plan, training=training)
-    )
+    return cli.as_config_dict(RunConfig(model=model, data=data, optimizer=optimizer, plan=plan, training=training))

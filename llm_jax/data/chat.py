@@ -60,11 +60,14 @@ def as_messages(record: Mapping[str, Any]) -> list[dict[str, str]] | None:
     `{"instruction", "input"?, "output"}`, `{"prompt", "completion"}`.
     """
     if isinstance(record.get("messages"), list):
-        turns = [(m.get("role"), m.get("content")) for m in record["messages"] if isinstance(m, dict)]
+        turns: list[Any] = [(m.get("role"), m.get("content")) for m in record["messages"] if isinstance(m, dict)]
     elif isinstance(record.get("conversations"), list):
-        roles = {"human": "user", "gpt": "assistant"}
-        turns = [(roles.get(m.get("from"), m.get("from")), m.get("value"))
-                 for m in record["conversations"] if isinstance(m, dict)]
+        roles: dict[Any, Any] = {"human": "user", "gpt": "assistant"}
+        turns = [
+            (roles.get(m.get("from"), m.get("from")), m.get("value"))
+            for m in record["conversations"]
+            if isinstance(m, dict)
+        ]
     elif "instruction" in record and "output" in record:
         asked = "\n\n".join(str(record[k]) for k in ("instruction", "input") if record.get(k))
         turns = [("user", asked), ("assistant", record["output"])]

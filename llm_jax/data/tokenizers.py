@@ -169,14 +169,15 @@ def train(texts: Iterable[str], kind: str, vocab_size: int, special: Sequence[st
         backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("(?s:.)"), "isolated")
         backend.decoder = decoders.Fuse()
     backend.train_from_iterator(texts, trainer)
-    return Tokenizer(backend, None, [backend.token_to_id(special[0])] if special else [])
+    first = backend.token_to_id(special[0]) if special else None
+    return Tokenizer(backend, None, [] if first is None else [first])
 
 
 class Merge(NamedTuple):
     """One step of BPE on the replayed words: the pair, how often it stood there, and the words after it."""
 
     pair: tuple[str, str]
-    count: int
+    occurrences: int
     words: dict[str, tuple[str, ...]]
 
 

@@ -191,7 +191,11 @@ class Generator:
         )
 
     def start(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int], key: jax.Array, window: bool = False
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int | Sequence[int],
+        key: jax.Array,
+        window: bool = False,
     ) -> DecodeState:
         """Reads the prompts into a fresh cache.
 

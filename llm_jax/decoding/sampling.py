@@ -80,7 +80,7 @@ def block_ngrams(logits_BV: jax.Array, history_BM: jax.Array, length_B: jax.Arra
     starts = size - n + 1
 
     def one(logits: jax.Array, history: jax.Array, length: jax.Array) -> jax.Array:
-        suffix = jax.lax.dynamic_slice_in_dim(history, jnp.maximum(length - (n - 1), 0), n - 1) if n > 1 else None
+        suffix = jax.lax.dynamic_slice_in_dim(history, jnp.maximum(length - (n - 1), 0), n - 1)
         same = jnp.arange(starts) + n <= length
         for i in range(n - 1):
             same &= history[i : i + starts] == suffix[i]

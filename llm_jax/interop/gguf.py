@@ -20,9 +20,7 @@ from llm_jax.storage.gguf import GgufFile
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_LLAMA3 = (
-    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
@@ -44,7 +42,9 @@ def config_of(file: GgufFile) -> LlamaConfig:
             raise InteropError(f"the GGUF lacks {kind}.{name}")
         return m[f"{kind}.{name}"]
 
-    get = lambda name, default: m.get(f"{kind}.{name}", default)
+    def get(name: str, default: Any) -> Any:
+        return m.get(f"{kind}.{name}", default)
+
     heads, dim = int(need("attention.head_count")), int(need("embedding_length"))
     head_dim = int(get("attention.key_length", dim // heads))
     theta, context = float(get("rope.freq_base", 10000.0)), int(need("context_length"))
@@ -140,8 +140,9 @@ def tokenizer_of(metadata: Mapping[str, Any]) -> Tokenizer | None:
         backend = _sentence_piece(vocab, list(metadata["tokenizer.ggml.scores"]), metadata)
     else:
         raise InteropError(f"GGUF tokenizer model {kind!r} is not supported; there are gpt2, llama")
-    special = [tokenizers.AddedToken(t, special=True, normalized=False)
-               for t, k in zip(tokens, types, strict=True) if k == 3]
+    special = [
+        tokenizers.AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, types, strict=True) if k == 3
+    ]
     user = [tokenizers.AddedToken(t, normalized=False) for t, k in zip(tokens, types, strict=True) if k == 4]
     backend.add_special_tokens(special)
     backend.add_tokens(user)

@@ -6,7 +6,13 @@ from llm_jax.interop.names import InteropError, Rule
 from llm_jax.models.gpt import GPTConfig
 
 # GPT-1's "gelu" is the tanh approximation too (transformers' modeling_openai.py)
-ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu", "silu": "silu"}
+ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+    "silu": "silu",
+}
 
 
 def _activation(name: str) -> str:

@@ -1,6 +1,5 @@
 """The Llama family in Hugging Face's names."""
 
-import dataclasses
 from typing import Any
 
 from llm_jax.interop.names import InteropError, Rule
@@ -8,7 +7,13 @@ from llm_jax.models.llama import LlamaConfig
 from llm_jax.nn.positions import RotaryScaling
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
+ACTIVATIONS = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
 
 
 def _scaling(rope: dict[str, Any], context: int) -> RotaryScaling | None:
@@ -150,8 +155,9 @@ def rules(config: LlamaConfig) -> list[Rule]:
         out.append(Rule(f"{ours}/{a}/kernel", f"{theirs}.{b}.weight", transposed=True))
         out.append(Rule(f"{ours}/{a}/bias", f"{theirs}.{b}.bias"))
     if config.qk_norm:
-        out += [Rule(f"{ours}/attention/{a}_norm/scale", f"{theirs}.self_attn.{a[0]}_norm.weight")
-                for a in ("query", "key")]
+        out += [
+            Rule(f"{ours}/attention/{a}_norm/scale", f"{theirs}.self_attn.{a[0]}_norm.weight") for a in ("query", "key")
+        ]
     if not config.tied:
         out.append(Rule("head/kernel", "lm_head.weight", transposed=True))
     return out
@@ -160,5 +166,3 @@ def rules(config: LlamaConfig) -> list[Rule]:
 def ignored(config: LlamaConfig, name: str) -> bool:
     """Their tensors without a counterpart."""
     return name.endswith("rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight")
-
-

@@ -190,5 +190,3 @@ def save(
     (folder / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save(folder)
-
-

@@ -149,9 +149,7 @@ class GPT(nn.Module):
         """See `models.decoder.prepare` for the arguments; `train=True` needs a `dropout` key."""
         c = self.config
         decoder.check_call(self, input_ids, token_type_ids, train)
-        inputs = decoder.prepare(
-            input_ids, attention_mask, position_ids, segment_ids, cache, c.context_length
-        )
+        inputs = decoder.prepare(input_ids, attention_mask, position_ids, segment_ids, cache, c.context_length)
         init = nn.initializers.normal(c.init_std)
         tokens = Embedding(c.vocab_size, c.model_dim, c.vocab_pad_multiple, table_init=init, name="embed")
         places = Embedding(c.context_length, c.model_dim, vocab_axis=None, table_init=init, name="positions")

@@ -54,7 +54,7 @@ class Mask(struct.PyTreeNode):
             seen &= k <= q
         if self.window is not None:
             seen &= q - k < self.window
-        if self.q_segments_BT is not None:
+        if self.q_segments_BT is not None and self.k_segments_BS is not None:
             q = jnp.broadcast_to(self.q_segments_BT[:, :, None], shape)
             seen &= q == jnp.broadcast_to(self.k_segments_BS[:, None, :], shape)
         return seen
@@ -194,7 +194,8 @@ def attend(
       mask: who may look where; None means everywhere. A fully hidden row returns zeros.
       scale: usually H ** -0.5.
       implementation: `reference` (einsum, [T, S] scores), `fused` (`jax.nn.dot_product_attention`, no dropout),
-        `chunked` (online softmax, memory linear in T and S), `auto` (fused unless dropout is on).
+        `chunked` (online softmax, memory linear in T and S), `auto` (fused unless dropout is on or the inputs are
+        float64).
       slopes_N: ALiBi slopes; needs a mask, whose positions give the distances.
       bias_BNTS: added to the scores, B or 1 rows.
       dropout_rate: share of attention weights dropped where `dropout_key` is given.
@@ -213,7 +214,8 @@ def attend(
     if dropout_rate == 0:
         dropout_key = None
     if implementation == "auto":
-        implementation = "fused" if dropout_key is None else "reference"
+        fused = dropout_key is None and q_BTNH.dtype != jnp.float64  # whose softmax is float32 at most
+        implementation = "fused" if fused else "reference"
     args = (q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale)
     if implementation == "reference":
         return _reference(*args, dropout_rate, dropout_key)[0]
@@ -314,7 +316,7 @@ class Attention(nn.Module):
         q_BTNH = heads("query", c.num_heads, "heads")
         k_BSKH = heads("key", c.num_kv_heads, "kv")
         v_BSKH = heads("value", c.num_kv_heads, "kv")
-        if cache is not None:
+        if cache is not None and slots_BT is not None:
             cache = cache.write(k_BSKH, v_BSKH, slots_BT)
             k_BSKH, v_BSKH = cache.k_BSKH.astype(q_BTNH.dtype), cache.v_BSKH.astype(q_BTNH.dtype)
         scale = 1 / math.sqrt(c.head_dim)

@@ -55,9 +55,7 @@ class RotaryScaling:
             raise ValueError(f"rotary scaling kind={self.kind!r} is none of linear, llama3, yarn")
 
 
-def rotary_frequencies(
-    head_dim: int, theta: float, scaling: RotaryScaling | None = None
-) -> tuple[np.ndarray, float]:
+def rotary_frequencies(head_dim: int, theta: float, scaling: RotaryScaling | None = None) -> tuple[np.ndarray, float]:
     """Angular frequency of each of the H/2 pairs (float64), and the factor on cosines and sines."""
     if head_dim % 2:
         raise ValueError(f"rotary positions need an even head_dim, got {head_dim}")

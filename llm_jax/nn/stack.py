@@ -124,7 +124,7 @@ class Stack(nn.Module):
         block = self.make_block(parent=None)
         sowing = self.is_mutable_collection("intermediates") and not self.is_initializing()
 
-        def layer(p: Any, index: Any, carry: Any, inputs: Any) -> tuple[Any, Any]:
+        def layer(p: Any, index: Any, carry: Any, inputs: Any) -> tuple[Any, Any, Any]:
             rngs = {} if key is None else {"dropout": jax.random.fold_in(key, index)}
             run = lambda **kw: block.apply({"params": p}, carry, inputs, *shared, train=train, rngs=rngs, **kw)
             if not sowing:
@@ -187,8 +187,12 @@ def _scanned(layer, params, extra, group_of, carry, per_layer, execution):
     if len(set(group_of)) != count:
         params = jax.tree.map(lambda x: x[jnp.asarray(group_of)], params)
     if extra is not None:
-        params = _merge(params, jax.tree.map(lambda *x: jnp.stack(x), *(extra[str(i)] for i in range(count)))
-                        if is_unstacked(extra) else extra)
+        params = _merge(
+            params,
+            jax.tree.map(lambda *x: jnp.stack(x), *(extra[str(i)] for i in range(count)))
+            if is_unstacked(extra)
+            else extra,
+        )
     inputs = None if per_layer is None else jax.tree.map(lambda *x: jnp.stack(x), *per_layer)
     xs = (params, jnp.arange(count), inputs)
 

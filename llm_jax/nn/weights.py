@@ -13,7 +13,7 @@ import functools
 import importlib
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ class Node(struct.PyTreeNode):
     Subclasses register under their qualified name, which is what `structure.json` of a checkpoint holds.
     """
 
-    registry = {}
+    registry: ClassVar[dict[str, type]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Makes the subclass a pytree node and registers it."""
@@ -245,9 +245,7 @@ def split_axes(boxed: Any) -> tuple[Any, Any]:
     """Splits what `init` returned into (parameters, logical axes of every parameter)."""
     is_box = lambda x: isinstance(x, Boxed)
     params = jax.tree.map(lambda b: b.value if is_box(b) else b, boxed, is_leaf=is_box)
-    axes = jax.tree.map(
-        lambda b: Axes(*b.names) if is_box(b) else Axes(*(None,) * jnp.ndim(b)), boxed, is_leaf=is_box
-    )
+    axes = jax.tree.map(lambda b: Axes(*b.names) if is_box(b) else Axes(*(None,) * jnp.ndim(b)), boxed, is_leaf=is_box)
     return params, axes
 
 
@@ -274,7 +272,8 @@ def structure(tree: Any) -> dict[str, Any]:
 
 
 def _describe(node: Node) -> dict[str, Any]:
-    static, fields = {}, {}
+    static: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for f in node.__dataclass_fields__.values():
         value = getattr(node, f.name)
         if not f.metadata.get("pytree_node", True):

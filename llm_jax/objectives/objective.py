@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 
 Batch = Mapping[str, jax.Array]
 
@@ -41,7 +42,7 @@ class Objective(Protocol):
 
 def total_loss(objective: Objective, scores: Mapping[str, jax.Array], weights: Mapping[str, jax.Array]) -> jax.Array:
     """The loss from score sums and total weights; a term without weight counts nothing."""
-    total = 0.0
+    total = jnp.float32(0)
     for term, coefficient in objective.coefficients.items():
-        total = total + coefficient * scores[term] / jax.numpy.maximum(weights[term], 1e-8)
+        total = total + coefficient * scores[term] / jnp.maximum(weights[term], 1e-8)
     return total

@@ -79,8 +79,9 @@ class Plan:
         kv = getattr(model_config, "num_kv_heads", heads)
         if heads % config.model or kv % config.model:
             self.rules = {**self.rules, "heads": None, "kv": None}
-            self.notes.append(f"attention is replicated: {heads} query and {kv} key heads do not divide by "
-                              f"model={config.model}")
+            self.notes.append(
+                f"attention is replicated: {heads} query and {kv} key heads do not divide by model={config.model}"
+            )
 
     @property
     def batch_divisor(self) -> int:

@@ -204,10 +204,17 @@ class Checkpoints:
         if missing or extra or other:
             parts = [f"missing {missing[:3]}" if missing else "", f"unexpected {extra[:3]}" if extra else ""]
             parts.append(f"{other[0]} is {stored[other[0]]} there and {wanted[other[0]]} here" if other else "")
-            raise CheckpointError(f"checkpoint {step} is of another model or optimizer: {', '.join(filter(None, parts))}")
+            raise CheckpointError(
+                f"checkpoint {step} is of another model or optimizer: {', '.join(filter(None, parts))}"
+            )
 
     def restore_params(
-        self, step: int | None = None, *, average: bool = False, cast: Any = None, place: Callable[[Any], Any] | None = None
+        self,
+        step: int | None = None,
+        *,
+        average: bool = False,
+        cast: Any = None,
+        place: Callable[[Any], Any] | None = None,
     ) -> tuple[Any, dict[str, Any]]:
         """Parameters only (or their moving average), built from what the checkpoint itself says it holds.
 
@@ -232,8 +239,11 @@ class Checkpoints:
         wanted = {"params": everything["params"], **({"average": everything["average"]} if average else {})}
         if place is not None:
             spec = place(self._as_params(wanted["params"], structure))
-            leaves = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-                                  self._as_params(wanted["params"], structure), spec)
+            leaves = jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                self._as_params(wanted["params"], structure),
+                spec,
+            )
             wanted["params"] = dict_of(leaves)
         try:
             restore = ocp.args.PyTreeRestore(

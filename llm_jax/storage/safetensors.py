@@ -90,9 +90,7 @@ def _read(file: str) -> Iterator[tuple[str, np.ndarray]]:
         yield name, view.reshape(entry["shape"])
 
 
-def write_folder(
-    path: epath.PathLike, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int = 2 * 2**30
-) -> None:
+def write_folder(path: epath.PathLike, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int = 2 * 2**30) -> None:
     """Writes tensors as they come, in shards of about `shard_bytes`; one shard needs no index.
 
     Every file is written under another name first and then renamed, so a full disk leaves no broken file behind.

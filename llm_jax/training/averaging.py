@@ -31,6 +31,4 @@ def average_checkpoints(checkpoints: Checkpoints, steps: list[int] | None = None
         wide = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
         total = wide if total is None else jax.tree.map(np.add, total, wide)
     floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
-    return jax.tree.map(
-        lambda s, x: jnp.asarray(s / len(steps), x.dtype) if floating(x) else x, total, first
-    )
+    return jax.tree.map(lambda s, x: jnp.asarray(s / len(steps), x.dtype) if floating(x) else x, total, first)

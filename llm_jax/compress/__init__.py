@@ -1,0 +1,1 @@
+"""Compression: params -> params."""

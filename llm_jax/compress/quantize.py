@@ -1,0 +1,110 @@
+"""Quantized weights: int8, symmetric, one scale per output channel.
+
+Source: Jacob et al. 2018, https://arxiv.org/abs/1712.05877 (symmetric form: zero point 0, range [-127, 127]).
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax.nn import weights
+from llm_jax.nn.weights import Axes, Weight
+
+KERNELS = ("attention/*/kernel", "mlp/*/kernel")
+
+
+class Quantized(Weight):
+    """`values * scale`.
+
+    Attributes:
+      values: int8 `[in, out]` (with a leading layer axis when stacked).
+      scale: float32 `[1, out]`: one per output channel; `[in, 1]` for tables, one per row.
+    """
+
+    values: jax.Array
+    scale: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the values."""
+        return tuple(self.values.shape)
+
+    def dense(self) -> jax.Array:
+        """The dequantized matrix, float32."""
+        return self.values.astype(self.scale.dtype) * self.scale
+
+    def _per_column(self) -> bool:
+        return self.scale.shape[-2] == 1
+
+    def matmul(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """Scales the result, not the matrix, where the scale belongs to output channels."""
+        del key
+        if not self._per_column():
+            return weights.matmul(x, self.dense().astype(x.dtype))
+        y = weights.matmul(x, self.values.astype(x.dtype))
+        return y * jnp.broadcast_to(self.scale[0], y.shape).astype(x.dtype)
+
+    def matmul_t(self, x: jax.Array) -> jax.Array:
+        """Scales the input instead where the scale belongs to output channels."""
+        if not self._per_column():
+            y = weights.matmul_t(x, self.values.astype(x.dtype))
+            return y * jnp.broadcast_to(self.scale[:, 0], y.shape).astype(x.dtype)
+        return weights.matmul_t(
+            x * jnp.broadcast_to(self.scale[0], x.shape).astype(x.dtype), self.values.astype(x.dtype)
+        )
+
+    def take(self, ids: jax.Array) -> jax.Array:
+        """Dequantized rows."""
+        rows = jnp.take(self.values, ids, axis=0).astype(self.scale.dtype)
+        scale = self.scale[0] if self._per_column() else jnp.take(self.scale, ids, axis=0)
+        return rows * jnp.broadcast_to(scale, rows.shape)
+
+    def axes(self, base: Axes) -> "Quantized":
+        """The values as the plain matrix; the scale keeps the axis it varies along."""
+        *lead, i, o = base
+        scale = Axes(*lead, None, o) if self._per_column() else Axes(*lead, i, None)
+        return Quantized(base, scale)  # type: ignore[arg-type]
+
+    def cast(self, dtype: Any) -> "Quantized":
+        """Unchanged: scales stay in float32."""
+        del dtype
+        return self
+
+
+def quantize_array(w: jax.Array, axis: int = -2) -> Quantized:
+    """Rounds to the nearest of 255 levels; the error is at most half a step of its channel.
+
+    Args:
+      w: `[..., in, out]`.
+      axis: reduced for the scale: -2 gives one per output channel, -1 one per row (tables).
+    """
+    top = jnp.max(jnp.abs(w), axis=axis, keepdims=True).astype(jnp.float32)
+    scale = jnp.where(top == 0, 1.0, top / 127)
+    values = jnp.clip(jnp.round(w.astype(jnp.float32) / scale), -127, 127).astype(jnp.int8)
+    return Quantized(values, scale)
+
+
+def quantize(params: Any, targets: str | Iterable[str] = KERNELS) -> Any:
+    """Quantizes every plain kernel that matches (embedding tables by row).
+
+    Raises:
+      ValueError: if a pattern matches nothing.
+      TypeError: if a target is structured already.
+    """
+
+    def one(path: str, w: Any) -> Quantized:
+        if weights.is_node(w):
+            raise TypeError(f"{path} is {type(w).__name__} already; quantize before attaching, or merge first")
+        if w.ndim < 2 or not jnp.issubdtype(w.dtype, jnp.floating):
+            raise TypeError(f"{path} is {w.dtype}{list(w.shape)}, no floating matrix")
+        return quantize_array(w, -1 if path.endswith("embedding") else -2)
+
+    return weights.replace(params, targets, one)
+
+
+def dequantize(params: Any, dtype: Any = jnp.float32) -> Any:
+    """Plain arrays in the place of quantized weights; serve from these on a CPU, whose int8 products are slow."""
+    is_q = lambda x: isinstance(x, Quantized)
+    return jax.tree.map(lambda w: w.dense().astype(dtype) if is_q(w) else w, params, is_leaf=is_q)

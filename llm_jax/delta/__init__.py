@@ -1,0 +1,1 @@
+"""Delta tuning: a few added or chosen parameters train, the rest stays."""

@@ -1,0 +1,159 @@
+"""LoRA: a kernel W becomes W + scale * A B, of which only A and B train.
+
+`attach` puts a `Lora` node where a kernel stood; the model runs it unchanged, over a plain array or over any other
+structured weight (over a quantized one it is QLoRA). `merge` folds it in, `detach` gives the base back.
+
+Sources: Hu et al. 2021, https://arxiv.org/abs/2106.09685; Kalajdzievski 2023 (rsLoRA: alpha / sqrt(r)),
+https://arxiv.org/abs/2312.03732.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from llm_jax.nn import paths, weights
+from llm_jax.nn.weights import Axes, Weight
+
+TRAINABLE = ("*/a", "*/b")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Where LoRA goes, and how large it is.
+
+    Attributes:
+      targets: patterns of kernels (see `nn.paths`).
+      rank: r.
+      alpha: the product is scaled by alpha / r, or alpha / sqrt(r) with `rs`.
+      dropout: rate on the input of A while training.
+      rs: rank-stabilised scaling.
+    """
+
+    targets: tuple[str, ...] = ("attention/*/kernel", "mlp/*/kernel")
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    rs: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks ranges."""
+        if self.rank < 1:
+            raise ValueError(f"rank={self.rank} must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must lie in [0, 1)")
+
+    @property
+    def scale(self) -> float:
+        """The factor on A B."""
+        return self.alpha / (math.sqrt(self.rank) if self.rs else self.rank)
+
+
+class Lora(Weight):
+    """`base + scale * a @ b`.
+
+    Attributes:
+      base: any weight, `[in, out]` (with a leading layer axis when stacked).
+      a: `[in, r]`.
+      b: `[r, out]`, zero at first, so that nothing changes when it is attached.
+      scale: static.
+      dropout: static; active where a key is passed.
+    """
+
+    base: Any
+    a: jax.Array
+    b: jax.Array
+    scale: float = struct.field(pytree_node=False)
+    dropout: float = struct.field(pytree_node=False, default=0.0)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the base."""
+        return weights.shape_of(self.base)
+
+    def dense(self) -> jax.Array:
+        """The merged matrix."""
+        base = weights.dense(self.base)
+        return base + (self.scale * (self.a @ self.b)).astype(base.dtype)
+
+    def matmul(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """`x @ base + scale * (x @ a) @ b`: W + A B is never formed, that would cost the full weight gradient."""
+        y = weights.matmul(x, self.base, key)
+        if key is not None and self.dropout > 0:
+            keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
+            x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
+        return y + self.scale * weights.matmul(weights.matmul(x, self.a), self.b)
+
+    def matmul_t(self, x: jax.Array) -> jax.Array:
+        """`x @ base.T + scale * (x @ b.T) @ a.T`."""
+        return weights.matmul_t(x, self.base) + self.scale * weights.matmul_t(weights.matmul_t(x, self.b), self.a)
+
+    def take(self, ids: jax.Array) -> jax.Array:
+        """Rows of the merged matrix."""
+        return weights.take(self.base, ids) + self.scale * weights.matmul(weights.take(self.a, ids), self.b)
+
+    def axes(self, base: Axes) -> "Lora":
+        """A takes the input axis, B the output axis; the rank stays whole."""
+        *lead, i, o = base
+        inner: Any = weights.axes_of(self.base, base)
+        return Lora(inner, Axes(*lead, i, None), Axes(*lead, None, o), self.scale, self.dropout)  # type: ignore[arg-type]
+
+    def cast(self, dtype: Any) -> "Lora":
+        """Casts all three; a quantized base keeps its scales."""
+        return self.replace(
+            base=weights.cast(self.base, dtype), a=weights.cast(self.a, dtype), b=weights.cast(self.b, dtype)
+        )
+
+
+def attach(params: Any, config: LoraConfig, key: jax.Array) -> Any:
+    """Puts LoRA on every kernel that matches; A is uniform as in the paper's code (Kaiming, a = sqrt(5)), B zero.
+
+    Raises:
+      ValueError: if a pattern matches nothing, a target is no matrix, or it carries LoRA already.
+    """
+    names = [p for p, _ in paths.flatten(params, weights.is_node)]
+    index = {p: i for i, p in enumerate(names)}
+
+    def one(path: str, w: Any) -> Lora:
+        if isinstance(w, Lora):
+            raise ValueError(f"{path} carries LoRA already; merge or detach it first")
+        *lead, fan_in, fan_out = shape = weights.shape_of(w)
+        if len(shape) < 2 or (len(shape) == 2 and "layers" in path.split("/") and not _unrolled(path)):
+            raise ValueError(f"{path} has shape {shape} and is no matrix; LoRA goes on kernels")
+        bound = 1 / math.sqrt(fan_in)
+        draw = jax.random.fold_in(key, index[path])
+        a = jax.random.uniform(draw, (*lead, fan_in, config.rank), jnp.float32, -bound, bound)
+        return Lora(w, a, jnp.zeros((*lead, config.rank, fan_out), jnp.float32), config.scale, config.dropout)
+
+    return weights.replace(params, config.targets, one)
+
+
+def _unrolled(path: str) -> bool:
+    return any(part.isdigit() for part in path.split("/"))
+
+
+def _map_lora(params: Any, fn: Any) -> Any:
+    is_lora = lambda x: isinstance(x, Lora)
+    if not any(map(is_lora, jax.tree.leaves(params, is_leaf=is_lora))):
+        raise ValueError("there is no LoRA in these parameters")
+    return jax.tree.map(lambda w: fn(w) if is_lora(w) else w, params, is_leaf=is_lora)
+
+
+def merge(params: Any) -> Any:
+    """Folds every LoRA into its base, which becomes a plain array (quantize it again where it was quantized)."""
+    return _map_lora(params, lambda w: w.dense())
+
+
+def unmerge(merged: Any, params: Any) -> Any:
+    """Undoes `merge`: the bases with `scale * a @ b` subtracted, under the LoRA nodes of `params`."""
+    is_lora = lambda x: isinstance(x, Lora)
+    take_out = lambda w, m: w.replace(base=m - (w.scale * (w.a @ w.b)).astype(m.dtype)) if is_lora(w) else m
+    return jax.tree.map(take_out, params, merged, is_leaf=is_lora)
+
+
+def detach(params: Any) -> Any:
+    """The bases alone."""
+    return _map_lora(params, lambda w: w.base)

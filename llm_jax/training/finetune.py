@@ -1,0 +1,112 @@
+"""Fine-tuning a loaded model: wholly, or with LoRA over a float or an int8 base."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from etils import epath
+
+from llm_jax import config as configs
+from llm_jax.compress import quantize
+from llm_jax.data import chat
+from llm_jax.delta import lora
+from llm_jax.interop import Pretrained
+from llm_jax.models.llama import LlamaConfig
+from llm_jax.nn import weights
+from llm_jax.training.run import RunConfig, Trained, train
+from llm_jax.training.trainable import partition
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+    """A fine-tuning run.
+
+    Attributes:
+      run: data, objective, optimizer, plan and training; its model is replaced by the loaded one.
+      lora: where LoRA goes; None trains what `run.training.trainable` chooses, or everything.
+      base: `float` or `int8` (kernels under LoRA are quantized).
+      format: `text` (plain text) or `chat` (chats and instructions; the loss falls on the assistant's turns only).
+    """
+
+    run: RunConfig = RunConfig()
+    lora: lora.LoraConfig | None = lora.LoraConfig()
+    base: str = "float"
+    format: str = "text"
+
+    def __post_init__(self) -> None:
+        """Checks names."""
+        if self.base not in ("float", "int8"):
+            raise ValueError(f"base={self.base!r} is neither float nor int8")
+        if self.format not in ("text", "chat"):
+            raise ValueError(f"format={self.format!r} is neither text nor chat")
+        if self.base == "int8" and self.lora is None:
+            raise ValueError("a quantized base cannot train whole; give it LoRA")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**configs.to_dict(self), "run": self.run.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "FinetuneConfig":
+        """Undoes `to_dict`."""
+        rest = dict(values)
+        run = RunConfig.from_dict(rest.pop("run", {}))
+        return dataclasses.replace(configs.from_dict(cls, rest), run=run)
+
+
+@dataclasses.dataclass(frozen=True)
+class Finetuned:
+    """Results.
+
+    Attributes:
+      trained: state, model, tokenizer, evaluation.
+      merged: plain parameters with everything folded in.
+      bytes: of the parameters, of what trains, and of the optimizer state.
+    """
+
+    trained: Trained
+    merged: Any
+    bytes: dict[str, int]
+
+    def describe(self) -> str:
+        """One line of sizes."""
+        return ", ".join(f"{k} {v:,} bytes" for k, v in self.bytes.items())
+
+
+def adapt(params: Any, config: FinetuneConfig, key: jax.Array) -> Any:
+    """The parameters as they will train: quantized where asked for, with LoRA attached."""
+    if config.lora is None:
+        return params
+    if config.base == "int8":
+        params = quantize.quantize(params, config.lora.targets)
+    return lora.attach(params, config.lora, key)
+
+
+def run(loaded: Pretrained, config: FinetuneConfig, workdir: epath.PathLike, key: jax.Array) -> Finetuned:
+    """Adapts and trains; resumes like any run.
+
+    Raises:
+      ValueError: and its kin, each with one line.
+    """
+    if loaded.tokenizer is None:
+        raise ValueError("the model has no tokenizer")
+    trainable = config.run.training.trainable
+    if config.lora is not None:
+        trainable = lora.TRAINABLE if trainable is None else trainable
+    training = dataclasses.replace(config.run.training, trainable=trainable)
+    chosen = dataclasses.replace(config.run, model=loaded.config, training=training)
+    params = adapt(loaded.params, config, key)
+    encode = chat.chats(loaded.tokenizer) if config.format == "chat" else None
+    trained = train(chosen, workdir, params, loaded.tokenizer, encode, config.format)
+    sizes = {
+        "parameters": weights.bytes_of(trained.state.params),
+        "trainable": weights.bytes_of(partition(trained.state.params, trainable)[0]),
+        "optimizer state": weights.bytes_of(trained.state.opt_state),
+    }
+    merged = trained.state.params if config.lora is None else lora.merge(trained.state.params)
+    return Finetuned(trained, merged, sizes)
+
+
+def can_export(model_config: Any) -> bool:
+    """Whether PEFT's format has names for this family."""
+    return isinstance(model_config, LlamaConfig)

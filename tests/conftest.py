@@ -1,0 +1,29 @@
+"""Eight CPU devices, a compilation cache, and errors where shapes would broadcast silently."""
+
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+DATA = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_configure(config):
+    """Once, before anything touches a device."""
+    del config
+    jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    cache = pathlib.Path(__file__).resolve().parents[1] / ".jax_cache"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture
+def shared_data():
+    """The folder of small real data sets; the test is skipped, saying so, where it is absent."""
+    if not DATA.exists():
+        pytest.skip(f"no shared data at {DATA}")
+    return DATA

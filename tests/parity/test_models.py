@@ -1,0 +1,134 @@
+"""Every decoder equals transformers: logits, hidden states, attentions, loss and gradients; and exports load back."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from llm_jax import interop
+from llm_jax.nn import paths
+from llm_jax.objectives.causal_lm import CausalLM
+from llm_jax.objectives.objective import total_loss
+
+SMALL = dict(
+    vocab_size=61, hidden_size=36, intermediate_size=50, num_hidden_layers=3, num_attention_heads=9,
+    num_key_value_heads=3, max_position_embeddings=32, tie_word_embeddings=True, head_dim=4,
+)  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "rope_theta": 100.0,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 100.0}
+LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+GPT = dict(vocab_size=61, n_positions=32, n_embd=36, n_layer=3, n_head=3)
+
+CONFIGS = {
+    "gpt2": lambda: transformers.GPT2Config(**GPT),
+    "gpt2_odd": lambda: transformers.GPT2Config(
+        **GPT, n_inner=50, activation_function="gelu", tie_word_embeddings=False
+    ),
+    "gpt1": lambda: transformers.OpenAIGPTConfig(**GPT),
+    "llama_3_of_9": lambda: transformers.LlamaConfig(**SMALL),
+    "llama_biases_untied": lambda: transformers.LlamaConfig(
+        **{**SMALL, "tie_word_embeddings": False}, attention_bias=True, mlp_bias=True
+    ),
+    "llama3_scaling": lambda: transformers.LlamaConfig(**SMALL, rope_parameters=LLAMA3),
+    "yarn_scaling": lambda: transformers.LlamaConfig(**SMALL, rope_parameters=YARN),
+    "linear_scaling": lambda: transformers.LlamaConfig(**SMALL, rope_parameters=LINEAR),
+    "wide_heads": lambda: transformers.LlamaConfig(**{**SMALL, "head_dim": 8, "num_attention_heads": 6}),
+    "mistral": lambda: transformers.MistralConfig(**SMALL, sliding_window=5),
+    "qwen2": lambda: transformers.Qwen2Config(**{k: v for k, v in SMALL.items() if k != "head_dim"}),
+    "qwen3": lambda: transformers.Qwen3Config(**SMALL),
+}
+
+
+def make(name, dtype):
+    torch.manual_seed(0)
+    config = CONFIGS[name]()
+    config._attn_implementation = "eager"
+    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    with torch.no_grad():
+        for p in model.parameters():  # biases and norms start at 0 and 1: make them count
+            p.add_(0.05 * torch.randn_like(p))
+    return model
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_equals_transformers(name, precision, tmp_path, monkeypatch):
+    if precision == "fp64":  # their norms, rotary tables and softmaxes are hard-wired to float32
+        for alias in ("float32", "float"):
+            monkeypatch.setattr(torch, alias, torch.float64)
+        monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    bound = 1e-5 if precision == "fp32" else 1e-10
+    tolerance = {"rtol": bound, "atol": bound}
+    dtype = torch.float32 if precision == "fp32" else torch.float64
+    theirs = make(name, dtype)
+    theirs.save_pretrained(tmp_path / "in")
+    with jax.enable_x64(precision == "fp64"):
+        ours = interop.load(tmp_path / "in")
+        rng = np.random.default_rng(0)
+        ids = rng.integers(0, 61, (2, 14))
+        mask = np.ones((2, 14), np.int64)
+        mask[1, 11:] = 0
+        labels = np.where(mask, ids, -100)
+        want = theirs(
+            input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), labels=torch.tensor(labels),
+            output_hidden_states=True, output_attentions=True,
+        )  # fmt: skip
+        want.loss.backward()
+        out = ours.model.apply(
+            {"params": ours.params}, ids, attention_mask=mask, output_hidden_states=True, output_attentions=True
+        )
+        real = mask.astype(bool)
+        close = lambda a, b: np.testing.assert_allclose(np.asarray(a), b.detach().numpy(), **tolerance)
+        close(out.logits[real], want.logits[torch.tensor(real)])
+        assert len(out.hidden_states) == len(want.hidden_states)
+        for a, b in zip(out.hidden_states, want.hidden_states, strict=True):
+            close(a[real], b[torch.tensor(real)])
+        for a, b in zip(out.attentions, want.attentions, strict=True):
+            a, b = (np.moveaxis(np.asarray(x), 2, 1)[real] for x in (a, b.detach().numpy()))
+            np.testing.assert_allclose(a, b, **tolerance)
+
+        objective = CausalLM()
+        batch = {"input_ids": jnp.asarray(ids), "loss_weights": jnp.asarray(mask)}
+
+        def loss(params):
+            prepared = objective.prepare(batch, jax.random.key(0))
+            out = ours.model.apply({"params": params}, **prepared.inputs)
+            return total_loss(objective, objective.score(out, prepared.targets), prepared.weights)
+
+        value, grads = jax.value_and_grad(loss)(ours.params)
+        np.testing.assert_allclose(value, want.loss.item(), **tolerance)
+
+        with torch.no_grad():  # their gradients through our reader: the same names, the same layout
+            for p in theirs.parameters():
+                p.copy_(p.grad)
+        theirs.save_pretrained(tmp_path / "grads")
+        expected = dict(paths.flatten(interop.load(tmp_path / "grads").params))
+        got = dict(paths.flatten(grads))
+        assert expected.keys() == got.keys()
+        for path, g in got.items():
+            np.testing.assert_allclose(g, expected[path], err_msg=path, **tolerance)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_export_loads_in_transformers(name, tmp_path):
+    theirs = make(name, torch.float32)
+    theirs.save_pretrained(tmp_path / "in")
+    ours = interop.load(tmp_path / "in")
+    interop.save(tmp_path / "out", ours.model, ours.params)
+    again, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", attn_implementation="eager", output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(ids).logits, theirs(ids).logits, rtol=1e-6, atol=1e-6)
+    assert type(again) is type(theirs)
