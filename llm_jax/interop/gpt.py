@@ -2,17 +2,8 @@
 
 from typing import Any
 
-from llm_jax.interop.names import InteropError, Rule
+from llm_jax.interop.names import ACTIVATIONS, InteropError, Rule
 from llm_jax.models.gpt import GPTConfig
-
-# GPT-1's "gelu" is the tanh approximation too (transformers' modeling_openai.py)
-ACTIVATIONS = {
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu": "gelu",
-    "relu": "relu",
-    "silu": "silu",
-}
 
 
 def _activation(name: str) -> str:
@@ -38,6 +29,7 @@ def config_from_hf(c: dict[str, Any]) -> GPTConfig:
         num_heads=c.get("n_head", 12),
         hidden_dim=c.get("n_inner"),
         norm="post" if first else "pre",
+        # GPT-1's "gelu" is the tanh approximation too (transformers' modeling_openai.py)
         activation="gelu_tanh" if first and name == "gelu" else _activation(name),
         norm_eps=c.get("layer_norm_epsilon", 1e-5),
         tied=c.get("tie_word_embeddings", True),

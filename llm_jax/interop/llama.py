@@ -2,18 +2,11 @@
 
 from typing import Any
 
-from llm_jax.interop.names import InteropError, Rule
+from llm_jax.interop.names import ACTIVATIONS, InteropError, Rule
 from llm_jax.models.llama import LlamaConfig
 from llm_jax.nn.positions import RotaryScaling
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-ACTIVATIONS = {
-    "silu": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-}
 
 
 def _scaling(rope: dict[str, Any], context: int) -> RotaryScaling | None:

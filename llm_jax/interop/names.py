@@ -14,6 +14,15 @@ import numpy as np
 
 from llm_jax.nn import paths, weights
 
+# their names of activations, to ours
+ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+    "silu": "silu",
+}
+
 
 class InteropError(ValueError):
     """A model that cannot be loaded or saved; the message names the tensors."""
