@@ -3,8 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export JAX_PLATFORMS ?= cpu
+# large pages for malloc: XLA:CPU takes fresh memory every step, and small pages fault a quarter of the time away
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo chat test parity lint clean
+.PHONY: demo chat test parity lint bench clean
 
 .venv/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -22,6 +24,11 @@ export JAX_PLATFORMS ?= cpu
 
 .venv/lint: .venv/base
 	$(INSTALL) --editable '.[lint]'
+	@touch $@
+
+.venv/bench: .venv/base
+	$(INSTALL) torch==2.13.0
+	$(INSTALL) --editable '.[bench]'
 	@touch $@
 
 .venv/smollm2: .venv/base
@@ -46,6 +53,9 @@ lint: .venv/lint
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tests/check_sizes.py
+
+bench: .venv/bench  ## speed and memory beside torch, in the same run
+	$(BIN)/python -m experiments.benchmark --json=bench.json
 
 clean:
 	rm -rf .venv .jax_cache runs build *.egg-info

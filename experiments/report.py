@@ -34,6 +34,13 @@ def summary(config: RunConfig, trained: Trained, workdir: str) -> str:
     return line if xz is None else f"xz -9 on the held-out files: {xz:.3f} bits per byte\n{line}"
 
 
+def _beginning(text: str) -> str:
+    """The head of a document up to its first definition, or its first eight lines."""
+    lines = text.splitlines(keepends=True)
+    end = next((i + 1 for i, line in enumerate(lines) if line.lstrip().startswith("def ")), 8)
+    return "".join(lines[max(0, end - 8) : end])
+
+
 def continuations(trained: Trained, count: int, config: RunConfig, length: int = 96) -> list[str]:
     """Samples that continue the beginnings of held-out documents (of training ones where none is held out)."""
     tokenizer: Any = trained.tokenizer
@@ -41,8 +48,7 @@ def continuations(trained: Trained, count: int, config: RunConfig, length: int =
     for document in corpora.documents(config.data.source, text_field=config.data.text_field):
         held = corpora.split_of(document, config.data.validation_share) == "validation"
         if document.text and (held or not config.data.validation_share or config.data.split == "tail"):
-            lines = document.text.splitlines(keepends=True)
-            prompts.append("".join(lines[:8])[:400])
+            prompts.append(_beginning(document.text))
         if len(prompts) == count:
             break
     if not prompts:
@@ -50,7 +56,7 @@ def continuations(trained: Trained, count: int, config: RunConfig, length: int =
     room = trained.model.config.context_length
     new = min(length, room // 2)
     ids = [tokenizer.encode(p)[-(room - new) :] for p in prompts]
-    sampler = SamplingConfig(temperature=0.8, top_p=0.95)
+    sampler = SamplingConfig(temperature=0.7, top_p=0.9)
     generator = Generator(trained.model, trained.state.params, tokenizer.eos_ids, sampler)
     results = generator.generate(ids, new, jax.random.key(config.training.seed))
     return [

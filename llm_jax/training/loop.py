@@ -164,9 +164,10 @@ def run_loop(
             values["train/model_flops_per_second"] = rate * flops_per_token
             if peak_flops:
                 values["train/mfu"] = rate * flops_per_token / peak_flops
-        bar.set_postfix_str(
-            f"loss {values['train/loss']:.3f}, {values.get('train/tokens_per_second', 0):,.0f} tokens/s", refresh=False
+        rate_text = (
+            f", {values['train/tokens_per_second']:,.0f} tokens/s" if "train/tokens_per_second" in values else ""
         )
+        bar.set_postfix_str(f"loss {values['train/loss']:.3f}{rate_text}", refresh=False)
         writer.write(step, values)
         clock, tokens = time.perf_counter(), 0.0
 

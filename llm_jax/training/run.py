@@ -19,7 +19,7 @@ from llm_jax.nn import weights
 from llm_jax.objectives.causal_lm import CausalLM
 from llm_jax.parallel.plan import Plan, PlanConfig
 from llm_jax.storage.checkpoints import Checkpoints
-from llm_jax.training import metrics
+from llm_jax.training import flops, metrics
 from llm_jax.training.loop import LoopConfig, run_loop, summarize
 from llm_jax.training.optimizers import OptimizerConfig, make_optimizer
 from llm_jax.training.precision import Precision
@@ -232,14 +232,14 @@ def _train(config, workdir, params, tokenizer, encode, kind, restore_step):
 
     size = config.model
     heads = getattr(size, "head_dim", None) or size.model_dim // size.num_heads
-    flops = metrics.flops_per_token(abstract, size.num_layers, c.sequence_length, size.num_heads * heads)
-    peak = metrics.peak_flops()
+    per_token = flops.flops_per_token(abstract, size.num_layers, c.sequence_length, size.num_heads * heads)
+    peak = flops.peak_flops()
     writer = metrics.MetricsWriter(workdir, int(state.step))
     log.info("%s parameters in %s", f"{weights.count(abstract):,}", workdir)
     try:
         state, evaluation = run_loop(
             *(state, step, loader, place, checkpoints, writer, c, evaluate, {"config": config.to_dict()}),
-            flops_per_token=flops,
+            flops_per_token=per_token,
             peak_flops=None if peak is None else peak * jax.device_count(),
             workdir=workdir,
         )

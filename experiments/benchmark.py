@@ -1,0 +1,177 @@
+"""Speed and memory beside PyTorch in the same run.
+
+    python -m experiments.benchmark --json=bench.json
+    python -m experiments.benchmark --cases=train,decode --rounds=3
+    python -m experiments.benchmark --cases=shakespeare --shakespeare=FILE
+
+Every measurement is a process of its own; ours and the peer's take turns, `--rounds` times, and medians are
+compared, because machines are noisy. Only jax, flax, optax (and torch, transformers for the peers) are imported; on
+a machine without torch the peers' columns stay empty.
+
+Rows are `case, ours, peer, theirs, ratio, limit, limit_share, unit`. The limit of training is the fastest large
+matrix product seen in the same run over the model FLOPs of a token (`training.flops`), that of decoding the fastest
+read of memory over the bytes of parameters and cache that a token needs.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from typing import Any
+
+from absl import app, flags
+
+CASES = ("train", "memory", "decode", "compile", "shakespeare")
+CASE = flags.DEFINE_list("cases", ",".join(CASES), f"What to measure: {', '.join(CASES)}.")
+ROUNDS = flags.DEFINE_integer("rounds", 3, "Turns that every contestant takes.", lower_bound=1)
+JSON = flags.DEFINE_string("json", None, "Write the rows to this file.")
+TINY = flags.DEFINE_bool("tiny", False, "Toy sizes: shows that everything runs; the figures mean nothing.")
+SHAKESPEARE = flags.DEFINE_string(
+    "shakespeare",
+    "../shared/data/tinyshakespeare/input.txt",
+    "nanoGPT's character corpus; its case is left out without.",
+)
+PRECISION = flags.DEFINE_enum("precision", None, ["fp32", "bf16"], "fp32 on a CPU, bf16 on a GPU by default.")
+
+
+def _measure(who: str, what: str, **options: Any) -> dict[str, Any] | None:
+    """Runs one measurement in a fresh process; None where the peer is not installed."""
+    module = {"ours": "experiments.benchmark_ours", "peer": "experiments.benchmark_peers"}[who]
+    spec = json.dumps({"what": what, "tiny": TINY.value, "precision": PRECISION.value, **options})
+    done = subprocess.run([sys.executable, "-m", module, spec], capture_output=True, text=True, env=_environment())
+    if done.returncode == 42:
+        return None
+    if done.returncode:
+        raise RuntimeError(f"{who} {what} {options} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _environment() -> dict[str, str]:
+    """Large pages for malloc: XLA:CPU takes fresh memory every step, whose page faults cost a quarter of it."""
+    return {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", **os.environ}
+
+
+def _turns(contestants: dict[str, tuple[str, str, dict[str, Any]]], rounds: int) -> dict[str, Any]:
+    """Median of every contestant's `value` over alternating turns, with the last turn's other fields."""
+    seen: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, (who, what, options) in contestants.items():
+            result = _measure(who, what, **options)
+            if result is not None:
+                seen[name].append(result)
+                print(f"  {name}: {result['value']:.4g}", file=sys.stderr, flush=True)
+    return {n: {**r[-1], "value": statistics.median(x["value"] for x in r)} for n, r in seen.items() if r}
+
+
+def _row(case: str, ours: Any, peer: str, theirs: Any, unit: str, limit: Any = None) -> dict[str, Any]:
+    better = theirs is not None and theirs > 0
+    share = None if limit is None else ours / limit
+    ratio = ours / theirs if better else None
+    return dict(case=case, ours=ours, peer=peer, theirs=theirs, ratio=ratio, limit=limit, limit_share=share, unit=unit)
+
+
+def _train() -> list[dict[str, Any]]:
+    results = _turns(
+        {
+            "ours unrolled": ("ours", "train", {"unroll": True}),
+            "torch.compile": ("peer", "train", {"compile": True}),
+            "ours scanned": ("ours", "train", {"unroll": False}),
+            "torch eager": ("peer", "train", {"compile": False}),
+        },
+        ROUNDS.value,
+    )
+    rates = [m["value"] for m in (_measure("ours", "matmul"), _measure("peer", "matmul")) if m]
+    theirs = {n: results[n]["value"] for n in ("torch.compile", "torch eager") if n in results}
+    rows = []
+    for name in ("ours unrolled", "ours scanned"):
+        limit = max(rates) / results[name]["flops_per_token"]
+        for peer in ("torch.compile", "torch eager"):
+            case = f"train GPT-2 small, {name.removeprefix('ours ')}"
+            rows.append(_row(case, results[name]["value"], peer, theirs.get(peer), "tokens/s", limit))
+    return rows
+
+
+def _memory() -> list[dict[str, Any]]:
+    rows = []
+    theirs = _measure("peer", "train", compile=True)
+    for unroll in (True, False):
+        ours = _measure("ours", "train", unroll=unroll)
+        assert ours is not None
+        case = f"peak memory of training, {'unrolled' if unroll else 'scanned'}"
+        rows.append(_row(case, ours["peak_bytes"], "torch.compile", theirs and theirs["peak_bytes"], "bytes"))
+    return rows
+
+
+def _decode() -> list[dict[str, Any]]:
+    rows = []
+    bandwidth = _measure("ours", "bandwidth")
+    assert bandwidth is not None
+    for batch in (1, 8):
+        results = _turns(
+            {
+                "ours": ("ours", "decode", {"batch": batch}),
+                "transformers generate": ("peer", "decode", {"batch": batch}),
+            },
+            ROUNDS.value,
+        )
+        ours, theirs = results["ours"], results.get("transformers generate")
+        limit = batch * bandwidth["value"] / ours["bytes_per_step"]
+        case = f"decode GPT-2 small, batch {batch}"
+        rows.append(_row(case, ours["value"], "transformers generate", theirs and theirs["value"], "tokens/s", limit))
+    return rows
+
+
+def _compile() -> list[dict[str, Any]]:
+    """Seconds to compile the training step; the peer is our own step at 4 layers."""
+    rows = []
+    for unroll in (False, True):
+        few, many = (_measure("ours", "compile", unroll=unroll, layers=n) for n in (4, 24))
+        assert few is not None and many is not None
+        form = "unrolled" if unroll else "scanned"
+        rows.append(_row(f"compile 24 layers, {form}", many["value"], f"4 layers, {form}", few["value"], "s"))
+    return rows
+
+
+def _shakespeare() -> list[dict[str, Any]]:
+    """NanoGPT's published CPU setting; its README gives a loss of 1.88 after about three minutes."""
+    if not os.path.exists(SHAKESPEARE.value):
+        print(f"shakespeare: left out, there is no {SHAKESPEARE.value}", file=sys.stderr)
+        return []
+    ours = _measure("ours", "shakespeare", path=SHAKESPEARE.value)
+    theirs = _measure("peer", "shakespeare", path=SHAKESPEARE.value)
+    assert ours is not None
+    rows = [_row("nanoGPT's Shakespeare, validation loss", ours["loss"], "nanoGPT README", 1.88, "nats/character")]
+    peer = "transformers GPT-2, torch.compile"
+    case = "nanoGPT's Shakespeare, "
+    rows.append(_row(case + "validation loss", ours["loss"], peer, theirs and theirs["loss"], "nats/character"))
+    rows.append(_row(case + "2,000 steps", ours["value"], peer, theirs and theirs["value"], "s"))
+    return rows
+
+
+def main(argv: list[str]) -> None:
+    """Measures, prints the table, writes the rows."""
+    del argv
+    unknown = set(CASE.value) - set(CASES)
+    if unknown:
+        sys.exit(f"error: unknown cases {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
+    measure = {"train": _train, "memory": _memory, "decode": _decode, "compile": _compile, "shakespeare": _shakespeare}
+    rows: list[dict[str, Any]] = []
+    for name in CASE.value:
+        print(name, file=sys.stderr, flush=True)
+        rows += measure[name]()
+        if JSON.value:  # after every case, so that an interruption loses nothing
+            with open(JSON.value, "w") as f:
+                json.dump(rows, f, indent=2)
+    device = _measure("ours", "device")
+    print(f"device: {device and device['value']}")
+    show = lambda x: "-" if x is None else x if isinstance(x, str) else f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"
+    keys = ("case", "ours", "peer", "theirs", "ratio", "limit", "limit_share", "unit")
+    table = [keys, *(tuple(show(r[k]) for k in keys) for r in rows)]
+    widths = [max(len(line[i]) for line in table) for i in range(len(keys))]
+    for line in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+if __name__ == "__main__":
+    app.run(main)

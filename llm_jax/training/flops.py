@@ -1,0 +1,44 @@
+"""Model FLOPs and the peaks they are held against."""
+
+import math
+from typing import Any
+
+import jax
+
+from llm_jax.nn import paths, weights
+
+# dense bf16 peak FLOP/s per chip, from the makers' data sheets
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def flops_per_token(params: Any, num_layers: int, length: int, attention_dim: int) -> float:
+    """Model FLOPs per trained token: `6 P + 12 L T A`.
+
+    P counts the parameters that multiply (all but embedding tables; a tied table counts, as the head uses it), T is
+    the sequence length and A the width of the attention (heads times head size). 6 is 2 for the forward and 4 for the
+    backward product; attention adds 2 * 2 * T * A per layer forward (scores and values), times 3, not halved for
+    causality (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B). Recomputation is not counted.
+    """
+    names = [p for p, _ in paths.flatten(params, weights.is_node)]
+    untied = any(p.startswith("head/") for p in names)
+    total = 0
+    for path, leaf in paths.flatten(params, weights.is_node):
+        lookup_only = path == "positions/embedding" or (path == "embed/embedding" and untied)
+        if not lookup_only:
+            total += math.prod(leaf.shape)
+    return 6.0 * total + 12.0 * num_layers * length * attention_dim
+
+
+def peak_flops() -> float | None:
+    """Peak of one device of this run, None where unknown (CPUs)."""
+    kind = jax.devices()[0].device_kind
+    return next((peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name)), None)
