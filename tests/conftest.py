@@ -16,6 +16,7 @@ def pytest_configure(config):
     del config
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_disable_most_optimizations", True)  # halves compile time; numbers are tested, not speed
     cache = pathlib.Path(__file__).resolve().parents[1] / ".jax_cache"
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

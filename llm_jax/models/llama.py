@@ -82,6 +82,8 @@ class LlamaConfig:
         """Checks sizes and names."""
         if self.head_dim is None and self.model_dim % self.num_heads:
             raise ValueError(f"model_dim={self.model_dim} is not a multiple of num_heads={self.num_heads}")
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r} is none of {', '.join(ACTIVATIONS)}")
         if self.window is not None and self.window < 1:

@@ -207,8 +207,10 @@ def attend(
       `[B, T, N, H]` in the dtype of `q_BTNH`.
 
     Raises:
-      ValueError: if N is no multiple of K, or `fused` is asked for with dropout.
+      ValueError: if N is no multiple of K, `fused` is asked for with dropout, or slopes come without a mask.
     """
+    if slopes_N is not None and mask is None:
+        raise ValueError("slopes_N needs a mask, whose positions give the distances")
     if q_BTNH.shape[2] % k_BSKH.shape[2]:
         raise ValueError(f"{q_BTNH.shape[2]} query heads are no multiple of {k_BSKH.shape[2]} key heads")
     if dropout_rate == 0:

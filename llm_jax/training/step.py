@@ -143,7 +143,7 @@ def make_train_step(
             bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
             loss_scale=None if state.loss_scale is None else state.loss_scale.update(finite),
         )
-        metrics = {"loss": loss * unscale, "grad_norm": norm, "tokens": totals[next(iter(totals))]}
+        metrics = {"loss": loss * unscale, "grad_norm": norm, "tokens": totals[next(iter(objective.coefficients))]}
         metrics["bad_steps"] = new.bad_steps
         metrics |= {name: scores[name] / jnp.maximum(totals[name], 1e-8) for name in scores}
         if state.loss_scale is not None:

@@ -1,0 +1,78 @@
+"""Configs of all families: what they refuse, initial scales, caches, and the registry."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+from tiny_models import GPT, LLAMA, MODELS
+
+from llm_jax import config as configs
+from llm_jax.models import registry
+from llm_jax.models.gpt import GPTConfig
+from llm_jax.models.llama import LlamaConfig
+from llm_jax.nn import paths, weights
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_registry_round_trip(name):
+    values = json.loads(json.dumps(registry.to_dict(MODELS[name])))
+    assert values["family"] == registry.family_of(MODELS[name])
+    assert registry.from_dict(values) == MODELS[name]
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"family": "bert"}, "model.family='bert' is none of gpt, llama"),
+        ({}, "model.family=None is none of"),
+        ({"family": "gpt", "num_layer": 2}, "unknown field model.num_layer; did you mean num_layers"),
+        ({"family": "llama", "rope_scaling": {"kind": "ntk", "factor": 2.0}}, "model.rope_scaling: .*kind='ntk'"),
+    ],
+)
+def test_registry_errors(values, words):
+    with pytest.raises(configs.ConfigError, match=words):
+        registry.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    "cls, changes, words",
+    [
+        (GPTConfig, {"num_heads": 5}, "model_dim=12 is not a multiple of num_heads=5"),
+        (GPTConfig, {"norm": "both"}, "norm='both' is neither pre nor post"),
+        (GPTConfig, {"activation": "swish"}, "activation='swish' is none of gelu, "),
+        (LlamaConfig, {"num_heads": 5}, "model_dim=12 is not a multiple of num_heads=5"),
+        (LlamaConfig, {"activation": "swish"}, "activation='swish' is none of"),
+        (LlamaConfig, {"window": 0}, "window=0 must be at least 1"),
+        (LlamaConfig, {"num_kv_heads": 4}, "num_heads=6 is not a multiple of num_kv_heads=4"),
+    ],
+)
+def test_refused(cls, changes, words):
+    with pytest.raises(ValueError, match=words):
+        cls(**{**(GPT if cls is GPTConfig else LLAMA), **changes})
+
+
+def test_a_cache_is_no_longer_than_learned_positions():
+    with pytest.raises(ValueError, match="a cache of 17 exceeds the 16 learned positions"):
+        MODELS["gpt2"].init_cache(1, 17)
+    shapes = jax.eval_shape(lambda: MODELS["qwen3"].init_cache(3, 40, "bfloat16"))
+    assert shapes.layers[1].k_BSKH.shape == (3, 40, 2, 4) and shapes.layers[1].k_BSKH.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("norm, shrink", [("pre", math.sqrt(2 * 3)), ("post", 1)])
+def test_initial_scales(norm, shrink):
+    """GPT-2 writes into the residual stream with smaller kernels; 4 deviations of a deviation's estimate."""
+    config = dataclasses.replace(MODELS["gpt2"], model_dim=24, num_layers=3, norm=norm)
+    boxed = jax.jit(config.make().init)(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
+    params, _ = weights.split_axes(jax.device_get(boxed))
+    for path, x in paths.flatten(params):
+        if path.endswith(("kernel", "embedding")):
+            want = config.init_std / (shrink if path.endswith(("out/kernel", "down/kernel")) else 1)
+            assert abs(x.std() / want - 1) < 4 / math.sqrt(2 * x.size), path
+            assert abs(x.mean()) < 4 * want / math.sqrt(x.size), path
+        else:
+            assert (x == path.endswith("scale")).all(), path
+    kernel = params["decoder"]["layers"]["mlp"]["up"]["kernel"]
+    assert not np.allclose(kernel[0], kernel[1])  # every layer has its own draw

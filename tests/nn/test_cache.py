@@ -1,0 +1,48 @@
+"""The ring buffer against one kept in Python."""
+
+import jax
+import numpy as np
+
+from llm_jax.nn.cache import Cache, init_cache
+
+SIZE = 5
+
+
+def test_empty():
+    cache, at = jax.jit(lambda: ((c := init_cache(2, 3, SIZE, 2, 4, "bfloat16")), c.key_positions(c.length_B)))()
+    assert len(cache.layers) == 2 and cache.size == SIZE
+    assert cache.layers[1].v_BSKH.shape == (3, SIZE, 2, 4) and cache.layers[0].k_BSKH.dtype == "bfloat16"
+    assert (np.asarray(at) < 0).all()
+
+
+def test_ragged_writes_equal_a_list_of_slots():
+    rng = np.random.default_rng(0)
+    cache = jax.jit(lambda: init_cache(1, 2, SIZE, 1, 1))()
+    slots = [[None] * SIZE for _ in range(2)]  # (position, value) or None
+    length = [0, 0]
+
+    @jax.jit
+    def put(cache, value, mask):
+        order = cache.positions_of(mask)
+        new = cache.length_B + mask.sum(1)
+        at = jax.numpy.where(mask, order % SIZE, SIZE)
+        layer = cache.layers[0].write(value, -value, at)
+        return Cache((layer,), new), cache.key_positions(new)
+
+    for _ in range(7):
+        mask = rng.random((2, 3)) < 0.6
+        value = rng.normal(size=(2, 3, 1, 1)).astype(np.float32)
+        cache, at = put(cache, value, mask)
+        layer = jax.device_get(cache.layers[0])
+        at = np.asarray(at)
+        for b in range(2):
+            for t in np.flatnonzero(mask[b]):
+                slots[b][length[b] % SIZE] = (length[b], value[b, t, 0, 0])
+                length[b] += 1
+            for s, entry in enumerate(slots[b]):
+                if entry is None:
+                    assert at[b, s] < 0
+                else:
+                    assert at[b, s] == entry[0]
+                    assert layer.k_BSKH[b, s, 0, 0] == entry[1] == -layer.v_BSKH[b, s, 0, 0]
+    assert cache.length_B.tolist() == length and min(length) > SIZE  # it went around

@@ -1,0 +1,155 @@
+"""The weight protocol: the hand-written product, structured weights, declaring parameters."""
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import struct
+from jax.sharding import PartitionSpec as P
+
+from llm_jax.nn import weights
+from llm_jax.parallel.mesh import make_mesh
+
+
+class Scaled(weights.Weight):
+    """`scale * base`, a structured weight over any other."""
+
+    base: Any
+    offset: Any = None
+    scale: float = struct.field(pytree_node=False, default=1.0)
+    axes_kept: tuple[int, ...] = struct.field(pytree_node=False, default=(0, 1))
+
+    def dense(self):
+        return self.scale * weights.dense(self.base)
+
+    @property
+    def shape(self):
+        return weights.shape_of(self.base)
+
+
+class Silent(weights.Weight):
+    value: Any
+
+
+def normal(*shape, seed=0, dtype=np.float32):
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+
+
+@pytest.mark.parametrize(
+    "transposed, lead, bound",
+    [(False, (), 1e-5), (True, (2, 3), 1e-5), (False, (2, 3, 2), 1e-10), (True, (3,), 1e-10)],
+)
+def test_hand_written_gradient_equals_autodiff(transposed, lead, bound):
+    with jax.enable_x64(bound < 1e-9):
+        dtype = np.float64 if bound < 1e-9 else np.float32
+        x, w = normal(*lead, 4, dtype=dtype), normal(4, 5, seed=1, dtype=dtype)
+        w = w.T if transposed else w
+        ours = weights.matmul_t if transposed else weights.matmul
+        plain = lambda x, w: x @ (w.T if transposed else w)
+
+        @jax.jit
+        def both(x, w):
+            loss = lambda f: lambda x, w: jnp.sum(jnp.sin(f(x, w)))
+            return [(f(x, w), jax.grad(loss(f), (0, 1))(x, w)) for f in (ours, plain)]
+
+        a, b = both(x, w)
+        assert jax.tree.map(lambda x: x.dtype, a) == jax.tree.map(lambda x: x.dtype, b)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=bound, atol=bound), a, b)
+
+
+@pytest.mark.parametrize("product", [weights.matmul, weights.matmul_t])
+@pytest.mark.parametrize("argument, products", [((0,), 2), ((1,), 2), ((0, 1), 3)])
+def test_what_is_frozen_costs_no_product(product, argument, products):
+    square = normal(4, 4)
+    grad = jax.grad(lambda x, w: jnp.sum(product(x, w) ** 2), argument)
+    assert str(jax.make_jaxpr(grad)(square, square)).count("dot_general[") == products
+
+
+def test_inside_shard_map_operands_that_vary_over_different_axes():
+    mesh = make_mesh({"data": 4, "model": 2})
+    x, w = normal(8, 3), normal(3, 6, seed=1)
+    loss = lambda x, w: jnp.sum(jnp.sin(weights.matmul(x, w)))
+    both = lambda x, w: (weights.matmul(x, w), *jax.grad(loss, (0, 1))(x, w))
+    specs = P("data"), P(None, "model")
+    sharded = jax.jit(jax.shard_map(both, mesh=mesh, in_specs=specs, out_specs=(P("data", "model"), *specs)))
+    y, dy = x @ w, np.cos(x @ w)
+    for got, want in zip(sharded(x, w), (y, dy @ w.T, x.T @ dy), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_structured_weights_nest_and_multiply():
+    base = normal(4, 5)
+    w = Scaled(Scaled(base, scale=2.0), scale=3.0)
+    x, y, ids = normal(2, 3, 4, seed=1), normal(2, 3, 5, seed=2), np.array([[3, 0]])
+    np.testing.assert_allclose(weights.matmul(x, w), x @ (6 * base), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(weights.matmul_t(y, w), y @ (6 * base).T, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(weights.take(w, ids), 6 * base[ids], rtol=1e-6)
+    np.testing.assert_allclose(weights.dense(w), 6 * base, rtol=1e-6)
+    assert weights.shape_of(w) == (4, 5)
+    assert weights.axes_of(w, P("embed", "mlp")).base.base == P("embed", "mlp")
+
+
+def test_a_node_that_lacks_its_matrix_says_so():
+    with pytest.raises(TypeError, match="Silent does not say what its matrix is"):
+        weights.matmul(normal(2, 2), Silent(normal(2, 2)))
+    with pytest.raises(TypeError, match="Silent does not say its shape"):
+        weights.shape_of(Silent(normal(2, 2)))
+
+
+def test_cast_count_bytes():
+    tree = {"w": Scaled(normal(2, 3)), "ids": np.arange(4, dtype=np.int32), "b": normal(5)}
+    half = weights.cast(tree, jnp.bfloat16)
+    assert half["w"].base.dtype == half["b"].dtype == jnp.bfloat16 and half["ids"].dtype == np.int32
+    assert weights.cast(tree, None) is tree
+    assert weights.count(tree) == 6 + 4 + 5
+    assert weights.bytes_of(half) == 2 * 6 + 4 * 4 + 2 * 5
+    assert weights.bytes_of(jax.eval_shape(lambda: half)) == weights.bytes_of(half)
+
+
+def test_replace_walks_structured_weights_as_one_leaf():
+    tree = {"a": {"kernel": normal(2, 3), "bias": normal(3)}, "b": {"kernel": Scaled(normal(2, 3), scale=2.0)}}
+    seen = []
+    new = weights.replace(tree, "kernel", lambda path, w: seen.append(path) or Scaled(w, scale=5.0))
+    assert seen == ["a/kernel", "b/kernel"] and new["a"]["bias"] is tree["a"]["bias"]
+    np.testing.assert_allclose(weights.dense(new["b"]["kernel"]), 10 * tree["b"]["kernel"].base)
+    with pytest.raises(ValueError, match="'scale' matches no parameter"):
+        weights.replace(tree, "scale", lambda p, w: w)
+
+
+def test_structure_and_build_round_trip_through_json():
+    tree = {"a": {"kernel": Scaled(Scaled(normal(2, 3), scale=2.0), offset=normal(3), scale=0.5, axes_kept=(1,))}}
+    described = json.loads(json.dumps(weights.structure(tree)))
+    assert list(described) == ["a/kernel"]
+    assert described["a/kernel"]["fields"].keys() == {"base", "offset"}
+    leaves = dict(weights.paths.flatten(tree))
+    again = weights.build(described["a/kernel"], leaves.__getitem__, "a/kernel")
+    assert jax.tree.structure(again) == jax.tree.structure(tree["a"]["kernel"])
+    assert jax.tree.all(jax.tree.map(np.array_equal, again, tree["a"]["kernel"]))
+    with pytest.raises(ValueError, match="a/kernel: unknown weight type 'elsewhere.Thing'"):
+        weights.build({**described["a/kernel"], "type": "elsewhere.Thing"}, leaves.__getitem__, "a/kernel")
+
+
+class Table(nn.Module):
+    @nn.compact
+    def __call__(self):
+        return weights.parameter(self, "table", nn.initializers.ones, (2, 3), ("vocab", None))
+
+
+def test_parameter_declares_axes_reads_nodes_and_checks_shapes():
+    params, axes = weights.split_axes(Table().init(jax.random.key(0))["params"])
+    assert axes == {"table": P("vocab", None)} and params["table"].shape == (2, 3)
+    node = Scaled(normal(2, 3))
+    assert Table().apply({"params": {"table": node}}).base is node.base
+    with pytest.raises(ValueError, match=r"table has shape \(3, 2\), the config asks for \(2, 3\)"):
+        Table().apply({"params": {"table": Scaled(normal(3, 2))}})
+
+
+def test_boxes_gain_and_lose_axes():
+    box = weights.Boxed(np.zeros(3), ("embed",))
+    stacked = box.add_axis(0, {"name": "layers"})
+    assert stacked.names == ("layers", "embed") and stacked.remove_axis(0, {}).names == ("embed",)
+    assert weights.split_axes({"a": np.zeros((2, 2))})[1] == {"a": P(None, None)}

@@ -1,0 +1,89 @@
+"""Loss and hand-written gradient against a plain log-softmax, in both precisions."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jax.nn.output import Head
+from llm_jax.objectives.cross_entropy import cross_entropy_sums, token_losses
+
+B, T, D, V = 2, 5, 4, 7
+RNG = np.random.default_rng(0)
+H, W, BIAS = RNG.normal(size=(B, T, D)), RNG.normal(size=(D, V + 3)), RNG.normal(size=V + 3)
+LABELS = RNG.integers(0, V, (B, T))
+WEIGHTS = np.array([[1, 1, 0, 2, 0.5], [0, 0, 0, 1, 1]])
+PRECISIONS = pytest.mark.parametrize("dtype, bound", [("float32", 1e-5), ("float64", 1e-10)])
+
+
+@PRECISIONS
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_value_and_gradient_equal_autodiff(smoothing, dtype, bound):
+    with jax.enable_x64(dtype == "float64"):
+        logits = np.concatenate([RNG.normal(size=(T, V)) * 3, np.full((T, 2), -1e30)], axis=1).astype(dtype)
+        g = RNG.normal(size=(2, T)).astype(dtype)
+
+        def plain(logits):
+            real = logits[:, :V]
+            logp = jax.nn.log_softmax(real)
+            target = (1 - smoothing) * jax.nn.one_hot(LABELS[0], V, dtype=dtype) + smoothing / V
+            return -jnp.sum(target * logp, -1), jax.nn.logsumexp(real, -1)
+
+        @jax.jit
+        def run(logits):
+            ours = lambda x: token_losses(x, jnp.asarray(LABELS[0]), V, smoothing)
+            both = lambda f: (lambda out, back: (out, back((g[0], g[1]))))(*jax.vjp(f, logits))
+            return both(ours), both(plain)
+
+        ours, theirs = jax.device_get(run(logits))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=bound, atol=bound), ours, theirs)
+        assert ours[1][0].dtype == dtype and (ours[1][0][:, V:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "padded, transposed, smoothing, dtype, bound",
+    [(0, False, 0.1, "float32", 1e-5), (3, True, 0.0, "float32", 1e-5), (3, False, 0.2, "float64", 1e-10)],
+)
+def test_sums(padded, transposed, smoothing, dtype, bound):
+    """Chunks that divide or not equal the whole, and both the formulas; gradients too."""
+    with jax.enable_x64(dtype == "float64"):
+        h, w, bias = H.astype(dtype), W[:, : V + padded].astype(dtype), BIAS[: V + padded].astype(dtype)
+
+        @jax.jit
+        def run(h, w, bias):
+            def ours(h, w, bias, chunk):
+                head = Head(w.T if transposed else w, bias, V, transposed)
+                out = cross_entropy_sums(h, head, jnp.asarray(LABELS), jnp.asarray(WEIGHTS), smoothing, chunk)
+                return out[0] + 0.1 * out[1], out
+
+            def plain(h, w, bias):
+                logits = (h @ w + bias.reshape(1, 1, -1))[..., :V]
+                lse = jax.nn.logsumexp(logits, -1)
+                logp = logits - lse[..., None]
+                own = jnp.take_along_axis(logp, jnp.asarray(LABELS)[..., None], -1)[..., 0]
+                loss = -(1 - smoothing) * own - smoothing * logp.mean(-1)
+                correct = jnp.argmax(logits, -1) == jnp.asarray(LABELS)
+                out = tuple(jnp.sum(x * jnp.asarray(WEIGHTS, dtype)) for x in (loss, lse**2, correct))
+                return out[0] + 0.1 * out[1], out
+
+            grad = functools.partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
+            return grad(plain)(h, w, bias), [grad(ours)(h, w, bias, chunk) for chunk in (0, 3, 5, 64)]
+
+        want, got = jax.device_get(run(h, w, bias))
+        for one in got:
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=bound, atol=bound), one, want)
+
+
+def test_chunks_never_hold_all_logits():
+    t, d, v = 2048, 8, 512
+
+    def temporary(chunk):
+        def loss(h, w, labels):
+            return cross_entropy_sums(h, Head(w, None, v), labels, jnp.ones(labels.shape), chunk=chunk)[0]
+
+        shapes = [jax.ShapeDtypeStruct(s, k) for s, k in (((1, t, d), "f4"), ((d, v), "f4"), ((1, t), "i4"))]
+        return jax.jit(jax.grad(loss, (0, 1))).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(64) < t * v * 4 / 4 < t * v * 4 <= temporary(0)

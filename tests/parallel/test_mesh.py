@@ -1,0 +1,41 @@
+import jax
+import pytest
+from jax.sharding import AxisType
+
+from llm_jax.parallel.mesh import AXES, make_mesh
+
+
+@pytest.mark.parametrize(
+    "sizes, shape",
+    [
+        ({"data": 8}, (1, 8, 1)),
+        ({"data": -1}, (1, 8, 1)),
+        ({"data": -1, "model": 2}, (1, 4, 2)),
+        ({"replica": 2, "data": -1, "model": 4}, (2, 1, 4)),
+        ({"model": 8}, (1, 1, 8)),
+    ],
+)
+def test_every_axis_is_there_and_auto(sizes, shape):
+    mesh = make_mesh(sizes)
+    assert mesh.axis_names == AXES and mesh.devices.shape == shape
+    assert set(mesh.axis_types) == {AxisType.Auto}
+    assert mesh.devices.ravel().tolist() == jax.devices()
+
+
+def test_some_devices():
+    assert make_mesh({"data": -1}, jax.devices()[:3]).devices.shape == (1, 3, 1)
+
+
+@pytest.mark.parametrize(
+    "sizes, words",
+    [
+        ({"data": 4}, r"need 4 devices, there are 8: change plan.data or plan.model, or pass --simulate_devices"),
+        ({"data": 3, "model": 4}, r"'data': 3, 'model': 4.* need 12 devices, there are 8"),
+        ({"data": -1, "model": 3}, r"8 devices do not divide by the other axes .*'model': 3"),
+        ({"data": -1, "model": 16}, r"8 devices do not divide"),
+        ({"pipe": 2}, r"unknown mesh axes \['pipe'\]; there are replica, data, model"),
+    ],
+)
+def test_errors_name_the_numbers(sizes, words):
+    with pytest.raises(ValueError, match=words):
+        make_mesh(sizes)

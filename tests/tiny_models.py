@@ -1,0 +1,47 @@
+"""One table of tiny models, held to every property; adding a model is adding a row."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from llm_jax.models.gpt import GPTConfig
+from llm_jax.models.llama import LlamaConfig
+from llm_jax.nn import paths, weights
+from llm_jax.nn.positions import RotaryScaling
+
+V, CONTEXT = 31, 16
+GPT = dict(vocab_size=V, context_length=CONTEXT, model_dim=12, num_layers=2, num_heads=3)
+LLAMA = dict(
+    vocab_size=V, context_length=CONTEXT, model_dim=12, num_layers=2, num_heads=6, num_kv_heads=2, hidden_dim=10,
+    rope_theta=100.0,
+)  # fmt: skip
+
+MODELS: dict[str, Any] = {
+    "gpt2": GPTConfig(**GPT),
+    "gpt1": GPTConfig(**GPT, norm="post", activation="gelu", hidden_dim=10),
+    "gpt_untied_padded": GPTConfig(**GPT, tied=False, vocab_pad_multiple=8),
+    "llama": LlamaConfig(**LLAMA),
+    "llama3_scaling": LlamaConfig(**LLAMA, rope_scaling=RotaryScaling("llama3", 4.0, original_length=8)),
+    "mistral": LlamaConfig(**LLAMA, window=3, tied=False),
+    "qwen2": LlamaConfig(**LLAMA, qkv_bias=True, vocab_pad_multiple=8),
+    "qwen3": LlamaConfig(**LLAMA, qk_norm=True, head_dim=4, out_bias=True, mlp_bias=True),
+}
+
+
+def abstract(module: Any, *inputs: Any) -> tuple[Any, Any]:
+    """(shapes of the parameters, their logical axes)."""
+    boxed = jax.eval_shape(lambda key: module.init(key, *inputs)["params"], jax.random.key(0))
+    return weights.split_axes(boxed)
+
+
+def random_params(module: Any, *inputs: Any, seed: int = 0, dtype: str = "float32", std: float = 0.3) -> Any:
+    """Numpy parameters, biases and norms random too, so that no term hides behind a 0 or a 1."""
+    rng = np.random.default_rng(seed)
+    draw = lambda path, x: (rng.normal(size=x.shape) * std + path.endswith("scale")).astype(dtype)
+    return paths.map_with_path(draw, abstract(module, *inputs)[0])
+
+
+def model_params(config: Any, **options: Any) -> Any:
+    """`random_params` of a row of the table."""
+    return random_params(config.make(), np.zeros((1, 4), np.int32), **options)

@@ -1,0 +1,190 @@
+"""Schedules and first steps in closed form; every optimizer descends, stacked as unstacked."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny_models import MODELS, model_params
+
+from llm_jax.nn import paths
+from llm_jax.nn.stack import stack, unstack
+from llm_jax.training.optimizers import NAMES, OptimizerConfig, make_optimizer, make_schedule
+
+STEPS = 40
+
+
+def decay(t, start, length):
+    return min(max((t - start) / length, 0), 1)
+
+
+SCHEDULES = {
+    "constant": (dict(schedule="constant"), lambda t: 2.0),
+    "warmup": (dict(schedule="constant", warmup_steps=5), lambda t: 2.0 * min((t + 1) / 5, 1)),
+    "linear": (
+        dict(schedule="linear", warmup_steps=10, final_ratio=0.25),
+        lambda t: 2.0 * (t + 1) / 10 if t < 10 else 2.0 * (1 - 0.75 * decay(t, 10, 30)),
+    ),
+    "cosine": (
+        dict(schedule="cosine", warmup_steps=8, final_ratio=0.1),
+        lambda t: 2.0 * (t + 1) / 8 if t < 8 else 2.0 * (0.1 + 0.45 * (1 + math.cos(math.pi * decay(t, 8, 32)))),
+    ),
+    "wsd": (
+        dict(schedule="wsd", warmup_steps=5, decay_steps=10, final_ratio=0.0),
+        lambda t: 2.0 * min((t + 1) / 5, 1) * (1 - decay(t, 30, 10)),
+    ),
+    "wsd, a tenth": (dict(schedule="wsd", final_ratio=0.5), lambda t: 2.0 * (1 - 0.5 * decay(t, 36, 4))),
+    "noam": (
+        dict(schedule="noam", warmup_steps=7, noam_dim=64),
+        lambda t: 2.0 * 64**-0.5 * min((t + 1) ** -0.5, (t + 1) * 7**-1.5),
+    ),
+}
+
+
+def test_schedules():
+    made = {
+        name: make_schedule(OptimizerConfig(learning_rate=2.0, **row), STEPS) for name, (row, _) in SCHEDULES.items()
+    }
+    every = jax.jit(lambda t: {name: jax.vmap(schedule)(t) * jnp.ones(t.shape) for name, schedule in made.items()})
+    for name, rates in every(jnp.arange(STEPS + 5)).items():
+        want = [SCHEDULES[name][1](t) for t in range(STEPS + 5)]
+        np.testing.assert_allclose(rates, want, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+RNG = np.random.default_rng(0)
+normal = lambda *shape: RNG.normal(size=shape).astype(np.float32)
+TREE = {
+    "layers": {"up": {"kernel": normal(2, 3, 5), "bias": normal(2, 5)}, "norm": {"scale": normal(2, 3)}},
+    "embed": {"embedding": normal(4, 3)},
+    "head": {"kernel": normal(3, 4)},
+}
+BIG = {"layers": {"kernel": normal(2, 128, 130), "bias": normal(2, 5)}, "kernel": normal(128, 129)}  # factored
+TARGETS = {id(t): jax.tree.map(lambda x: normal(*x.shape), t) for t in (TREE, BIG)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_optimizer_descends_and_treats_layers_alike(name):
+    tree = BIG if name == "adafactor" else TREE
+    target = TARGETS[id(tree)]
+    rate = {"sgd": 0.1, "lion": 0.03, "muon": 0.05}.get(name, 0.1)
+    config = OptimizerConfig(name, rate, "constant", weight_decay=0.01, b2=0.99)
+    tx = make_optimizer(config, 50)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def run(params, split):
+        convert = unstack if split else lambda t: t
+        params, goal = convert(params), convert(target)
+        loss = lambda p: (
+            sum(jnp.sum((a - b) ** 2) for a, b in zip(jax.tree.leaves(p), jax.tree.leaves(goal), strict=True)) / 2
+        )
+
+        def one(carry, _):
+            params, state = carry
+            value, grads = jax.value_and_grad(loss)(params)
+            updates, state = tx.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), value
+
+        (params, _), losses = jax.lax.scan(one, (params, tx.init(params)), length=40)
+        return stack(params), losses
+
+    together, losses = jax.device_get(run(tree, False))
+    apart, _ = jax.device_get(run(tree, True))
+    assert losses[-1] < 0.25 * losses[0]
+    for (path, a), b in zip(paths.flatten(together), jax.tree.leaves(apart), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5, err_msg=path)
+
+
+LR, B1, B2, EPS, DECAY = 0.1, 0.8, 0.9, 1e-3, 0.3
+
+
+def adam(g, m, v, t):
+    m, v = B1 * m + (1 - B1) * g, B2 * v + (1 - B2) * g**2
+    return m / (1 - B1**t) / (np.sqrt(v / (1 - B2**t)) + EPS), m, v
+
+
+def lion(g, m, v, t):
+    return np.sign(B1 * m + (1 - B1) * g), B2 * m + (1 - B2) * g, v
+
+
+def sgd(g, m, v, t):
+    return g + B1 * m, g + B1 * m, v
+
+
+@pytest.mark.parametrize(
+    "name, rule, decays", [("adam", adam, 0), ("adamw", adam, 1), ("lion", lion, 1), ("sgd", sgd, 1)]
+)
+def test_three_steps_in_closed_form(name, rule, decays):
+    tx = make_optimizer(OptimizerConfig(name, LR, "constant", b1=B1, b2=B2, eps=EPS, weight_decay=DECAY), 9)
+    params = {"kernel": normal(3, 4), "bias": normal(4)}
+    grads = [jax.tree.map(lambda x: normal(*x.shape), params) for _ in range(3)]
+
+    @jax.jit
+    def run(p, grads):
+        state = tx.init(p)
+        for g in grads:
+            updates, state = tx.update(g, state, p)
+            p = optax.apply_updates(p, updates)
+        return p
+
+    got = run(params, grads)
+    for leaf in params:
+        p, m, v = np.float64(params[leaf]), 0.0, 0.0
+        for t, g in enumerate(grads, 1):
+            update, m, v = rule(np.float64(g[leaf]), m, v, t)
+            p = p - LR * (update + DECAY * decays * p * (leaf == "kernel"))
+        np.testing.assert_allclose(got[leaf], p, rtol=1e-5, atol=1e-6)
+
+
+def first_update(name, params, grads):
+    tx = make_optimizer(OptimizerConfig(name, 1.0, "constant", weight_decay=0.0), 9)
+    return jax.device_get(jax.jit(lambda p, g: tx.update(g, tx.init(p), p)[0])(params, grads))
+
+
+def test_adafactor_keeps_row_and_column_means():
+    grads = {"kernel": normal(128, 140)}
+    square = np.float64(grads["kernel"]) ** 2
+    row, column = square.mean(1, keepdims=True), square.mean(0, keepdims=True)
+    want = grads["kernel"] / np.sqrt(row * column / row.mean())
+    want = want / max(1, np.sqrt((want**2).mean()))
+    np.testing.assert_allclose(first_update("adafactor", grads, grads)["kernel"], -want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4)])
+def test_muon_orthogonalises(shape):
+    grads = {"kernel": normal(*shape)}
+    update = -first_update("muon", grads, grads)["kernel"]
+    u, _, v = np.linalg.svd(grads["kernel"], full_matrices=False)
+    inner = u.T @ update @ v.T  # diagonal, each singular value near 1, times sqrt(out / in) where that grows
+    assert np.abs(inner - np.diag(np.diag(inner))).max() < 0.02
+    size = np.diag(inner) / max(1, shape[1] / shape[0]) ** 0.5
+    assert (size > 0.65).all() and (size < 1.25).all()  # five Newton-Schulz steps reach [0.7, 1.2]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
+def test_decay_leaves_norms_and_biases_alone(name):
+    params = model_params(MODELS[name])
+    tx = make_optimizer(OptimizerConfig("sgd", 0.5, "constant", b1=0.0, weight_decay=0.1), 9)
+    zeros = jax.tree.map(np.zeros_like, params)
+    updates = jax.jit(lambda g, p: tx.update(g, tx.init(p), p)[0])(zeros, params)
+    decayed = 0
+    for (path, u), p in zip(paths.flatten(updates), jax.tree.leaves(params), strict=True):
+        wanted = path.split("/")[-1] in ("kernel", "embedding")
+        decayed += wanted
+        np.testing.assert_allclose(u, -0.05 * p if wanted else 0 * p, rtol=1e-5, atol=1e-8, err_msg=path)
+    assert 0 < decayed < len(jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"name": "adagrad"}, "optimizer name='adagrad' is none of adam, "),
+        ({"schedule": "step"}, "schedule='step' is none of constant, "),
+        ({"learning_rate": 0.0}, "learning_rate=0.0 must be positive"),
+    ],
+)
+def test_errors(fields, words):
+    with pytest.raises(ValueError, match=words):
+        OptimizerConfig(**fields)
