@@ -9,6 +9,7 @@ Source: this library's own design; the hand-written gradient of the plain produc
 lands in the transposed layout, which XLA:CPU then copies.
 """
 
+import dataclasses
 import functools
 import importlib
 import math
@@ -274,7 +275,7 @@ def structure(tree: Any) -> dict[str, Any]:
 def _describe(node: Node) -> dict[str, Any]:
     static: dict[str, Any] = {}
     fields: dict[str, Any] = {}
-    for f in node.__dataclass_fields__.values():
+    for f in dataclasses.fields(node):  # __dataclass_fields__ would list class variables too
         value = getattr(node, f.name)
         if not f.metadata.get("pytree_node", True):
             static[f.name] = list(value) if isinstance(value, tuple) else value
