@@ -121,7 +121,7 @@ def attach(params: Any, config: LoraConfig, key: jax.Array) -> Any:
         if isinstance(w, Lora):
             raise ValueError(f"{path} carries LoRA already; merge or detach it first")
         shape = weights.shape_of(w)
-        if len(shape) < 2 or (len(shape) == 2 and "layers" in path.split("/") and not _unrolled(path)):
+        if not weights.is_matrix(path, w):
             raise ValueError(f"{path} has shape {shape} and is no matrix; LoRA goes on kernels")
         *lead, fan_in, fan_out = shape
         bound = 1 / math.sqrt(fan_in)
@@ -130,10 +130,6 @@ def attach(params: Any, config: LoraConfig, key: jax.Array) -> Any:
         return Lora(w, a, jnp.zeros((*lead, config.rank, fan_out), jnp.float32), config.scale, config.dropout)
 
     return weights.replace(params, config.targets, one)
-
-
-def _unrolled(path: str) -> bool:
-    return any(part.isdigit() for part in path.split("/"))
 
 
 def _map_lora(params: Any, fn: Any) -> Any:
