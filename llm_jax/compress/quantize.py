@@ -97,7 +97,7 @@ def quantize(params: Any, targets: str | Iterable[str] = KERNELS) -> Any:
     def one(path: str, w: Any) -> Quantized:
         if weights.is_node(w):
             raise TypeError(f"{path} is {type(w).__name__} already; quantize before attaching, or merge first")
-        if w.ndim < 2 or not jnp.issubdtype(w.dtype, jnp.floating):
+        if not weights.is_matrix(path, w) or not jnp.issubdtype(w.dtype, jnp.floating):
             raise TypeError(f"{path} is {w.dtype}{list(w.shape)}, no floating matrix")
         return quantize_array(w, -1 if path.endswith("embedding") else -2)
 

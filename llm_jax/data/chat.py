@@ -50,7 +50,7 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_pro
             eos_token=tokenizer.special(tokenizer.eos_id),
         )
     except Exception as e:  # a stranger's template may raise anything
-        raise TokenizerError(f"the chat template failed: {type(e).__name__}: {e}") from e
+        raise TokenizerError(f"the chat template failed: {type(e).__name__}: {' '.join(str(e).split())}") from e
 
 
 def as_messages(record: Mapping[str, Any]) -> list[dict[str, str]] | None:
@@ -60,14 +60,11 @@ def as_messages(record: Mapping[str, Any]) -> list[dict[str, str]] | None:
     `{"instruction", "input"?, "output"}`, `{"prompt", "completion"}`.
     """
     if isinstance(record.get("messages"), list):
-        turns: list[Any] = [(m.get("role"), m.get("content")) for m in record["messages"] if isinstance(m, dict)]
+        turns: list[Any] = [_turn(m, "role", "content") for m in record["messages"]]
     elif isinstance(record.get("conversations"), list):
         roles: dict[Any, Any] = {"human": "user", "gpt": "assistant"}
-        turns = [
-            (roles.get(m.get("from"), m.get("from")), m.get("value"))
-            for m in record["conversations"]
-            if isinstance(m, dict)
-        ]
+        named = [_turn(m, "from", "value") for m in record["conversations"]]
+        turns = [(roles.get(role, role) if isinstance(role, str) else None, text) for role, text in named]
     elif "instruction" in record and "output" in record:
         asked = "\n\n".join(str(record[k]) for k in ("instruction", "input") if record.get(k))
         turns = [("user", asked), ("assistant", record["output"])]
@@ -78,6 +75,10 @@ def as_messages(record: Mapping[str, Any]) -> list[dict[str, str]] | None:
     if not turns or any(not isinstance(r, str) or not isinstance(c, str) for r, c in turns):
         return None
     return [{"role": r, "content": c} for r, c in turns]
+
+
+def _turn(message: Any, role: str, content: str) -> tuple[Any, Any]:
+    return (message.get(role), message.get(content)) if isinstance(message, dict) else (None, None)
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> Example:

@@ -7,7 +7,6 @@ import dataclasses
 import glob
 import gzip
 import hashlib
-import io
 import json
 import logging
 import sysconfig
@@ -49,6 +48,8 @@ def find_files(source: str) -> list[epath.Path]:
     """
     files: list[epath.Path] = []
     for part in source.split(","):
+        if not part:  # the empty path is the current folder
+            raise CorpusError(f"{source!r} names an empty path: remove the comma, or give a file, a folder or a glob")
         if part == "stdlib":
             root = epath.Path(sysconfig.get_path("stdlib"))
             files += [p for p in _walk(root, SKIPPED) if p.name.endswith(".py")]
@@ -100,12 +101,24 @@ def _decompress(path: epath.Path) -> bytes:
         if path.name.endswith(".gz"):
             return gzip.decompress(data)
         if path.name.endswith(".zst"):
-            import zstandard
-
-            return zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data)).read()
+            return _unzstd(data)
     except Exception as e:
         raise CorpusError(f"{path} cannot be decompressed: {e}") from e
     return data
+
+
+def _unzstd(data: bytes) -> bytes:
+    """All frames of a file; the library's reader stops after the first and takes a cut one for an end."""
+    import zstandard
+
+    frames = []
+    while data:
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        frames.append(frame.decompress(data))
+        if not frame.eof:
+            raise ValueError("it is cut short")
+        data = frame.unused_data
+    return b"".join(frames)
 
 
 class BadRows:
@@ -140,7 +153,7 @@ def read_file(path: epath.Path, bad: BadRows, text_field: str = "text") -> Itera
         name = f"{path}:{number}"
         try:
             row = json.loads(line)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             bad.add(name, f"no JSON ({e})")
             continue
         if not isinstance(row, dict):

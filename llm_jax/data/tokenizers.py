@@ -108,9 +108,9 @@ def load(path: epath.PathLike) -> Tokenizer:
     backend.no_padding()
     backend.no_truncation()
     extra = file.parent / "tokenizer_config.json"
-    settings = json.loads(extra.read_text()) if extra.exists() else {}
+    settings = _read_json(extra) if extra.exists() else {}
     generation = file.parent / "generation_config.json"
-    named = json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None
+    named = _read_json(generation).get("eos_token_id") if generation.exists() else None
 
     def index(name: str) -> int | None:
         value = settings.get(name)
@@ -119,13 +119,25 @@ def load(path: epath.PathLike) -> Tokenizer:
 
     eos = [index("eos_token"), *settings.get("eos_token_ids", [])]
     eos += named if isinstance(named, list) else [named]
-    if eos == [None]:
+    if all(i is None for i in eos):
         eos = [backend.token_to_id(END_OF_TEXT)]
     template = settings.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = next((t["template"] for t in template if t["name"] == "default"), None)
     beside = file.parent / "chat_template.jinja"
     if template is None and beside.exists():
         template = beside.read_text()
     return Tokenizer(backend, index("bos_token"), list(dict.fromkeys(i for i in eos if i is not None)), template)
+
+
+def _read_json(file: epath.Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as e:
+        raise TokenizerError(f"{file} is no JSON: {e}") from e
+    if not isinstance(values, dict):
+        raise TokenizerError(f"{file} holds no JSON object")
+    return values
 
 
 def train(texts: Iterable[str], kind: str, vocab_size: int, special: Sequence[str] = (END_OF_TEXT,)) -> Tokenizer:
@@ -164,11 +176,17 @@ def train(texts: Iterable[str], kind: str, vocab_size: int, special: Sequence[st
         backend.decoder = decoders.Metaspace()
         trainer = trainers.UnigramTrainer(unk_token="<unk>", **common)
     else:
-        trainer = trainers.WordLevelTrainer(special_tokens=list(special), vocab_size=2**31 - 1, show_progress=False)
-        backend = tokenizers.Tokenizer(models.WordLevel())
-        backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("(?s:.)"), "isolated")
+        common |= {"vocab_size": 2**31 - 1, "special_tokens": [*special, "<unk>"]}
+        trainer = trainers.WordLevelTrainer(**common)
+        backend = tokenizers.Tokenizer(models.WordLevel(unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
         backend.decoder = decoders.Fuse()
-    backend.train_from_iterator(texts, trainer)
+    try:
+        backend.train_from_iterator(texts, trainer)
+    except ValueError:  # a corpus that cannot be read says so itself
+        raise
+    except Exception as e:
+        raise TokenizerError(f"a {kind} tokenizer of vocab_size={vocab_size} cannot be trained: {e}") from e
     first = backend.token_to_id(special[0]) if special else None
     return Tokenizer(backend, None, [] if first is None else [first])
 

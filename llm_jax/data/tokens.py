@@ -17,7 +17,7 @@ from llm_jax.data.corpora import BadRows, CorpusError, Document, documents, fing
 from llm_jax.data.tokenizers import Tokenizer, TokenizerError
 
 log = logging.getLogger(__name__)
-FORMAT = 2
+FORMAT = 3
 
 
 class Example(NamedTuple):
@@ -99,13 +99,15 @@ def build(
         key.update(part.encode("utf-8", "surrogatepass") + b"\0")
     if split not in ("hash", "tail"):
         raise CorpusError(f"data.split={split!r} is neither hash nor tail")
+    if split == "tail" and encode is not None:
+        raise CorpusError("data.split=tail cuts plain text only; chats and instructions need data.split=hash")
     key.update(f"{validation_share}{split}{text_field}{tokenizer.chat_template}".encode())
     folder = epath.Path(cache) / key.hexdigest()
     try:
         return {split: _open(folder, split) for split in ("train", "validation")}
     except FileNotFoundError:
         pass
-    except (ValueError, OSError, KeyError) as e:
+    except (ValueError, OSError, KeyError, TypeError) as e:
         log.warning("token cache %s is damaged (%s); building it again", folder, e)
     working = epath.Path(f"{folder}.{os.getpid()}.tmp")
     shutil.rmtree(working, ignore_errors=True)
@@ -129,7 +131,8 @@ def _write(source, tokenizer, folder, validation_share, encode, text_field, how)
             if how == "hash":
                 chosen = [d for d in batch if split_of(d, validation_share) == split]
             else:
-                chosen = [_part(d, split, validation_share) for d in batch]
+                parts = [(d, _part(d, split, validation_share)) for d in batch]
+                chosen = [p for d, p in parts if p.text or (split == "train" and not d.text)]
             writer.text_bytes += sum(len(d.text.encode("utf-8", "surrogatepass")) for d in chosen)
             for example in encode(chosen, bad):
                 writer.add(example)
@@ -152,36 +155,46 @@ class _Writer:
     def __init__(self, folder: epath.Path, split: str, dtype: Any) -> None:
         self.folder, self.split, self.dtype = folder, split, dtype
         self.ids, self.weights = (folder / f"{split}.ids").open("wb"), (folder / f"{split}.weights").open("wb")
-        self.digest = hashlib.blake2b(digest_size=16)
+        self.digests = {s: hashlib.blake2b(digest_size=16) for s in ("ids", "weights", "starts")}
         self.starts, self.text_bytes, self.weighted = [0], 0, False
 
     def add(self, example: Example) -> None:
-        data = np.asarray(example.ids, self.dtype).tobytes()
-        self.ids.write(data)
-        self.digest.update(data)
         weights = np.ones(len(example.ids), np.uint8) if example.weights is None else example.weights
         self.weighted |= example.weights is not None
-        self.weights.write(np.asarray(weights, np.uint8).tobytes())
+        self._write(self.ids, "ids", np.asarray(example.ids, self.dtype))
+        self._write(self.weights, "weights", np.asarray(weights, np.uint8))
         self.starts.append(self.starts[-1] + len(example.ids))
+
+    def _write(self, file: Any, suffix: str, array: np.ndarray) -> None:
+        data = array.tobytes()
+        file.write(data)
+        self.digests[suffix].update(data)
 
     def close(self) -> None:
         self.ids.close()
         self.weights.close()
         with (self.folder / f"{self.split}.starts").open("wb") as f:
-            f.write(np.asarray(self.starts, np.int64).tobytes())
-        meta = {
+            self._write(f, "starts", np.asarray(self.starts, np.int64))
+        meta: dict[str, Any] = {
             "dtype": np.dtype(self.dtype).name,
             "tokens": self.starts[-1],
             "documents": len(self.starts) - 1,
             "weighted": self.weighted,
             "text_bytes": self.text_bytes,
-            "digest": self.digest.hexdigest(),
+            "digests": {s: d.hexdigest() for s, d in self.digests.items()},
         }
+        meta["digest"] = _digest(json.dumps(meta).encode())
         (self.folder / f"{self.split}.json").write_text(json.dumps(meta))
+
+
+def _digest(data: Any) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def _open(folder: epath.Path, split: str) -> TokenStore:
     meta = json.loads((folder / f"{split}.json").read_text())
+    if meta.pop("digest") != _digest(json.dumps(meta).encode()):
+        raise ValueError(f"{split}.json does not match its checksum")
     tokens, dtype = meta["tokens"], np.dtype(meta["dtype"])
     sizes = {"ids": tokens * dtype.itemsize, "weights": tokens, "starts": 8 * (meta["documents"] + 1)}
     for suffix, size in sizes.items():
@@ -191,15 +204,12 @@ def _open(folder: epath.Path, split: str) -> TokenStore:
     read = lambda suffix, dtype, n: (
         np.memmap(folder / f"{split}.{suffix}", dtype, "r", shape=(n,)) if n else np.zeros(0, dtype)
     )
-    ids = read("ids", dtype, tokens)
-    digest = hashlib.blake2b(digest_size=16)
-    for start in range(0, tokens, 1 << 24):
-        digest.update(ids[start : start + (1 << 24)].tobytes())
-    if digest.hexdigest() != meta["digest"]:
-        raise ValueError(f"{split}.ids does not match its checksum")
+    ids, weights = read("ids", dtype, tokens), read("weights", np.uint8, tokens)
     starts = np.array(read("starts", np.int64, meta["documents"] + 1))
-    weights = read("weights", np.uint8, tokens) if meta["weighted"] else None
-    return TokenStore(ids, starts, weights, meta["text_bytes"])
+    for suffix, array in (("ids", ids), ("weights", weights), ("starts", starts)):
+        if _digest(memoryview(array)) != meta["digests"][suffix]:
+            raise ValueError(f"{split}.{suffix} does not match its checksum")
+    return TokenStore(ids, starts, weights if meta["weighted"] else None, meta["text_bytes"])
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:

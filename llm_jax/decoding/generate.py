@@ -206,7 +206,8 @@ class Generator:
           window: generate past the context with a sliding window of `context_length` tokens (rotary models).
 
         Raises:
-          ValueError: if a prompt is empty, or prompt and output exceed the context and `window` is off.
+          ValueError: if a prompt is empty, or prompt and output exceed the context and `window` is off or the model
+            has learned positions.
         """
         limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
         if not prompts or any(len(p) == 0 for p in prompts):
@@ -221,6 +222,11 @@ class Generator:
             raise ValueError(
                 f"prompt and output of {total} tokens exceed the context of {self.context_length}: lower "
                 "max_new_tokens or ask for a sliding window"
+            )
+        if total > self.context_length and not hasattr(self.model.config, "rope_theta"):
+            raise ValueError(
+                f"prompt and output of {total} tokens exceed the {self.context_length} learned positions of this "
+                "model; a sliding window needs rotary positions"
             )
         width = min(bucket(longest), self.context_length)
         new = bucket(max(limits))
@@ -300,7 +306,8 @@ class Generator:
             text = decode(np.asarray(state.tokens_BN)[0, : int(np.asarray(state.count_B)[0])].tolist())
             for stop in stop_strings:
                 text = text.partition(stop)[0]
-            ready = text if not running else text[: len(text) - hold].rstrip("\ufffd")
+            whole = text.rstrip("\ufffd")  # half a character may still become another one
+            ready = whole[: max(len(whole) - hold, 0)] if running else text
             if len(ready) > len(shown):
                 yield ready[len(shown) :]
                 shown = ready

@@ -120,19 +120,16 @@ def attach(params: Any, config: LoraConfig, key: jax.Array) -> Any:
     def one(path: str, w: Any) -> Lora:
         if isinstance(w, Lora):
             raise ValueError(f"{path} carries LoRA already; merge or detach it first")
-        *lead, fan_in, fan_out = shape = weights.shape_of(w)
-        if len(shape) < 2 or (len(shape) == 2 and "layers" in path.split("/") and not _unrolled(path)):
+        shape = weights.shape_of(w)
+        if not weights.is_matrix(path, w):
             raise ValueError(f"{path} has shape {shape} and is no matrix; LoRA goes on kernels")
+        *lead, fan_in, fan_out = shape
         bound = 1 / math.sqrt(fan_in)
         draw = jax.random.fold_in(key, index[path])
         a = jax.random.uniform(draw, (*lead, fan_in, config.rank), jnp.float32, -bound, bound)
         return Lora(w, a, jnp.zeros((*lead, config.rank, fan_out), jnp.float32), config.scale, config.dropout)
 
     return weights.replace(params, config.targets, one)
-
-
-def _unrolled(path: str) -> bool:
-    return any(part.isdigit() for part in path.split("/"))
 
 
 def _map_lora(params: Any, fn: Any) -> Any:

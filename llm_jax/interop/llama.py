@@ -82,10 +82,10 @@ def model_type(config: LlamaConfig) -> str:
         kind = "qwen2"
     else:
         kind = "llama" if config.window is None else "mistral"
-    if (kind == "mistral" and config.qkv_bias) or (config.mlp_bias and kind != "llama"):
+    if (kind == "mistral" and (config.qkv_bias or config.out_bias)) or (config.mlp_bias and kind != "llama"):
         raise InteropError(f"no Hugging Face architecture has this combination of biases with {kind}")
-    if kind == "qwen3" and config.qkv_bias != config.out_bias:
-        raise InteropError("qwen3 has biases on all of q, k, v, out or on none")
+    if kind in ("llama", "qwen3") and config.qkv_bias != config.out_bias:
+        raise InteropError(f"{kind} has biases on all of q, k, v, out or on none")
     return kind
 
 

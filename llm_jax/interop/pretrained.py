@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
+from llm_jax import config as configs
 from llm_jax.data import tokenizers
 from llm_jax.interop import gguf as gguf_names
 from llm_jax.interop import gpt, llama, names
@@ -26,6 +27,7 @@ FAMILIES = {
     **dict.fromkeys(llama.MODEL_TYPES, llama),
 }
 PREFIXES = ("transformer.", "model.")  # left out by checkpoints of models without a head
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 Place = Callable[[Any, Any], Any]
@@ -64,6 +66,8 @@ def load(
       InteropError, StorageError, CheckpointError, TokenizerError: one line that names what is wrong.
     """
     found = _find(path)
+    if found.is_file() and found.suffix in (*PICKLES, ".safetensors", ".json"):
+        raise InteropError(f"{found} is no model: give its folder with config.json and *.safetensors, or a .gguf file")
     if found.is_file():
         return _load_gguf(found, dtype, execution, place)
     if (found / "checkpoints").exists():
@@ -123,8 +127,14 @@ def _load_huggingface(path, dtype, execution, place):
     family: Any = FAMILIES[kind]
     try:
         config = family.config_from_hf(raw)
-    except (KeyError, TypeError) as e:
+        config = configs.from_dict(type(config), configs.to_dict(config))  # checks types: JSON may hold anything
+    except InteropError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise InteropError(f"{file} lacks or misstates {e}") from e
+    pickles = sorted(p.name for suffix in PICKLES for p in path.glob(f"*{suffix}"))
+    if pickles and not any(path.glob("*.safetensors")):
+        raise InteropError(f"{path} holds pickles only ({pickles[0]}), which are never read: convert to safetensors")
     model = config.make(execution)
     source = TensorFolder(path)
     rules = _with_their_prefix(family.rules(config), source)

@@ -173,6 +173,13 @@ def shape_of(w: Any) -> tuple[int, ...]:
     return tuple(w.shape)
 
 
+def is_matrix(path: str, w: Any) -> bool:
+    """Whether `w` is a matrix, stacked or not; a stacked vector `[L, D]` is none."""
+    parts = path.split("/")
+    stacked = "layers" in parts and not any(p.isdigit() for p in parts)
+    return len(shape_of(w)) - stacked == 2
+
+
 def axes_of(w: Any, base: Axes) -> Any:
     """Logical axes of every leaf of `w`, given those of the plain array."""
     return w.axes(base) if isinstance(w, Weight) else base

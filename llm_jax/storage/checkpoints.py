@@ -6,6 +6,7 @@ the run used, unless they differ.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -84,12 +85,13 @@ class Checkpoints:
         """
         keep: list[Any] = [policies.LatestN(keep_last)]
         if keep_best:
-            keep.append(policies.BestN(get_metric_fn=lambda m: -m["eval/loss"], n=keep_best))
+            keep.append(policies.BestN(get_metric_fn=_quality, n=keep_best, keep_checkpoints_without_metrics=False))
         self.folder = epath.Path(folder)
         options = ocp.CheckpointManagerOptions(
             read_only=read_only,
             create=not read_only,
             preservation_policy=policies.AnyPreservationPolicy(keep),
+            best_fn=_quality,  # stores the metrics, so that a resumed run knows which checkpoints were best
             enable_async_checkpointing=asynchronous,
             cleanup_tmp_directories=not read_only,
         )
@@ -117,16 +119,18 @@ class Checkpoints:
             run=ocp.args.JsonSave(run),
         )
         try:
+            if step in self.steps():  # a run that went back to an earlier checkpoint comes by again
+                self._manager.delete(step)
             self._manager.save(step, args=args, metrics=metrics, force=True)
-        except OSError as e:
-            raise CheckpointError(f"checkpoint {step} could not be written to {self.folder}: {e}") from e
+        except Exception as e:
+            raise CheckpointError(f"checkpoint {step} could not be written to {self.folder}: {_line(e)}") from e
 
     def wait(self) -> None:
         """Waits for background writes; their errors surface here."""
         try:
             self._manager.wait_until_finished()
         except Exception as e:
-            raise CheckpointError(f"a checkpoint could not be written to {self.folder}: {e}") from e
+            raise CheckpointError(f"a checkpoint could not be written to {self.folder}: {_line(e)}") from e
 
     def close(self) -> None:
         """Waits and closes."""
@@ -289,6 +293,11 @@ def _insert(tree: dict[str, Any], keys: list[str], value: Any) -> None:
     for key in keys[:-1]:
         tree = tree.setdefault(key, {})
     tree[keys[-1]] = value
+
+
+def _quality(metrics: dict[str, float]) -> float:
+    loss = metrics["eval/loss"]
+    return -math.inf if math.isnan(loss) else -loss
 
 
 def _line(e: Exception) -> str:

@@ -43,8 +43,8 @@ class TensorFolder(Mapping[str, np.ndarray]):
         index = path / "model.safetensors.index.json"
         if path.is_dir() and index.exists():
             try:
-                named = set(json.loads(index.read_text())["weight_map"].values())
-            except (ValueError, KeyError, AttributeError) as e:
+                named = set(map(str, json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError, TypeError) as e:
                 raise StorageError(f"{index} is damaged: {e}") from e
             missing = named - {f.name for f in files}
             if missing:
@@ -120,7 +120,7 @@ def write_folder(path: epath.PathLike, tensors: Iterable[tuple[str, np.ndarray]]
     for name, array in tensors:
         if pending and sum(a.nbytes for a in pending.values()) + array.nbytes > shard_bytes:
             flush()
-        pending[name] = np.ascontiguousarray(array)
+        pending[name] = np.asarray(array, order="C")  # ascontiguousarray would turn scalars into vectors
         total += array.nbytes
     flush()
     count = len(shards)

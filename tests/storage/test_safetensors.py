@@ -1,0 +1,158 @@
+"""Safetensors: bitwise round trips, sharded folders, and files that lie about themselves."""
+
+import json
+import random
+import tracemalloc
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from llm_jax.storage import safetensors as storage
+from llm_jax.storage.safetensors import DTYPES, StorageError, TensorFolder, write_folder
+
+SHAPES = ((), (3,), (2, 3), (0, 4), (2, 1, 5))
+
+
+def tensors():
+    rng = np.random.default_rng(0)
+    out = {}
+    for name, dtype in DTYPES.items():
+        for shape in SHAPES:
+            size = int(np.prod(shape, dtype=int)) * np.dtype(dtype).itemsize
+            data = rng.integers(0, 2, size, np.uint8) if name == "BOOL" else rng.integers(0, 256, size, np.uint8)
+            out[f"{name}.{len(shape)}.{'x'.join(map(str, shape))}"] = data.view(dtype).reshape(shape)
+    return out
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(
+        (a[k].dtype, a[k].shape, a[k].tobytes()) == (b[k].dtype, b[k].shape, b[k].tobytes()) for k in a
+    )
+
+
+@pytest.mark.parametrize("shard_bytes", [2**30, 64, 1])
+def test_round_trip_of_every_dtype(shard_bytes, tmp_path):
+    want = tensors()
+    write_folder(tmp_path, want.items(), shard_bytes)
+    assert same(want, dict(TensorFolder(tmp_path)))
+    files = sorted(p.name for p in tmp_path.glob("*.safetensors"))
+    index = tmp_path / "model.safetensors.index.json"
+    if shard_bytes == 2**30:
+        assert files == ["model.safetensors"] and not index.exists()
+        assert same(want, dict(TensorFolder(tmp_path / files[0])))
+    else:
+        assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+        written = json.loads(index.read_text())
+        assert set(written["weight_map"]) == set(want) and set(written["weight_map"].values()) == set(files)
+        assert written["metadata"]["total_size"] == sum(a.nbytes for a in want.values())
+        shards = [dict(TensorFolder(tmp_path / f)) for f in files]
+        assert all(
+            len([a for a in s.values() if a.nbytes]) <= 1 or sum(a.nbytes for a in s.values()) <= shard_bytes
+            for s in shards
+        )
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_writing_over_another_folder_leaves_nothing_of_it(tmp_path):
+    write_folder(tmp_path, [("a", np.ones(9)), ("b", np.ones(9))], 8)
+    write_folder(tmp_path, [("c", np.ones(2)[::-1])])
+    assert list(TensorFolder(tmp_path)) == ["c"] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_views_are_read_only_and_fortran_arrays_come_back_right(tmp_path):
+    array = np.arange(6.0).reshape(2, 3).T
+    write_folder(tmp_path, [("a", array)])
+    view = TensorFolder(tmp_path)["a"]
+    np.testing.assert_array_equal(view, array)
+    with pytest.raises(ValueError, match="read-only"):
+        view[0, 0] = 1
+
+
+def two_shards(folder):
+    write_folder(folder, [("a", np.ones(4, np.float32)), ("b", np.ones(4, np.float32))], 8)
+    return folder / "model-00001-of-00002.safetensors", folder / "model.safetensors.index.json"
+
+
+BROKEN = {
+    "nothing there": (lambda d, f, i: [f.unlink() for f in d.iterdir()], "no *.safetensors"),
+    "a missing shard": (lambda d, f, i: f.unlink(), "lacks model-00001-of-00002.safetensors, named in its index"),
+    "an index of garbage": (lambda d, f, i: i.write_text("{"), "index.json is damaged"),
+    "an index of another shape": (lambda d, f, i: i.write_text("[]"), "index.json is damaged"),
+    "an index without a map": (lambda d, f, i: i.write_text('{"weight_map": [1]}'), "index.json is damaged"),
+    "an index of numbers": (lambda d, f, i: i.write_text('{"weight_map": {"a": 1}}'), "lacks 1, named in its index"),
+    "a tensor twice": (
+        lambda d, f, i: (i.unlink(), (d / "copy.safetensors").write_bytes(f.read_bytes())), "a is stored twice"),
+    "half a file": (lambda d, f, i: f.write_bytes(f.read_bytes()[:-5]), "no readable safetensors file"),
+    "an empty file": (lambda d, f, i: f.write_bytes(b""), "no readable safetensors file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_folders_are_one_line(case, tmp_path):
+    file, index = two_shards(tmp_path)
+    damage, message = BROKEN[case]
+    damage(tmp_path, file, index)
+    with pytest.raises(StorageError) as error:
+        TensorFolder(tmp_path)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_files_outside_the_index_are_left_alone(tmp_path):
+    file, _ = two_shards(tmp_path)
+    (tmp_path / "old.safetensors").write_bytes(file.read_bytes())
+    assert sorted(TensorFolder(tmp_path)) == ["a", "b"]
+
+
+def test_an_unsupported_dtype_is_named(tmp_path):
+    safetensors.numpy.save_file({"c": np.ones(2, np.uint64)}, tmp_path / "a.safetensors")
+    with pytest.raises(StorageError, match="c has dtype U64, which is not supported"):
+        TensorFolder(tmp_path)
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_was_there(tmp_path, monkeypatch):
+    write_folder(tmp_path, [("a", np.ones(4))])
+    calls = []
+
+    def full(tensors, path, metadata):
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        safetensors.numpy.save_file(tensors, path, metadata)
+
+    monkeypatch.setattr(storage, "save_file", full)
+    with pytest.raises(StorageError, match="could not be written.*No space left on device"):
+        write_folder(tmp_path, [("b", np.ones(4)), ("c", np.ones(4))], 8)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"] and list(TensorFolder(tmp_path)) == ["a"]
+
+
+def test_damaged_files_load_or_are_refused(tmp_path):
+    """Several hundred damaged headers: no crash, no hang, and nothing larger than the file is ever allocated."""
+    some = {k: v for k, v in tensors().items() if k.startswith(("F32", "BF16", "I64", "BOOL"))}
+    write_folder(tmp_path, some.items())
+    file = tmp_path / "model.safetensors"
+    good = file.read_bytes()
+    header = 8 + int.from_bytes(good[:8], "little")
+    rng, outcomes = random.Random(0), {"loaded": 0, "refused": 0}
+    tracemalloc.start()
+    for round_ in range(400):
+        data = bytearray(good)
+        for _ in range(rng.choice((1, 1, 2, 8))):
+            if round_ % 4 == 3:  # a digit for a digit: headers that parse and lie
+                digits = [i for i in range(8, header) if chr(data[i]).isdigit()]
+                data[rng.choice(digits)] = ord(rng.choice("0123456789"))
+            else:
+                data[rng.randrange(8 if round_ % 8 == 0 else header)] = rng.randrange(256)
+        if round_ % 5 == 4:
+            data = data[: rng.randrange(len(data))]
+        file.write_bytes(data)
+        try:
+            found = dict(TensorFolder(file))
+            assert sum(a.nbytes for a in found.values()) <= len(data)
+            outcomes["loaded"] += 1
+        except StorageError as e:
+            assert "\n" not in str(e)
+            outcomes["refused"] += 1
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert outcomes["loaded"] > 20 and outcomes["refused"] > 200 and peak < 2**24, (outcomes, peak)
