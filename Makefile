@@ -6,7 +6,7 @@ export JAX_PLATFORMS ?= cpu
 # large pages for malloc: XLA:CPU takes fresh memory every step, and small pages fault a quarter of the time away
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo chat test parity lint bench clean
+.PHONY: demo chat test parity lint notebooks bench clean
 
 .venv/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -24,6 +24,10 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .venv/lint: .venv/base
 	$(INSTALL) --editable '.[lint]'
+	@touch $@
+
+.venv/notebooks: .venv/base
+	$(INSTALL) --editable '.[notebooks]'
 	@touch $@
 
 .venv/bench: .venv/base
@@ -53,6 +57,10 @@ lint: .venv/lint
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tests/check_sizes.py
+
+notebooks: .venv/notebooks .venv/smollm2  ## runs every notebook from top to bottom
+	mkdir -p build
+	$(BIN)/jupyter nbconvert --to notebook --execute --output-dir=build/notebooks experiments/notebooks/*.ipynb
 
 bench: .venv/bench  ## speed and memory beside torch, in the same run
 	$(BIN)/python -m experiments.benchmark --json=bench.json
