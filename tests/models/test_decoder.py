@@ -201,8 +201,7 @@ def test_stacked_equals_unstacked(name):
 
 def test_jit_equals_no_jit():
     config = MODELS["gpt2"]
-    with jax.disable_jit():
-        out = config.make().apply({"params": unstack(model_params(config))}, IDS)
+    out = config.make().apply({"params": model_params(config)}, IDS)
     close(out.logits, results("gpt2")["out"].logits)
 
 

@@ -66,7 +66,7 @@ def loss_and_gradients(params, batch):
 
 
 def start(tx, precision=Precision(), params=PARAMS, **options):
-    return init_state(jax.tree.map(jnp.asarray, params), tx, jax.random.key(0), precision, **options)
+    return jax.jit(lambda p: init_state(p, tx, jax.random.key(0), precision, **options))(params)
 
 
 def take(state, batch=BATCH, tx=None, model=Toy(), **options):
@@ -82,8 +82,10 @@ def close(a, b, bound=1e-5):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=bound, atol=bound), a, b)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2, 8])
-@pytest.mark.parametrize("precision", [Precision(), Precision("fp16", initial_scale=64.0)])
+@pytest.mark.parametrize(
+    "accumulation, precision",
+    [(1, Precision()), (2, Precision()), (8, Precision()), (2, Precision("fp16", initial_scale=64.0))],
+)
 def test_accumulation_gives_the_gradient_of_the_whole_batch(accumulation, precision):
     """Micro-batches of unequal weight, some of none; the scale of the loss leaves no trace."""
     tx = optax.sgd(1.0)
@@ -203,15 +205,16 @@ def test_dropout_depends_on_the_step_and_the_micro_batch_and_on_nothing_else():
     tx = optax.sgd(0.0)
     batch = {"x": np.ones((8, D), np.float32), "y": np.zeros((8, D), np.float32), "weight": np.ones(8, np.float32)}
     step = jax.jit(make_train_step(Toy(0.5), Two(), tx, StepConfig(accumulation=2)))
-    first, a = step(start(tx), batch)
+    state = start(tx)
+    first, a = step(state, batch)
     _, b = step(first, batch)
-    _, again = step(start(tx), batch)
+    _, again = step(state, batch)
     assert a["loss"] != b["loss"] and a["loss"] == again["loss"]
     # rows i and i + 1 are dealt to the two micro-batches: equal masks would give every row's loss twice
     halves = []
     for index in range(2):
         only = {**batch, "weight": np.array([1, 0] * 4 if index == 0 else [0, 1] * 4, np.float32)}
-        halves.append(float(step(start(tx), only)[1]["square"]))
+        halves.append(float(step(state, only)[1]["square"]))
     assert halves[0] != halves[1]
 
 

@@ -1,0 +1,182 @@
+"""Real runs on a few small files: start to finish, killed and resumed, and what refuses to start."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import pickle
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from llm_jax.data.corpora import CorpusError
+from llm_jax.data.tokenizers import TokenizerError
+from llm_jax.models.gpt import GPTConfig
+from llm_jax.nn import paths
+from llm_jax.parallel.plan import PlanConfig
+from llm_jax.storage.checkpoints import Checkpoints
+from llm_jax.training import run
+from llm_jax.training.loop import LoopConfig
+from llm_jax.training.metrics import read_metrics
+from llm_jax.training.optimizers import OptimizerConfig
+from llm_jax.training.workdir import WorkdirError
+
+STEPS, SAVED, KILLED = 14, 5, 8
+TESTS = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "more"]
+    for i in range(20):
+        (folder / f"{i}.txt").write_text(" ".join(rng.choice(words, 120)) + "\n")
+    return folder
+
+
+def config_of(corpus):
+    """Dropout, accumulation, fp16 with a loss scale, a moving average, eight devices."""
+    return run.RunConfig(
+        model=GPTConfig(300, 16, 16, 2, 2, dropout=0.1, attention_dropout=0.1),
+        data=run.DataConfig(str(corpus), validation_share=0.2),
+        optimizer=OptimizerConfig(learning_rate=2e-2, warmup_steps=3),
+        plan=PlanConfig(precision="fp16", zero=3),
+        training=LoopConfig(
+            STEPS, 16, 16, 2, log_every=1, checkpoint_every=SAVED, eval_every=7, ema=0.8, keep_last=3
+        ),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    """A run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, run.train(config_of(corpus), folder)
+
+
+def test_a_run_learns_and_leaves_its_files(whole, corpus):
+    folder, trained = whole
+    rows = read_metrics(folder)
+    losses = [r["train/loss"] for r in rows if "train/loss" in r]
+    assert len(losses) == STEPS and losses[0] == pytest.approx(np.log(300), rel=0.05)
+    assert np.mean(losses[-3:]) < losses[0] - 1.5
+    evaluations = [r for r in rows if "eval/loss" in r]
+    assert [r["step"] for r in evaluations] == [7, 14]
+    assert trained.evaluation == {k: v for k, v in evaluations[-1].items() if k != "step"}
+    assert trained.evaluation["eval/loss"] < losses[0] - 1.5
+    files = ("config.json", "metrics.jsonl", "loss.png", "tokenizer.json", "tensorboard", "tokens")
+    assert all((folder / name).exists() for name in files)
+    assert Checkpoints(folder / "checkpoints", read_only=True).steps() == [5, 10, 14]
+    assert run.load_config(folder) == config_of(corpus)
+    assert int(trained.state.step) == STEPS and trained.tokenizer.vocab_size <= 300
+    logits = jax.jit(lambda p, ids: trained.model.apply({"params": p}, ids).logits)(
+        trained.state.params, np.zeros((1, 4), int)
+    )
+    assert np.isfinite(logits).all()
+
+
+KILL = f"""
+import os, pathlib, pickle, signal, sys, time
+import conftest
+conftest.pytest_configure(None)
+from llm_jax.training import run
+config, folder = pickle.load(open(sys.argv[1], "rb"))
+take, count = run.Loader.__next__, 0
+
+def next_or_die(self):
+    global count
+    count += 1
+    if count == {KILLED}:
+        while not (pathlib.Path(folder) / "checkpoints" / "{SAVED}").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return take(self)
+
+run.Loader.__next__ = next_or_die
+run.train(config, folder)
+"""
+
+
+def test_killed_and_resumed_ends_bitwise_equal(whole, corpus, tmp_path):
+    folder = tmp_path / "killed"
+    with open(tmp_path / "arguments", "wb") as f:
+        pickle.dump((config_of(corpus), str(folder)), f)
+    command = [sys.executable, "-c", KILL, str(tmp_path / "arguments")]
+    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}"}
+    died = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    assert Checkpoints(folder / "checkpoints", read_only=True).steps() == [SAVED]
+
+    resumed = run.train(config_of(corpus), folder)
+    straight = whole[1]
+    raw = lambda state: paths.flatten(state.replace(key=jax.random.key_data(state.key)))
+    assert int(straight.state.loss_scale.good_steps) == STEPS  # counted across the kill
+    for (path, a), (_, b) in zip(raw(resumed.state), raw(straight.state), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=path)
+    assert resumed.evaluation == straight.evaluation
+    position = [Checkpoints(f / "checkpoints", read_only=True).read_run()[1]["data"] for f in (folder, whole[0])]
+    assert position[0] == position[1]
+    timeless = lambda f: [{k: v for k, v in r.items() if "per_second" not in k} for r in read_metrics(f)]
+    assert timeless(folder) == timeless(whole[0])  # no line twice, none missing, all equal
+
+
+def change(config, group, **fields):
+    return dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **fields)})
+
+
+@pytest.mark.parametrize(
+    "group, fields, error, words",
+    [
+        ("training", {"sequence_length": 17}, ValueError, "sequence_length=17 exceeds model.context_length=16"),
+        ("training", {"batch_size": 24}, ValueError, r"training.batch_size=24 does not divide by 16"),
+        ("plan", {"data": 3}, ValueError, "need 3 devices, there are 8"),
+        ("model", {"vocab_size": 40}, TokenizerError, "entries, the model only 40: set --config.model.vocab_size="),
+        ("data", {"source": "EMPTY"}, CorpusError, "matches no readable file|holds no"),
+        ("data", {"source": "BLANK"}, CorpusError, "holds no"),
+        ("data", {"source": "/no/such/folder"}, CorpusError, "no corpus at '/no/such/folder'"),
+        ("data", {"source": "SHORT"}, CorpusError, "tokens are too few for one row of 16"),
+        ("data", {"tokenizer": "/no/such/file"}, TokenizerError, "/no/such/file"),
+    ],
+)
+def test_what_refuses_to_start(corpus, tmp_path, whole, group, fields, error, words):
+    fields = dict(fields)
+    if fields.get("source", "").isupper():
+        folder = tmp_path / "source"
+        folder.mkdir()
+        if fields["source"] != "EMPTY":
+            (folder / "a.txt").write_text("" if fields["source"] == "BLANK" else "the cat")
+        fields["source"] = str(folder)
+    config = config_of(corpus)
+    if group != "data" or "tokenizer" not in fields:
+        config = change(config, "data", tokenizer=str(whole[0]))
+    with pytest.raises(error, match=words) as e:
+        run.train(change(config, group, **fields), tmp_path / "run")
+    assert "\n" not in str(e.value)  # one line
+
+
+def test_another_config_is_refused_in_a_used_folder(whole, corpus):
+    with pytest.raises(WorkdirError, match=r"optimizer.learning_rate: 0.02 -> 0.5"):
+        run.train(change(config_of(corpus), "optimizer", learning_rate=0.5), whole[0])
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: run.DataConfig(packing="tight"), "packing='tight' is neither stream nor whole"),
+        (lambda: run.DataConfig(validation_share=1.0), "validation_share=1.0 must lie in"),
+        (lambda: run.RunConfig.from_dict({"modle": {}}), "unknown field modle; did you mean model"),
+        (lambda: run.load_config("/no/such/run"), "/no/such/run holds no run: config.json is missing"),
+    ],
+)
+def test_config_errors(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+def test_config_file_is_the_config(whole, corpus):
+    assert json.loads((whole[0] / "config.json").read_text()) == config_of(corpus).to_dict()

@@ -1,0 +1,53 @@
+import json
+
+import pytest
+
+from llm_jax.training.workdir import Workdir, WorkdirError
+
+CONFIG = {"model": {"num_layers": 2}, "plan": {"data": 1}, "training": {"steps": 5, "seed": 0, "log_every": 1}}
+
+
+def changed(group, name, value):
+    return {**CONFIG, group: {**CONFIG[group], name: value}}
+
+
+def test_one_live_run_at_a_time(tmp_path):
+    with Workdir(tmp_path / "new" / "run"):
+        with pytest.raises(WorkdirError, match="is in use by a live run; wait for it or choose another --workdir"):
+            Workdir(tmp_path / "new" / "run")
+        with Workdir(tmp_path / "other"):
+            pass
+    with Workdir(tmp_path / "new" / "run"):  # given back
+        pass
+
+
+@pytest.mark.parametrize(
+    "after, words",
+    [
+        (CONFIG, None),
+        (changed("training", "steps", 9), None),
+        (changed("training", "log_every", 3), None),
+        (changed("plan", "data", 8), None),
+        (changed("training", "seed", 1), r"\(training.seed: 0 -> 1\)"),
+        (changed("model", "num_layers", 3), r"\(model.num_layers: 2 -> 3\)"),
+        (changed("model", "bias", True), r"\(model.bias: None -> true\)"),
+    ],
+)
+def test_a_run_goes_on_with_its_own_config_only(tmp_path, after, words):
+    with Workdir(tmp_path) as workdir:
+        workdir.settle_config(CONFIG)
+        (tmp_path / "checkpoints").mkdir()
+        if words is None:
+            workdir.settle_config(after)
+            assert json.loads((tmp_path / "config.json").read_text()) == after
+        else:
+            with pytest.raises(WorkdirError, match="holds a run with another config " + words):
+                workdir.settle_config(after)
+            assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
+
+
+def test_before_the_first_checkpoint_a_config_may_change(tmp_path):
+    with Workdir(tmp_path) as workdir:
+        workdir.settle_config(CONFIG)
+        workdir.settle_config(changed("training", "seed", 1))
+    assert json.loads((tmp_path / "config.json").read_text())["training"]["seed"] == 1
