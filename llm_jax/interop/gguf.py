@@ -45,6 +45,8 @@ def config_of(file: GgufFile) -> LlamaConfig:
     def get(name: str, default: Any) -> Any:
         return m.get(f"{kind}.{name}", default)
 
+    if "token_embd.weight" not in file:
+        raise InteropError("the GGUF lacks token_embd.weight")
     heads, dim = int(need("attention.head_count")), int(need("embedding_length"))
     head_dim = int(get("attention.key_length", dim // heads))
     theta, context = float(get("rope.freq_base", 10000.0)), int(need("context_length"))
@@ -131,13 +133,21 @@ def tokenizer_of(metadata: Mapping[str, Any]) -> Tokenizer | None:
     kind = metadata.get("tokenizer.ggml.model")
     if kind is None:
         return None
-    tokens: list[str] = list(metadata["tokenizer.ggml.tokens"])
+
+    def need(name: str) -> list[Any]:
+        if f"tokenizer.ggml.{name}" not in metadata:
+            raise InteropError(f"the GGUF lacks tokenizer.ggml.{name}")
+        return list(metadata[f"tokenizer.ggml.{name}"])
+
+    tokens: list[str] = need("tokens")
     types = list(metadata.get("tokenizer.ggml.token_type", [1] * len(tokens)))
+    if len(types) != len(tokens):
+        raise InteropError(f"the GGUF has {len(tokens)} tokens and {len(types)} token types")
     vocab = {t: i for i, t in enumerate(tokens)}
     if kind == "gpt2":
-        backend = _byte_level(vocab, list(metadata["tokenizer.ggml.merges"]), metadata.get("tokenizer.ggml.pre"))
+        backend = _byte_level(vocab, need("merges"), metadata.get("tokenizer.ggml.pre"))
     elif kind == "llama":
-        backend = _sentence_piece(vocab, list(metadata["tokenizer.ggml.scores"]), metadata)
+        backend = _sentence_piece(vocab, need("scores"), metadata)
     else:
         raise InteropError(f"GGUF tokenizer model {kind!r} is not supported; there are gpt2, llama")
     special = [

@@ -75,12 +75,18 @@ def load(path: epath.PathLike, model: Any, params: Any) -> Any:
     file = folder / "adapter_config.json"
     if not file.exists():
         raise InteropError(f"{folder} holds no PEFT adapter: adapter_config.json is missing")
-    raw = json.loads(file.read_text())
+    try:
+        raw = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as e:
+        raise InteropError(f"{file} is no adapter config: {e}") from e
     if raw.get("peft_type") != "LORA" or raw.get("use_dora") or raw.get("bias", "none") != "none":
         raise InteropError(f"{file}: only plain LoRA (no DoRA, no biases) is supported, not {raw.get('peft_type')}")
     if raw.get("rank_pattern") or raw.get("alpha_pattern"):
         raise InteropError(f"{file}: rank_pattern and alpha_pattern are not supported")
-    config = LoraConfig(rank=raw["r"], alpha=float(raw["lora_alpha"]), rs=bool(raw.get("use_rslora")))
+    try:
+        config = LoraConfig(rank=raw["r"], alpha=float(raw["lora_alpha"]), rs=bool(raw.get("use_rslora")))
+    except (KeyError, ValueError, TypeError) as e:
+        raise InteropError(f"{file} lacks or misstates {e}") from e
     source = dict(TensorFolder(folder))
     params, used = stack(params), set()
     for rule in _rules(model.config):
@@ -90,7 +96,9 @@ def load(path: epath.PathLike, model: Any, params: Any) -> Any:
         if not found:
             continue
         layers: Sequence[int | None] = found if "{l}" in name else [None]
-        w = dict(paths.flatten(params, lambda x: isinstance(x, Lora)))[rule.ours]
+        w = dict(paths.flatten(params, weights.is_node))[rule.ours]
+        if isinstance(w, Lora):
+            raise InteropError(f"{rule.ours} carries LoRA already; merge or detach it first")
         if "{l}" in name and found != list(range(w.shape[0])):
             raise InteropError(f"{folder}: {name} is adapted in layers {found} only; all or none is supported")
         sides = []
@@ -99,11 +107,13 @@ def load(path: epath.PathLike, model: Any, params: Any) -> Any:
             if any(k not in source for k in keys):
                 raise InteropError(f"{folder} lacks {next(k for k in keys if k not in source)}")
             used |= set(keys)
+            want = (config.rank, w.shape[-2]) if side == "A" else (w.shape[-1], config.rank)
+            for k in keys:
+                if source[k].shape != want:
+                    raise InteropError(f"{folder}: {k} has shape {list(source[k].shape)}, expected {list(want)}")
             arrays = [source[k].T for k in keys]
             sides.append(jnp.asarray(np.stack(arrays) if "{l}" in name else arrays[0]))
         a, b = sides
-        if a.shape[-2] != w.shape[-2] or b.shape[-1] != w.shape[-1]:
-            raise InteropError(f"{folder}: {name} has A {a.shape} and B {b.shape} for a kernel of {w.shape}")
         node = Lora(w, a, b, config.scale, float(raw.get("lora_dropout", 0.0)))
         params = weights.replace(params, rule.ours, lambda _, __, node=node: node)
     extra = sorted(set(source) - used)

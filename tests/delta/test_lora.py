@@ -102,9 +102,9 @@ def test_count_and_start():
 
 def test_trees_of_one_layer_each_match_the_stacked_tree():
     config = LoraConfig(rank=2)
-    shapes = lambda make: jax.tree.map(jnp.shape, jax.eval_shape(lambda: make(lora.attach)))
-    one_each = shapes(lambda attach: stack(attach(unstack(base(LLAMA)), config, jax.random.key(0))))
-    assert one_each == shapes(lambda attach: attach(base(LLAMA), config, jax.random.key(0)))
+    shapes = lambda make: jax.tree.map(jnp.shape, jax.eval_shape(make, base(LLAMA)))
+    one_each = shapes(lambda params: stack(lora.attach(unstack(params), config, jax.random.key(0))))
+    assert one_each == shapes(lambda params: lora.attach(params, config, jax.random.key(0)))
     layer = LoraConfig(rank=2, targets=("re:.*layers/1/mlp/.*/kernel",))
     some = attach(unstack(base(LLAMA)), layer, jax.random.key(0))
     assert weights.count(partition(some, lora.TRAINABLE)[0]) == 2 * 3 * (24 + 40)

@@ -1,0 +1,164 @@
+"""PEFT folders, both ways: the same A and B under PEFT's names and layout, and every misfit named."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jax.compress.quantize import Quantized, quantize
+from llm_jax.delta import lora
+from llm_jax.delta.lora import Lora, LoraConfig
+from llm_jax.interop import InteropError, peft
+from llm_jax.models.gpt import GPTConfig
+from llm_jax.models.llama import LlamaConfig
+from llm_jax.nn import paths, weights
+from llm_jax.nn.stack import unstack
+from llm_jax.storage.safetensors import TensorFolder, write_folder
+
+LLAMA = LlamaConfig(vocab_size=31, context_length=16, model_dim=24, num_layers=2, num_heads=4, num_kv_heads=2,
+                    hidden_dim=40, tied=False)  # fmt: skip
+MODEL = LLAMA.make()
+PREFIX = "base_model.model.model.layers."
+
+
+@functools.cache
+def base():
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda k: MODEL.init(k, np.zeros((1, 2), np.int32))["params"], jax.random.key(0))
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), weights.split_axes(shapes)[0])
+
+
+def attached(**changes):
+    """LoRA with random A and B, made by numpy: nothing to compile."""
+    rng = np.random.default_rng(1)
+    config = LoraConfig(**{"rank": 3, "alpha": 6.0, **changes})
+    shapes = jax.eval_shape(lambda params: lora.attach(params, config, jax.random.key(0)), base())
+    draw = lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype)
+    fill = lambda s, w: s.replace(base=w, a=draw(s.a), b=draw(s.b)) if isinstance(s, Lora) else w
+    return jax.tree.map(fill, shapes, base(), is_leaf=lambda x: isinstance(x, Lora))
+
+
+def same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), (_, y) in zip(paths.flatten(a), paths.flatten(b), strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=path)
+
+
+ROWS = [{}, {"targets": ("query/kernel", "head/kernel")}, {"dropout": 0.25}, {"rank": 16, "rs": True}, {"rank": 1}]
+
+
+@pytest.mark.parametrize("changes", ROWS, ids=str)
+def test_round_trip(changes, tmp_path):
+    params = attached(**changes)
+    peft.save(tmp_path, MODEL, params, "org/base")
+    same(peft.load(tmp_path, MODEL, base()), params)
+    peft.save(tmp_path, MODEL, unstack(params))
+    same(peft.load(tmp_path, MODEL, unstack(base())), params)
+
+
+def test_names_layout_and_config(tmp_path):
+    params = attached(targets=("query/kernel", "mlp/down/kernel", "head/kernel"), dropout=0.5)
+    peft.save(tmp_path, MODEL, params, "org/base")
+    stored, layers = dict(TensorFolder(tmp_path)), params["decoder"]["layers"]
+    want = {"base_model.model.lm_head": (params["head"]["kernel"].a, params["head"]["kernel"].b)}
+    for i in (0, 1):
+        for ours, theirs in (
+            (layers["attention"]["query"], "self_attn.q_proj"),
+            (layers["mlp"]["down"], "mlp.down_proj"),
+        ):
+            want[f"{PREFIX}{i}.{theirs}"] = (ours["kernel"].a[i], ours["kernel"].b[i])
+    assert stored.keys() == {f"{n}.lora_{s}.weight" for n in want for s in "AB"}
+    for name, (a, b) in want.items():
+        np.testing.assert_array_equal(stored[f"{name}.lora_A.weight"], np.asarray(a).T)  # [r, in]
+        np.testing.assert_array_equal(stored[f"{name}.lora_B.weight"], np.asarray(b).T)  # [out, r]
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["down_proj", "lm_head", "q_proj"]
+    expected = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 3, "lora_alpha": 6.0, "lora_dropout": 0.5,
+                "use_rslora": False, "bias": "none", "base_model_name_or_path": "org/base"}  # fmt: skip
+    assert expected.items() <= config.items()
+
+
+def test_over_an_int8_base(tmp_path):
+    peft.save(tmp_path, MODEL, attached())
+    eight = jax.jit(quantize)(base())
+    found = peft.load(tmp_path, MODEL, eight)
+    node = found["decoder"]["layers"]["mlp"]["up"]["kernel"]
+    assert isinstance(node, Lora) and isinstance(node.base, Quantized)
+    same(lora.detach(found), eight)
+
+
+def folder(path, config=None, tensors=None, drop=()):
+    """A good folder with something changed."""
+    peft.save(path, MODEL, attached(targets=("query/kernel",)))
+    file = path / "adapter_config.json"
+    file.write_text(
+        json.dumps({k: v for k, v in {**json.loads(file.read_text()), **(config or {})}.items() if v != "drop"})
+    )
+    stored = {n: np.array(a) for n, a in TensorFolder(path).items()} | (tensors or {})
+    write_folder(path, [(n, a) for n, a in stored.items() if not any(d in n for d in drop)])
+    return path
+
+
+def test_rank_stabilised_files(tmp_path):
+    loaded = peft.load(folder(tmp_path, {"use_rslora": True, "lora_alpha": 5}), MODEL, base())
+    assert loaded["decoder"]["layers"]["attention"]["query"]["kernel"].scale == 5 / 3**0.5
+
+
+def wrong(name, shape):
+    return {"tensors": {f"{PREFIX}{name}.weight": np.ones(shape, np.float32)}}
+
+
+ERRORS = [
+    ({"config": {"peft_type": "IA3"}}, "only plain LoRA (no DoRA, no biases) is supported, not IA3"),
+    ({"config": {"use_dora": True}}, "only plain LoRA"),
+    ({"config": {"bias": "all"}}, "only plain LoRA"),
+    ({"config": {"rank_pattern": {"q_proj": 4}}}, "rank_pattern and alpha_pattern are not supported"),
+    ({"config": {"alpha_pattern": {"q_proj": 4}}}, "rank_pattern and alpha_pattern are not supported"),
+    ({"config": {"r": "drop"}}, "lacks or misstates 'r'"),
+    ({"config": {"lora_alpha": None}}, "lacks or misstates"),
+    ({"config": {"r": 0}}, "rank=0 must be at least 1"),
+    ({"config": {"r": 4}}, "0.self_attn.q_proj.lora_A.weight has shape [3, 24], expected [4, 24]"),
+    (wrong("1.self_attn.q_proj.lora_A", (3, 25)), "q_proj.lora_A.weight has shape [3, 25], expected [3, 24]"),
+    (wrong("1.self_attn.q_proj.lora_B", (23, 3)), "q_proj.lora_B.weight has shape [23, 3], expected [24, 3]"),
+    ({"drop": ("0.self_attn.q_proj",)}, "q_proj is adapted in layers [1] only"),
+    ({"drop": ("1.self_attn.q_proj.lora_B",)}, "lacks base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"),
+    (wrong("0.self_attn.q_proj.lora_magnitude", (24,)), "tensors without a home"),
+    (wrong("0.self_attn.x_proj.lora_A", (3, 24)), "tensors without a home"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes, message", ERRORS)
+def test_what_does_not_fit_is_named(changes, message, tmp_path):
+    with pytest.raises(InteropError) as error:
+        peft.load(folder(tmp_path, **changes), MODEL, base())
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_other_errors(tmp_path):
+    def mixed():
+        params = attached(targets=("query/kernel", "key/kernel"))
+        attention = params["decoder"]["layers"]["attention"]
+        attention["key"]["kernel"] = attention["key"]["kernel"].replace(scale=9.0)
+        return params
+
+    good = folder(tmp_path / "good")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "adapter_config.json").write_text("{")
+    gpt = GPTConfig(vocab_size=31, context_length=16, model_dim=24, num_layers=2, num_heads=4).make()
+    rows = [
+        (lambda: peft.load(tmp_path, MODEL, base()), "adapter_config.json is missing"),
+        (lambda: peft.load(tmp_path / "bad", MODEL, base()), "is no adapter config"),
+        (lambda: peft.load(good, MODEL, attached()), "query/kernel carries LoRA already"),
+        (lambda: peft.load(good, gpt, base()), "supported for the Llama family"),
+        (lambda: peft.save(tmp_path, MODEL, base()), "there is no LoRA"),
+        (lambda: peft.save(tmp_path, gpt, attached()), "supported for the Llama family"),
+        (lambda: peft.save(tmp_path, MODEL, mixed()), "LoRA nodes differ in (rank, scale, dropout)"),
+        (lambda: peft.save(tmp_path, MODEL, attached(targets=("embed/embedding",))), "no place in PEFT's format"),
+    ]
+    for call, message in rows:
+        with pytest.raises(InteropError) as error:
+            call()
+        assert message in str(error.value) and "\n" not in str(error.value)
