@@ -206,7 +206,8 @@ def _open(folder: epath.Path, split: str) -> TokenStore:
     )
     ids, weights = read("ids", dtype, tokens), read("weights", np.uint8, tokens)
     starts = np.array(read("starts", np.int64, meta["documents"] + 1))
-    for suffix, array in (("ids", ids), ("weights", weights), ("starts", starts)):
+    arrays: dict[str, Any] = {"ids": ids, "weights": weights, "starts": starts}
+    for suffix, array in arrays.items():
         if _digest(memoryview(array)) != meta["digests"][suffix]:
             raise ValueError(f"{split}.{suffix} does not match its checksum")
     return TokenStore(ids, starts, weights if meta["weighted"] else None, meta["text_bytes"])

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct from its wheel's GGUF file: the same numbers as transformers, which reads the file by itself."""
+"""SmolLM2-135M-Instruct from its wheel's GGUF file: the numbers of transformers, which reads the file by itself."""
 
 import importlib.util
 import pathlib
