@@ -107,6 +107,9 @@ class Checkpoints:
     def save(self, step: int, state: Any, run: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
         """Writes a checkpoint; it appears only once it is complete.
 
+        Those at this step and after it, left by a run that went further before this one restored an older step, are
+        dropped: the newest checkpoint is always the live run's.
+
         Raises:
           CheckpointError: where the disk refuses; earlier checkpoints stay untouched.
         """
@@ -117,6 +120,8 @@ class Checkpoints:
             run=ocp.args.JsonSave(run),
         )
         try:
+            for stale in [s for s in self.steps() if s >= step]:
+                self._manager.delete(stale)
             self._manager.save(step, args=args, metrics=metrics, force=True)
         except OSError as e:
             raise CheckpointError(f"checkpoint {step} could not be written to {self.folder}: {e}") from e
