@@ -10,6 +10,7 @@ from llm_jax import config as configs
 from llm_jax.compress import quantize
 from llm_jax.data import chat
 from llm_jax.delta import lora
+from llm_jax.delta.lora import LoraConfig
 from llm_jax.interop import Pretrained
 from llm_jax.models.llama import LlamaConfig
 from llm_jax.nn import weights
@@ -29,7 +30,7 @@ class FinetuneConfig:
     """
 
     run: RunConfig = RunConfig()
-    lora: lora.LoraConfig | None = lora.LoraConfig()
+    lora: LoraConfig | None = LoraConfig()  # not lora.LoraConfig: the field hides the module here
     base: str = "float"
     format: str = "text"
 
