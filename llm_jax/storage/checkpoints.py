@@ -109,6 +109,9 @@ class Checkpoints:
     def save(self, step: int, state: Any, run: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
         """Writes a checkpoint; it appears only once it is complete.
 
+        Those at this step and after it, left by a run that went further before this one restored an older step, are
+        dropped: the newest checkpoint is always the live run's.
+
         Raises:
           CheckpointError: where the disk refuses; earlier checkpoints stay untouched.
         """
@@ -119,8 +122,8 @@ class Checkpoints:
             run=ocp.args.JsonSave(run),
         )
         try:
-            if step in self.steps():  # a run that went back to an earlier checkpoint comes by again
-                self._manager.delete(step)
+            for stale in [s for s in self.steps() if s >= step]:
+                self._manager.delete(stale)
             self._manager.save(step, args=args, metrics=metrics, force=True)
         except Exception as e:
             raise CheckpointError(f"checkpoint {step} could not be written to {self.folder}: {_line(e)}") from e

@@ -30,7 +30,7 @@ class FinetuneConfig:
     """
 
     run: RunConfig = RunConfig()
-    lora: LoraConfig | None = LoraConfig()
+    lora: LoraConfig | None = LoraConfig()  # not lora.LoraConfig: the field hides the module here
     base: str = "float"
     format: str = "text"
 

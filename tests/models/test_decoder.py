@@ -230,6 +230,30 @@ def test_float64_and_attention_implementations():
     close(plain, results("qwen3")["out"].logits)
 
 
+def test_a_full_cache_goes_on_as_a_sliding_window():
+    """As many slots as the window is wide: the ring forgets exactly what the window hides."""
+    config = MODELS["mistral"]
+    model, params = config.make(), model_params(config)
+
+    @jax.jit
+    def run(params):
+        def one(cache, ids):
+            out = model.apply({"params": params}, ids[:, None], cache=cache)
+            return out.cache, out.logits[:, 0]
+
+        return jax.lax.scan(one, config.init_cache(2, config.window), IDS.T)[1].swapaxes(0, 1)
+
+    close(run(params), results("mistral")["out"].logits)
+
+
+@pytest.mark.parametrize("name", ["gpt1", "qwen3"])
+def test_compute_dtype(name):
+    model = MODELS[name].make(Execution(dtype="bfloat16"))
+    params = abstract(model, IDS)[0]
+    out = jax.eval_shape(lambda p: model.apply({"params": p}, IDS, output_hidden_states=True), params)
+    assert {h.dtype for h in out.hidden_states} == {jnp.dtype("bfloat16")} and out.logits.dtype == "float32"
+
+
 LONG = np.zeros((1, CONTEXT + 1), np.int32)
 KEY = {"dropout": jax.random.key(0)}
 

@@ -185,6 +185,19 @@ def test_sown_values_come_out_of_both_forms():
     close(scanned, unrolled)
 
 
+def test_a_stack_runner_takes_the_place_of_the_loop():
+    def backwards(layer, params, carry, per_layer):
+        outputs = []
+        for index in reversed(range(L)):
+            p = jax.tree.map(lambda x: x[index], params)  # noqa: B023
+            carry, out, _ = layer(p, index, carry, per_layer[index])
+            outputs.append(out)
+        return carry, tuple(outputs)
+
+    out = jax.jit(make(stack_runner=backwards).apply)({"params": PARAMS}, X, EXTRA[::-1], (2.0,))
+    close(out, layer_by_layer(jax.tree.map(lambda x: x[::-1], PARAMS)))
+
+
 def test_errors():
     with pytest.raises(ValueError, match="layers holds 4 layers, the config asks for 2"):
         make(groups=2).apply({"params": PARAMS}, X, None, (1.0,))

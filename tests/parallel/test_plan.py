@@ -12,7 +12,7 @@ from tiny_models import MODELS, V, abstract, model_params
 from llm_jax.nn import paths
 from llm_jax.objectives.causal_lm import CausalLM
 from llm_jax.parallel.plan import Plan, PlanConfig
-from llm_jax.training.optimizers import OptimizerConfig, make_optimizer
+from llm_jax.training.optimizers import NAMES, OptimizerConfig, make_optimizer
 from llm_jax.training.state import init_state
 from llm_jax.training.step import StepConfig, make_train_step
 
@@ -162,6 +162,29 @@ def test_what_is_frozen_has_no_state_and_no_sharding_of_one():
     assert sorted(p.split("/mu/")[1] for p in moments) == ["decoder/layers/attention/query/kernel", "embed/embedding"]
     assert specs[next(p for p in moments if p.endswith("query/kernel"))] == P(None, "data", "model")
     assert specs["params/decoder/layers/attention/query/kernel"] == P(None, None, "model")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_optimizers_state_is_divided(name):
+    """Moments lie where their parameters' shards do; what is left whole has no dimension that four divides."""
+    config = MODELS_HERE["llama"]
+    params, axes = abstract(config.make(), np.zeros((1, 4), np.int32))
+    tx = make_optimizer(OptimizerConfig(name), 2)
+    state = jax.eval_shape(lambda p: init_state(p, tx, jax.random.key(0), ema=True), params)
+    plan = make(config, data=4, model=2, zero=3)
+    shardings = plan.state_shardings(state, axes)
+    stored = {p: s.spec for p, s in paths.flatten(shardings.params)}
+    shapes = {p: x.shape for p, x in paths.flatten(params)}
+    moments = 0
+    for (path, s), x in zip(paths.flatten(shardings.opt_state), jax.tree.leaves(state.opt_state), strict=True):
+        owner = next((p for p in stored if path.endswith("/" + p) and shapes[p] == x.shape), None)
+        moments += owner is not None
+        if owner is not None:
+            assert s.spec == stored[owner], path
+        elif all(part is None for part in s.spec):
+            assert all(size % 4 for size in x.shape), path
+    assert moments >= {"sgd": 1, "lion": 1, "adafactor": 1, "muon": 1}.get(name, 2) * len(stored)
+    assert {p: s.spec for p, s in paths.flatten(shardings.average)} == stored
 
 
 @pytest.mark.parametrize(
