@@ -207,7 +207,7 @@ def _open(folder: epath.Path, split: str) -> TokenStore:
     ids, weights = read("ids", dtype, tokens), read("weights", np.uint8, tokens)
     starts = np.array(read("starts", np.int64, meta["documents"] + 1))
     for suffix, array in (("ids", ids), ("weights", weights), ("starts", starts)):
-        if _digest(memoryview(array)) != meta["digests"][suffix]:
+        if _digest(array.data) != meta["digests"][suffix]:
             raise ValueError(f"{split}.{suffix} does not match its checksum")
     return TokenStore(ids, starts, weights if meta["weighted"] else None, meta["text_bytes"])
 
