@@ -217,15 +217,15 @@ def test_evaluate_equals_a_direct_computation(folder, tmp_path, capsys):
     found, loaded = json.loads(out.read_text()), interop.load(folder)
     tokenizer = loaded.tokenizer
 
-    def logp(ids):
-        logits = np.asarray(loaded.model.apply({"params": loaded.params}, np.asarray([ids])).logits[0], np.float64)
-        return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-
     ids = [*tokenizer.encode(TEXT), tokenizer.eos_id]
-    rows = [ids[i : i + 17] for i in range(0, len(ids) - 16, 16)]
-    batch = np.asarray(loaded.model.apply({"params": loaded.params}, np.asarray(rows)[:, :-1]).logits, np.float64)
-    batch -= np.log(np.exp(batch).sum(-1, keepdims=True))
-    labels = np.asarray(rows)[:, 1:]
+    rows = np.asarray([ids[i : i + 17] for i in range(0, len(ids) - 16, 16)])
+    sentence = [tokenizer.eos_id, *tokenizer.encode("abc abd")]
+    start = [tokenizer.eos_id, *tokenizer.encode("ab")]
+    more = np.asarray([x + [0] * (16 - len(x)) for x in (sentence, start)])  # what stands behind does not matter
+    forward = jax.jit(lambda params, ids: loaded.model.apply({"params": params}, ids).logits)
+    logp = np.asarray(forward(loaded.params, np.concatenate([rows[:, :-1], more])), np.float64)
+    logp -= np.log(np.exp(logp).sum(-1, keepdims=True))
+    labels, batch = rows[:, 1:], logp[:-2]
     loss = -np.take_along_axis(batch, labels[..., None], -1).mean()
     want = {
         "eval/loss": loss,
@@ -237,12 +237,11 @@ def test_evaluate_equals_a_direct_computation(folder, tmp_path, capsys):
     for name, value in want.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
 
-    sentence = [tokenizer.eos_id, *tokenizer.encode("abc abd")]
-    total = sum(logp(sentence[:-1])[np.arange(7), sentence[1:]])
+    total = sum(logp[-2, np.arange(7), sentence[1:]])
     (entry,) = found["sentences"]
     assert entry["text"] == "abc abd" and entry["tokens"] == 7
     np.testing.assert_allclose(entry["log_probability"], total, rtol=1e-5)
-    p = np.exp(logp([tokenizer.eos_id, *tokenizer.encode("ab")])[-1])
+    p = np.exp(logp[-1, len(start) - 1])
     (entry,) = found["next"]
     best = np.argsort(-p)[:10]
     assert [t for t, _ in entry["tokens"]] == [tokenizer.decode([i]) for i in best]
@@ -306,8 +305,8 @@ def test_finetune(folder, tmp_path, capsys):
     assert "trainable 5,568 bytes" in printed and "step 2, loss" in printed
     merged, adapted = interop.load(tmp_path / "merged"), interop.load(tmp_path)
     ids = np.asarray([merged.tokenizer.encode("abc abd")])
-    run = lambda loaded: loaded.model.apply({"params": loaded.params}, ids).logits
-    np.testing.assert_allclose(run(merged), run(adapted), rtol=1e-5, atol=1e-5)
+    run = jax.jit(lambda params: merged.model.apply({"params": params}, ids).logits)
+    np.testing.assert_allclose(run(merged.params), run(adapted.params), rtol=1e-5, atol=1e-5)
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
         folder
     )
