@@ -17,6 +17,7 @@ from ml_collections import config_dict, config_flags
 from llm_jax import config as configs
 from llm_jax.models import registry
 
+PARSE_ERRORS = (flags.Error, AttributeError, TypeError, ValueError, KeyError, FileNotFoundError, ImportError)
 SIMULATE = flags.DEFINE_integer("simulate_devices", 0, "Give a CPU run this many devices.", lower_bound=0)
 
 
@@ -75,8 +76,11 @@ def find_model(name: Any) -> str:
 
 
 def define_config(default: str | None, help_text: str) -> flags.FlagHolder[Any]:
-    """The `--config=FILE[:variant]` flag with dotted overrides."""
-    return config_flags.DEFINE_config_file("config", default, help_text, lock_config=True)
+    """The `--config=FILE[:variant]` flag with dotted overrides; overrides of the default file are read right here."""
+    try:
+        return config_flags.DEFINE_config_file("config", default, help_text, lock_config=True)
+    except PARSE_ERRORS as e:
+        _fail(_one_line(e), 2)
 
 
 def _fail(message: str, code: int) -> typing.NoReturn:
@@ -119,8 +123,23 @@ def run(main: Callable[[], None]) -> None:
 
 def _parse(argv: Sequence[str]) -> list[str]:
     """Absl's parser; a bad flag or config value is one line."""
+    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, given = flag.partition("=")
+        file = (given if equals else value).partition(":")[0]
+        if name.lstrip("-") == "config" and name.startswith("-") and not os.path.exists(file):
+            _fail(f"no config file at {file}", 2)
     try:
         return flags.FLAGS(list(argv), known_only=False)
-    except (flags.Error, AttributeError, TypeError, ValueError, KeyError, FileNotFoundError, ImportError) as e:
-        text = " ".join(str(e).split())
-        _fail(text.replace('"', ""), 2)
+    except PARSE_ERRORS as e:
+        _fail(_one_line(e), 2)
+
+
+def _one_line(error: BaseException) -> str:
+    inner = error
+    while inner.args and isinstance(inner.args[0], BaseException):  # ml_collections wraps a KeyError
+        inner = inner.args[0]
+    text = str(inner.args[0]) if isinstance(inner, KeyError) and inner.args else str(inner)
+    if "Traceback" in text:  # a config file that raises: its own message is the last line
+        text = text.strip().splitlines()[-1]
+    text = " ".join(text.split()).replace('"', "")
+    return f"unknown config field {text}" if isinstance(error, (AttributeError, KeyError)) else text

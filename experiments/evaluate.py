@@ -44,7 +44,13 @@ def main() -> None:
     if tokenizer is None:
         raise ValueError(f"{MODEL.value} holds no tokenizer")
     front = [tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id]
-    encode = lambda text: [i for i in front if i is not None] + tokenizer.encode(text)
+
+    def encode(text: str, least: int) -> np.ndarray:
+        ids = [i for i in front if i is not None] + tokenizer.encode(text)
+        if len(ids) < least:
+            raise ValueError(f"{text!r} has too few tokens to say anything about; give a longer text")
+        return np.asarray([ids])
+
     results: dict[str, object] = {}
     if SOURCE.value:
         store = tokens.build(SOURCE.value, tokenizer, CACHE.value, text_field=TEXT_FIELD.value)["train"]
@@ -56,14 +62,14 @@ def main() -> None:
             print(f"{name} {value:.4f}")
     results["sentences"] = []
     for text in SENTENCES.value:
-        ids = np.asarray([encode(text)])
+        ids = encode(text, 2)
         logp = np.asarray(sequence_logprobs(model, params, ids, np.ones_like(ids)))[0]
         total = float(logp.sum())
         results["sentences"].append({"text": text, "log_probability": total, "tokens": len(logp)})  # type: ignore[attr-defined]
         print(f"log p = {total:.3f} ({len(logp)} tokens, perplexity {math.exp(-total / len(logp)):.2f}): {text}")
     results["next"] = []
     for text in NEXT.value:
-        ids = np.asarray([encode(text)])
+        ids = encode(text, 1)
         p = jax.nn.softmax(model.apply({"params": params}, ids).logits[0, -1])
         best = jnp.argsort(-p)[:10]
         found = [(tokenizer.decode([int(i)]), float(p[i])) for i in best]

@@ -208,7 +208,7 @@ def _open(folder: epath.Path, split: str) -> TokenStore:
     starts = np.array(read("starts", np.int64, meta["documents"] + 1))
     arrays: dict[str, Any] = {"ids": ids, "weights": weights, "starts": starts}
     for suffix, array in arrays.items():
-        if _digest(memoryview(array)) != meta["digests"][suffix]:
+        if _digest(array.data) != meta["digests"][suffix]:
             raise ValueError(f"{split}.{suffix} does not match its checksum")
     return TokenStore(ids, starts, weights if meta["weighted"] else None, meta["text_bytes"])
 

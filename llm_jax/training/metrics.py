@@ -5,7 +5,6 @@ import math
 from typing import Any
 
 import jax
-import tensorboardX
 from etils import epath
 
 
@@ -20,6 +19,8 @@ class MetricsWriter:
             return
         kept = [r for r in read_metrics(workdir) if r["step"] <= first_step]
         self.file.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        import tensorboardX  # it imports torch where that is installed
+
         self._board = tensorboardX.SummaryWriter(str(epath.Path(workdir) / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
