@@ -74,7 +74,7 @@ def test_every_form_and_policy_gives_the_same():
     def every(params):
         runs = {("scanned", r): value_and_gradients(make(0.3, remat=r), params, True) for r in policies}
         split = unstack(params)
-        for r in policies:
+        for r in ("none", "every:2", "names:hidden"):
             value, (grads, dx) = value_and_gradients(make(0.3, remat=r), split, True)
             runs["unrolled", r] = value, (stack(grads), dx)
         return runs, value_and_gradients(make(0.3), params)

@@ -126,7 +126,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_counters(precision, p
     assert int(after.step) == 1 and int(after.bad_steps) == int(metrics["bad_steps"]) == 1
     counters = dict(step=0, bad_steps=0, loss_scale=None, key=None)
     same = jax.tree.map(np.array_equal, after.replace(**counters), state.replace(**counters))
-    assert jax.tree.all(same) and (jax.random.key_data(after.key) == jax.random.key_data(state.key)).all()
+    assert jax.tree.all(same) and np.array_equal(*(jax.random.key_data(s.key) for s in (after, state)))
     again, _ = step(after, bad)
     good, _ = step(
         again.replace(loss_scale=None if state.loss_scale is None else state.loss_scale.replace(scale=jnp.float32(8))),
@@ -149,7 +149,7 @@ def test_an_update_of_relative_size_1e_4():
         step = step_of(precision)
         for _ in range(steps):
             state, _ = step(state, BATCH)
-        return state
+        return jax.device_get(state.replace(key=None))
 
     half = jax.tree.map(lambda x: x.astype(np.float16), params)
     lost = after(start(tx, Precision(), half), Precision())
@@ -160,7 +160,7 @@ def test_an_update_of_relative_size_1e_4():
         wide = kept.master if master == "in_optimizer" else kept.params
         close(wide, jax.tree.map(lambda x: x + 20e-4, params), 1e-6)
         if master == "in_optimizer":  # the stored copy follows by rounding
-            assert jax.tree.all(jax.tree.map(lambda p, m: np.array_equal(p, m.astype(jnp.float16)), kept.params, wide))
+            assert jax.tree.all(jax.tree.map(lambda p, m: np.array_equal(p, m.astype(np.float16)), kept.params, wide))
             assert all((x > 1).all() for x in jax.tree.leaves(kept.params))
 
 
