@@ -2,8 +2,8 @@
 
 Reproduces: nothing in print; shows the whole path, text to samples.
 Command:    make demo
-Cost:       COST
-Result:     RESULT
+Cost:       0.36 s a step, about three minutes in all on two cores
+Result:     1.60 to 1.65 bits per byte on held-out files (xz -9: 1.60 to 1.74; the files depend on the Python)
 """
 
 from experiments import cli
