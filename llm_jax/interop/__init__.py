@@ -1,6 +1,6 @@
 """Other people's checkpoints, both ways."""
 
 from llm_jax.interop.names import InteropError
-from llm_jax.interop.pretrained import Pretrained, load, save
+from llm_jax.interop.pretrained import Pretrained, load, save, save_own
 
-__all__ = ["InteropError", "Pretrained", "load", "save"]
+__all__ = ["InteropError", "Pretrained", "load", "save", "save_own"]

@@ -200,3 +200,25 @@ def save(
     (folder / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save(folder)
+
+
+def save_own(path: epath.PathLike, model: Any, params: Any, tokenizer: tokenizers.Tokenizer | None = None) -> None:
+    """Writes a work directory as training leaves it, with one checkpoint: structured weights stay structured.
+
+    Raises:
+      InteropError: if `path` holds a run already.
+      CheckpointError: where the disk refuses.
+    """
+    from llm_jax.storage.checkpoints import Checkpoints
+
+    folder = epath.Path(path)
+    if (folder / "checkpoints").exists():
+        raise InteropError(f"{folder} holds a run already; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"model": registry.to_dict(model.config)}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    checkpoints = Checkpoints(folder / "checkpoints", asynchronous=False)
+    checkpoints.save(0, {"params": params}, {"config": config})
+    checkpoints.close()

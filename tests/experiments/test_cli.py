@@ -210,6 +210,17 @@ def test_convert(folder, tmp_path, capsys):
     assert f"{weights.count(before.params):,} parameters written to" in capsys.readouterr().out
 
 
+def test_convert_to_a_work_directory_and_back(folder, tmp_path):
+    call("convert", f"--model={folder}", f"--out={tmp_path / 'run'}", "--format=ours")
+    call("convert", f"--model={tmp_path / 'run'}", f"--out={tmp_path / 'back'}")
+    before, after = interop.load(folder), interop.load(tmp_path / "back")
+    for (path, a), (_, b) in zip(paths.flatten(before.params), paths.flatten(after.params), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=path)
+    assert after.config == before.config and after.tokenizer.encode("abc") == before.tokenizer.encode("abc")
+    with pytest.raises(interop.InteropError, match="holds a run already"):
+        call("convert", f"--model={folder}", f"--out={tmp_path / 'run'}", "--format=ours")
+
+
 def test_evaluate_equals_a_direct_computation(folder, tmp_path, capsys):
     out = tmp_path / "numbers.json"
     call("evaluate", f"--model={folder}", f"--source={folder}/text.txt", "--sequence_length=16", "--batch_size=3",
