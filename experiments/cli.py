@@ -53,14 +53,15 @@ def from_config_dict(cls: Any, values: config_dict.ConfigDict) -> Any:
 
 
 def setup_devices() -> None:
-    """Applies `--simulate_devices`; call before anything touches a device."""
+    """Applies `--simulate_devices` and joins the job of `JAX_COORDINATOR_ADDRESS`; call before touching a device."""
     import jax
 
     if SIMULATE.value:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", SIMULATE.value)
-    if os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        jax.distributed.initialize()
+    if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
+        jax.distributed.initialize(address, count and int(count), index and int(index))  # type: ignore[arg-type]
 
 
 def find_model(name: Any) -> str:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from llm_jax import config as configs
 from llm_jax.interop.names import ACTIVATIONS, InteropError, Rule
 from llm_jax.models.gpt import GPTConfig
 
@@ -21,7 +22,7 @@ def config_from_hf(c: dict[str, Any]) -> GPTConfig:
     if not c.get("scale_attn_weights", True):
         raise InteropError("scale_attn_weights=false is not supported")
     name = c.get("afn", "gelu") if first else c.get("activation_function", "gelu_new")
-    return GPTConfig(
+    values = dict(
         vocab_size=c.get("vocab_size", 40478 if first else 50257),
         context_length=c.get("n_positions", 512 if first else 1024),
         model_dim=c.get("n_embd", 768),
@@ -37,6 +38,7 @@ def config_from_hf(c: dict[str, Any]) -> GPTConfig:
         attention_dropout=c.get("attn_pdrop", 0.1),
         init_std=c.get("initializer_range", 0.02),
     )
+    return configs.from_dict(GPTConfig, values)  # checks types: JSON may hold anything
 
 
 def config_to_hf(config: GPTConfig) -> dict[str, Any]:

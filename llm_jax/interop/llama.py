@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from llm_jax import config as configs
 from llm_jax.interop.names import ACTIVATIONS, InteropError, Rule
 from llm_jax.models.llama import LlamaConfig
 from llm_jax.nn.positions import RotaryScaling
@@ -46,7 +47,7 @@ def config_from_hf(c: dict[str, Any]) -> LlamaConfig:
     if c.get("pretraining_tp", 1) != 1:
         raise InteropError("pretraining_tp other than 1 is not supported")
     bias = c.get("attention_bias", False)
-    return LlamaConfig(
+    values = dict(
         vocab_size=c["vocab_size"],
         context_length=context,
         model_dim=c["hidden_size"],
@@ -68,6 +69,7 @@ def config_from_hf(c: dict[str, Any]) -> LlamaConfig:
         attention_dropout=c.get("attention_dropout", 0.0),
         init_std=c.get("initializer_range", 0.02),
     )
+    return configs.from_dict(LlamaConfig, values)  # checks types: JSON may hold anything
 
 
 def model_type(config: LlamaConfig) -> str:

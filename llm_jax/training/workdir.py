@@ -4,6 +4,7 @@ import fcntl
 import json
 from typing import Any, TextIO
 
+import jax
 from etils import epath
 
 # fields that may differ when a run resumes: they change how far and where it runs, not what it learns
@@ -15,7 +16,7 @@ class WorkdirError(ValueError):
 
 
 class Workdir:
-    """Holds a lock on a local folder while open; remote folders are not locked."""
+    """Holds a lock on a local folder while open, in the job's first process; remote folders are not locked."""
 
     def __init__(self, path: epath.PathLike) -> None:
         """Claims the folder.
@@ -26,7 +27,7 @@ class Workdir:
         self.path = epath.Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock: TextIO | None = None
-        if "://" in str(path):
+        if "://" in str(path) or jax.process_index():
             return
         lock = open(self.path / ".lock", "w")  # noqa: SIM115  held as long as the run
         try:
