@@ -47,7 +47,10 @@ def unstack(params: Any) -> Any:
         if is_unstacked(layers):
             return layers
         count = _num_stacked(layers)
-        return {str(i): jax.tree.map(lambda x: x[i], layers) for i in range(count)}  # noqa: B023
+        # split, whose gradient is one concatenation; that of x[i] pads every layer to the whole stack and adds
+        pieces = jax.tree.map(lambda x: [jnp.squeeze(p, 0) for p in jax.lax.split(x, [1] * count)], layers)
+        is_list = lambda x: isinstance(x, list)
+        return {str(i): jax.tree.map(lambda p: p[i], pieces, is_leaf=is_list) for i in range(count)}  # noqa: B023
 
     return _every(params, split)
 
