@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -150,7 +151,11 @@ def run_loop(
     start = int(state.step)
     last_eval: dict[str, float] = {}
     clock, tokens = 0.0, 0.0
-    bar = tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True, disable=jax.process_index() != 0)
+    every = 0.2 if sys.stderr.isatty() else 10.0  # seconds between redraws; a log file gets few lines
+    bar = tqdm(
+        total=config.steps, initial=start, unit="step", mininterval=every, dynamic_ncols=True,
+        disable=jax.process_index() != 0,
+    )  # fmt: skip
 
     def save(step: int) -> None:
         checkpoints.save(step, state, {**run_info, "data": loader.state()}, last_eval or None)
