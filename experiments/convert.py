@@ -10,6 +10,7 @@ from absl import flags
 from experiments import cli
 
 MODEL = flags.DEFINE_string("model", None, "HF folder, .gguf, work directory, hub name, or installed model package.")
+AVERAGE = flags.DEFINE_bool("average", False, "Take the moving average (training.ema) of a work directory.")
 OUT = flags.DEFINE_string("out", None, "Folder to write.")
 FORMAT = flags.DEFINE_enum("format", "hf", ["hf", "ours"], "hf: transformers loads it; ours: a work directory.")
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "Cast; as stored by default.")
@@ -21,7 +22,7 @@ def main() -> None:
     from llm_jax import interop
     from llm_jax.nn import weights
 
-    loaded = interop.load(cli.find_model(MODEL.value))
+    loaded = interop.load(cli.find_model(MODEL.value), average=AVERAGE.value)
     if FORMAT.value == "hf":
         interop.save(OUT.value, loaded.model, loaded.params, loaded.tokenizer, DTYPE.value)
     else:

@@ -16,6 +16,7 @@ from absl import flags
 from experiments import cli
 
 MODEL = flags.DEFINE_string("model", None, "HF folder, .gguf, work directory, hub name, or installed model package.")
+AVERAGE = flags.DEFINE_bool("average", False, "Take the moving average (training.ema) of a work directory.")
 SOURCE = flags.DEFINE_string("source", None, "Corpus: stdlib, a file, a folder, a glob.")
 TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Field of JSON rows and Parquet tables.")
 LENGTH = flags.DEFINE_integer("sequence_length", 512, "Tokens predicted a row.", lower_bound=1)
@@ -39,7 +40,7 @@ def main() -> None:
 
     if not (SOURCE.value or SENTENCES.value or NEXT.value):
         raise ValueError("nothing to do: give --source, --sentence or --next")
-    loaded = interop.load(cli.find_model(MODEL.value), dtype="float32")
+    loaded = interop.load(cli.find_model(MODEL.value), dtype="float32", average=AVERAGE.value)
     model, params, tokenizer = loaded.model, loaded.params, loaded.tokenizer
     if tokenizer is None:
         raise ValueError(f"{MODEL.value} holds no tokenizer")

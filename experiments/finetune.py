@@ -19,6 +19,7 @@ from experiments import cli
 CONFIG = cli.define_config("experiments/configs/finetune.py", "Experiment file, FILE[:variant].")
 MODEL = flags.DEFINE_string("model", None, "HF folder, .gguf, work directory, hub name, or installed model package.")
 WORKDIR = flags.DEFINE_string("workdir", "runs/finetune", "Everything the run writes.")
+RESTORE = flags.DEFINE_integer("restore_step", None, "Resume from this checkpoint instead of the newest.")
 flags.mark_flag_as_required("model")
 log = logging.getLogger("experiments.finetune")
 
@@ -33,7 +34,7 @@ def main() -> None:
     config = cli.from_config_dict(FinetuneConfig, CONFIG.value)
     log.info("config %s", json.dumps(config.to_dict()))
     loaded = interop.load(cli.find_model(MODEL.value), dtype="float32")
-    result = finetune.run(loaded, config, WORKDIR.value, jax.random.key(config.run.training.seed))
+    result = finetune.run(loaded, config, WORKDIR.value, jax.random.key(config.run.training.seed), RESTORE.value)
     print(result.describe())
     interop.save(f"{WORKDIR.value}/merged", loaded.model, result.merged, loaded.tokenizer)
     if config.lora is not None and finetune.can_export(loaded.config):

@@ -15,6 +15,7 @@ from absl import flags
 from experiments import cli
 
 MODEL = flags.DEFINE_string("model", None, "HF folder, .gguf, work directory, hub name, or installed model package.")
+AVERAGE = flags.DEFINE_bool("average", False, "Take the moving average (training.ema) of a work directory.")
 PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; stdin where neither this nor --prompt_file is given.")
 PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File to continue.")
 CHAT = flags.DEFINE_bool("chat", False, "Talk: one user turn per line, until end of input.")
@@ -42,7 +43,7 @@ def main() -> None:
     from llm_jax.decoding.generate import Generator
     from llm_jax.decoding.sampling import SamplingConfig
 
-    loaded = interop.load(cli.find_model(MODEL.value), dtype="float32")
+    loaded = interop.load(cli.find_model(MODEL.value), dtype="float32", average=AVERAGE.value)
     tokenizer = loaded.tokenizer
     if tokenizer is None:
         raise ValueError(f"{MODEL.value} holds no tokenizer")

@@ -11,9 +11,10 @@ from llm_jax.decoding.sampling import SamplingConfig
 from llm_jax.training.run import RunConfig, Trained
 
 
-def xz_bits_per_byte(source: str, share: float) -> float | None:
+def xz_bits_per_byte(source: str, share: float, text_field: str = "text") -> float | None:
     """Bits per byte of `xz -9` on the held-out documents joined, None where nothing is held out."""
-    held = [d.text for d in corpora.documents(source) if d.text and corpora.split_of(d, share) == "validation"]
+    documents = corpora.documents(source, text_field=text_field)
+    held = [d.text for d in documents if d.text and corpora.split_of(d, share) == "validation"]
     data = "".join(held).encode("utf-8", "surrogatepass")
     return 8 * len(lzma.compress(data, preset=9)) / len(data) if data else None
 
@@ -30,7 +31,7 @@ def summary(config: RunConfig, trained: Trained, workdir: str) -> str:
     line = numbers(trained, workdir)
     if "eval/bits_per_byte" not in trained.evaluation or config.data.split != "hash":
         return line
-    xz = xz_bits_per_byte(config.data.source, config.data.validation_share)
+    xz = xz_bits_per_byte(config.data.source, config.data.validation_share, config.data.text_field)
     return line if xz is None else f"xz -9 on the held-out files: {xz:.3f} bits per byte\n{line}"
 
 

@@ -15,9 +15,9 @@ from llm_jax.training.run import DataConfig, RunConfig
 
 
 def get_config(variant: str = ""):
-    """The default adapts on the standard library's sources."""
-    if variant:
-        raise ValueError(f"there is no variant {variant!r}")
+    """The default adapts with LoRA on the standard library's sources; `full` trains every parameter."""
+    if variant not in ("", "full"):
+        raise ValueError(f"variant {variant!r} is neither empty nor full")
     run = RunConfig(
         data=DataConfig(source="stdlib", validation_share=0.03),
         optimizer=OptimizerConfig(learning_rate=1e-3, schedule="linear", warmup_steps=5, weight_decay=0.0),
@@ -25,4 +25,4 @@ def get_config(variant: str = ""):
             steps=60, batch_size=4, sequence_length=256, eval_every=30, eval_batches=8, checkpoint_every=30
         ),
     )
-    return cli.as_config_dict(FinetuneConfig(run=run))
+    return cli.as_config_dict(FinetuneConfig(run=run, lora=None) if variant else FinetuneConfig(run=run))

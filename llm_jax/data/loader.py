@@ -32,7 +32,7 @@ class Loader:
         """Reshuffles every epoch from `seed`; this process reads its own rows of every batch.
 
         Raises:
-          CorpusError: if there are fewer rows than one batch.
+          CorpusError: if there are no rows.
           ValueError: if the batch does not divide by the processes.
         """
         index = jax.process_index() if process_index is None else process_index

@@ -5,8 +5,8 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -109,15 +109,19 @@ def build(
         pass
     except (ValueError, OSError, KeyError, TypeError) as e:
         log.warning("token cache %s is damaged (%s); building it again", folder, e)
-    working = epath.Path(f"{folder}.{os.getpid()}.tmp")
-    shutil.rmtree(working, ignore_errors=True)
+    working = epath.Path(f"{folder}.{uuid.uuid4().hex}.tmp")
     working.mkdir(parents=True)
     _write(source, tokenizer, working, validation_share, encode or plain_text(tokenizer), text_field, split)
-    shutil.rmtree(folder, ignore_errors=True)
     try:
         working.rename(folder)
-    except OSError:  # another process was faster with the same content
-        shutil.rmtree(working, ignore_errors=True)
+    except OSError:  # there is one: a damaged one, or that of another process that was faster
+        try:
+            return {split: _open(folder, split) for split in ("train", "validation")}
+        except Exception:
+            shutil.rmtree(folder, ignore_errors=True)
+            working.rename(folder)
+        finally:
+            shutil.rmtree(working, ignore_errors=True)
     return {split: _open(folder, split) for split in ("train", "validation")}
 
 
@@ -131,7 +135,7 @@ def _write(source, tokenizer, folder, validation_share, encode, text_field, how)
             if how == "hash":
                 chosen = [d for d in batch if split_of(d, validation_share) == split]
             else:
-                parts = [(d, _part(d, split, validation_share)) for d in batch]
+                parts = [(d, part_of(d, split, validation_share)) for d in batch]
                 chosen = [p for d, p in parts if p.text or (split == "train" and not d.text)]
             writer.text_bytes += sum(len(d.text.encode("utf-8", "surrogatepass")) for d in chosen)
             for example in encode(chosen, bad):
@@ -144,7 +148,8 @@ def _write(source, tokenizer, folder, validation_share, encode, text_field, how)
         log.warning("%d bad rows skipped in %s", bad.count, source)
 
 
-def _part(document: Document, split: str, share: float) -> Document:
+def part_of(document: Document, split: str, share: float) -> Document:
+    """The beginning (`train`) or the last `share` (`validation`) of a document."""
     cut = round(len(document.text) * (1 - share))
     return dataclasses.replace(document, text=document.text[:cut] if split == "train" else document.text[cut:])
 

@@ -49,7 +49,12 @@ class Pretrained(NamedTuple):
 
 
 def load(
-    path: epath.PathLike, *, dtype: Any = None, execution: Execution = Execution(), place: Place | None = None
+    path: epath.PathLike,
+    *,
+    dtype: Any = None,
+    execution: Execution = Execution(),
+    place: Place | None = None,
+    average: bool = False,
 ) -> Pretrained:
     """Loads a Hugging Face folder, a `.gguf` file, a work directory of ours, or a repository of the hub.
 
@@ -60,6 +65,7 @@ def load(
       dtype: cast floating parameters; as stored by default (GGUF: float32).
       execution: how the model runs.
       place: `(abstract params, logical axes) -> shardings` (a plan's `param_shardings`); one device by default.
+      average: the moving average (`training.ema`) of a work directory, in the place of the last parameters.
 
     Raises:
       InteropError, StorageError, CheckpointError, TokenizerError: one line that names what is wrong.
@@ -67,10 +73,12 @@ def load(
     found = _find(path)
     if found.is_file() and found.suffix in (*PICKLES, ".safetensors", ".json"):
         raise InteropError(f"{found} is no model: give its folder with config.json and *.safetensors, or a .gguf file")
+    if average and not (found / "checkpoints").exists():
+        raise InteropError(f"{path} is no work directory of ours and holds no moving average")
     if found.is_file():
         return _load_gguf(found, dtype, execution, place)
     if (found / "checkpoints").exists():
-        return _load_own(found, dtype, execution, place)
+        return _load_own(found, dtype, execution, place, average)
     return _load_huggingface(found, dtype, execution, place)
 
 
@@ -151,7 +159,7 @@ def _with_their_prefix(rules, source):
     return rules
 
 
-def _load_own(path, dtype, execution, place):
+def _load_own(path, dtype, execution, place, average):
     from llm_jax.storage.checkpoints import Checkpoints
 
     try:
@@ -162,7 +170,7 @@ def _load_own(path, dtype, execution, place):
     _, axes = _abstract(model)
     checkpoints = Checkpoints(path / "checkpoints", read_only=True)
     put = None if place is None else lambda shapes: place(shapes, axes)
-    params, _ = checkpoints.restore_params(cast=dtype, place=put)
+    params, _ = checkpoints.restore_params(average=average, cast=dtype, place=put)
     has_tokenizer = (path / "tokenizer.json").exists()
     return Pretrained(model, params, tokenizers.load(path) if has_tokenizer else None, config)
 

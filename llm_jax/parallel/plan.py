@@ -88,6 +88,22 @@ class Plan:
         """Rows of every micro-batch must divide by this."""
         return self.mesh.shape["replica"] * self.mesh.shape["data"]
 
+    def data_shard(self) -> tuple[int, int]:
+        """(index, count): which share of every batch this process reads.
+
+        Processes whose devices hold the same rows (the model axis crosses processes) read the same share.
+
+        Raises:
+          ValueError: if the rows of two processes overlap in part.
+        """
+        owners = [{d.process_index for d in row} for row in self.mesh.devices.reshape(self.batch_divisor, -1)]
+        processes = sorted(set().union(*owners))
+        held = {p: tuple(i for i, owner in enumerate(owners) if p in owner) for p in processes}
+        shares = sorted(set(held.values()))
+        if sum(map(len, shares)) != len(owners) or len({len(s) for s in shares}) > 1:
+            raise ValueError(f"mesh {dict(self.mesh.shape)} cuts rows across processes unevenly; change plan.model")
+        return shares.index(held[jax.process_index()]), len(shares)
+
     def check_batch(self, batch_size: int, accumulation: int = 1) -> None:
         """Raises ValueError where the batch does not divide."""
         need = self.batch_divisor * accumulation

@@ -83,7 +83,9 @@ def adapt(params: Any, config: FinetuneConfig, key: jax.Array) -> Any:
     return lora.attach(params, config.lora, key)
 
 
-def run(loaded: Pretrained, config: FinetuneConfig, workdir: epath.PathLike, key: jax.Array) -> Finetuned:
+def run(
+    loaded: Pretrained, config: FinetuneConfig, workdir: epath.PathLike, key: jax.Array, restore_step: int | None = None
+) -> Finetuned:
     """Adapts and trains; resumes like any run.
 
     Raises:
@@ -98,7 +100,8 @@ def run(loaded: Pretrained, config: FinetuneConfig, workdir: epath.PathLike, key
     chosen = dataclasses.replace(config.run, model=loaded.config, training=training)
     params = adapt(loaded.params, config, key)
     encode = chat.chats(loaded.tokenizer) if config.format == "chat" else None
-    trained = train(chosen, workdir, params, loaded.tokenizer, encode, config.format)
+    extra = {k: v for k, v in config.to_dict().items() if k != "run"}
+    trained = train(chosen, workdir, params, loaded.tokenizer, encode, config.format, restore_step, {"finetune": extra})
     sizes = {
         "parameters": weights.bytes_of(trained.state.params),
         "trainable": weights.bytes_of(partition(trained.state.params, trainable)[0]),

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from llm_jax.storage.checkpoints import Checkpoints
@@ -111,6 +113,13 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def _agreed(stop: bool) -> bool:
+    """True in every process of the job as soon as one of them was asked to stop: saving is a joint act."""
+    if jax.process_count() == 1:
+        return stop
+    return bool(multihost_utils.process_allgather(np.asarray(stop)).any())
+
+
 def run_loop(
     state: TrainState,
     step_fn: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]],
@@ -150,6 +159,7 @@ def run_loop(
     """
     start = int(state.step)
     last_eval: dict[str, float] = {}
+    evaluated = -1
     clock, tokens = 0.0, 0.0
     every = 0.2 if sys.stderr.isatty() else 10.0  # seconds between redraws; a log file gets few lines
     bar = tqdm(
@@ -158,7 +168,8 @@ def run_loop(
     )  # fmt: skip
 
     def save(step: int) -> None:
-        checkpoints.save(step, state, {**run_info, "data": loader.state()}, last_eval or None)
+        metrics = last_eval if evaluated == step and last_eval else None  # keep_best ranks what was measured here
+        checkpoints.save(step, state, {**run_info, "data": loader.state()}, metrics)
 
     def log(step: int, metrics: dict[str, Any]) -> None:
         nonlocal clock, tokens
@@ -177,7 +188,7 @@ def run_loop(
         clock, tokens = time.perf_counter(), 0.0
 
     with _stop_signals() as stop, bar:
-        saved = start if start else -1
+        saved, stopping = start if start else -1, False
         profiling = False
         for step in range(start + 1, config.steps + 1):
             if step == config.profile_start:
@@ -195,28 +206,30 @@ def run_loop(
                 checkpoints.wait()
                 raise TrainingError(
                     f"loss or gradient was not finite in {config.max_bad_steps} consecutive steps up to step {step}; "
-                    "the last good parameters are saved; lower optimizer.learning_rate or use plan.precision=fp32"
+                    "the last good parameters are saved; start again in a new --workdir with a "
+                    "lower optimizer.learning_rate or plan.precision=fp32"
                 )
             final = step == config.steps
             if step == 1 or step % config.log_every == 0 or final:
                 log(step, values)
             if final or (config.eval_every and step % config.eval_every == 0):
                 began = time.perf_counter()
-                last_eval = evaluate(state)
+                last_eval, evaluated = evaluate(state), step
                 writer.write(step, last_eval)
                 bar.write(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in last_eval.items()))
-                clock += time.perf_counter() - began
-            if final or step % config.checkpoint_every == 0 or stop:
+                clock += time.perf_counter() - began if clock else 0.0
+            stopping = _agreed(bool(stop))
+            if final or step % config.checkpoint_every == 0 or stopping:
                 began = time.perf_counter()
                 save(step)
                 saved = step
-                clock += time.perf_counter() - began
-            if stop:
+                clock += time.perf_counter() - began if clock else 0.0
+            if stopping:
                 break
         checkpoints.wait()
         if profiling:
             jax.profiler.stop_trace()
-        if stop:
+        if stopping and saved < config.steps:
             raise Interrupted(f"interrupted: saved step {saved} of {config.steps}")
     return state, last_eval or evaluate(state)
 

@@ -25,7 +25,7 @@ from llm_jax.training.optimizers import OptimizerConfig, make_optimizer
 from llm_jax.training.precision import Precision
 from llm_jax.training.state import TrainState, init_state
 from llm_jax.training.step import StepConfig, make_eval_step, make_train_step
-from llm_jax.training.workdir import Workdir
+from llm_jax.training.workdir import Workdir, has_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -101,20 +101,19 @@ def get_tokenizer(config: RunConfig, workdir: epath.Path) -> tokenizers.Tokenize
     """The run's tokenizer: named, left by an earlier start, or trained on the training split."""
     if config.data.tokenizer is not None:
         tokenizer = tokenizers.load(config.data.tokenizer)
-    elif (workdir / "tokenizer.json").exists():
+    elif (workdir / "tokenizer.json").exists() and has_checkpoint(workdir):
         tokenizer = tokenizers.load(workdir)
     else:
         log.info("training a %s tokenizer of %d entries", config.data.tokenizer_kind, config.model.vocab_size)
-        share = config.data.validation_share if config.data.split == "hash" else 0.0
-        texts = (
-            d.text
-            for d in corpora.documents(config.data.source, text_field=config.data.text_field)
-            if d.text and corpora.split_of(d, share) == "train"
-        )
+        share = config.data.validation_share
+        documents = (d for d in corpora.documents(config.data.source, text_field=config.data.text_field) if d.text)
+        if config.data.split == "hash":
+            texts = (d.text for d in documents if corpora.split_of(d, share) == "train")
+        else:
+            texts = (tokens.part_of(d, "train", share).text for d in documents)
         tokenizer = tokenizers.train(texts, config.data.tokenizer_kind, config.model.vocab_size)
     tokens.check_vocabulary(tokenizer, config.model.vocab_size)
-    if not (workdir / "tokenizer.json").exists():
-        tokenizer.save(workdir)
+    tokenizer.save(workdir)
     return tokenizer
 
 
@@ -144,6 +143,7 @@ def train(
     encode: tokens.Encode | None = None,
     kind: str = "text",
     restore_step: int | None = None,
+    extra: dict[str, Any] | None = None,
 ) -> Trained:
     """Trains, or resumes where the work directory's last checkpoint stands.
 
@@ -156,17 +156,19 @@ def train(
       encode: how documents become ids (chat turns with loss masks); plain text by default.
       kind: names `encode` in the token cache.
       restore_step: checkpoint to resume from; the newest by default.
+      extra: what else defines the run (JSON-ready); saved and compared like the config.
 
     Raises:
       CorpusError, TokenizerError, ConfigError, CheckpointError, WorkdirError, TrainingError: each with one line.
       Interrupted: on SIGINT or SIGTERM, after saving.
     """
     with Workdir(workdir) as claimed:
-        claimed.settle_config(config.to_dict())
-        return _train(config, claimed.path, params, tokenizer, encode, kind, restore_step)
+        whole = {**config.to_dict(), **(extra or {})}
+        claimed.settle_config(whole)
+        return _train(config, claimed.path, params, tokenizer, encode, kind, restore_step, whole)
 
 
-def _train(config, workdir, params, tokenizer, encode, kind, restore_step):
+def _train(config, workdir, params, tokenizer, encode, kind, restore_step, whole):
     c = config.training
     limit = getattr(config.model, "context_length", None)
     if limit is not None and c.sequence_length > limit:
@@ -175,10 +177,10 @@ def _train(config, workdir, params, tokenizer, encode, kind, restore_step):
     plan.check_batch(c.batch_size, c.accumulation)
     if tokenizer is None:
         tokenizer = get_tokenizer(config, workdir)
-    elif not (workdir / "tokenizer.json").exists():
+    else:
         tokenizer.save(workdir)
     rows, held, tokens_per_byte = get_rows(config, tokenizer, workdir, encode, kind)
-    loader = Loader(rows, c.batch_size, c.seed)
+    loader = Loader(rows, c.batch_size, c.seed, *plan.data_shard())
 
     model = config.model.make(plan.execution())
     tx = make_optimizer(config.optimizer, c.steps)
@@ -198,7 +200,11 @@ def _train(config, workdir, params, tokenizer, encode, kind, restore_step):
     shapes = jax.eval_shape(init, key, params)
     shardings = plan.state_shardings(shapes, axes)
     checkpoints = Checkpoints(workdir / "checkpoints", c.keep_last, c.keep_best)
-    if checkpoints.latest() is None:
+    for note in plan.notes:
+        log.info("%s", note)
+    if restore_step is None and checkpoints.latest() is None:
+        if params is not None:
+            params = jax.device_put(params, plan.param_shardings(abstract, axes))
         state = jax.jit(init, out_shardings=shardings)(key, params)
     else:
         restored = checkpoints.restore(shapes, restore_step, shardings)
@@ -238,7 +244,7 @@ def _train(config, workdir, params, tokenizer, encode, kind, restore_step):
     log.info("%s parameters in %s", f"{weights.count(abstract):,}", workdir)
     try:
         state, evaluation = run_loop(
-            *(state, step, loader, place, checkpoints, writer, c, evaluate, {"config": config.to_dict()}),
+            *(state, step, loader, place, checkpoints, writer, c, evaluate, {"config": whole}),
             flops_per_token=per_token,
             peak_flops=None if peak is None else peak * jax.device_count(),
             workdir=workdir,

@@ -7,12 +7,22 @@ from typing import Any, TextIO
 import jax
 from etils import epath
 
-# fields that may differ when a run resumes: they change how far and where it runs, not what it learns
-FREE = ("training.steps", "training.log_every", "training.eval_every", "training.checkpoint_every", "plan.")
+# fields that may differ when a run resumes: how far and where it runs, and what it reports
+FREE = (
+    *(f"training.{n}" for n in ("steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_last")),
+    *(f"training.{n}" for n in ("keep_best", "max_bad_steps", "profile_start", "profile_steps")),
+    *(f"plan.{n}" for n in ("data", "replica", "model", "zero", "remat", "attention", "unroll")),
+)
 
 
 class WorkdirError(ValueError):
     """A work directory that is in use, or belongs to another config."""
+
+
+def has_checkpoint(path: epath.PathLike) -> bool:
+    """Whether a run left at least one finished checkpoint."""
+    folder = epath.Path(path) / "checkpoints"
+    return folder.exists() and any(p.name.isdigit() for p in folder.iterdir())
 
 
 class Workdir:
@@ -53,7 +63,7 @@ class Workdir:
           WorkdirError: naming the fields that differ.
         """
         file = self.path / "config.json"
-        if file.exists() and (self.path / "checkpoints").exists():
+        if file.exists() and has_checkpoint(self.path):
             try:
                 before = json.loads(file.read_text())
             except ValueError:

@@ -187,7 +187,7 @@ def test_overrides_reach_the_config():
         optimizer=dataclasses.replace(plain.optimizer, learning_rate=1.0),
         data=dataclasses.replace(plain.data, tokenizer="x.json"),
     )
-    with pytest.raises(ValueError, match="no variant 'x'"):
+    with pytest.raises(ValueError, match="variant 'x' is neither"):
         finetune_experiment.get_config("x")
 
 

@@ -18,13 +18,13 @@ from llm_jax.delta.lora import Lora, LoraConfig
 from llm_jax.interop import peft
 from llm_jax.models.llama import LlamaConfig
 from llm_jax.nn import paths, weights
-from llm_jax.storage.checkpoints import CheckpointError
 from llm_jax.training import finetune
 from llm_jax.training.finetune import FinetuneConfig
 from llm_jax.training.loop import LoopConfig
 from llm_jax.training.metrics import read_metrics
 from llm_jax.training.optimizers import OptimizerConfig
 from llm_jax.training.run import DataConfig, RunConfig
+from llm_jax.training.workdir import WorkdirError
 
 TEXT = "abc abd abe, abc abd abe. " * 60
 CHATS = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
@@ -165,7 +165,7 @@ def test_a_finished_run_resumes_to_itself(folder, results):
     again = finetune.run(loaded, config(folder), workdir, jax.random.key(0))
     bitwise(again.merged, done.merged)
     assert int(again.trained.state.step) == STEPS
-    with pytest.raises(CheckpointError, match="holds other structured weights"):
+    with pytest.raises(WorkdirError, match="finetune.lora.alpha: 6.0 -> 9.0"):
         finetune.run(loaded, config(folder, lora=LoraConfig(rank=3, alpha=9.0)), workdir, jax.random.key(0))
 
 

@@ -36,7 +36,7 @@ def test_one_live_run_at_a_time(tmp_path):
 def test_a_run_goes_on_with_its_own_config_only(tmp_path, after, words):
     with Workdir(tmp_path) as workdir:
         workdir.settle_config(CONFIG)
-        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "checkpoints" / "5").mkdir(parents=True)
         if words is None:
             workdir.settle_config(after)
             assert json.loads((tmp_path / "config.json").read_text()) == after
