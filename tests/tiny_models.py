@@ -1,8 +1,10 @@
 """One table of tiny models, held to every property; adding a model is adding a row."""
 
+import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.models.gpt import GPTConfig
@@ -45,3 +47,16 @@ def random_params(module: Any, *inputs: Any, seed: int = 0, dtype: str = "float3
 def model_params(config: Any, **options: Any) -> Any:
     """`random_params` of a row of the table."""
     return random_params(config.make(), np.zeros((1, 4), np.int32), **options)
+
+
+def noise(module: Any, std: float, seed: int = 0) -> Any:
+    """Normal parameters of a decoder, made by numpy (nothing to compile), norms' scales too."""
+    rng = np.random.default_rng(seed)
+    draw = lambda x: jnp.asarray(rng.normal(size=x.shape) * std, x.dtype)
+    return jax.tree.map(draw, abstract(module, np.zeros((1, 2), np.int32))[0])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(config: Any, params: Any, ids: Any) -> jax.Array:
+    """Of a row of the table."""
+    return config.make().apply({"params": params}, ids).logits

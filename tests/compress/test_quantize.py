@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models
+from tiny_models import noise
 
 from llm_jax.compress.quantize import KERNELS, Quantized, dequantize, quantize, quantize_array
 from llm_jax.models.gpt import GPTConfig
@@ -24,14 +26,11 @@ WHOLE = (*KERNELS, "embed/embedding")
 
 @functools.cache
 def base(config):
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda key: config.make().init(key, IDS)["params"], jax.random.key(0))
-    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.3, x.dtype), weights.split_axes(shapes)[0])
+    return noise(config.make(), 0.3)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def logits(config, params):
-    return config.make().apply({"params": params}, IDS).logits
+    return tiny_models.logits(config, params, IDS)
 
 
 def matrix(shape, seed=0):

@@ -4,15 +4,14 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import noise
 
 from llm_jax.decoding.generate import Completion, Generator, bucket, sequence_logprobs
 from llm_jax.decoding.sampling import SamplingConfig
 from llm_jax.models.gpt import GPTConfig
 from llm_jax.models.llama import LlamaConfig
-from llm_jax.nn import weights
 
 V, LENGTH = 19, 40
 LLAMA = LlamaConfig(vocab_size=V, context_length=LENGTH, model_dim=16, num_layers=2, num_heads=2, num_kv_heads=1,
@@ -24,11 +23,8 @@ KEY = jax.random.key(0)
 
 @functools.cache
 def made(config):
-    rng = np.random.default_rng(1)
     model = config.make()
-    shapes = jax.eval_shape(lambda key: model.init(key, np.zeros((1, 2), np.int32))["params"], KEY)
-    draw = lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.7, x.dtype)  # large: the next token is never the same
-    return model, jax.tree.map(draw, weights.split_axes(shapes)[0])
+    return model, noise(model, 0.7, seed=1)  # large: the next token is never the same
 
 
 @functools.partial(jax.jit, static_argnums=0)

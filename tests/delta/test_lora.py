@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models
+from tiny_models import noise
 
 from llm_jax.compress.quantize import Quantized, dequantize, quantize
 from llm_jax.delta import lora
@@ -26,15 +28,11 @@ TABLE = ("embed/embedding", "attention/*/kernel", "mlp/*/kernel")  # a tied tabl
 
 @functools.cache
 def base(config):
-    """Random parameters made by numpy: nothing to compile."""
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda key: config.make().init(key, IDS)["params"], jax.random.key(0))
-    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.3, x.dtype), weights.split_axes(shapes)[0])
+    return noise(config.make(), 0.3)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def logits(config, params):
-    return config.make().apply({"params": params}, IDS).logits
+    return tiny_models.logits(config, params, IDS)
 
 
 def filled(params, dtype=jnp.float32):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
+from tiny_models import noise
 
 from experiments import cli, report
 from experiments.configs import demo
@@ -45,10 +46,8 @@ def folder(tmp_path_factory):
     tokenizer = tokenizers.train([TEXT, "u"], "char", 1)
     config = LlamaConfig(vocab_size=tokenizer.vocab_size, context_length=32, model_dim=16, num_layers=2, num_heads=2,
                          num_kv_heads=1, hidden_dim=24)  # fmt: skip
-    model, rng = config.make(), np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda k: model.init(k, np.zeros((1, 2), np.int32))["params"], jax.random.key(0))
-    draw = lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.5, x.dtype)
-    interop.save(path, model, jax.tree.map(draw, weights.split_axes(shapes)[0]), tokenizer)
+    model = config.make()
+    interop.save(path, model, noise(model, 0.5), tokenizer)
     (path / "text.txt").write_text(TEXT)
     return path
 

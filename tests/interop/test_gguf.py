@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import noise
 
 from llm_jax import interop
 from llm_jax.data import tokenizers
 from llm_jax.interop import InteropError
 from llm_jax.interop.gguf import tokenizer_of
 from llm_jax.models.llama import LlamaConfig
-from llm_jax.nn import paths, weights
+from llm_jax.nn import paths
 from llm_jax.nn.positions import RotaryScaling
 
 SMALL = dict(vocab_size=40, context_length=64, model_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, hidden_dim=64,
@@ -40,10 +41,7 @@ NAMES = {
 
 @functools.cache
 def made(config):
-    rng = np.random.default_rng(0)
-    model = config.make()
-    shapes = jax.eval_shape(lambda k: model.init(k, np.zeros((1, 2), np.int32))["params"], jax.random.key(0))
-    return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), weights.split_axes(shapes)[0])
+    return jax.tree.map(np.asarray, noise(config.make(), 1.0))
 
 
 def permuted(rows, heads):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import noise
 
 from llm_jax.compress.quantize import Quantized, quantize
 from llm_jax.delta import lora
@@ -14,7 +15,7 @@ from llm_jax.delta.lora import Lora, LoraConfig
 from llm_jax.interop import InteropError, peft
 from llm_jax.models.gpt import GPTConfig
 from llm_jax.models.llama import LlamaConfig
-from llm_jax.nn import paths, weights
+from llm_jax.nn import paths
 from llm_jax.nn.stack import unstack
 from llm_jax.storage.safetensors import TensorFolder, write_folder
 
@@ -26,9 +27,7 @@ PREFIX = "base_model.model.model.layers."
 
 @functools.cache
 def base():
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda k: MODEL.init(k, np.zeros((1, 2), np.int32))["params"], jax.random.key(0))
-    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), weights.split_axes(shapes)[0])
+    return noise(MODEL, 1.0)
 
 
 def attached(**changes):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from tiny_models import noise
 
 from llm_jax import interop
 from llm_jax.compress.quantize import quantize
@@ -42,11 +43,8 @@ CONFIGS = {
 
 @functools.cache
 def made(config):
-    rng = np.random.default_rng(0)
     model = config.make()
-    shapes = jax.eval_shape(lambda k: model.init(k, np.zeros((1, 2), np.int32))["params"], jax.random.key(0))
-    draw = lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.3, x.dtype)
-    return model, jax.tree.map(draw, weights.split_axes(shapes)[0])
+    return model, noise(model, 0.3)
 
 
 def bitwise(a, b):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import noise
 
 from llm_jax import interop
 from llm_jax.compress.quantize import quantize
@@ -44,11 +45,8 @@ def folder(tmp_path_factory):
     tokenizer = tokenizers.Tokenizer(trained.backend, None, trained.eos_ids, TEMPLATE)
     config = LlamaConfig(vocab_size=tokenizer.vocab_size, context_length=32, model_dim=16, num_layers=2, num_heads=2,
                          num_kv_heads=1, hidden_dim=24)  # fmt: skip
-    model, rng = config.make(), np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda k: model.init(k, np.zeros((1, 2), np.int32))["params"], jax.random.key(0))
-    draw = lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.3, x.dtype)
-    params = paths.map_with_path(lambda p, x: x * 0 + 1 if p.endswith("scale") else x,
-                                 jax.tree.map(draw, weights.split_axes(shapes)[0]))  # fmt: skip
+    model = config.make()
+    params = paths.map_with_path(lambda p, x: x * 0 + 1 if p.endswith("scale") else x, noise(model, 0.3))
     interop.save(path, model, params, tokenizer)
     (path / "text.txt").write_text(TEXT)
     (path / "chats.jsonl").write_text("\n".join(map(json.dumps, CHATS)))
