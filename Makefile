@@ -13,26 +13,14 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 	$(INSTALL) --editable .
 	@touch $@
 
-.venv/test: .venv/base
-	$(INSTALL) --editable '.[test]'
+.venv/test .venv/lint .venv/notebooks: .venv/base
+	$(INSTALL) --editable '.[$(@F)]'
 	@touch $@
 
 .venv/parity: .venv/test
+.venv/parity .venv/bench: .venv/base
 	$(INSTALL) torch==2.13.0
-	$(INSTALL) --editable '.[test,parity]'
-	@touch $@
-
-.venv/lint: .venv/base
-	$(INSTALL) --editable '.[lint]'
-	@touch $@
-
-.venv/notebooks: .venv/base
-	$(INSTALL) --editable '.[notebooks]'
-	@touch $@
-
-.venv/bench: .venv/base
-	$(INSTALL) torch==2.13.0
-	$(INSTALL) --editable '.[bench]'
+	$(INSTALL) --editable '.[$(@F)]'
 	@touch $@
 
 .venv/smollm2: .venv/base

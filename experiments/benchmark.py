@@ -23,6 +23,7 @@ Levers, and what each gave on 2 cores of an AMD EPYC (float32; the machine's own
 - attention in `chunked` form against `fused`: 4 % on the demo's model, within noise.
 """
 
+import functools
 import json
 import os
 import statistics
@@ -45,10 +46,15 @@ SHAKESPEARE = flags.DEFINE_string(
 PRECISION = flags.DEFINE_enum("precision", None, ["fp32", "bf16"], "fp32 on a CPU, bf16 on a GPU by default.")
 
 
+# what both sides run, by platform: rows and tokens a row of a training step, side of the square matrix product
+SIZES = {"cpu": {"rows": 4, "length": 256, "side": 3072}, "gpu": {"rows": 64, "length": 1024, "side": 8192}}
+DECODED = {"prompt": 32, "new": 64}  # tokens a row
+
+
 def _measure(who: str, what: str, **options: Any) -> dict[str, Any] | None:
     """Runs one measurement in a fresh process; None where the peer is not installed."""
     module = {"ours": "experiments.benchmark_ours", "peer": "experiments.benchmark_peers"}[who]
-    spec = json.dumps({"what": what, "tiny": TINY.value, "precision": PRECISION.value, **options})
+    spec = json.dumps({"what": what, "tiny": TINY.value, "precision": PRECISION.value, "sizes": SIZES, **options})
     done = subprocess.run([sys.executable, "-m", module, spec], capture_output=True, text=True, env=_environment())
     if done.returncode == 42:
         return None
@@ -81,8 +87,10 @@ def _row(case: str, ours: Any, peer: str, theirs: Any, unit: str, limit: Any = N
     return dict(case=case, ours=ours, peer=peer, theirs=theirs, ratio=ratio, limit=limit, limit_share=share, unit=unit)
 
 
-def _train() -> list[dict[str, Any]]:
-    results = _turns(
+@functools.cache
+def _training() -> dict[str, Any]:
+    """Speed and peak memory of training, shared by two cases."""
+    return _turns(
         {
             "ours unrolled": ("ours", "train", {"unroll": True}),
             "torch.compile": ("peer", "train", {"compile": True}),
@@ -91,6 +99,10 @@ def _train() -> list[dict[str, Any]]:
         },
         ROUNDS.value,
     )
+
+
+def _train() -> list[dict[str, Any]]:
+    results = _training()
     rates = [m["value"] for m in (_measure("ours", "matmul"), _measure("peer", "matmul")) if m]
     theirs = {n: results[n]["value"] for n in ("torch.compile", "torch eager") if n in results}
     rows = []
@@ -104,12 +116,11 @@ def _train() -> list[dict[str, Any]]:
 
 def _memory() -> list[dict[str, Any]]:
     rows = []
-    theirs = _measure("peer", "train", compile=True)
-    for unroll in (True, False):
-        ours = _measure("ours", "train", unroll=unroll)
-        assert ours is not None
-        case = f"peak memory of training, {'unrolled' if unroll else 'scanned'}"
-        rows.append(_row(case, ours["peak_bytes"], "torch.compile", theirs and theirs["peak_bytes"], "bytes"))
+    theirs = _training().get("torch.compile")
+    for form in ("unrolled", "scanned"):
+        ours = _training()[f"ours {form}"]["peak_bytes"]
+        case = f"peak memory of training, {form}"
+        rows.append(_row(case, ours, "torch.compile", theirs and theirs["peak_bytes"], "bytes"))
     return rows
 
 
@@ -120,8 +131,8 @@ def _decode() -> list[dict[str, Any]]:
     for batch in (1, 8):
         results = _turns(
             {
-                "ours": ("ours", "decode", {"batch": batch}),
-                "transformers generate": ("peer", "decode", {"batch": batch}),
+                "ours": ("ours", "decode", {"batch": batch, **DECODED}),
+                "transformers generate": ("peer", "decode", {"batch": batch, **DECODED}),
             },
             ROUNDS.value,
         )

@@ -27,7 +27,7 @@ from llm_jax.training.precision import Precision
 from llm_jax.training.state import init_state
 from llm_jax.training.step import StepConfig, make_eval_step, make_train_step
 
-BATCH, LENGTH, STEPS, NEW, PROMPT = 4, 256, 8, 64, 32
+STEPS = 8
 
 
 def small(spec: dict[str, Any]) -> GPTConfig:
@@ -40,6 +40,11 @@ def small(spec: dict[str, Any]) -> GPTConfig:
 def on_cpu() -> bool:
     """Whether this is the CPU."""
     return jax.devices()[0].platform == "cpu"
+
+
+def sizes(spec: dict[str, Any]) -> dict[str, int]:
+    """Of this platform."""
+    return spec["sizes"]["cpu" if on_cpu() else "gpu"]
 
 
 def precision_of(spec: dict[str, Any]) -> Precision:
@@ -76,8 +81,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     config = small(spec)
     model, tx, precision = config.make(), make_optimizer(OptimizerConfig(), 100), precision_of(spec)
     state = jax.jit(lambda key: init_state(fresh(model), tx, key, precision))(jax.random.key(1))
-    batch = BATCH if on_cpu() else 16 * BATCH
-    length = LENGTH if on_cpu() else 4 * LENGTH
+    batch, length = sizes(spec)["rows"], sizes(spec)["length"]
     options = StepConfig(precision=precision, unroll=spec["unroll"])
     step = jax.jit(make_train_step(model, CausalLM(), tx, options), donate_argnums=0)
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (batch, length + 1)).astype(np.int32)
@@ -94,32 +98,32 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
 
 def compile_seconds(spec: dict[str, Any]) -> dict[str, Any]:
     """Seconds from trace to executable of the training step."""
-    config = small(spec)
+    config, shape = small(spec), (sizes(spec)["rows"], sizes(spec)["length"] + 1)
     model, tx = config.make(), make_optimizer(OptimizerConfig(), 100)
     state = jax.eval_shape(lambda key: init_state(fresh(model), tx, key), jax.random.key(1))
     step = jax.jit(make_train_step(model, CausalLM(), tx, StepConfig(unroll=spec["unroll"])), donate_argnums=0)
     began = time.perf_counter()
-    step.lower(state, {"input_ids": jax.ShapeDtypeStruct((BATCH, LENGTH + 1), jnp.int32)}).compile()
+    step.lower(state, {"input_ids": jax.ShapeDtypeStruct(shape, jnp.int32)}).compile()
     return {"value": time.perf_counter() - began}
 
 
 def decode(spec: dict[str, Any]) -> dict[str, Any]:
     """New tokens per second of greedy decoding, prefill included."""
-    config, batch = small(spec), spec["batch"]
+    config, batch, new = small(spec), spec["batch"], spec["new"]
     dtype = precision_of(spec).dtype
     params = weights.cast(fresh(config.make()), dtype)
     generator = Generator(config.make(), params, cache_dtype=dtype)
-    prompts = np.random.default_rng(0).integers(0, config.vocab_size, (batch, PROMPT)).tolist()
-    run = lambda: generator.advance(generator.start(prompts, NEW, jax.random.key(0)), 2**30).tokens_BN
+    prompts = np.random.default_rng(0).integers(0, config.vocab_size, (batch, spec["prompt"])).tolist()
+    run = lambda: generator.advance(generator.start(prompts, new, jax.random.key(0)), 2**30).tokens_BN
     seconds = median_seconds(run, 3)
-    cache = weights.bytes_of(jax.eval_shape(lambda: config.init_cache(batch, PROMPT + NEW, dtype)))
+    cache = weights.bytes_of(jax.eval_shape(lambda: config.init_cache(batch, spec["prompt"] + new, dtype)))
     read = weights.bytes_of({k: v for k, v in params.items() if k != "positions"}) + cache
-    return {"value": batch * NEW / seconds, "bytes_per_step": read}
+    return {"value": batch * new / seconds, "bytes_per_step": read}
 
 
 def matmul(spec: dict[str, Any]) -> dict[str, Any]:
     """FLOP/s of a large product."""
-    n = 256 if spec["tiny"] else 3072 if on_cpu() else 8192
+    n = 256 if spec["tiny"] else sizes(spec)["side"]
     dtype = precision_of(spec).dtype
     x, w = (jax.random.normal(jax.random.key(i), (n, n), dtype) for i in range(2))
     return {"value": 2 * n**3 / median_seconds(functools.partial(jax.jit(jnp.dot), x, w), 10)}

@@ -20,7 +20,7 @@ try:
 except ImportError:
     sys.exit(42)
 
-BATCH, LENGTH, STEPS, NEW, PROMPT = 4, 256, 8, 64, 32
+STEPS = 8
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 
@@ -37,6 +37,11 @@ def _model(sizes: dict[str, Any]) -> Any:
     config.bos_token_id = config.eos_token_id = None
     model: Any = transformers.GPT2LMHeadModel(config)
     return model.to(DEVICE)
+
+
+def sizes(spec: dict[str, Any]) -> dict[str, int]:
+    """Of this platform."""
+    return spec["sizes"]["gpu" if CUDA else "cpu"]
 
 
 def half(spec: dict[str, Any]) -> bool:
@@ -98,7 +103,7 @@ def make_step(model: Any, spec: dict[str, Any], rate: float = 3e-4, b2: float = 
 def train(spec: dict[str, Any]) -> dict[str, Any]:
     """Tokens per second of whole steps."""
     model = small(spec).train()
-    batch, length = (16 * BATCH, 4 * LENGTH) if CUDA else (BATCH, LENGTH)
+    batch, length = sizes(spec)["rows"], sizes(spec)["length"]
     step = make_step(model, spec, compiled=spec["compile"])
     ids = torch.randint(0, model.config.vocab_size, (batch, length + 1), device=DEVICE)
     seconds = median_seconds(lambda: step(ids), STEPS)
@@ -110,16 +115,16 @@ def decode(spec: dict[str, Any]) -> dict[str, Any]:
     """New tokens per second of `generate`, greedy, prefill included."""
     model = small(spec).eval()
     model = model.to(torch.bfloat16) if half(spec) else model
-    ids = torch.randint(0, model.config.vocab_size, (spec["batch"], PROMPT), device=DEVICE)
-    options = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0)
+    ids = torch.randint(0, model.config.vocab_size, (spec["batch"], spec["prompt"]), device=DEVICE)
+    options = dict(max_new_tokens=spec["new"], min_new_tokens=spec["new"], do_sample=False, pad_token_id=0)
     with torch.no_grad():
         seconds = median_seconds(lambda: model.generate(ids, **options), 3, warm=1)
-    return {"value": spec["batch"] * NEW / seconds}
+    return {"value": spec["batch"] * spec["new"] / seconds}
 
 
 def matmul(spec: dict[str, Any]) -> dict[str, Any]:
     """FLOP/s of a large product."""
-    n = 256 if spec["tiny"] else 8192 if CUDA else 3072
+    n = 256 if spec["tiny"] else sizes(spec)["side"]
     x, w = (torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16 if half(spec) else None) for _ in range(2))
     return {"value": 2 * n**3 / median_seconds(lambda: x @ w, 10)}
 

@@ -76,6 +76,17 @@ def find_model(name: Any) -> str:
     return name
 
 
+def define_model() -> flags.FlagHolder[Any]:
+    """The `--model` flag, for `find_model`."""
+    help_text = "HF folder, .gguf, work directory, hub name, or installed model package."
+    return flags.DEFINE_string("model", None, help_text, required=True)
+
+
+def define_average() -> flags.FlagHolder[Any]:
+    """The `--average` flag, for `interop.load`."""
+    return flags.DEFINE_bool("average", False, "Take the moving average (training.ema) of a work directory.")
+
+
 def define_config(default: str | None, help_text: str) -> flags.FlagHolder[Any]:
     """The `--config=FILE[:variant]` flag with dotted overrides; overrides of the default file are read right here."""
     try:

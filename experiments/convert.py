@@ -9,12 +9,12 @@ from absl import flags
 
 from experiments import cli
 
-MODEL = flags.DEFINE_string("model", None, "HF folder, .gguf, work directory, hub name, or installed model package.")
-AVERAGE = flags.DEFINE_bool("average", False, "Take the moving average (training.ema) of a work directory.")
+MODEL = cli.define_model()
+AVERAGE = cli.define_average()
 OUT = flags.DEFINE_string("out", None, "Folder to write.")
 FORMAT = flags.DEFINE_enum("format", "hf", ["hf", "ours"], "hf: transformers loads it; ours: a work directory.")
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "Cast; as stored by default.")
-flags.mark_flags_as_required(["model", "out"])
+flags.mark_flag_as_required("out")
 
 
 def main() -> None:

@@ -15,8 +15,8 @@ from absl import flags
 
 from experiments import cli
 
-MODEL = flags.DEFINE_string("model", None, "HF folder, .gguf, work directory, hub name, or installed model package.")
-AVERAGE = flags.DEFINE_bool("average", False, "Take the moving average (training.ema) of a work directory.")
+MODEL = cli.define_model()
+AVERAGE = cli.define_average()
 SOURCE = flags.DEFINE_string("source", None, "Corpus: stdlib, a file, a folder, a glob.")
 TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Field of JSON rows and Parquet tables.")
 LENGTH = flags.DEFINE_integer("sequence_length", 512, "Tokens predicted a row.", lower_bound=1)
@@ -26,7 +26,6 @@ CACHE = flags.DEFINE_string("cache", "runs/tokens", "Folder for tokenized corpor
 SENTENCES = flags.DEFINE_multi_string("sentence", [], "Print the log-probability of this text.")
 NEXT = flags.DEFINE_multi_string("next", [], "Print the most probable next tokens after this text.")
 JSON_OUT = flags.DEFINE_string("json", None, "Write the numbers to this file.")
-flags.mark_flag_as_required("model")
 
 
 def main() -> None:

@@ -17,10 +17,9 @@ from absl import flags
 from experiments import cli
 
 CONFIG = cli.define_config("experiments/configs/finetune.py", "Experiment file, FILE[:variant].")
-MODEL = flags.DEFINE_string("model", None, "HF folder, .gguf, work directory, hub name, or installed model package.")
+MODEL = cli.define_model()
 WORKDIR = flags.DEFINE_string("workdir", "runs/finetune", "Everything the run writes.")
 RESTORE = flags.DEFINE_integer("restore_step", None, "Resume from this checkpoint instead of the newest.")
-flags.mark_flag_as_required("model")
 log = logging.getLogger("experiments.finetune")
 
 

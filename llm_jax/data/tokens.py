@@ -104,7 +104,7 @@ def build(
     key.update(f"{validation_share}{split}{text_field}{tokenizer.chat_template}".encode())
     folder = epath.Path(cache) / key.hexdigest()
     try:
-        return {split: _open(folder, split) for split in ("train", "validation")}
+        return _open(folder)
     except FileNotFoundError:
         pass
     except (ValueError, OSError, KeyError, TypeError) as e:
@@ -116,13 +116,13 @@ def build(
         working.rename(folder)
     except OSError:  # there is one: a damaged one, or that of another process that was faster
         try:
-            return {split: _open(folder, split) for split in ("train", "validation")}
+            return _open(folder)
         except Exception:
             shutil.rmtree(folder, ignore_errors=True)
             working.rename(folder)
         finally:
             shutil.rmtree(working, ignore_errors=True)
-    return {split: _open(folder, split) for split in ("train", "validation")}
+    return _open(folder)
 
 
 def _write(source, tokenizer, folder, validation_share, encode, text_field, how):
@@ -196,7 +196,11 @@ def _digest(data: Any) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def _open(folder: epath.Path, split: str) -> TokenStore:
+def _open(folder: epath.Path) -> dict[str, TokenStore]:
+    return {split: _open_split(folder, split) for split in ("train", "validation")}
+
+
+def _open_split(folder: epath.Path, split: str) -> TokenStore:
     meta = json.loads((folder / f"{split}.json").read_text())
     if meta.pop("digest") != _digest(json.dumps(meta).encode()):
         raise ValueError(f"{split}.json does not match its checksum")

@@ -42,6 +42,12 @@ def map_with_path(fn: Callable[..., Any], tree: Any, *rest: Any, is_leaf: Callab
     return jax.tree_util.tree_map_with_path(lambda k, *v: fn(path_string(k), *v), tree, *rest, is_leaf=is_leaf)
 
 
+def is_stacked(path: str) -> bool:
+    """Whether a parameter's leading axis counts layers: below `layers`, and not below `layers/3`."""
+    parts = path.split("/")
+    return "layers" in parts and not parts[parts.index("layers") + 1].isdigit()
+
+
 def _one(pattern: str) -> Predicate:
     if pattern.startswith("re:"):
         regex = re.compile(pattern[3:])

@@ -48,9 +48,9 @@ def unstack(params: Any) -> Any:
             return layers
         count = _num_stacked(layers)
         # split, whose gradient is one concatenation; that of x[i] pads every layer to the whole stack and adds
-        pieces = jax.tree.map(lambda x: [jnp.squeeze(p, 0) for p in jax.lax.split(x, [1] * count)], layers)
-        is_list = lambda x: isinstance(x, list)
-        return {str(i): jax.tree.map(lambda p: p[i], pieces, is_leaf=is_list) for i in range(count)}  # noqa: B023
+        leaves, tree = jax.tree.flatten(layers)
+        pieces = [jax.lax.split(x, [1] * count) for x in leaves]
+        return {str(i): jax.tree.unflatten(tree, [jnp.squeeze(p[i], 0) for p in pieces]) for i in range(count)}
 
     return _every(params, split)
 

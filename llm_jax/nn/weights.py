@@ -175,9 +175,7 @@ def shape_of(w: Any) -> tuple[int, ...]:
 
 def is_matrix(path: str, w: Any) -> bool:
     """Whether `w` is a matrix, stacked or not; a stacked vector `[L, D]` is none."""
-    parts = path.split("/")
-    stacked = "layers" in parts and not any(p.isdigit() for p in parts)
-    return len(shape_of(w)) - stacked == 2
+    return len(shape_of(w)) - paths.is_stacked(path) == 2
 
 
 def axes_of(w: Any, base: Axes) -> Any:

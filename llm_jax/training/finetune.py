@@ -9,8 +9,7 @@ from etils import epath
 from llm_jax import config as configs
 from llm_jax.compress import quantize
 from llm_jax.data import chat
-from llm_jax.delta import lora
-from llm_jax.delta.lora import LoraConfig
+from llm_jax.delta.lora import TRAINABLE, LoraConfig, attach, merge
 from llm_jax.interop import Pretrained
 from llm_jax.models.llama import LlamaConfig
 from llm_jax.nn import weights
@@ -30,7 +29,7 @@ class FinetuneConfig:
     """
 
     run: RunConfig = RunConfig()
-    lora: LoraConfig | None = LoraConfig()  # not lora.LoraConfig: the field hides the module here
+    lora: LoraConfig | None = LoraConfig()
     base: str = "float"
     format: str = "text"
 
@@ -80,7 +79,7 @@ def adapt(params: Any, config: FinetuneConfig, key: jax.Array) -> Any:
         return params
     if config.base == "int8":
         params = quantize.quantize(params, config.lora.targets)
-    return lora.attach(params, config.lora, key)
+    return attach(params, config.lora, key)
 
 
 def run(
@@ -95,7 +94,7 @@ def run(
         raise ValueError("the model has no tokenizer")
     trainable = config.run.training.trainable
     if config.lora is not None:
-        trainable = lora.TRAINABLE if trainable is None else trainable
+        trainable = TRAINABLE if trainable is None else trainable
     training = dataclasses.replace(config.run.training, trainable=trainable)
     chosen = dataclasses.replace(config.run, model=loaded.config, training=training)
     params = adapt(loaded.params, config, key)
@@ -107,7 +106,7 @@ def run(
         "trainable": weights.bytes_of(partition(trained.state.params, trainable)[0]),
         "optimizer state": weights.bytes_of(trained.state.opt_state),
     }
-    merged = trained.state.params if config.lora is None else lora.merge(trained.state.params)
+    merged = trained.state.params if config.lora is None else merge(trained.state.params)
     return Finetuned(trained, merged, sizes)
 
 

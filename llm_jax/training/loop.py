@@ -171,19 +171,25 @@ def run_loop(
         metrics = last_eval if evaluated == step and last_eval else None  # keep_best ranks what was measured here
         checkpoints.save(step, state, {**run_info, "data": loader.state()}, metrics)
 
+    @contextlib.contextmanager
+    def untimed() -> Iterator[None]:
+        nonlocal clock
+        began = time.perf_counter()
+        yield
+        clock += time.perf_counter() - began if clock else 0.0
+
     def log(step: int, metrics: dict[str, Any]) -> None:
         nonlocal clock, tokens
         values = {f"train/{k}": float(v) for k, v in metrics.items() if k != "bad_steps"}
+        shown = ""
         if clock and time.perf_counter() > clock:
             rate = tokens / (time.perf_counter() - clock)
+            shown = f", {rate:,.0f} tokens/s"
             values["train/tokens_per_second"] = rate
             values["train/model_flops_per_second"] = rate * flops_per_token
             if peak_flops:
                 values["train/mfu"] = rate * flops_per_token / peak_flops
-        rate_text = (
-            f", {values['train/tokens_per_second']:,.0f} tokens/s" if "train/tokens_per_second" in values else ""
-        )
-        bar.set_postfix_str(f"loss {values['train/loss']:.3f}{rate_text}", refresh=False)
+        bar.set_postfix_str(f"loss {values['train/loss']:.3f}{shown}", refresh=False)
         writer.write(step, values)
         clock, tokens = time.perf_counter(), 0.0
 
@@ -213,17 +219,15 @@ def run_loop(
             if step == 1 or step % config.log_every == 0 or final:
                 log(step, values)
             if final or (config.eval_every and step % config.eval_every == 0):
-                began = time.perf_counter()
-                last_eval, evaluated = evaluate(state), step
-                writer.write(step, last_eval)
-                bar.write(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in last_eval.items()))
-                clock += time.perf_counter() - began if clock else 0.0
+                with untimed():
+                    last_eval, evaluated = evaluate(state), step
+                    writer.write(step, last_eval)
+                    bar.write(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in last_eval.items()))
             stopping = _agreed(bool(stop))
             if final or step % config.checkpoint_every == 0 or stopping:
-                began = time.perf_counter()
-                save(step)
+                with untimed():
+                    save(step)
                 saved = step
-                clock += time.perf_counter() - began if clock else 0.0
             if stopping:
                 break
         checkpoints.wait()

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from llm_jax.nn import paths
+from llm_jax.nn import paths, weights
 
 Schedule = Callable[[Any], Any]
 NAMES = ("adam", "adamw", "adafactor", "lion", "muon", "sgd")
@@ -88,11 +88,6 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
     return optax.join_schedules([ramp, after], [warmup])
 
 
-def _is_stacked(path: str) -> bool:
-    parts = path.split("/")
-    return "layers" in parts and not parts[parts.index("layers") + 1].isdigit()
-
-
 def per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """Runs `tx` on every layer of stacked leaves by itself.
 
@@ -103,7 +98,7 @@ def per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
         lambda p: jax.vmap(tx.init)(p) if jax.tree.leaves(p) else optax.EmptyState(),
         lambda g, s, p=None: jax.vmap(tx.update)(g, s, p) if jax.tree.leaves(g) else (g, s),
     )
-    labels = lambda params: paths.map_with_path(lambda p, _: "stacked" if _is_stacked(p) else "plain", params)
+    labels = lambda params: paths.map_with_path(lambda p, _: "stacked" if paths.is_stacked(p) else "plain", params)
     return optax.partition({"stacked": layered, "plain": tx}, labels)
 
 
@@ -127,7 +122,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         factored = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
         return optax.chain(per_layer(factored), decay, scale)
     kinds = lambda params: paths.map_with_path(
-        lambda p, x: "muon" if p.endswith("kernel") and x.ndim - _is_stacked(p) == 2 else "adam", params
+        lambda p, x: "muon" if p.endswith("kernel") and weights.is_matrix(p, x) else "adam", params
     )
     matrix = lambda tree: jax.tree.map(lambda _: contrib.MuonDimensionNumbers(0, 1), tree)
     muon = contrib.scale_by_muon(beta=c.b1, weight_dimension_numbers=matrix)

@@ -113,7 +113,6 @@ def get_tokenizer(config: RunConfig, workdir: epath.Path) -> tokenizers.Tokenize
             texts = (tokens.part_of(d, "train", share).text for d in documents)
         tokenizer = tokenizers.train(texts, config.data.tokenizer_kind, config.model.vocab_size)
     tokens.check_vocabulary(tokenizer, config.model.vocab_size)
-    tokenizer.save(workdir)
     return tokenizer
 
 
@@ -177,8 +176,7 @@ def _train(config, workdir, params, tokenizer, encode, kind, restore_step, whole
     plan.check_batch(c.batch_size, c.accumulation)
     if tokenizer is None:
         tokenizer = get_tokenizer(config, workdir)
-    else:
-        tokenizer.save(workdir)
+    tokenizer.save(workdir)
     rows, held, tokens_per_byte = get_rows(config, tokenizer, workdir, encode, kind)
     loader = Loader(rows, c.batch_size, c.seed, *plan.data_shard())
 
