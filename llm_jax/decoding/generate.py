@@ -16,6 +16,7 @@ from flax import struct
 
 from llm_jax.decoding import sampling
 from llm_jax.decoding.sampling import SamplingConfig
+from llm_jax.nn import paths, weights
 from llm_jax.nn.cache import Cache
 from llm_jax.nn.stack import unstack
 
@@ -85,6 +86,17 @@ def _forward(model: Any, params: Any, ids_BT: jax.Array, mask_BT: jax.Array, cac
     return out.head.logits(h[:, 0]), out.cache
 
 
+def _serving(params: Any) -> Any:
+    """Kernels transposed on a CPU, where decoding is then up to twice as fast; elsewhere unchanged."""
+    turn = lambda x: weights.Transposed(x.T) if isinstance(x, jax.Array) and x.ndim == 2 and _on_cpu(x) else x
+    put = lambda path, x: turn(x) if path.endswith("kernel") else x
+    return paths.map_with_path(put, params, is_leaf=weights.is_node)
+
+
+def _on_cpu(x: jax.Array) -> bool:
+    return all(device.platform == "cpu" for device in x.devices())
+
+
 class Generator:
     """A model ready to generate: unstacked parameters and compiled functions.
 
@@ -115,7 +127,7 @@ class Generator:
           context_length: the model's own by default.
           cache_dtype: of keys and values.
         """
-        self.model, self.params = model, unstack(params)
+        self.model, self.params = model, _serving(unstack(params))
         self.stop_tokens, self.sampling, self.cache_dtype = tuple(stop_tokens), sampling, cache_dtype
         self.context_length = context_length or model.config.context_length
         self._start = jax.jit(self._prefill, static_argnums=(5, 6))
