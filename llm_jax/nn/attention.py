@@ -320,7 +320,7 @@ class Attention(nn.Module):
         v_BSKH = heads("value", c.num_kv_heads, "kv")
         if cache is not None and slots_BT is not None:
             cache = cache.write(k_BSKH, v_BSKH, slots_BT)
-            k_BSKH, v_BSKH = cache.k_BSKH.astype(q_BTNH.dtype), cache.v_BSKH.astype(q_BTNH.dtype)
+            k_BSKH, v_BSKH = cache.read(q_BTNH.dtype)
         scale = 1 / math.sqrt(c.head_dim)
         out_BTNH = attend(
             *(q_BTNH, k_BSKH, v_BSKH, mask),

@@ -11,16 +11,23 @@ from flax import struct
 
 
 class LayerCache(struct.PyTreeNode):
-    """Keys and values of one layer, `[B, S, K, H]`, rotary positions already applied."""
+    """Keys and values of one layer, rotary positions already applied.
 
-    k_BSKH: jax.Array
-    v_BSKH: jax.Array
+    Stored `[B, K, S, H]`: attention is one product a row and head, and reads them as they lie.
+    """
+
+    k_BKSH: jax.Array
+    v_BKSH: jax.Array
 
     def write(self, k_BTKH: jax.Array, v_BTKH: jax.Array, slots_BT: jax.Array) -> "LayerCache":
         """Stores new entries; slot S and above drops the entry (padding)."""
         rows = jnp.arange(k_BTKH.shape[0])[:, None]
-        put = lambda old, new: old.at[rows, slots_BT].set(new.astype(old.dtype), mode="drop", unique_indices=True)
-        return LayerCache(put(self.k_BSKH, k_BTKH), put(self.v_BSKH, v_BTKH))
+        put = lambda old, new: old.at[rows, :, slots_BT].set(new.astype(old.dtype), mode="drop", unique_indices=True)
+        return LayerCache(put(self.k_BKSH, k_BTKH), put(self.v_BKSH, v_BTKH))
+
+    def read(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+        """Keys and values `[B, S, K, H]`."""
+        return self.k_BKSH.swapaxes(1, 2).astype(dtype), self.v_BKSH.swapaxes(1, 2).astype(dtype)
 
 
 class Cache(struct.PyTreeNode):
@@ -37,7 +44,7 @@ class Cache(struct.PyTreeNode):
     @property
     def size(self) -> int:
         """S, slots per row."""
-        return self.layers[0].k_BSKH.shape[1]
+        return self.layers[0].k_BKSH.shape[2]
 
     def positions_of(self, mask_BT: jax.Array) -> jax.Array:
         """Positions of the next tokens; where the mask is false the value is meaningless."""
@@ -53,6 +60,6 @@ def init_cache(
     num_layers: int, batch: int, size: int, num_kv_heads: int, head_dim: int, dtype: jnp.dtype = jnp.float32
 ) -> Cache:
     """An empty cache: 2 * L * B * S * K * H numbers."""
-    zeros = lambda: jnp.zeros((batch, size, num_kv_heads, head_dim), dtype)
+    zeros = lambda: jnp.zeros((batch, num_kv_heads, size, head_dim), dtype)
     layers = tuple(LayerCache(zeros(), zeros()) for _ in range(num_layers))
     return Cache(layers, jnp.zeros((batch,), jnp.int32))

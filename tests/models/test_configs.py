@@ -58,7 +58,7 @@ def test_a_cache_is_no_longer_than_learned_positions():
     with pytest.raises(ValueError, match="a cache of 17 exceeds the 16 learned positions"):
         MODELS["gpt2"].init_cache(1, 17)
     shapes = jax.eval_shape(lambda: MODELS["qwen3"].init_cache(3, 40, "bfloat16"))
-    assert shapes.layers[1].k_BSKH.shape == (3, 40, 2, 4) and shapes.layers[1].k_BSKH.dtype == "bfloat16"
+    assert shapes.layers[1].k_BKSH.shape == (3, 2, 40, 4) and shapes.layers[1].k_BKSH.dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("norm, shrink", [("pre", math.sqrt(2 * 3)), ("post", 1)])

@@ -11,7 +11,7 @@ SIZE = 5
 def test_empty():
     cache, at = jax.jit(lambda: ((c := init_cache(2, 3, SIZE, 2, 4, "bfloat16")), c.key_positions(c.length_B)))()
     assert len(cache.layers) == 2 and cache.size == SIZE
-    assert cache.layers[1].v_BSKH.shape == (3, SIZE, 2, 4) and cache.layers[0].k_BSKH.dtype == "bfloat16"
+    assert cache.layers[1].v_BKSH.shape == (3, 2, SIZE, 4) and cache.layers[0].k_BKSH.dtype == "bfloat16"
     assert (np.asarray(at) < 0).all()
 
 
@@ -44,5 +44,5 @@ def test_ragged_writes_equal_a_list_of_slots():
                     assert at[b, s] < 0
                 else:
                     assert at[b, s] == entry[0]
-                    assert layer.k_BSKH[b, s, 0, 0] == entry[1] == -layer.v_BSKH[b, s, 0, 0]
+                    assert layer.k_BKSH[b, 0, s, 0] == entry[1] == -layer.v_BKSH[b, 0, s, 0]
     assert cache.length_B.tolist() == length and min(length) > SIZE  # it went around

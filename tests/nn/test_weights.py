@@ -64,9 +64,31 @@ def test_hand_written_gradient_equals_autodiff(transposed, lead, bound):
 @pytest.mark.parametrize("product", [weights.matmul, weights.matmul_t])
 @pytest.mark.parametrize("argument, products", [((0,), 2), ((1,), 2), ((0, 1), 3)])
 def test_what_is_frozen_costs_no_product(product, argument, products):
-    square = normal(4, 4)
     grad = jax.grad(lambda x, w: jnp.sum(product(x, w) ** 2), argument)
-    assert str(jax.make_jaxpr(grad)(square, square)).count("dot_general[") == products
+    jaxpr = jax.make_jaxpr(grad)(normal(weights.FEW_ROWS + 1, 4), normal(4, 4))
+    assert str(jaxpr).count("dot_general[") == products
+
+
+@pytest.mark.parametrize("rows", [1, 2, weights.FEW_ROWS, weights.FEW_ROWS + 1])
+def test_few_rows_keep_the_stored_matrix_in_place(rows):
+    x, w = normal(rows, 1, 7), normal(5, 7, seed=1)
+    y = jax.jit(weights.matmul_t)(x, w)
+    assert y.shape == (rows, 1, 5)
+    np.testing.assert_allclose(y, x @ w.T, rtol=1e-5, atol=1e-5)
+    text = jax.jit(weights.matmul_t).lower(x, w).as_text()
+    assert ("optimization_barrier" in text) == (1 < rows <= weights.FEW_ROWS)
+
+
+def test_transposed_is_the_same_matrix():
+    w = normal(4, 5)
+    turned = weights.Transposed(jnp.asarray(w.T))
+    x, y, ids = normal(3, 4, seed=1), normal(3, 5, seed=2), np.array([[3, 0]])
+    np.testing.assert_allclose(weights.matmul(x, turned), x @ w, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(weights.matmul_t(y, turned), y @ w.T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(weights.take(turned, ids), w[ids])
+    np.testing.assert_array_equal(weights.dense(turned), w)
+    assert weights.shape_of(turned) == (4, 5)
+    assert weights.axes_of(turned, P("embed", "mlp")).transpose == P("mlp", "embed")
 
 
 def test_inside_shard_map_operands_that_vary_over_different_axes():
