@@ -17,19 +17,20 @@ class CausalLM:
     Attributes:
       z_loss: coefficient of the mean squared log-partition.
       label_smoothing: mass moved from the label to all entries evenly.
-      chunk: positions whose logits exist at once, 0 for all.
+      chunks: the length is cut into this many, and the logits of one exist at once; 0 means 4 where the run has one
+        device, else 1 (every chunk sums the head's gradient over the data axis).
     """
 
     z_loss: float = 0.0
     label_smoothing: float = 0.0
-    chunk: int = 0
+    chunks: int = 0
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing={self.label_smoothing} must lie in [0, 1)")
-        if self.z_loss < 0 or self.chunk < 0:
-            raise ValueError(f"z_loss={self.z_loss} and chunk={self.chunk} must not be negative")
+        if self.z_loss < 0 or self.chunks < 0:
+            raise ValueError(f"z_loss={self.z_loss} and chunks={self.chunks} must not be negative")
 
     @property
     def coefficients(self) -> dict[str, float]:
@@ -60,7 +61,10 @@ class CausalLM:
         """Sums of every term, and of correct predictions (`accuracy`, reported and not trained)."""
         labels, weights = targets
         loss, squares, correct = cross_entropy_sums(
-            output.last_hidden_state, output.head, labels, weights, self.label_smoothing, self.chunk
+            *(output.last_hidden_state, output.head, labels, weights),
+            label_smoothing=self.label_smoothing,
+            chunks=self.chunks,
+            z_loss=self.z_loss > 0,
         )
         terms = {"next_token": loss, "z_loss": squares} if self.z_loss else {"next_token": loss}
         return {**terms, "accuracy": jax.lax.stop_gradient(correct)}

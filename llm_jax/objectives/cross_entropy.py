@@ -1,11 +1,13 @@
 """Cross-entropy over large vocabularies, without a second float32 copy of the logits.
 
 The gradient is written by hand: from the saved logits it is `p * g - onehot * g`, one fused pass, where autodiff
-keeps the probabilities beside the logits. `chunk` goes further and holds the logits of `chunk` tokens only,
-computing them again in the backward pass.
+keeps the probabilities beside the logits. `chunks` goes further and holds the logits of a part of the length only;
+the gradient of a part is taken at once, up to the factor that the loss is multiplied with, so that nothing is
+computed twice.
 
 Sources: Szegedy et al. 2016 (label smoothing), https://arxiv.org/abs/1512.00567; Chowdhery et al. 2022 (z-loss),
-https://arxiv.org/abs/2204.02311, section 5.
+https://arxiv.org/abs/2204.02311, section 5; Hsu et al. 2024 (gradients beside the chunk's logits),
+https://arxiv.org/abs/2410.10989.
 """
 
 import functools
@@ -62,10 +64,92 @@ def _token_losses_bwd(vocab_size, label_smoothing, saved, cotangents):
     target = jnp.where(_is_label(logits_TV, labels_T), 1 - label_smoothing, 0.0)
     if label_smoothing:
         target = target + jnp.where(_columns(logits_TV) < vocab_size, label_smoothing / vocab_size, 0.0)
-    return (p * (g_loss + g_lse) - target * g_loss).astype(logits_TV.dtype), None
+    d_logits = (p * (g_loss + g_lse) - target * g_loss).astype(logits_TV.dtype)
+    return jax.lax.optimization_barrier(d_logits), None  # else XLA:CPU computes it for each product that reads it
 
 
 token_losses.defvjp(_token_losses_fwd, _token_losses_bwd)
+
+
+def _sums(h_BTD, head, labels_BT, weights_BT, label_smoothing):
+    logits = head.logits(h_BTD)
+    loss, lse = token_losses(logits, labels_BT, head.vocab_size, label_smoothing)
+    best = jax.lax.stop_gradient(jnp.argmax(logits, axis=-1))
+    weights_BT = weights_BT.astype(loss.dtype)
+    return (
+        jnp.sum(loss * weights_BT),
+        jnp.sum(jnp.square(lse) * weights_BT),
+        jnp.sum((best == labels_BT) * weights_BT),
+    )
+
+
+def _split(x: jax.Array, chunks: int) -> jax.Array:
+    """`[B, T, ...]` to `[chunks, B, T / chunks, ...]`, zeros behind; every chunk holds all rows, as devices do."""
+    fill = -x.shape[1] % chunks
+    x = jnp.pad(x, [(0, 0), (0, fill), *[(0, 0)] * (x.ndim - 2)])
+    return jnp.moveaxis(x.reshape(x.shape[0], chunks, -1, *x.shape[2:]), 1, 0)
+
+
+def _chunked(h_BTD, head, labels_BT, weights_BT, label_smoothing, chunks):
+    """Sums over chunks; differentiated, it computes the logits again."""
+    part = jax.checkpoint(lambda h, labels, weights: _sums(h, head, labels, weights, label_smoothing))
+    body = lambda total, x: (jax.tree.map(jnp.add, total, part(*x)), None)
+    zero = jnp.zeros((), jnp.promote_types(jnp.float32, h_BTD.dtype))
+    pieces = tuple(_split(x, chunks) for x in (h_BTD, labels_BT, weights_BT))
+    return jax.lax.scan(body, (zero, zero, zero), pieces)[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _fused(h_BTD, head, labels_BT, weights_BT, label_smoothing, chunks):
+    """`_chunked` for a loss without z-loss: the gradient is known but for a factor while the logits are there."""
+    return _chunked(h_BTD, head, labels_BT, weights_BT, label_smoothing, chunks)
+
+
+def _fused_fwd(h_BTD, head, labels_BT, weights_BT, label_smoothing, chunks):
+    is_primal = lambda x: isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
+    leaves, tree = jax.tree.flatten(head, is_leaf=is_primal)
+    learned = [i for i, leaf in enumerate(leaves) if leaf.perturbed]  # a frozen head costs no product
+    leaves = [leaf.value for leaf in leaves]
+    h_BTD, labels_BT, weights_BT = h_BTD.value, labels_BT.value, weights_BT.value
+    wide = lambda x: x.astype(jnp.promote_types(jnp.float32, x.dtype))
+
+    def part(h, learned_leaves, labels, weights):
+        own = dict(zip(learned, learned_leaves, strict=True))
+        whole = jax.tree.unflatten(tree, [own.get(i, leaf) for i, leaf in enumerate(leaves)])
+        loss, *rest = _sums(h, whole, labels, weights, label_smoothing)
+        return loss, rest
+
+    def body(carry, x):
+        total, d_leaves = carry
+        h, labels, weights = x
+        loss, back, rest = jax.vjp(
+            lambda h, ls: part(h, ls, labels, weights), h, [leaves[i] for i in learned], has_aux=True
+        )
+        d_h, more = back(jnp.ones_like(loss))
+        total = jax.tree.map(jnp.add, total, (loss, *rest))
+        return (total, jax.tree.map(lambda a, b: a + wide(b), d_leaves, more)), d_h
+
+    zero = wide(jnp.zeros((), h_BTD.dtype))
+    zeros = [jnp.zeros_like(wide(leaves[i])) for i in learned]
+    pieces = tuple(_split(x, chunks) for x in (h_BTD, labels_BT, weights_BT))
+    (total, d_leaves), d_h = jax.lax.scan(body, ((zero, zero, zero), zeros), pieces)
+    d_h = jnp.moveaxis(d_h, 0, 1).reshape(h_BTD.shape[0], -1, h_BTD.shape[2])[:, : h_BTD.shape[1]]
+    d_head = [None] * len(leaves)
+    for i, d in zip(learned, d_leaves, strict=True):
+        d_head[i] = d.astype(leaves[i].dtype)
+    return total, (d_h, jax.tree.unflatten(tree, d_head))
+
+
+def _fused_bwd(label_smoothing, chunks, saved, cotangents):
+    del label_smoothing, chunks
+    g = cotangents[0]
+    if isinstance(g, jax.custom_derivatives.SymbolicZero):
+        return None, None, None, None
+    d_h, d_head = jax.tree.map(lambda d: d * g.astype(d.dtype), saved)
+    return d_h, d_head, None, None
+
+
+_fused.defvjp(_fused_fwd, _fused_bwd, symbolic_zeros=True)
 
 
 def cross_entropy_sums(
@@ -74,7 +158,8 @@ def cross_entropy_sums(
     labels_BT: jax.Array,
     weights_BT: jax.Array,
     label_smoothing: float = 0.0,
-    chunk: int = 0,
+    chunks: int = 1,
+    z_loss: bool = True,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Weighted sums over all positions.
 
@@ -82,37 +167,19 @@ def cross_entropy_sums(
       h_BTD: last hidden states.
       head: output layer.
       labels_BT: targets.
-      weights_BT: weight of each position, 0 = not counted.
+      weights_BT: weight of each position, 0 = not counted; no gradient flows to it when in chunks.
       label_smoothing: see `token_losses`.
-      chunk: positions whose logits exist at once; 0 means all.
+      chunks: the length is cut into this many, and the logits of one exist at once.
+      z_loss: whether the second sum is differentiated. Without it the chunks' gradients are computed beside their
+        logits; with it the logits are computed twice.
 
     Returns:
       (cross-entropy, squared log-partition, correct top predictions), each a weighted float32 sum.
     """
-    size = head.vocab_size
-
-    def sums(h: jax.Array, labels: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        logits = head.logits(h)
-        loss, lse = token_losses(logits, labels, size, label_smoothing)
-        best = jax.lax.stop_gradient(jnp.argmax(logits, axis=-1))
-        weights = weights.astype(loss.dtype)
-        return (
-            jnp.sum(loss * weights),
-            jnp.sum(jnp.square(lse) * weights),
-            jnp.sum((best == labels) * weights),
-        )
-
-    if not chunk:
-        return sums(h_BTD, labels_BT, weights_BT)
-    d = h_BTD.shape[-1]
-    flat = lambda x, *tail: x.reshape(-1, *tail)
-    h, labels, weights = flat(h_BTD, d), flat(labels_BT), flat(weights_BT)
-    fill = -labels.shape[0] % chunk
-    h, labels, weights = jnp.pad(h, ((0, fill), (0, 0))), jnp.pad(labels, (0, fill)), jnp.pad(weights, (0, fill))
-
-    def body(carry: Any, x: Any) -> Any:
-        return jax.tree.map(jnp.add, carry, jax.checkpoint(sums)(*x)), None
-
-    zero = jnp.zeros((), jnp.promote_types(jnp.float32, h.dtype))
-    chunks = (h.reshape(-1, chunk, d), labels.reshape(-1, chunk), weights.reshape(-1, chunk))
-    return jax.lax.scan(body, (zero, zero, zero), chunks)[0]
+    chunks = min(chunks, h_BTD.shape[1])
+    if chunks <= 1:
+        return _sums(h_BTD, head, labels_BT, weights_BT, label_smoothing)
+    if z_loss:
+        return _chunked(h_BTD, head, labels_BT, weights_BT, label_smoothing, chunks)
+    loss, squares, correct = _fused(h_BTD, head, labels_BT, weights_BT, label_smoothing, chunks)
+    return loss, jax.lax.stop_gradient(squares), correct

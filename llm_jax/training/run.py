@@ -218,15 +218,15 @@ def _train(config, workdir, params, tokenizer, encode, kind, restore_step, whole
         is_leaf=lambda x: x is None,
     )
     options = StepConfig(c.accumulation, config.optimizer.clip_norm, c.ema, c.trainable, precision, config.plan.unroll)
-    step = make_train_step(
-        model, config.objective, tx, options, constrain_grads=pin if plan.mesh.size > 1 else lambda g: g
-    )
+    one_device = plan.mesh.size == 1
+    objective = dataclasses.replace(config.objective, chunks=config.objective.chunks or (4 if one_device else 1))
+    step = make_train_step(model, objective, tx, options, constrain_grads=(lambda g: g) if one_device else pin)
     step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     rows_sharding = plan.batch_sharding()
     local = functools.partial(jax.make_array_from_process_local_data, rows_sharding)
     place = lambda batch: {k: local(v) for k, v in batch.items()}
     place_global = lambda batch: jax.device_put(batch, rows_sharding)
-    plain = dataclasses.replace(config.objective, label_smoothing=0.0, z_loss=0.0)
+    plain = dataclasses.replace(objective, label_smoothing=0.0, z_loss=0.0)
     eval_step = jax.jit(make_eval_step(model, plain, precision))
 
     def evaluate(state: TrainState) -> dict[str, float]:

@@ -61,8 +61,8 @@ def test_prepare_and_loss_by_hand(name, z_loss):
     [
         ({"label_smoothing": 1.0}, "label_smoothing=1.0 must lie in"),
         ({"label_smoothing": -0.1}, "label_smoothing=-0.1 must lie in"),
-        ({"z_loss": -1.0}, "z_loss=-1.0 and chunk=0 must not be negative"),
-        ({"chunk": -1}, "chunk=-1 must not be negative"),
+        ({"z_loss": -1.0}, "z_loss=-1.0 and chunks=0 must not be negative"),
+        ({"chunks": -1}, "chunks=-1 must not be negative"),
     ],
 )
 def test_errors(fields, words):

@@ -1,6 +1,7 @@
 """Loss and hand-written gradient against a plain log-softmax, in both precisions."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -53,12 +54,13 @@ def test_sums(padded, transposed, smoothing, dtype, bound):
 
         @jax.jit
         def run(h, w, bias):
-            def ours(h, w, bias, chunk):
+            def ours(h, w, bias, chunks, z=0.1):
                 head = Head(w.T if transposed else w, bias, V, transposed)
-                out = cross_entropy_sums(h, head, jnp.asarray(LABELS), jnp.asarray(WEIGHTS), smoothing, chunk)
-                return out[0] + 0.1 * out[1], out
+                labels, mask = jnp.asarray(LABELS), jnp.asarray(WEIGHTS)
+                out = cross_entropy_sums(h, head, labels, mask, smoothing, chunks, z_loss=z > 0)
+                return 3 * out[0] + z * out[1], out
 
-            def plain(h, w, bias):
+            def plain(h, w, bias, z=0.1):
                 logits = (h @ w + bias.reshape(1, 1, -1))[..., :V]
                 lse = jax.nn.logsumexp(logits, -1)
                 logp = logits - lse[..., None]
@@ -66,24 +68,40 @@ def test_sums(padded, transposed, smoothing, dtype, bound):
                 loss = -(1 - smoothing) * own - smoothing * logp.mean(-1)
                 correct = jnp.argmax(logits, -1) == jnp.asarray(LABELS)
                 out = tuple(jnp.sum(x * jnp.asarray(WEIGHTS, dtype)) for x in (loss, lse**2, correct))
-                return out[0] + 0.1 * out[1], out
+                return 3 * out[0] + z * out[1], out
 
             grad = functools.partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
-            return grad(plain)(h, w, bias), [grad(ours)(h, w, bias, chunk) for chunk in (0, 3, 5, 64)]
+            return [
+                (grad(plain)(h, w, bias, z), [grad(ours)(h, w, bias, chunks, z) for chunks in (1, 2, 5, 64)])
+                for z in (0.1, 0.0)
+            ]
 
-        want, got = jax.device_get(run(h, w, bias))
-        for one in got:
-            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=bound, atol=bound), one, want)
+        for want, got in jax.device_get(run(h, w, bias)):
+            for one in got:
+                jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=bound, atol=bound), one, want)
 
 
-def test_chunks_never_hold_all_logits():
+@pytest.mark.parametrize("argument, products", [((0,), 2), ((1,), 2), ((0, 1), 3)])
+def test_chunks_compute_nothing_twice_and_nothing_for_what_is_frozen(argument, products):
+    def loss(h, w):
+        labels = jnp.zeros(h.shape[:2], jnp.int32)
+        return cross_entropy_sums(h, Head(w, None, 50), labels, jnp.ones(h.shape[:2]), chunks=4, z_loss=False)[0]
+
+    shapes = jax.ShapeDtypeStruct((2, 80, 8), "f4"), jax.ShapeDtypeStruct((8, 50), "f4")
+    text = jax.jit(jax.grad(loss, argument)).lower(*shapes).compile().as_text()
+    assert len(re.findall(r" dot\(", text)) == products
+
+
+@pytest.mark.parametrize("z_loss", [True, False])
+def test_chunks_never_hold_all_logits(z_loss):
     t, d, v = 2048, 8, 512
 
-    def temporary(chunk):
+    def temporary(chunks):
         def loss(h, w, labels):
-            return cross_entropy_sums(h, Head(w, None, v), labels, jnp.ones(labels.shape), chunk=chunk)[0]
+            ones = jnp.ones(labels.shape)
+            return cross_entropy_sums(h, Head(w, None, v), labels, ones, chunks=chunks, z_loss=z_loss)[0]
 
         shapes = [jax.ShapeDtypeStruct(s, k) for s, k in (((1, t, d), "f4"), ((d, v), "f4"), ((1, t), "i4"))]
         return jax.jit(jax.grad(loss, (0, 1))).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
-    assert temporary(64) < t * v * 4 / 4 < t * v * 4 <= temporary(0)
+    assert temporary(32) < t * v * 4 / 4 < t * v * 4 <= temporary(1)
