@@ -35,7 +35,8 @@ class OptimizerConfig:
       b2: second-moment decay.
       eps: denominator offset.
       weight_decay: decoupled decay of what `decay` matches.
-      decay: patterns of decayed parameters; matrices by default, never norms and biases.
+      decay: patterns of decayed parameters; matrices by default, never norms and biases. In a run each pattern must
+        match something.
       clip_norm: global gradient norm is clipped here; 0 never clips.
       noam_dim: D of the Noam formula.
     """
@@ -62,6 +63,8 @@ class OptimizerConfig:
             raise ValueError(f"schedule={self.schedule!r} is none of {', '.join(SCHEDULES)}")
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate={self.learning_rate} must be positive")
+        if self.name == "adam" and self.weight_decay:
+            raise ValueError(f"adam has no weight decay: set weight_decay=0 (it is {self.weight_decay}) or name=adamw")
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:

@@ -4,18 +4,20 @@ import dataclasses
 import functools
 import json
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 from llm_jax import config as configs
 from llm_jax.data import corpora, packing, tokenizers, tokens
 from llm_jax.data.loader import Loader, eval_batches
 from llm_jax.models import registry
 from llm_jax.models.gpt import GPTConfig
-from llm_jax.nn import weights
+from llm_jax.nn import paths, weights
 from llm_jax.objectives.causal_lm import CausalLM
 from llm_jax.parallel.plan import Plan, PlanConfig
 from llm_jax.storage.checkpoints import Checkpoints
@@ -122,6 +124,8 @@ def get_rows(
     """(training rows, held-out rows or None, tokens per byte of the held-out text)."""
     data, length = config.data, config.training.sequence_length
     cache = data.cache or workdir / "tokens"
+    if "://" in str(cache):
+        raise configs.ConfigError(f"tokens are memory-mapped and cannot lie in {cache}: set data.cache=LOCAL_FOLDER")
     stores = tokens.build(
         data.source, tokenizer, cache, data.validation_share, encode, kind, data.text_field, data.split
     )
@@ -167,6 +171,14 @@ def train(
         return _train(config, claimed.path, params, tokenizer, encode, kind, restore_step, whole)
 
 
+def _first_process_first(prepare: Callable[[], Any]) -> Any:
+    """Runs `prepare` in every process, in the others when the first has written what they then read."""
+    done = prepare() if jax.process_index() == 0 else None
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("prepared")
+    return prepare() if done is None else done
+
+
 def _train(config, workdir, params, tokenizer, encode, kind, restore_step, whole):
     c = config.training
     limit = getattr(config.model, "context_length", None)
@@ -174,10 +186,17 @@ def _train(config, workdir, params, tokenizer, encode, kind, restore_step, whole
         raise configs.ConfigError(f"training.sequence_length={c.sequence_length} exceeds model.context_length={limit}")
     plan = Plan(config.plan, config.model)
     plan.check_batch(c.batch_size, c.accumulation)
-    if tokenizer is None:
-        tokenizer = get_tokenizer(config, workdir)
-    tokenizer.save(workdir)
-    rows, held, tokens_per_byte = get_rows(config, tokenizer, workdir, encode, kind)
+
+    def prepare():
+        own = tokenizer
+        if jax.process_index():
+            own = own or tokenizers.load(workdir)
+        else:
+            own = own or get_tokenizer(config, workdir)
+            own.save(workdir)
+        return own, *get_rows(config, own, workdir, encode, kind)
+
+    tokenizer, rows, held, tokens_per_byte = _first_process_first(prepare)
     loader = Loader(rows, c.batch_size, c.seed, *plan.data_shard())
 
     model = config.model.make(plan.execution())
@@ -193,6 +212,9 @@ def _train(config, workdir, params, tokenizer, encode, kind, restore_step, whole
         if given is None:
             given = weights.split_axes(model.init(init_key, np.zeros(example.shape, example.dtype))["params"])[0]
         return init_state(given, tx, step_key, precision, c.trainable, ema=c.ema > 0)
+
+    if config.optimizer.decay != OptimizerConfig.decay:  # the default names what most trees have, not all
+        paths.select([p for p, _ in paths.flatten(abstract, weights.is_node)], config.optimizer.decay)
 
     key = jax.random.key(c.seed)
     shapes = jax.eval_shape(init, key, params)

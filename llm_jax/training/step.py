@@ -50,7 +50,6 @@ def make_train_step(
     tx: optax.GradientTransformation,
     config: StepConfig = StepConfig(),
     ties: Ties | None = None,
-    constrain_params: Callable[[Any], Any] = _same,
     constrain_grads: Callable[[Any], Any] = _same,
 ) -> Step:
     """Builds `step(state, batch) -> (state, metrics)`; jit it with the state donated.
@@ -65,7 +64,6 @@ def make_train_step(
       tx: optimizer without clipping.
       config: options.
       ties: shared parameters, expanded before every `apply`.
-      constrain_params: pins the sharding of parameters in the forward pass (ZeRO).
       constrain_grads: pins the sharding of gradients (ZeRO-2 and 3).
 
     Raises:
@@ -74,7 +72,7 @@ def make_train_step(
     precision = config.precision
 
     def loss_fn(trainable, frozen, prepared, totals, key, scale):
-        params = constrain_params(weights.cast(combine(trainable, frozen), precision.dtype))
+        params = weights.cast(combine(trainable, frozen), precision.dtype)
         params = expand(params, ties) if ties else params
         params = unstack(params) if config.unroll else params
         out = model.apply({"params": params}, **prepared.inputs, train=True, rngs={"dropout": key})

@@ -73,7 +73,8 @@ class Workdir:
             if names:
                 shown = ", ".join(f"{n}: {_flat(before).get(n)} -> {_flat(config).get(n)}" for n in names[:5])
                 raise WorkdirError(f"{self.path} holds a run with another config ({shown}); choose another --workdir")
-        file.write_text(json.dumps(config, indent=2) + "\n")
+        if jax.process_index() == 0:
+            file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, str]:

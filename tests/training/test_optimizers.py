@@ -70,7 +70,7 @@ def test_every_optimizer_descends_and_treats_layers_alike(name):
     tree = BIG if name == "adafactor" else TREE
     target = TARGETS[id(tree)]
     rate = {"sgd": 0.1, "lion": 0.03, "muon": 0.05}.get(name, 0.1)
-    config = OptimizerConfig(name, rate, "constant", weight_decay=0.01, b2=0.99)
+    config = OptimizerConfig(name, rate, "constant", weight_decay=0.0 if name == "adam" else 0.01, b2=0.99)
     tx = make_optimizer(config, 50)
 
     @functools.partial(jax.jit, static_argnums=1)
@@ -117,7 +117,7 @@ def sgd(g, m, v, t):
     "name, rule, decays", [("adam", adam, 0), ("adamw", adam, 1), ("lion", lion, 1), ("sgd", sgd, 1)]
 )
 def test_three_steps_in_closed_form(name, rule, decays):
-    tx = make_optimizer(OptimizerConfig(name, LR, "constant", b1=B1, b2=B2, eps=EPS, weight_decay=DECAY), 9)
+    tx = make_optimizer(OptimizerConfig(name, LR, "constant", b1=B1, b2=B2, eps=EPS, weight_decay=DECAY * decays), 9)
     params = {"kernel": normal(3, 4), "bias": normal(4)}
     grads = [jax.tree.map(lambda x: normal(*x.shape), params) for _ in range(3)]
 
@@ -183,6 +183,7 @@ def test_decay_leaves_norms_and_biases_alone(name):
         ({"name": "adagrad"}, "optimizer name='adagrad' is none of adam, "),
         ({"schedule": "step"}, "schedule='step' is none of constant, "),
         ({"learning_rate": 0.0}, "learning_rate=0.0 must be positive"),
+        ({"name": "adam"}, r"adam has no weight decay: set weight_decay=0 \(it is 0.1\) or name=adamw"),
     ],
 )
 def test_errors(fields, words):

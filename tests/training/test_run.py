@@ -158,6 +158,8 @@ def test_an_older_checkpoint_goes_on_upon_another_mesh(whole, corpus, tmp_path):
         ("data", {"source": "/no/such/folder"}, CorpusError, "no corpus at '/no/such/folder'"),
         ("data", {"source": "SHORT"}, CorpusError, "tokens are too few for one row of 16"),
         ("data", {"tokenizer": "/no/such/file"}, TokenizerError, "/no/such/file"),
+        ("data", {"cache": "gs://bucket/tokens"}, ValueError, "cannot lie in gs://bucket/tokens: set data.cache=LOCAL"),
+        ("optimizer", {"decay": ("*kernle",)}, ValueError, r"pattern '\*kernle' matches no parameter"),
     ],
 )
 def test_what_refuses_to_start(corpus, tmp_path, whole, group, fields, error, words):
