@@ -11,7 +11,6 @@ https://arxiv.org/abs/2410.10989.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
