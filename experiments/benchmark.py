@@ -168,14 +168,17 @@ def _shakespeare() -> list[dict[str, Any]]:
     if not os.path.exists(SHAKESPEARE.value):
         print(f"shakespeare: left out, there is no {SHAKESPEARE.value}", file=sys.stderr)
         return []
-    ours = _measure("ours", "shakespeare", path=SHAKESPEARE.value)
+    ours = _measure("ours", "shakespeare", path=SHAKESPEARE.value, muon=False)
+    muon = _measure("ours", "shakespeare", path=SHAKESPEARE.value, muon=True)
     theirs = _measure("peer", "shakespeare", path=SHAKESPEARE.value)
-    assert ours is not None
-    rows = [_row("nanoGPT's Shakespeare, validation loss", ours["loss"], "nanoGPT README", 1.88, "nats/character")]
+    assert ours is not None and muon is not None
+    case, unit = "nanoGPT's Shakespeare, ", "nats/character"
+    rows = [_row(case + "validation loss", ours["loss"], "nanoGPT README", 1.88, unit)]
+    rows.append(_row(case + "validation loss with Muon", muon["loss"], "nanoGPT README", 1.88, unit))
     peer = "transformers GPT-2, torch.compile"
-    case = "nanoGPT's Shakespeare, "
-    rows.append(_row(case + "validation loss", ours["loss"], peer, theirs and theirs["loss"], "nats/character"))
+    rows.append(_row(case + "validation loss", ours["loss"], peer, theirs and theirs["loss"], unit))
     rows.append(_row(case + "2,000 steps", ours["value"], peer, theirs and theirs["value"], "s"))
+    rows.append(_row(case + "2,000 steps with Muon", muon["value"], peer, theirs and theirs["value"], "s"))
     return rows
 
 
