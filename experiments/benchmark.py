@@ -72,7 +72,7 @@ def _measure(who: str, what: str, **options: Any) -> dict[str, Any] | None:
 
 
 def _environment() -> dict[str, str]:
-    """What the Makefile sets: large pages for malloc, and XLA:CPU's scheduler that saves memory."""
+    """Large pages for malloc, as the Makefile sets them, and XLA:CPU's scheduler that saves memory."""
     flags_of_xla = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
     return {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "XLA_FLAGS": flags_of_xla, **os.environ}
 

@@ -28,6 +28,7 @@ from llm_jax.training.state import init_state
 from llm_jax.training.step import StepConfig, make_eval_step, make_train_step
 
 STEPS = 8
+OBJECTIVE = CausalLM().for_devices(1)
 
 
 def small(spec: dict[str, Any]) -> GPTConfig:
@@ -83,7 +84,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     state = jax.jit(lambda key: init_state(fresh(model), tx, key, precision))(jax.random.key(1))
     batch, length = sizes(spec)["rows"], sizes(spec)["length"]
     options = StepConfig(precision=precision, unroll=spec["unroll"])
-    step = jax.jit(make_train_step(model, CausalLM(chunks=4), tx, options), donate_argnums=0)
+    step = jax.jit(make_train_step(model, OBJECTIVE, tx, options), donate_argnums=0)
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (batch, length + 1)).astype(np.int32)
 
     def one() -> Any:
@@ -101,7 +102,7 @@ def compile_seconds(spec: dict[str, Any]) -> dict[str, Any]:
     config, shape = small(spec), (sizes(spec)["rows"], sizes(spec)["length"] + 1)
     model, tx = config.make(), make_optimizer(OptimizerConfig(), 100)
     state = jax.eval_shape(lambda key: init_state(fresh(model), tx, key), jax.random.key(1))
-    step = jax.jit(make_train_step(model, CausalLM(chunks=4), tx, StepConfig(unroll=spec["unroll"])), donate_argnums=0)
+    step = jax.jit(make_train_step(model, OBJECTIVE, tx, StepConfig(unroll=spec["unroll"])), donate_argnums=0)
     began = time.perf_counter()
     step.lower(state, {"input_ids": jax.ShapeDtypeStruct(shape, jnp.int32)}).compile()
     return {"value": time.perf_counter() - began}

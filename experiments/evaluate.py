@@ -55,7 +55,7 @@ def main() -> None:
     if SOURCE.value:
         store = tokens.build(SOURCE.value, tokenizer, CACHE.value, text_field=TEXT_FIELD.value)["train"]
         rows = packing.StreamRows(store, min(LENGTH.value, loaded.config.context_length))
-        step = jax.jit(make_eval_step(model, CausalLM(chunks=4)))
+        step = jax.jit(make_eval_step(model, CausalLM().for_devices(1)))
         ratio = len(store.ids) / store.text_bytes
         results |= evaluate_rows(step, params, rows, BATCH.value, LIMIT.value, lambda b: b, ratio)
         for name, value in results.items():

@@ -17,8 +17,8 @@ class CausalLM:
     Attributes:
       z_loss: coefficient of the mean squared log-partition.
       label_smoothing: mass moved from the label to all entries evenly.
-      chunks: the length is cut into this many, and the logits of one exist at once; 0 means 4 where the run has one
-        device, else 1 (every chunk sums the head's gradient over the data axis).
+      chunks: the length is cut into this many, and the logits of one exist at once; 0 leaves it to
+        `for_devices`.
     """
 
     z_loss: float = 0.0
@@ -31,6 +31,10 @@ class CausalLM:
             raise ValueError(f"label_smoothing={self.label_smoothing} must lie in [0, 1)")
         if self.z_loss < 0 or self.chunks < 0:
             raise ValueError(f"z_loss={self.z_loss} and chunks={self.chunks} must not be negative")
+
+    def for_devices(self, count: int) -> "CausalLM":
+        """Chooses `chunks` where it is 0: 4 on one device, else 1 (each would sum the head's gradient over them)."""
+        return dataclasses.replace(self, chunks=self.chunks or (4 if count == 1 else 1))
 
     @property
     def coefficients(self) -> dict[str, float]:

@@ -240,9 +240,8 @@ def _train(config, workdir, params, tokenizer, encode, kind, restore_step, whole
         is_leaf=lambda x: x is None,
     )
     options = StepConfig(c.accumulation, config.optimizer.clip_norm, c.ema, c.trainable, precision, config.plan.unroll)
-    one_device = plan.mesh.size == 1
-    objective = dataclasses.replace(config.objective, chunks=config.objective.chunks or (4 if one_device else 1))
-    step = make_train_step(model, objective, tx, options, constrain_grads=(lambda g: g) if one_device else pin)
+    objective = config.objective.for_devices(plan.mesh.size)
+    step = make_train_step(model, objective, tx, options, constrain_grads=pin if plan.mesh.size > 1 else lambda g: g)
     step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     rows_sharding = plan.batch_sharding()
     local = functools.partial(jax.make_array_from_process_local_data, rows_sharding)

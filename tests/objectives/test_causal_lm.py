@@ -56,6 +56,11 @@ def test_prepare_and_loss_by_hand(name, z_loss):
     assert loss == pytest.approx(mean, rel=1e-5)
 
 
+def test_chunks_are_chosen_only_where_left_open():
+    assert [CausalLM().for_devices(n).chunks for n in (1, 8)] == [4, 1]
+    assert [CausalLM(chunks=2).for_devices(n).chunks for n in (1, 8)] == [2, 2]
+
+
 @pytest.mark.parametrize(
     "fields, words",
     [

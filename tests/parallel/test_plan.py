@@ -169,7 +169,7 @@ def test_every_optimizers_state_is_divided(name):
     """Moments lie where their parameters' shards do; what is left whole has no dimension that four divides."""
     config = MODELS_HERE["llama"]
     params, axes = abstract(config.make(), np.zeros((1, 4), np.int32))
-    tx = make_optimizer(OptimizerConfig(name, weight_decay=0.0), 2)
+    tx = make_optimizer(OptimizerConfig(name, weight_decay=0.0 if name == "adam" else 0.1), 2)
     state = jax.eval_shape(lambda p: init_state(p, tx, jax.random.key(0), ema=True), params)
     plan = make(config, data=4, model=2, zero=3)
     shardings = plan.state_shardings(state, axes)

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 
 from llm_jax.storage.checkpoints import Checkpoints
@@ -45,23 +44,12 @@ def losses(workdir):
     return {r["step"]: r["train/loss"] for r in read_metrics(workdir) if "train/loss" in r}
 
 
-@pytest.fixture
-def source(tmp_path):
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "more"]
-    for i in range(20):
-        (folder / f"{i}.txt").write_text(" ".join(rng.choice(words, 120)) + "\n")
-    return folder
-
-
-def test_two_processes_are_one_run(source, tmp_path):
+def test_two_processes_are_one_run(corpus, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    alone = start(1, source, one)
+    alone = start(1, corpus, one)
     said = alone.communicate(timeout=300)[0]
     assert alone.returncode == 0, said
-    job = start(2, source, two, "--config.plan.zero=2")
+    job = start(2, corpus, two, "--config.plan.zero=2")
     said = job.communicate(timeout=300)[0]
     assert job.returncode == 0, said
     assert losses(two).keys() == losses(one).keys() == set(range(1, STEPS + 1))
@@ -69,7 +57,7 @@ def test_two_processes_are_one_run(source, tmp_path):
         assert losses(two)[step] == pytest.approx(loss, rel=1e-4), step
 
     stopped = tmp_path / "stopped"
-    job = start(2, source, stopped, "--config.plan.zero=2", "--config.training.steps=100000")
+    job = start(2, corpus, stopped, "--config.plan.zero=2", "--config.training.steps=100000")
     while not losses(stopped) if (stopped / "metrics.jsonl").exists() else job.poll() is None:
         time.sleep(0.05)
     pids = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()

@@ -30,16 +30,6 @@ STEPS, SAVED, KILLED = 14, 5, 8
 TESTS = pathlib.Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    rng = np.random.default_rng(0)
-    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "more"]
-    for i in range(20):
-        (folder / f"{i}.txt").write_text(" ".join(rng.choice(words, 120)) + "\n")
-    return folder
-
-
 def config_of(corpus):
     """Dropout, accumulation, fp16 with a loss scale, a moving average, eight devices."""
     return run.RunConfig(
