@@ -55,7 +55,7 @@ PRECISION = flags.DEFINE_enum("precision", None, ["fp32", "bf16"], "fp32 on a CP
 
 
 # what both sides run, by platform: rows and tokens a row of a training step, side of the square matrix product
-SIZES = {"cpu": {"rows": 4, "length": 256, "side": 3072}, "gpu": {"rows": 64, "length": 1024, "side": 8192}}
+SIZES = {"cpu": {"rows": 4, "length": 256, "side": 3072}, "gpu": {"rows": 32, "length": 1024, "side": 8192}}
 DECODED = {"prompt": 32, "new": 64}  # tokens a row
 
 
@@ -71,8 +71,18 @@ def _measure(who: str, what: str, **options: Any) -> dict[str, Any] | None:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+@functools.cache
+def _device() -> dict[str, str]:
+    """`platform` and `value`, a name; read in another process, since this one must not hold the accelerator."""
+    spec = json.dumps({"what": "device"})
+    command = [sys.executable, "-m", "experiments.benchmark_ours", spec]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
 def _environment() -> dict[str, str]:
-    """Large pages for malloc, as the Makefile sets them, and XLA:CPU's scheduler that saves memory."""
+    """On a CPU: large pages for malloc, as the Makefile sets them, and XLA's scheduler that saves memory."""
+    if _device()["platform"] != "cpu":
+        return dict(os.environ)
     flags_of_xla = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
     return {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "XLA_FLAGS": flags_of_xla, **os.environ}
 
@@ -196,8 +206,7 @@ def main(argv: list[str]) -> None:
         if JSON.value:  # after every case, so that an interruption loses nothing
             with open(JSON.value, "w") as f:
                 json.dump(rows, f, indent=2)
-    device = _measure("ours", "device")
-    print(f"device: {device and device['value']}")
+    print(f"device: {_device()['value']}")
     show = lambda x: "-" if x is None else x if isinstance(x, str) else f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"
     keys = ("case", "ours", "peer", "theirs", "ratio", "limit", "limit_share", "unit")
     table = [keys, *(tuple(show(r[k]) for k in keys) for r in rows)]

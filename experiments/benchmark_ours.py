@@ -170,14 +170,14 @@ def shakespeare(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def device(spec: dict[str, Any]) -> dict[str, Any]:
-    """Name of the hardware."""
+    """Name of the hardware, and its platform."""
     del spec
     name = jax.devices()[0].device_kind
     if on_cpu():
         with open("/proc/cpuinfo") as f:
             models = [line.partition(":")[2].strip() for line in f if line.startswith("model name")]
         name = f"{len(models)} cores of {models[0] if models else 'an unnamed CPU'}"
-    return {"value": f"{name}, jax {jax.__version__}"}
+    return {"value": f"{name}, jax {jax.__version__}", "platform": jax.devices()[0].platform}
 
 
 WHAT = {

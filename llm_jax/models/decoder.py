@@ -93,7 +93,8 @@ def prepare(
         slots = jnp.where(real, order % cache.size, cache.size)
         return Inputs(jnp.maximum(order, 0) if position_ids is None else position_ids, mask, slots, length_B)
     index = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
-    mask = Mask(index, jnp.where(real, index, -1), segment_ids, segment_ids, window=window)
+    ordered = attention_mask is None and segment_ids is None
+    mask = Mask(index, jnp.where(real, index, -1), segment_ids, segment_ids, window=window, ordered=ordered)
     if position_ids is None and segment_ids is not None:
         position_ids = _segment_positions(segment_ids)
     elif position_ids is None and attention_mask is not None:

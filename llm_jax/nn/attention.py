@@ -35,6 +35,7 @@ class Mask(struct.PyTreeNode):
       k_segments_BS: document of each key.
       causal: a query sees positions up to its own.
       window: a query sees only the last `window` positions, its own included.
+      ordered: every row holds positions 0, 1, 2, ... and one document, so that `causal` and `window` say everything.
     """
 
     q_positions_BT: jax.Array
@@ -43,6 +44,7 @@ class Mask(struct.PyTreeNode):
     k_segments_BS: jax.Array | None = None
     causal: bool = struct.field(pytree_node=False, default=True)
     window: int | None = struct.field(pytree_node=False, default=None)
+    ordered: bool = struct.field(pytree_node=False, default=False)
 
     def dense(self) -> jax.Array:
         """`[B, T, S]` bool."""
@@ -67,8 +69,10 @@ class Mask(struct.PyTreeNode):
         """The mask of a chunk of queries (`axis="q"`) or keys (`"k"`)."""
         cut = lambda x: None if x is None else jax.lax.dynamic_slice_in_dim(x, start, size, 1)
         if axis == "q":
-            return self.replace(q_positions_BT=cut(self.q_positions_BT), q_segments_BT=cut(self.q_segments_BT))
-        return self.replace(k_positions_BS=cut(self.k_positions_BS), k_segments_BS=cut(self.k_segments_BS))
+            new = dict(q_positions_BT=cut(self.q_positions_BT), q_segments_BT=cut(self.q_segments_BT))
+        else:
+            new = dict(k_positions_BS=cut(self.k_positions_BS), k_segments_BS=cut(self.k_segments_BS))
+        return self.replace(**new, ordered=False)
 
 
 def _scores(q_BTNH, k_BSKH, mask, slopes_N, bias_BNTS, scale):
@@ -104,7 +108,28 @@ def _reference(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale, rate, k
     return out.reshape(q_BTNH.shape), w.reshape(b, k * g, t, size)
 
 
+def _on_cuda() -> bool:
+    return jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version
+
+
+def _flash(q_BTNH, k_BSKH, v_BSKH, mask, scale):
+    """Attention whose mask is `causal` and `window` alone; cuDNN's kernel, which keeps no scores, where it runs."""
+    causal = mask is not None and mask.causal
+    window = (mask.window - 1, 0) if causal and mask.window is not None else None
+    attend = functools.partial(
+        jax.nn.dot_product_attention, scale=scale, is_causal=causal, local_window_size=window
+    )
+    b, t, n, h = q_BTNH.shape
+    half = q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
+    if not (half and t > 1 and h % 8 == 0 and h <= 128 and _on_cuda()):
+        return attend(q_BTNH, k_BSKH, v_BSKH)
+    cudnn = functools.partial(attend, implementation="cudnn")
+    return jax.lax.platform_dependent(q_BTNH, k_BSKH, v_BSKH, cuda=cudnn, default=attend)
+
+
 def _fused(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale):
+    if (mask is None or (mask.ordered and mask.causal)) and slopes_N is None and bias_BNTS is None:
+        return _flash(q_BTNH, k_BSKH, v_BSKH, mask, scale)
     seen = None if mask is None else mask.dense()[:, None]
     if slopes_N is not None:
         alibi = -slopes_N[None, :, None, None] * mask.distance()[:, None].astype(q_BTNH.dtype)

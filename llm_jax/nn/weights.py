@@ -164,6 +164,25 @@ def _product_bwd(transposed, saved, dy):
 _product.defvjp(_product_fwd, _product_bwd, symbolic_zeros=True)
 
 
+@jax.custom_vjp
+def _rows(w: jax.Array, ids: jax.Array) -> jax.Array:
+    return jnp.take(w, ids, axis=0)
+
+
+def _rows_fwd(w, ids):
+    return _rows(w, ids), (jnp.zeros((w.shape[0], 0), w.dtype), ids)
+
+
+def _rows_bwd(saved, dy):
+    like, ids = saved  # a row's gradient sums over the batch: in float32, since bfloat16 stands still at 256 ones
+    wide = jnp.promote_types(jnp.float32, like.dtype)
+    total = jnp.zeros((like.shape[0], dy.shape[-1]), wide).at[ids].add(dy.astype(wide), mode="drop")
+    return total.astype(like.dtype), None
+
+
+_rows.defvjp(_rows_fwd, _rows_bwd)
+
+
 def _varying(x: jax.Array) -> frozenset[str]:
     aval = jax.typeof(x)  # jax 0.10 moved `vma` into `manual_axis_type`
     return aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma
@@ -197,7 +216,7 @@ def matmul_t(x: jax.Array, w: Any) -> jax.Array:
 
 def take(w: Any, ids: jax.Array) -> jax.Array:
     """Rows of `w`: `[*ids.shape, out]`."""
-    return w.take(ids) if isinstance(w, Weight) else jnp.take(w, ids, axis=0)
+    return w.take(ids) if isinstance(w, Weight) else _rows(*_same_varying(w, ids))
 
 
 def dense(w: Any) -> jax.Array:
