@@ -116,20 +116,18 @@ def _flash(q_BTNH, k_BSKH, v_BSKH, mask, scale):
     """Attention whose mask is `causal` and `window` alone; cuDNN's kernel, which keeps no scores, where it runs."""
     causal = mask is not None and mask.causal
     window = (mask.window - 1, 0) if causal and mask.window is not None else None
-    attend = functools.partial(
-        jax.nn.dot_product_attention, scale=scale, is_causal=causal, local_window_size=window
-    )
-    b, t, n, h = q_BTNH.shape
-    half = q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
-    if not (half and t > 1 and h % 8 == 0 and h <= 128 and _on_cuda()):
-        return attend(q_BTNH, k_BSKH, v_BSKH)
+    attend = functools.partial(jax.nn.dot_product_attention, scale=scale, is_causal=causal, local_window_size=window)
+    plain = jax.checkpoint(attend)
+    t, s, h = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[3]
+    fits = q_BTNH.dtype in (jnp.bfloat16, jnp.float16) and h % 8 == 0 and h <= 128 and t > 1 and t % 2 == s % 2 == 0
+    if not (fits and _on_cuda()):
+        return plain(q_BTNH, k_BSKH, v_BSKH)
     cudnn = functools.partial(attend, implementation="cudnn")
-    return jax.lax.platform_dependent(q_BTNH, k_BSKH, v_BSKH, cuda=cudnn, default=attend)
+    return jax.lax.platform_dependent(q_BTNH, k_BSKH, v_BSKH, cuda=cudnn, default=plain)
 
 
-def _fused(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale):
-    if (mask is None or (mask.ordered and mask.causal)) and slopes_N is None and bias_BNTS is None:
-        return _flash(q_BTNH, k_BSKH, v_BSKH, mask, scale)
+@functools.partial(jax.checkpoint, static_argnums=(6,))
+def _dense(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale):
     seen = None if mask is None else mask.dense()[:, None]
     if slopes_N is not None:
         alibi = -slopes_N[None, :, None, None] * mask.distance()[:, None].astype(q_BTNH.dtype)
@@ -138,6 +136,13 @@ def _fused(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale):
     if seen is not None:
         out = jnp.where(jnp.broadcast_to(jnp.any(seen, axis=-1)[:, 0, :, None, None], out.shape), out, 0)
     return out
+
+
+def _fused(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale):
+    """Keeps queries, keys and values for the backward pass, and no scores."""
+    if (mask is None or (mask.ordered and mask.causal)) and slopes_N is None and bias_BNTS is None:
+        return _flash(q_BTNH, k_BSKH, v_BSKH, mask, scale)
+    return _dense(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale)
 
 
 def _pad(x, size, axis, value=0):

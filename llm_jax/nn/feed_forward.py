@@ -1,5 +1,7 @@
 """Position-wise feed-forward layers, plain and gated.
 
+Under `jax.checkpoint` the backward pass keeps the inputs of an activation and none of its intermediate values.
+
 Sources: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; Shazeer 2020 (GLU variants),
 https://arxiv.org/abs/2002.05202.
 """
@@ -51,9 +53,9 @@ class FeedForward(nn.Module):
         up_BTF = linear(self.hidden, ("embed", "mlp"), kernel_init=init, name="up")(x_BTD)
         if self.gated:
             gate_BTF = linear(self.hidden, ("embed", "mlp"), kernel_init=init, name="gate")(x_BTD)
-            h_BTF = activate(gate_BTF) * up_BTF
+            h_BTF = jax.checkpoint(lambda gate, up: activate(gate) * up)(gate_BTF, up_BTF)
         else:
-            h_BTF = activate(up_BTF)
+            h_BTF = jax.checkpoint(activate)(up_BTF)
         y_BTD = linear(x_BTD.shape[-1], ("mlp", "embed"), kernel_init=out_init, name="down")(h_BTF)
         y_BTD = ports.sequential(self, "adapter", checkpoint_name(y_BTD, "mlp"))
         return ports.parallel(self, "parallel_adapter", x_BTD, y_BTD)

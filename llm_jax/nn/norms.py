@@ -1,8 +1,12 @@
 """Normalisation, computed in float32 whatever the activations are.
 
+Under `jax.checkpoint` the backward pass keeps the input of a norm and nothing else.
+
 Sources: Ba et al. 2016, https://arxiv.org/abs/1607.06450; Zhang and Sennrich 2019,
 https://arxiv.org/abs/1910.07467; Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +20,22 @@ def _wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(jnp.float32, x.dtype))
 
 
+@functools.partial(jax.checkpoint, static_argnums=(3,))
+def _layer_norm(x, scale, bias, eps):
+    y = _wide(x)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    y = scale_last(y, _wide(scale))
+    return (y if bias is None else add_last(y, _wide(bias))).astype(x.dtype)
+
+
+@functools.partial(jax.checkpoint, static_argnums=(2,))
+def _rms_norm(x, scale, eps):
+    y = _wide(x)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    return scale_last(y, _wide(scale)).astype(x.dtype)
+
+
 class LayerNorm(nn.Module):
     """Centres and scales each position over its features."""
 
@@ -25,13 +45,11 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., D]` to `[..., D]`, same dtype."""
-        y = _wide(x)
-        y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        y = scale_last(y, _wide(weights.parameter(self, "scale", nn.initializers.ones, x.shape[-1:], ("norm",))))
+        scale = weights.parameter(self, "scale", nn.initializers.ones, x.shape[-1:], ("norm",))
+        bias = None
         if self.use_bias:
-            y = add_last(y, _wide(weights.parameter(self, "bias", nn.initializers.zeros, x.shape[-1:], ("norm",))))
-        return y.astype(x.dtype)
+            bias = weights.parameter(self, "bias", nn.initializers.zeros, x.shape[-1:], ("norm",))
+        return _layer_norm(x, scale, bias, self.eps)
 
 
 class RMSNorm(nn.Module):
@@ -42,10 +60,8 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., D]` to `[..., D]`, same dtype."""
-        y = _wide(x)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
         scale = weights.parameter(self, "scale", nn.initializers.ones, x.shape[-1:], ("norm",))
-        return scale_last(y, _wide(scale)).astype(x.dtype)
+        return _rms_norm(x, scale, self.eps)
 
 
 class MaskedBatchNorm(nn.Module):
