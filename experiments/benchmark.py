@@ -80,10 +80,12 @@ def _device() -> dict[str, str]:
 
 
 def _environment() -> dict[str, str]:
-    """On a CPU: large pages for malloc, as the Makefile sets them, and XLA's scheduler that saves memory."""
+    """On a CPU: large pages for malloc, as the Makefile sets them, and what saves memory in XLA."""
     if _device()["platform"] != "cpu":
         return dict(os.environ)
-    flags_of_xla = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+    flags_of_xla = (
+        "--xla_cpu_enable_concurrency_optimized_scheduler=false --xla_cpu_copy_insertion_use_region_analysis=true"
+    )
     return {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "XLA_FLAGS": flags_of_xla, **os.environ}
 
 

@@ -42,17 +42,21 @@ class Head(struct.PyTreeNode):
         """Columns that `logits` returns."""
         return weights.shape_of(self.weight)[0 if self.transposed else 1]
 
-    def logits(self, h: jax.Array) -> jax.Array:
-        """`h[..., D]` to float32 logits `[..., V_padded]`; padding holds -1e30."""
+    def logits(self, h: jax.Array, wide: bool = True) -> jax.Array:
+        """`h[..., D]` to logits `[..., V_padded]`; padding holds -1e30.
+
+        They are float32, or with `wide=False` and no bias in the dtype of the product: the same numbers.
+        """
         w = weights.cast(self.weight, h.dtype)
         y = weights.matmul_t(h, w) if self.transposed else weights.matmul(h, w)
-        y = y.astype(jnp.promote_types(jnp.float32, y.dtype))
+        if wide or self.bias is not None:
+            y = y.astype(jnp.promote_types(jnp.float32, y.dtype))
         if self.bias is not None:
             y = add_last(y, self.bias.astype(y.dtype))
         if self.vocab_size == self.padded_size:
             return y
         real = jnp.broadcast_to(jnp.arange(self.padded_size) < self.vocab_size, y.shape)
-        return jnp.where(real, y, MASKED)
+        return jnp.where(real, y, max(MASKED, float(jnp.finfo(y.dtype).min)))
 
     def some_logits(self, h_TD: jax.Array, ids_S: jax.Array) -> jax.Array:
         """Logits of chosen entries only: `[T, S]`, float32."""

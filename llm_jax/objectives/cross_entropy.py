@@ -18,6 +18,10 @@ import jax.numpy as jnp
 from llm_jax.nn.output import Head
 
 
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(jnp.float32, x.dtype))
+
+
 def _columns(logits_TV: jax.Array) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, logits_TV.shape, logits_TV.ndim - 1)
 
@@ -34,7 +38,7 @@ def token_losses(
     """Loss and log-partition of every position.
 
     Args:
-      logits_TV: float32 logits; columns behind `vocab_size` are padding and hold very low values.
+      logits_TV: logits, computed with in float32; columns behind `vocab_size` are padding and hold very low values.
       labels_T: targets.
       vocab_size: V.
       label_smoothing: mass spread evenly over all V entries (torch's definition).
@@ -45,7 +49,8 @@ def token_losses(
     return _token_losses_fwd(logits_TV, labels_T, vocab_size, label_smoothing)[0]
 
 
-def _token_losses_fwd(logits_TV, labels_T, vocab_size, label_smoothing):
+def _token_losses_fwd(narrow_TV, labels_T, vocab_size, label_smoothing):
+    logits_TV = _wide(narrow_TV)
     top = jnp.max(logits_TV, axis=-1, keepdims=True)
     lse = jnp.log(jnp.sum(jnp.exp(logits_TV - top), axis=-1)) + top[..., 0]
     own = jnp.sum(jnp.where(_is_label(logits_TV, labels_T), logits_TV, 0), axis=-1)
@@ -53,17 +58,18 @@ def _token_losses_fwd(logits_TV, labels_T, vocab_size, label_smoothing):
         real = _columns(logits_TV) < vocab_size
         mean = jnp.sum(jnp.where(real, logits_TV, 0), axis=-1) / vocab_size
         own = (1 - label_smoothing) * own + label_smoothing * mean
-    return (lse - own, lse), (logits_TV, labels_T, lse)
+    return (lse - own, lse), (narrow_TV, labels_T, lse)
 
 
 def _token_losses_bwd(vocab_size, label_smoothing, saved, cotangents):
-    logits_TV, labels_T, lse = saved
+    narrow_TV, labels_T, lse = saved
+    logits_TV = _wide(narrow_TV)
     g_loss, g_lse = (g[..., None] for g in cotangents)
     p = jnp.exp(logits_TV - lse[..., None])
     target = jnp.where(_is_label(logits_TV, labels_T), 1 - label_smoothing, 0.0)
     if label_smoothing:
         target = target + jnp.where(_columns(logits_TV) < vocab_size, label_smoothing / vocab_size, 0.0)
-    d_logits = (p * (g_loss + g_lse) - target * g_loss).astype(logits_TV.dtype)
+    d_logits = (p * (g_loss + g_lse) - target * g_loss).astype(narrow_TV.dtype)
     return jax.lax.optimization_barrier(d_logits), None  # else XLA:CPU computes it for each product that reads it
 
 
@@ -71,7 +77,7 @@ token_losses.defvjp(_token_losses_fwd, _token_losses_bwd)
 
 
 def _sums(h_BTD, head, labels_BT, weights_BT, label_smoothing):
-    logits = head.logits(h_BTD)
+    logits = head.logits(h_BTD, wide=False)
     loss, lse = token_losses(logits, labels_BT, head.vocab_size, label_smoothing)
     best = jax.lax.stop_gradient(jnp.argmax(logits, axis=-1))
     weights_BT = weights_BT.astype(loss.dtype)
@@ -110,7 +116,6 @@ def _fused_fwd(h_BTD, head, labels_BT, weights_BT, label_smoothing, chunks):
     learned = [i for i, leaf in enumerate(leaves) if leaf.perturbed]  # a frozen head costs no product
     leaves = [leaf.value for leaf in leaves]
     h_BTD, labels_BT, weights_BT = h_BTD.value, labels_BT.value, weights_BT.value
-    wide = lambda x: x.astype(jnp.promote_types(jnp.float32, x.dtype))
 
     def part(h, learned_leaves, labels, weights):
         own = dict(zip(learned, learned_leaves, strict=True))
@@ -126,10 +131,10 @@ def _fused_fwd(h_BTD, head, labels_BT, weights_BT, label_smoothing, chunks):
         )
         d_h, more = back(jnp.ones_like(loss))
         total = jax.tree.map(jnp.add, total, (loss, *rest))
-        return (total, jax.tree.map(lambda a, b: a + wide(b), d_leaves, more)), d_h
+        return (total, jax.tree.map(lambda a, b: a + _wide(b), d_leaves, more)), d_h
 
-    zero = wide(jnp.zeros((), h_BTD.dtype))
-    zeros = [jnp.zeros_like(wide(leaves[i])) for i in learned]
+    zero = _wide(jnp.zeros((), h_BTD.dtype))
+    zeros = [jnp.zeros_like(_wide(leaves[i])) for i in learned]
     pieces = tuple(_split(x, chunks) for x in (h_BTD, labels_BT, weights_BT))
     (total, d_leaves), d_h = jax.lax.scan(body, ((zero, zero, zero), zeros), pieces)
     d_h = jnp.moveaxis(d_h, 0, 1).reshape(h_BTD.shape[0], -1, h_BTD.shape[2])[:, : h_BTD.shape[1]]

@@ -125,6 +125,32 @@ def test_float64_is_never_narrowed():
         check("everything", ("chunked", "auto"), "float64", 1e-10)
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_an_ordered_mask_needs_no_array(window):
+    q, k, v, dout = (x[:, :T] for x in arrays(4, 2, "float32"))
+    mask = Mask(Q_AT - 2, Q_AT - 2, window=window)
+
+    @jax.jit
+    def run(q, k, v, dout):
+        def one(ordered):
+            out, back = jax.vjp(lambda *x: attend(*x, mask.replace(ordered=ordered), scale=SCALE), q, k, v)
+            return out, back(dout)
+
+        return one(True), one(False)
+
+    a, b = run(q, k, v, dout)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), a, b)
+
+
+def test_fused_keeps_no_scores(capsys):
+    """For the backward pass of a plain mask and of a dense one with a bias: nothing as large as [T, S]."""
+    q, k, v, _ = arrays(4, 4, "float32")
+    for mask, bias in ((None, None), (Mask(Q_AT, K_AT), BIAS)):
+        loss = lambda *x, m=mask, b=bias: attend(*x, m, scale=SCALE, bias_BNTS=b, implementation="fused").sum()
+        jax.ad_checkpoint.print_saved_residuals(loss, q, k, v)
+        assert f"{T},{S}]" not in capsys.readouterr().out.replace(f"f32[1,4,{T},{S}] from a constant", "")
+
+
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
 def test_dropout(implementation):
     """With the identity for values the output is the dropped weights: each 0 or w / (1 - rate)."""

@@ -54,6 +54,15 @@ def test_formulas(dtype, bound):
             np.testing.assert_allclose(np.asarray(y).astype(np.float64), want, rtol=bound, atol=bound, err_msg=name)
 
 
+@pytest.mark.parametrize("module", [LayerNorm(), RMSNorm()])
+def test_the_backward_pass_keeps_the_input_alone(module, capsys):
+    values = {"scale": jnp.ones(8), "bias": jnp.ones(8)}
+    loss = lambda p, x: module.apply({"params": p}, jnp.sin(x)).sum()
+    jax.ad_checkpoint.print_saved_residuals(loss, values, jnp.asarray(X, jnp.float32))
+    kept = [l for l in capsys.readouterr().out.splitlines() if l.startswith("f32[2,5,8]")]
+    assert ["sin" in l for l in kept if "cos" not in l] == [True]  # cos is what sin keeps
+
+
 def test_another_rows_length_moves_batch_norm_and_not_layer_norm():
     batch, layer = MaskedBatchNorm(), LayerNorm()
     params = {"params": {"scale": np.ones(8, np.float32), "bias": np.zeros(8, np.float32)}}

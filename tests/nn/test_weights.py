@@ -61,6 +61,16 @@ def test_hand_written_gradient_equals_autodiff(transposed, lead, bound):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=bound, atol=bound), a, b)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_gradients_of_rows_sum_in_float32(dtype):
+    """A frequent token's row: 5,000 ones, where bfloat16 alone would stand still at 256 and float16 at 2,048."""
+    ids = np.where(np.arange(6000) < 5000, 1, np.arange(6000) % 3 + 2).reshape(6, 1000)
+    loss = lambda w: weights.take(w, ids).astype(jnp.float32).sum()
+    grad = jax.jit(jax.grad(loss))(jnp.ones((6, 2), dtype))
+    assert grad.dtype == dtype
+    np.testing.assert_array_equal(grad.astype(np.float32)[:, 0], np.bincount(ids.ravel(), minlength=6).astype(dtype))
+
+
 @pytest.mark.parametrize("product", [weights.matmul, weights.matmul_t])
 @pytest.mark.parametrize("argument, products", [((0,), 2), ((1,), 2), ((0, 1), 3)])
 def test_what_is_frozen_costs_no_product(product, argument, products):

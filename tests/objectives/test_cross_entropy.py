@@ -43,6 +43,27 @@ def test_value_and_gradient_equal_autodiff(smoothing, dtype, bound):
         assert ours[1][0].dtype == dtype and (ours[1][0][:, V:] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_logits_are_computed_with_in_float32(dtype):
+    h, w = jnp.asarray(H, dtype), jnp.asarray(W, dtype)
+
+    @jax.jit
+    def run(h, w):
+        def one(wide):
+            logits = Head(w, None, V).logits(h, wide=wide)
+            losses = lambda x: token_losses(x, jnp.asarray(LABELS), V, 0.1)
+            out, back = jax.vjp(losses, logits)
+            return logits, out, back(jax.tree.map(jnp.ones_like, out))
+
+        return one(False), one(True)
+
+    (logits, out, grad), (wide_logits, wide_out, wide_grad) = jax.device_get(run(h, w))
+    assert logits.dtype == grad[0].dtype == dtype and wide_logits.dtype == out[0].dtype == out[1].dtype == "float32"
+    assert np.isfinite(np.float32(logits)).all() and (grad[0][..., V:] == 0).all()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), out, wide_out)
+    np.testing.assert_allclose(np.float32(grad[0]), wide_grad[0], rtol=2**-8, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "padded, transposed, smoothing, dtype, bound",
     [(0, False, 0.1, "float32", 1e-5), (3, True, 0.0, "float32", 1e-5), (3, False, 0.2, "float64", 1e-10)],
