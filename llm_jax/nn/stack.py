@@ -114,6 +114,9 @@ class Stack(nn.Module):
 
         Returns:
           (last carry, tuple of per-layer outputs, or None where blocks return None).
+
+        Raises:
+          ValueError: if the parameters hold another number of layers, or a stack runner meets shared layers.
         """
         count, groups = self.num_layers, self.num_groups or self.num_layers
         if self.is_initializing():
@@ -136,6 +139,8 @@ class Stack(nn.Module):
             return carry, out, sown.get("intermediates", {})
 
         if self.execution.stack_runner is not None:
+            if groups != count or extra is not None:
+                raise ValueError("a stack_runner runs layers with parameters of their own: no groups, no per_layer entries")
             return self.execution.stack_runner(layer, params, carry, per_layer)
         run = _unrolled if is_unstacked(params) else _scanned
         group_of = [l * groups // count for l in range(count)]

@@ -222,6 +222,8 @@ def _train(config, workdir, params, tokenizer, encode, kind, restore_step, whole
     checkpoints = Checkpoints(workdir / "checkpoints", c.keep_last, c.keep_best)
     for note in plan.notes:
         log.info("%s", note)
+    if jax.process_index() == 0:
+        (workdir / "parameters.txt").write_text(plan.describe(shapes.params, axes) + "\n")
     if restore_step is None and checkpoints.latest() is None:
         if params is not None:
             params = jax.device_put(params, plan.param_shardings(abstract, axes))
