@@ -204,5 +204,5 @@ def test_errors():
     with pytest.raises(ValueError, match="remat='every:3' does not divide 4 layers"):
         jax.eval_shape(lambda: make(remat="every:3").apply({"params": PARAMS}, X, None, (1.0,)))
     grouped = jax.tree.map(lambda x: x[:2], PARAMS)
-    with pytest.raises(ValueError, match="a stack_runner runs layers with parameters of their own"):
+    with pytest.raises(ValueError, match="a stack_runner runs layers with their own parameters"):
         make(groups=2, stack_runner=lambda *a: None).apply({"params": grouped}, X, None, (1.0,))
