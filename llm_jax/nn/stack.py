@@ -140,7 +140,7 @@ class Stack(nn.Module):
 
         if self.execution.stack_runner is not None:
             if groups != count or extra is not None:
-                raise ValueError("a stack_runner runs layers with their own parameters: no groups, no per_layer entries")
+                raise ValueError("a stack_runner runs layers with their own parameters: no groups, no per_layer")
             return self.execution.stack_runner(layer, params, carry, per_layer)
         run = _unrolled if is_unstacked(params) else _scanned
         group_of = [l * groups // count for l in range(count)]
