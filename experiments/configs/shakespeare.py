@@ -5,9 +5,9 @@ Reproduces: nanoGPT's README (4 layers, 4 heads, 128 wide, context 64, batch 12,
 Command:    python -m experiments.train --config=experiments/configs/shakespeare.py --workdir=runs/shakespeare \
                 --config.data.source=../shared/data/tinyshakespeare/input.txt
 Cost:       151 s on two cores (the benchmark's loop, `--cases=shakespeare`)
-Result:     validation loss over the whole held-out tenth, seeds 0 to 3: 1.915, 1.885, 1.897, 1.914; transformers' GPT-2
-            with the same settings 1.89. nanoGPT's figure is an estimate from 20 random batches: ten such estimates of
-            seed 1 lie between 1.85 and 1.91. With Muon at 2e-2: 1.61
+Result:     in the benchmark's loop, over the whole held-out tenth, seeds 0 to 3: 1.915, 1.885, 1.897, 1.914;
+            transformers' GPT-2 there 1.89. nanoGPT's figure is an estimate from 20 random batches: ten such estimates
+            of seed 1 lie between 1.85 and 1.91. With Muon at 2e-2: 1.61
 """
 
 from experiments import cli

@@ -35,7 +35,8 @@ class Mask(struct.PyTreeNode):
       k_segments_BS: document of each key.
       causal: a query sees positions up to its own.
       window: a query sees only the last `window` positions, its own included.
-      ordered: every row holds positions 0, 1, 2, ... and one document, so that `causal` and `window` say everything.
+      ordered: queries and keys of every row are at 0, 1, 2, ... in one document, so that `causal` and `window` say
+        everything and the arrays are not read; whoever replaces positions clears it, as `slice` does.
     """
 
     q_positions_BT: jax.Array
@@ -108,11 +109,15 @@ def _reference(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale, rate, k
     return out.reshape(q_BTNH.shape), w.reshape(b, k * g, t, size)
 
 
-def _on_cuda() -> bool:
-    return jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version
+def _cudnn_runs() -> bool:
+    """Whether this is an NVIDIA GPU of compute capability 8.0 (Ampere) or newer."""
+    device = jax.devices()[0]
+    return (
+        device.platform == "gpu" and "cuda" in device.client.platform_version and float(device.compute_capability) >= 8  # type: ignore[attr-defined]
+    )
 
 
-def _flash(q_BTNH, k_BSKH, v_BSKH, mask, scale):
+def _ordered(q_BTNH, k_BSKH, v_BSKH, mask, scale):
     """Attention whose mask is `causal` and `window` alone; cuDNN's kernel, which keeps no scores, where it runs."""
     causal = mask is not None and mask.causal
     window = (mask.window - 1, 0) if causal and mask.window is not None else None
@@ -120,7 +125,7 @@ def _flash(q_BTNH, k_BSKH, v_BSKH, mask, scale):
     plain = jax.checkpoint(attend)
     t, s, h = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[3]
     fits = q_BTNH.dtype in (jnp.bfloat16, jnp.float16) and h % 8 == 0 and h <= 128 and t > 1 and t % 2 == s % 2 == 0
-    if not (fits and _on_cuda()):
+    if not (fits and _cudnn_runs()):
         return plain(q_BTNH, k_BSKH, v_BSKH)
     cudnn = functools.partial(attend, implementation="cudnn")
     return jax.lax.platform_dependent(q_BTNH, k_BSKH, v_BSKH, cuda=cudnn, default=plain)
@@ -139,9 +144,9 @@ def _dense(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale):
 
 
 def _fused(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale):
-    """Keeps queries, keys and values for the backward pass, and no scores."""
+    """Keeps queries, keys and values for the backward pass (cuDNN the output too), and no scores."""
     if (mask is None or (mask.ordered and mask.causal)) and slopes_N is None and bias_BNTS is None:
-        return _flash(q_BTNH, k_BSKH, v_BSKH, mask, scale)
+        return _ordered(q_BTNH, k_BSKH, v_BSKH, mask, scale)
     return _dense(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale)
 
 
@@ -225,7 +230,8 @@ def attend(
       scale: usually H ** -0.5.
       implementation: `reference` (einsum, [T, S] scores), `fused` (`jax.nn.dot_product_attention`, no dropout),
         `chunked` (online softmax, memory linear in T and S), `auto` (fused unless dropout is on or the inputs are
-        float64).
+        float64). With an ordered mask in half precision on CUDA, fused is cuDNN's kernel, which has no second
+        derivative and takes no `vmap` over some operands only; `chunked` and `reference` have and do.
       slopes_N: ALiBi slopes; needs a mask, whose positions give the distances.
       bias_BNTS: added to the scores, B or 1 rows.
       dropout_rate: share of attention weights dropped where `dropout_key` is given.
@@ -258,7 +264,7 @@ def attend(
     if dropout_key is not None:
         raise ValueError("fused attention has no dropout; use reference or chunked, or dropout_rate=0")
     if q_BTNH.dtype == jnp.float16:  # XLA:CPU has no such product
-        reference = lambda *a: _reference(*a, scale, 0.0, None)[0]
+        reference = jax.checkpoint(lambda *a: _reference(*a, scale, 0.0, None)[0])
         return jax.lax.platform_dependent(*args[:-1], cpu=reference, default=lambda *a: _fused(*a, scale))
     return _fused(*args)
 

@@ -43,7 +43,7 @@ class Head(struct.PyTreeNode):
         return weights.shape_of(self.weight)[0 if self.transposed else 1]
 
     def logits(self, h: jax.Array, wide: bool = True) -> jax.Array:
-        """`h[..., D]` to logits `[..., V_padded]`; padding holds -1e30.
+        """`h[..., D]` to logits `[..., V_padded]`; padding holds -1e30 (the lowest number in float16).
 
         They are float32, or with `wide=False` and no bias in the dtype of the product: the same numbers.
         """
@@ -58,12 +58,13 @@ class Head(struct.PyTreeNode):
         real = jnp.broadcast_to(jnp.arange(self.padded_size) < self.vocab_size, y.shape)
         return jnp.where(real, y, max(MASKED, float(jnp.finfo(y.dtype).min)))
 
+    def rows(self, ids: jax.Array) -> jax.Array:
+        """Output embeddings of chosen entries: `[*ids.shape, D]`."""
+        return weights.take(self.weight if self.transposed else weights.dense(self.weight).T, ids)
+
     def some_logits(self, h_TD: jax.Array, ids_S: jax.Array) -> jax.Array:
         """Logits of chosen entries only: `[T, S]`, float32."""
-        if self.transposed:
-            rows_SD = weights.take(self.weight, ids_S)
-        else:
-            rows_SD = jnp.take(weights.dense(self.weight), ids_S, axis=1).T
+        rows_SD = self.rows(ids_S)
         y = (h_TD @ rows_SD.T.astype(h_TD.dtype)).astype(jnp.promote_types(jnp.float32, h_TD.dtype))
         return y if self.bias is None else add_last(y, self.bias[ids_S].astype(y.dtype))
 
@@ -115,11 +116,7 @@ def sampled_softmax(
         estimate of the softmax's gradient is consistent. Zeros with `sampled_S = arange(V)` give the full softmax.
     """
     labels_T = labels_T.astype(jnp.int32)
-    if head.transposed:
-        own_TD = weights.take(head.weight, labels_T)
-    else:
-        own_TD = jnp.take(weights.dense(head.weight), labels_T, axis=1).T
-    own_T = jnp.sum(h_TD * own_TD, axis=-1)
+    own_T = jnp.sum(h_TD * head.rows(labels_T), axis=-1)
     own_T = own_T if head.bias is None else own_T + head.bias[labels_T]
     own_T = own_T - log_q_V[labels_T]
     other_TS = head.some_logits(h_TD, sampled_S) - log_q_V[sampled_S][None, :]

@@ -175,7 +175,7 @@ def cross_entropy_sums(
       label_smoothing: see `token_losses`.
       chunks: the length is cut into this many, and the logits of one exist at once.
       z_loss: whether the second sum is differentiated. Without it the chunks' gradients are computed beside their
-        logits; with it the logits are computed twice.
+        logits; with it, and in float16, the logits are computed twice.
 
     Returns:
       (cross-entropy, squared log-partition, correct top predictions), each a weighted float32 sum.
@@ -183,7 +183,7 @@ def cross_entropy_sums(
     chunks = min(chunks, h_BTD.shape[1])
     if chunks <= 1:
         return _sums(h_BTD, head, labels_BT, weights_BT, label_smoothing)
-    if z_loss:
+    if z_loss or h_BTD.dtype == jnp.float16:  # whose range does not hold the sum before the loss scale and the mean
         return _chunked(h_BTD, head, labels_BT, weights_BT, label_smoothing, chunks)
     loss, squares, correct = _fused(h_BTD, head, labels_BT, weights_BT, label_smoothing, chunks)
     return loss, jax.lax.stop_gradient(squares), correct

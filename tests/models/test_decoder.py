@@ -9,13 +9,24 @@ import numpy as np
 import pytest
 from tiny_models import CONTEXT, MODELS, V, abstract, model_params
 
+from llm_jax.models import decoder
 from llm_jax.nn import weights
+from llm_jax.nn.cache import init_cache
 from llm_jax.nn.execution import Execution
 from llm_jax.nn.stack import unstack
 
 T, PAD = 7, 3
 IDS = np.random.default_rng(0).integers(0, V, (2, T))
 REAL = np.array([[1] * T, [1] * (T - 2) + [0] * 2], bool)  # the second row is shorter
+
+
+def test_only_plain_rows_are_ordered():
+    ids = jnp.zeros((2, T), jnp.int32)
+    ordered = lambda mask=None, segments=None, cache=None: (
+        decoder.prepare(ids, mask, None, segments, cache, CONTEXT).mask.ordered
+    )
+    assert ordered() and not ordered(mask=REAL) and not ordered(segments=ids)
+    assert not ordered(cache=init_cache(1, 2, T, 1, 4))
 
 
 class Probe(weights.Weight):

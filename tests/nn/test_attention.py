@@ -126,7 +126,7 @@ def test_float64_is_never_narrowed():
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_an_ordered_mask_needs_no_array(window):
+def test_an_ordered_mask_gives_what_its_array_gives(window):
     q, k, v, dout = (x[:, :T] for x in arrays(4, 2, "float32"))
     mask = Mask(Q_AT - 2, Q_AT - 2, window=window)
 
@@ -142,10 +142,44 @@ def test_an_ordered_mask_needs_no_array(window):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), a, b)
 
 
-def test_fused_keeps_no_scores(capsys):
+def test_an_ordered_mask_is_not_read(monkeypatch):
+    q, k, v, _ = (x[:, :5] for x in arrays(4, 2, "float32"))  # a length of its own: checkpoint remembers its traces
+    at = Q_AT[:, :5] - 2
+    mask = Mask(at, at, ordered=True)
+    monkeypatch.setattr(Mask, "dense", lambda self: pytest.fail("the mask was made an array"))
+    jax.eval_shape(lambda *x: attend(*x, mask, scale=SCALE), q, k, v)
+    for changes in (dict(causal=False), dict(ordered=False)):
+        with pytest.raises(pytest.fail.Exception):
+            jax.eval_shape(lambda *x, c=changes: attend(*x, mask.replace(**c), scale=SCALE), q, k, v)
+    assert mask.ordered and not mask.slice("q", 0, 2).ordered and not mask.slice("k", 0, 2).ordered
+
+
+@pytest.mark.parametrize(
+    "length, width, dtype, runs",
+    [(8, 16, "bfloat16", True), (8, 128, "float16", True), (8, 16, "float32", False), (7, 16, "bfloat16", False)]
+    + [(8, 12, "bfloat16", False), (8, 136, "bfloat16", False)],
+)
+def test_where_the_kernel_of_cudnn_runs(length, width, dtype, runs, monkeypatch):
+    """Read off the program lowered for CUDA, which needs no GPU."""
+    versions = type("Versions", (), {"cudnn_get_version": staticmethod(lambda: 91000)})
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.cuda_versions", versions)
+    monkeypatch.setattr("llm_jax.nn.attention._cudnn_runs", lambda: True)
+    at = jnp.broadcast_to(jnp.arange(length), (2, length))
+    x = jax.ShapeDtypeStruct((2, length, 4, width), dtype)
+
+    def text(ordered):
+        f = jax.jit(lambda q, k, v: attend(q, k, v, Mask(at, at, ordered=ordered), scale=SCALE))
+        return f.trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
+
+    assert ("cudnn" in text(True), "cudnn" in text(False)) == (runs, False)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_fused_keeps_no_scores(dtype, capsys):
     """For the backward pass of a plain mask and of a dense one with a bias: nothing as large as [T, S]."""
-    q, k, v, _ = arrays(4, 4, "float32")
-    for mask, bias in ((None, None), (Mask(Q_AT, K_AT), BIAS)):
+    q, k, v, _ = arrays(4, 4, dtype)
+    some = BIAS if dtype == "float32" else None  # which the choice between float16's two forms hands on
+    for mask, bias in ((None, None), (Mask(Q_AT, K_AT), some)):
         loss = lambda *x, m=mask, b=bias: attend(*x, m, scale=SCALE, bias_BNTS=b, implementation="fused").sum()
         jax.ad_checkpoint.print_saved_residuals(loss, q, k, v)
         assert f"{T},{S}]" not in capsys.readouterr().out.replace(f"f32[1,4,{T},{S}] from a constant", "")

@@ -55,6 +55,15 @@ def test_sampling_the_whole_vocabulary_is_the_full_softmax(transposed, use_bias)
     np.testing.assert_allclose(full[0], -np.sum(np.arange(1, T + 1) * logp[np.arange(T), LABELS]), rtol=1e-5)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients_of_output_embeddings_sum_in_float32(transposed):
+    w = jnp.ones((V, D) if transposed else (D, V), jnp.bfloat16)
+    labels = jnp.full(5000, 3)
+    grad = jax.jit(jax.grad(lambda w: Head(w, None, V, transposed).rows(labels).astype(jnp.float32).sum()))(w)
+    grad = grad if transposed else grad.T
+    np.testing.assert_array_equal(np.float32(grad)[:, 0], [0, 0, 0, np.float32(jnp.bfloat16(5000)), 0, 0, 0])
+
+
 def test_the_log_q_correction_makes_the_true_distribution_stationary():
     """Over all 2^V samples, each entry in with its own probability q, log p minimises the expected loss."""
     p, q = np.array([0.5, 0.3, 0.15, 0.05]), np.array([0.9, 0.2, 0.5, 0.7])

@@ -102,6 +102,15 @@ def test_sums(padded, transposed, smoothing, dtype, bound):
                 jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=bound, atol=bound), one, want)
 
 
+def test_float16_gradients_in_chunks_fit_where_those_of_the_mean_do():
+    """20 of every position's 0.5 summed over 16,384 positions exceed 65,504; their mean does not."""
+    h, w = jnp.full((16, 1024, 2), 20, jnp.float16), jnp.zeros((2, 2), jnp.float16)
+    labels, ones = jnp.zeros(h.shape[:2], jnp.int32), jnp.ones(h.shape[:2])
+    loss = lambda w: cross_entropy_sums(h, Head(w, None, 2), labels, ones, chunks=4, z_loss=False)[0] / labels.size
+    grad = jax.jit(jax.grad(lambda w: 1024 * loss(w)))(w)
+    np.testing.assert_allclose(np.float32(grad), 1024 * 20 * np.array([[-0.5, 0.5]] * 2), rtol=1e-2)
+
+
 @pytest.mark.parametrize("argument, products", [((0,), 2), ((1,), 2), ((0, 1), 3)])
 def test_chunks_compute_nothing_twice_and_nothing_for_what_is_frozen(argument, products):
     def loss(h, w):
