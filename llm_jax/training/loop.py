@@ -198,7 +198,9 @@ def run_loop(
         profiling = False
         for step in range(start + 1, config.steps + 1):
             if step == config.profile_start:
-                jax.profiler.start_trace(str(epath.Path(workdir) / "profile"))
+                options = jax.profiler.ProfileOptions()
+                options.python_tracer_level = 0  # it hooks into every thread, and those of checkpoints come and go
+                jax.profiler.start_trace(str(epath.Path(workdir) / "profile"), profiler_options=options)
                 profiling = True
             state, metrics = step_fn(state, put(next(loader)))
             values = jax.device_get(metrics)  # waits: signals and errors belong to the step that caused them

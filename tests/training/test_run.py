@@ -38,8 +38,7 @@ def config_of(corpus):
         optimizer=OptimizerConfig(learning_rate=2e-2, warmup_steps=3),
         plan=PlanConfig(precision="fp16", zero=3),
         training=LoopConfig(
-            STEPS, 16, 16, 2, log_every=1, checkpoint_every=SAVED, eval_every=7, ema=0.8, keep_last=3,
-            profile_start=12, profile_steps=2,
+            STEPS, 16, 16, 2, log_every=1, checkpoint_every=SAVED, eval_every=7, ema=0.8, keep_last=3
         ),
     )  # fmt: skip
 
@@ -70,7 +69,6 @@ def test_a_run_learns_and_leaves_its_files(whole, corpus):
     table = dict(line.split("  ", 1) for line in (folder / "parameters.txt").read_text().splitlines()[1:])
     eighth = "float32[2, 16, 64]  ('layers', 'embed', 'mlp')  (None, None, 'data')  1,024 B"
     assert table["decoder/layers/mlp/up/kernel"] == eighth
-    assert list((folder / "profile").rglob("*.xplane.pb"))
     assert Checkpoints(folder / "checkpoints", read_only=True).steps() == [5, 10, 14]
     assert run.load_config(folder) == config_of(corpus)
     assert int(trained.state.step) == STEPS and trained.tokenizer.vocab_size <= 300
