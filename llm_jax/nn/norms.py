@@ -16,24 +16,20 @@ from llm_jax.nn import weights
 from llm_jax.nn.linear import add_last, scale_last
 
 
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(jnp.float32, x.dtype))
-
-
 @functools.partial(jax.checkpoint, static_argnums=(3,))
 def _layer_norm(x, scale, bias, eps):
-    y = _wide(x)
+    y = weights.wide(x)
     y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
-    y = scale_last(y, _wide(scale))
-    return (y if bias is None else add_last(y, _wide(bias))).astype(x.dtype)
+    y = scale_last(y, weights.wide(scale))
+    return (y if bias is None else add_last(y, weights.wide(bias))).astype(x.dtype)
 
 
 @functools.partial(jax.checkpoint, static_argnums=(2,))
 def _rms_norm(x, scale, eps):
-    y = _wide(x)
+    y = weights.wide(x)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
-    return scale_last(y, _wide(scale)).astype(x.dtype)
+    return scale_last(y, weights.wide(scale)).astype(x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -76,11 +72,12 @@ class MaskedBatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, mask_BT: jax.Array) -> jax.Array:
         """Statistics of each feature over the positions where `mask_BT` is true."""
-        y = _wide(x_BTD)
+        y = weights.wide(x_BTD)
         m = mask_BT[:, :, None].astype(y.dtype)
         total = jnp.maximum(jnp.sum(m), 1)
         y = y - jnp.sum(y * m, axis=(0, 1), keepdims=True) / total
         y = y * jax.lax.rsqrt(jnp.sum(jnp.square(y) * m, axis=(0, 1), keepdims=True) / total + self.eps)
-        y = scale_last(y, _wide(weights.parameter(self, "scale", nn.initializers.ones, x_BTD.shape[-1:], ("norm",))))
+        scale = weights.parameter(self, "scale", nn.initializers.ones, x_BTD.shape[-1:], ("norm",))
+        y = scale_last(y, weights.wide(scale))
         bias = weights.parameter(self, "bias", nn.initializers.zeros, x_BTD.shape[-1:], ("norm",))
-        return add_last(y, _wide(bias)).astype(x_BTD.dtype)
+        return add_last(y, weights.wide(bias)).astype(x_BTD.dtype)

@@ -50,7 +50,7 @@ class Head(struct.PyTreeNode):
         w = weights.cast(self.weight, h.dtype)
         y = weights.matmul_t(h, w) if self.transposed else weights.matmul(h, w)
         if wide or self.bias is not None:
-            y = y.astype(jnp.promote_types(jnp.float32, y.dtype))
+            y = weights.wide(y)
         if self.bias is not None:
             y = add_last(y, self.bias.astype(y.dtype))
         if self.vocab_size == self.padded_size:
@@ -65,7 +65,7 @@ class Head(struct.PyTreeNode):
     def some_logits(self, h_TD: jax.Array, ids_S: jax.Array) -> jax.Array:
         """Logits of chosen entries only: `[T, S]`, float32."""
         rows_SD = self.rows(ids_S)
-        y = (h_TD @ rows_SD.T.astype(h_TD.dtype)).astype(jnp.promote_types(jnp.float32, h_TD.dtype))
+        y = weights.wide(h_TD @ rows_SD.T.astype(h_TD.dtype))
         return y if self.bias is None else add_last(y, self.bias[ids_S].astype(y.dtype))
 
 

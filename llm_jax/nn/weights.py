@@ -112,6 +112,11 @@ def _cast_leaf(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
+def wide(x: jax.Array) -> jax.Array:
+    """`x` in float32, or in float64 where it is that."""
+    return x.astype(jnp.promote_types(jnp.float32, x.dtype))
+
+
 # The plain product ---------------------------------------------------------------------------------------
 
 
@@ -175,8 +180,8 @@ def _rows_fwd(w, ids):
 
 def _rows_bwd(saved, dy):
     like, ids = saved  # a row's gradient sums over the batch: in float32, since bfloat16 stands still at 256 ones
-    wide = jnp.promote_types(jnp.float32, like.dtype)
-    total = jnp.zeros((like.shape[0], dy.shape[-1]), wide).at[ids].add(dy.astype(wide), mode="drop")
+    dy = wide(dy)
+    total = jnp.zeros((like.shape[0], dy.shape[-1]), dy.dtype).at[ids].add(dy, mode="drop")
     return total.astype(like.dtype), None
 
 

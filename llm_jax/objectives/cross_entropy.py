@@ -16,10 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.nn.output import Head
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(jnp.float32, x.dtype))
+from llm_jax.nn.weights import wide
 
 
 def _columns(logits_TV: jax.Array) -> jax.Array:
@@ -50,7 +47,7 @@ def token_losses(
 
 
 def _token_losses_fwd(narrow_TV, labels_T, vocab_size, label_smoothing):
-    logits_TV = _wide(narrow_TV)
+    logits_TV = wide(narrow_TV)
     top = jnp.max(logits_TV, axis=-1, keepdims=True)
     lse = jnp.log(jnp.sum(jnp.exp(logits_TV - top), axis=-1)) + top[..., 0]
     own = jnp.sum(jnp.where(_is_label(logits_TV, labels_T), logits_TV, 0), axis=-1)
@@ -63,7 +60,7 @@ def _token_losses_fwd(narrow_TV, labels_T, vocab_size, label_smoothing):
 
 def _token_losses_bwd(vocab_size, label_smoothing, saved, cotangents):
     narrow_TV, labels_T, lse = saved
-    logits_TV = _wide(narrow_TV)
+    logits_TV = wide(narrow_TV)
     g_loss, g_lse = (g[..., None] for g in cotangents)
     p = jnp.exp(logits_TV - lse[..., None])
     target = jnp.where(_is_label(logits_TV, labels_T), 1 - label_smoothing, 0.0)
@@ -131,10 +128,10 @@ def _fused_fwd(h_BTD, head, labels_BT, weights_BT, label_smoothing, chunks):
         )
         d_h, more = back(jnp.ones_like(loss))
         total = jax.tree.map(jnp.add, total, (loss, *rest))
-        return (total, jax.tree.map(lambda a, b: a + _wide(b), d_leaves, more)), d_h
+        return (total, jax.tree.map(lambda a, b: a + wide(b), d_leaves, more)), d_h
 
-    zero = _wide(jnp.zeros((), h_BTD.dtype))
-    zeros = [jnp.zeros_like(_wide(leaves[i])) for i in learned]
+    zero = wide(jnp.zeros((), h_BTD.dtype))
+    zeros = [jnp.zeros_like(wide(leaves[i])) for i in learned]
     pieces = tuple(_split(x, chunks) for x in (h_BTD, labels_BT, weights_BT))
     (total, d_leaves), d_h = jax.lax.scan(body, ((zero, zero, zero), zeros), pieces)
     d_h = jnp.moveaxis(d_h, 0, 1).reshape(h_BTD.shape[0], -1, h_BTD.shape[2])[:, : h_BTD.shape[1]]
