@@ -118,7 +118,7 @@ def test_what_the_backward_pass_keeps(remat, saved, capsys):
     lines = [l for l in capsys.readouterr().out.splitlines() if "from the argument" not in l and "constant" not in l]
     counts = {shape: sum(l.startswith(f"f32[{shape[0]},{shape[1]}]") for l in lines) for shape in ((B, D), (B, F))}
     if saved is None:
-        assert sum(counts.values()) >= 3 * L
+        assert sum(counts.values()) > 3 * L
     else:
         # the loss itself keeps one, the last block's output
         assert counts == {(B, D): saved[B, D] + 1, (B, F): saved.get((B, F), 0)}
