@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import print_saved_residuals
 
 from llm_jax.nn.attention import AttentionConfig, Mask, attend, attention_weights
 from llm_jax.nn.positions import alibi_slopes
@@ -181,7 +182,7 @@ def test_fused_keeps_no_scores(dtype, capsys):
     some = BIAS if dtype == "float32" else None  # which the choice between float16's two forms hands on
     for mask, bias in ((None, None), (Mask(Q_AT, K_AT), some)):
         loss = lambda *x, m=mask, b=bias: attend(*x, m, scale=SCALE, bias_BNTS=b, implementation="fused").sum()
-        jax.ad_checkpoint.print_saved_residuals(loss, q, k, v)
+        print_saved_residuals(loss, q, k, v)
         assert f"{T},{S}]" not in capsys.readouterr().out.replace(f"f32[1,4,{T},{S}] from a constant", "")
 
 

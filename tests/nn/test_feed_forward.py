@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import print_saved_residuals
 
 from llm_jax.nn.feed_forward import ACTIVATIONS, FeedForward
 
@@ -61,5 +62,5 @@ def test_what_the_backward_pass_keeps(gated, capsys):
     module = FeedForward(6, "gelu", gated)
     params = jax.tree.map(jnp.asarray, params_of(gated, True))
     loss = lambda p: jnp.sum(module.apply({"params": p}, jnp.asarray(X)))
-    jax.ad_checkpoint.print_saved_residuals(loss, params)
+    print_saved_residuals(loss, params)
     assert sum(",6]" in l and "argument" not in l for l in capsys.readouterr().out.splitlines()) == 2 + gated

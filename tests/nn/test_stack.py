@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from jax.ad_checkpoint import checkpoint_name
+from jax.ad_checkpoint import checkpoint_name, print_saved_residuals
 from tiny_models import abstract, random_params
 
 from llm_jax.nn import weights
@@ -114,7 +114,7 @@ def test_every_layer_draws_its_own_dropout(unrolled):
 def test_what_the_backward_pass_keeps(remat, saved, capsys):
     module, params = make(remat=remat), unstack(PARAMS)
     loss = lambda p: jnp.sum(jnp.sin(module.apply({"params": p}, X, None, (2.0,))[0]))
-    jax.ad_checkpoint.print_saved_residuals(loss, params)
+    print_saved_residuals(loss, params)
     lines = [l for l in capsys.readouterr().out.splitlines() if "from the argument" not in l and "constant" not in l]
     counts = {shape: sum(l.startswith(f"f32[{shape[0]},{shape[1]}]") for l in lines) for shape in ((B, D), (B, F))}
     if saved is None:
