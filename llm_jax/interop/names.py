@@ -1,10 +1,11 @@
 """Reading and writing other people's tensors by rules.
 
 A rule says where one of our parameters lives in their file and how to get it: `{l}` stands for the layer. Reading
-is by slices, tensor by tensor: never is more in memory than the parameters so far and one tensor.
+is by slices, tensor by tensor, the largest first: never is more in memory than the parameters so far and one tensor.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -114,10 +115,18 @@ def read_params(
         parts = [f"missing {_some(missing)}"] * bool(missing) + [f"unexpected {_some(extra)}"] * bool(extra)
         raise InteropError(f"{where} does not fit its config: {'; '.join(parts)}")
     flat_shardings = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings)
-    out = []
-    for (path, leaf), sharding in zip(leaves, flat_shardings, strict=True):
-        out.append(_read_one(source, by_path[path], path, leaf, dtype, sharding, padded(path)))
+    out: list[Any] = [None] * len(leaves)
+    for i in sorted(range(len(leaves)), key=lambda i: -math.prod(leaves[i][1].shape)):
+        path, leaf = leaves[i]
+        out[i] = _read_one(source, by_path[path], path, leaf, dtype, flat_shardings[i], padded(path))
     return jax.tree.unflatten(jax.tree.structure(abstract), out)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array that a CPU device takes over without a copy, which needs 64 bytes of alignment."""
+    raw = np.empty(math.prod(shape) * dtype.itemsize + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : raw.size - 64 + start].view(dtype).reshape(shape)
 
 
 def _some(names: Sequence[str]) -> str:
@@ -137,26 +146,24 @@ def _read_one(source, rule, path, leaf, dtype, sharding, padded):
             raise InteropError(f"{name} has shape {list(array.shape)}, the config asks for {list(shape)}")
         return array
 
-    first = layer(0 if layered else None)
-    kind = first.dtype if dtype is None or not jnp.issubdtype(first.dtype, jnp.floating) else jnp.dtype(dtype)
+    kind = layer(0 if layered else None).dtype
+    kind = kind if dtype is None or not jnp.issubdtype(kind, jnp.floating) else jnp.dtype(dtype)
     memo: dict[str, np.ndarray] = {}
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         key = str(index)
         if key not in memo:
+            sizes = [len(range(*s.indices(n))) for s, n in zip(index, leaf.shape, strict=True)]
+            block = memo[key] = _aligned(tuple(sizes), kind)
             if layered:
-                chosen = range(*index[0].indices(leaf.shape[0]))
-                pieces = [layer(i)[index[1:]] for i in chosen]
-                block = np.empty((len(pieces), *pieces[0].shape), kind)
-                for i, piece in enumerate(pieces):
-                    block[i] = piece
-                memo[key] = block
+                for i, l in enumerate(range(*index[0].indices(leaf.shape[0]))):
+                    block[i] = layer(l)[index[1:]]
             else:
-                memo[key] = np.ascontiguousarray(first[index], kind)
+                block[...] = layer(None)[index]
         return memo[key]
 
     if sharding is None:
-        return jnp.asarray(read((slice(None),) * len(leaf.shape)))
+        return jax.device_put(read((slice(None),) * len(leaf.shape)))
     return jax.make_array_from_callback(leaf.shape, sharding, read)
 
 

@@ -89,21 +89,28 @@ class GgufFile(Mapping[str, np.ndarray]):
         """
         import gguf
 
-        path = str(path)
+        path = self._path = str(path)
         if not os.path.exists(path):
             raise StorageError(f"no GGUF file at {path}")
         _check_header(path)
         try:
-            self._reader = gguf.GGUFReader(path)
-            self._tensors = {t.name: t for t in self._reader.tensors}
-            self.metadata: dict[str, Any] = {k: f.contents() for k, f in self._reader.fields.items()}
+            reader = gguf.GGUFReader(path)  # let go afterwards: it keeps two arrays for every entry of the vocabulary
+            self._tensors = {
+                t.name: (t.tensor_type, t.data.dtype, int(t.data_offset), t.data.shape, tuple(t.shape.tolist()))
+                for t in reader.tensors
+            }
+            self.metadata: dict[str, Any] = {k: f.contents() for k, f in reader.fields.items()}
         except Exception as e:
             raise StorageError(f"{path} is damaged: {type(e).__name__}: {str(e)[:200]}") from e
         self._dequantize = gguf.dequantize
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape in row-major order, `[out, in]` for matrices."""
-        return tuple(int(n) for n in reversed(self._tensors[name].shape))
+        return self._tensors[name][-1][::-1]
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is such a tensor; the mapping's own would dequantize it."""
+        return name in self._tensors
 
     def __getitem__(self, name: str) -> np.ndarray:
         """The dequantized tensor.
@@ -111,11 +118,12 @@ class GgufFile(Mapping[str, np.ndarray]):
         Raises:
           StorageError: if its quantization type is unknown.
         """
-        tensor = self._tensors[name]
+        kind, dtype, offset, shape, _ = self._tensors[name]
         try:
-            data = self._dequantize(tensor.data, tensor.tensor_type)
+            stored = np.memmap(self._path, dtype, "r", offset, shape)  # a map of its own: its pages go with the array
+            data = self._dequantize(stored, kind)
         except Exception as e:
-            raise StorageError(f"{name} has type {tensor.tensor_type.name}, which cannot be read: {e}") from e
+            raise StorageError(f"{name} has type {kind.name}, which cannot be read: {e}") from e
         return data.reshape(self.shape(name))
 
     def __iter__(self) -> Iterator[str]:

@@ -1,13 +1,13 @@
 """Safetensors files and folders: lazy views in, sharded files out.
 
-The library checks headers; tensors are then views of a memory map, so nothing is read before it is used.
+The library checks headers; every tensor asked for is then a memory map of its own, so nothing is read before it is
+used, and nothing stays in memory when its view is dropped.
 """
 
 import json
-import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -20,6 +20,9 @@ DTYPES: dict[str, Any] = {
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
     "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
 }  # fmt: skip
+
+
+Entry = tuple[BinaryIO, np.dtype, tuple[int, ...], int]  # open file, dtype, shape, where its bytes begin
 
 
 class StorageError(ValueError):
@@ -50,44 +53,44 @@ class TensorFolder(Mapping[str, np.ndarray]):
             if missing:
                 raise StorageError(f"{path} lacks {', '.join(sorted(missing))}, named in its index")
             files = [f for f in files if f.name in named]
-        self._views: dict[str, np.ndarray] = {}
+        self._entries: dict[str, Entry] = {}
         for file in files:
-            for name, view in _read(str(file)):
-                if name in self._views:
+            for name, entry in _read(str(file)):
+                if name in self._entries:
                     raise StorageError(f"{name} is stored twice in {path}")
-                self._views[name] = view
+                self._entries[name] = entry
 
     def __getitem__(self, name: str) -> np.ndarray:
         """A view."""
-        return self._views[name]
+        file, dtype, shape, offset = self._entries[name]
+        if 0 in shape:  # which cannot be mapped
+            return np.zeros(shape, dtype)
+        return np.memmap(file, dtype, "r", offset, shape)
 
     def __iter__(self) -> Iterator[str]:
         """Names."""
-        return iter(self._views)
+        return iter(self._entries)
 
     def __len__(self) -> int:
         """Number of tensors."""
-        return len(self._views)
+        return len(self._entries)
 
 
-def _read(file: str) -> Iterator[tuple[str, np.ndarray]]:
+def _read(file: str) -> Iterator[tuple[str, Entry]]:
     try:
         with safetensors.safe_open(file, framework="np") as checked:  # validates header, offsets and sizes
             names = list(checked.keys())
-        with open(file, "rb") as f:
-            size = int.from_bytes(f.read(8), "little")
-            header = json.loads(f.read(size))
-            data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        data = open(file, "rb")  # noqa: SIM115 (entries keep it open: what was checked is what will be read)
+        size = int.from_bytes(data.read(8), "little")
+        header = json.loads(data.read(size))
     except (safetensors.SafetensorError, OSError, ValueError, OverflowError) as e:
         raise StorageError(f"{file} is no readable safetensors file: {e}") from e
     for name in names:
         entry = header[name]
         if entry["dtype"] not in DTYPES:
             raise StorageError(f"{file}: {name} has dtype {entry['dtype']}, which is not supported")
-        start, end = entry["data_offsets"]
-        dtype = np.dtype(DTYPES[entry["dtype"]])
-        view = np.frombuffer(data, dtype, (end - start) // dtype.itemsize, 8 + size + start)
-        yield name, view.reshape(entry["shape"])
+        start = 8 + size + entry["data_offsets"][0]
+        yield name, (data, np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"]), start)
 
 
 def write_folder(path: epath.PathLike, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int = 2 * 2**30) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from tiny_models import noise
+from loading import peak_of_loading
+from tiny_models import abstract, noise
 
 from llm_jax import interop
 from llm_jax.compress.quantize import quantize
@@ -118,6 +119,19 @@ def test_a_load_onto_a_mesh_equals_one_device(tmp_path):
         specs["decoder/layers/mlp/up/kernel"]
     )
     assert sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(found)) < weights.bytes_of(params) / 4
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_loading_needs_little_more_than_the_model(dtype, tmp_path):
+    small = GPTConfig(**SMALL)
+    large = dataclasses.replace(small, vocab_size=20_000, model_dim=1024, num_layers=6)
+    for name, config in (("small", small), ("large", large)):
+        model = config.make()
+        zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract(model, np.zeros((1, 2), np.int32))[0])
+        interop.save(tmp_path / name, model, zeros)
+    size, peak = peak_of_loading(tmp_path / "large", tmp_path / "small", dtype)
+    assert size > (4 if dtype is None else 2) * 90e6
+    assert peak < 1.2 * size, f"{peak / size:.2f}"
 
 
 def test_structured_weights_are_saved_dense(tmp_path):

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from loading import peak_of_loading
+from tiny_models import noise
 
 from llm_jax import interop
 from llm_jax.decoding.generate import Generator, sequence_logprobs
+from llm_jax.models.llama import LlamaConfig
 
 # the opening of Darwin's "On the Origin of Species", 1859
 TEXT = """When on board H.M.S. Beagle, as naturalist, I was much struck with certain facts in the distribution of the
@@ -51,6 +54,13 @@ def test_perplexity_and_logits_equal_transformers(gguf, ours):
     assert 5 < ours_ppl < 60  # a language model, and not merely the same nonsense
     got = ours.model.apply({"params": ours.params}, jnp.asarray(ids[:, :64])).logits
     np.testing.assert_allclose(got, want.logits[:, :64].numpy(), rtol=2e-4, atol=2e-4)
+
+
+def test_loading_needs_little_more_than_the_model(gguf, tmp_path):
+    small = LlamaConfig(vocab_size=8, context_length=8, model_dim=8, num_layers=1, num_heads=1, num_kv_heads=1)
+    interop.save(tmp_path, small.make(), noise(small.make(), 0.1))
+    size, peak = peak_of_loading(gguf, tmp_path)
+    assert size == 538_060_032 and peak < 1.2 * size, f"{peak / size:.2f}"  # dequantized to float32
 
 
 def test_continues_with_paris(ours):
