@@ -13,6 +13,8 @@ import numpy as np
 
 from llm_jax.data.corpora import CorpusError
 
+ENDLESS = 2**50  # rows
+
 
 class Loader:
     """An endless iterator over batches that knows where it is.
@@ -42,7 +44,8 @@ class Loader:
         if len(source) < 1:
             raise CorpusError("the corpus has no rows")
         self.batch_size = batch_size
-        rows = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
+        # not repeat(None), whose length grain cannot divide into batches of one row
+        rows = grain.MapDataset.source(source).seed(seed).shuffle().repeat(max(1, ENDLESS // len(source)))
         rows = rows.slice(slice(index, None, count)).batch(batch_size // count)
         self._iterator = iter(rows.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 

@@ -153,8 +153,8 @@ def train(
     Args:
       config: the run.
       workdir: everything the run writes.
-      params: start from these parameters (fine-tuning); fresh ones by default. Not needed to resume in principle, but
-        their structure must be the same.
+      params: start from these parameters (fine-tuning); fresh ones by default. They are taken over: their memory goes
+        to the run, and they cannot be read afterwards. To resume they give the structure only.
       tokenizer: of the loaded model; the config's by default.
       encode: how documents become ids (chat turns with loss masks); plain text by default.
       kind: names `encode` in the token cache.
@@ -169,6 +169,14 @@ def train(
         whole = {**config.to_dict(), **(extra or {})}
         claimed.settle_config(whole)
         return _train(config, claimed.path, params, tokenizer, encode, kind, restore_step, whole)
+
+
+def release(tree: Any, but: Any) -> None:
+    """Deletes the arrays of `tree` that are not in `but`."""
+    kept = {id(x) for x in jax.tree.leaves(but)}
+    for x in jax.tree.leaves(tree):
+        if isinstance(x, jax.Array) and id(x) not in kept:
+            x.delete()
 
 
 def _first_process_first(prepare: Callable[[], Any]) -> Any:
@@ -225,14 +233,15 @@ def _train(config, workdir, params, tokenizer, encode, kind, restore_step, whole
     if jax.process_index() == 0:
         (workdir / "parameters.txt").write_text(plan.describe(shapes.params, axes) + "\n")
     if restore_step is None and checkpoints.latest() is None:
-        if params is not None:
-            params = jax.device_put(params, plan.param_shardings(abstract, axes))
-        state = jax.jit(init, out_shardings=shardings)(key, params)
+        placed = None if params is None else jax.device_put(params, plan.param_shardings(abstract, axes))
+        state = jax.jit(init, out_shardings=shardings)(key, placed)
+        del placed
     else:
         restored = checkpoints.restore(shapes, restore_step, shardings)
         state = restored.state
         loader.restore(restored.run["data"])
         log.info("resuming from step %d", restored.step)
+    release(params, state)
 
     grads = plan.grad_shardings(abstract, axes)
     pin = lambda tree: jax.tree.map(

@@ -45,6 +45,14 @@ def test_rows_that_do_not_fill_a_batch_run_on():
     assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10))
 
 
+def test_batches_of_one_row():
+    (one,), (whole,) = loaders(1, batch=1), loaders(1)
+    assert sum(take(one, 24), []) == sum(take(whole, 3), [])
+    assert sum(zip(*(sum(take(x, 3), []) for x in loaders(8)), strict=True), ()) == tuple(
+        sum(take(loaders(1)[0], 3), [])
+    )
+
+
 @pytest.mark.parametrize("processes", [2, 4])
 def test_a_batch_holds_the_same_rows_on_any_number_of_processes(processes):
     (alone,) = loaders(1)

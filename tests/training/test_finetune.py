@@ -110,10 +110,13 @@ def test_the_loss_falls_and_the_base_stays(name, folder, results):
     assert len(losses) == STEPS and np.isfinite(losses).all() and losses[-1] < 0.7 * losses[0]
     if name == "float":
         assert 0 < done.trained.evaluation["eval/loss"] < losses[0]
-    base = quantize(loaded.params, LoraConfig().targets) if "int8" in name else loaded.params
+    base = interop.load(folder).params
+    base = quantize(base, LoraConfig().targets) if "int8" in name else base
     trained = done.trained.state.params
     bitwise(lora.detach(trained), base)
-    bitwise(loaded.params, interop.load(folder).params)  # what was loaded is neither changed nor given away
+    assert all(x.is_deleted() for x in jax.tree.leaves(loaded.params))  # two copies would be one too many
+    with pytest.raises(ValueError, match="an earlier run took these parameters over; load the model again"):
+        finetune.run(loaded, config(folder), workdir, jax.random.key(0))
     nodes = [w for _, w in paths.flatten(trained, weights.is_node) if isinstance(w, Lora)]
     assert len(nodes) == 7 and all(np.abs(w.b).max() > 1e-3 for w in nodes)
 
@@ -159,12 +162,13 @@ def test_only_the_assistants_words_are_trained(results):
 
 
 def test_a_finished_run_resumes_to_itself(folder, results):
-    loaded, done, workdir = results("float")
-    again = finetune.run(loaded, config(folder), workdir, jax.random.key(0))
+    _, done, workdir = results("float")
+    again = finetune.run(interop.load(folder), config(folder), workdir, jax.random.key(0))
     bitwise(again.merged, done.merged)
     assert int(again.trained.state.step) == STEPS
     with pytest.raises(WorkdirError, match="finetune.lora.alpha: 6.0 -> 9.0"):
-        finetune.run(loaded, config(folder, lora=LoraConfig(rank=3, alpha=9.0)), workdir, jax.random.key(0))
+        changed = config(folder, lora=LoraConfig(rank=3, alpha=9.0))
+        finetune.run(interop.load(folder), changed, workdir, jax.random.key(0))
 
 
 def test_adapting():
