@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llm_jax.models.output import Output
 from llm_jax.nn.attention import Mask
@@ -76,7 +77,8 @@ def prepare(
       window: sliding-window width.
 
     Raises:
-      ValueError: if the sequence or the cache exceeds `context_length`, or segments meet a cache.
+      ValueError: if the sequence exceeds `context_length` or the cache, segments meet a cache, or several tokens
+        would go around a full cache (seen outside of `jit` only).
     """
     b, t = input_ids.shape
     if context_length is not None and t > context_length:
@@ -87,6 +89,12 @@ def prepare(
             raise ValueError("segment_ids and a cache exclude each other: decode one document a row")
         if t > cache.size:
             raise ValueError(f"{t} tokens do not fit into a cache of {cache.size}")
+        known = not isinstance(cache.length_B, jax.core.Tracer) and cache.length_B.is_fully_addressable
+        if t > 1 and known and (held := int(np.asarray(cache.length_B).max())) + t > cache.size:
+            raise ValueError(
+                f"{t} tokens at once would overwrite what the first of them still see in a cache of {cache.size} that "
+                f"holds {held}: pass one at a time, or take a larger cache"
+            )
         order = cache.positions_of(real)
         length_B = cache.length_B + jnp.sum(real, axis=1, dtype=jnp.int32)
         mask = Mask(order, cache.key_positions(length_B), window=window)

@@ -1,8 +1,8 @@
 """What decoding remembers: keys and values of earlier positions, as one pytree.
 
 Row b holds `length_B[b]` tokens; the token at position p sits in slot `p % size`, whatever padding the prompt had,
-so ragged batches need no further bookkeeping, and a full cache goes on as a sliding window. Passed in, returned,
-never mutated.
+so ragged batches need no further bookkeeping, and a full cache goes on as a sliding window, one token at a time: of
+several at once the first would no longer see what the last overwrite. Passed in, returned, never mutated.
 """
 
 import jax

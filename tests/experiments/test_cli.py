@@ -130,6 +130,19 @@ def test_exit_codes_of_the_commands(arguments, code, message, tmp_path):
     assert len(errors) == 1 and message in errors[0] and done.stderr.strip().endswith(errors[0])
 
 
+def test_a_profiler_window(folder, tmp_path):
+    """In a process of its own: the profiler hooks into whatever else runs."""
+    overrides = {"data.source": folder / "text.txt", "data.tokenizer": folder, "data.split": "tail"}
+    overrides |= {"training.steps": 4, "training.profile_start": 2, "training.profile_steps": 2}
+    command = [sys.executable, "-m", "experiments.train", DEMO, f"--workdir={tmp_path}", "--samples=0"]
+    command += [f"--config.{k}={v}" for k, v in overrides.items()]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (profile,) = tmp_path.glob("profile/plugins/profile/*/*.xplane.pb")
+    assert b"jit_step" in profile.read_bytes()
+
+
 RAISED = [
     (ValueError("one\ntwo"), 1, "error: one\n"),
     (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space left on device\n"),

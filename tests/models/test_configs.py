@@ -1,7 +1,6 @@
-"""Configs of all families: what they refuse, initial scales, caches, and the registry."""
+"""Configs of all families: what they refuse, initial scales, caches."""
 
 import dataclasses
-import json
 import math
 
 import jax
@@ -9,32 +8,9 @@ import numpy as np
 import pytest
 from tiny_models import GPT, LLAMA, MODELS
 
-from llm_jax import config as configs
-from llm_jax.models import registry
 from llm_jax.models.gpt import GPTConfig
 from llm_jax.models.llama import LlamaConfig
 from llm_jax.nn import paths, weights
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_registry_round_trip(name):
-    values = json.loads(json.dumps(registry.to_dict(MODELS[name])))
-    assert values["family"] == registry.family_of(MODELS[name])
-    assert registry.from_dict(values) == MODELS[name]
-
-
-@pytest.mark.parametrize(
-    "values, words",
-    [
-        ({"family": "bert"}, "model.family='bert' is none of gpt, llama"),
-        ({}, "model.family=None is none of"),
-        ({"family": "gpt", "num_layer": 2}, "unknown field model.num_layer; did you mean num_layers"),
-        ({"family": "llama", "rope_scaling": {"kind": "ntk", "factor": 2.0}}, "model.rope_scaling: .*kind='ntk'"),
-    ],
-)
-def test_registry_errors(values, words):
-    with pytest.raises(configs.ConfigError, match=words):
-        registry.from_dict(values)
 
 
 @pytest.mark.parametrize(

@@ -281,12 +281,17 @@ KEY = {"dropout": jax.random.key(0)}
         (dict(input_ids=LONG), "sequence of 17 tokens is longer than the model's context of 16"),
         (dict(segment_ids=IDS, cache=T), "segment_ids and a cache exclude each other"),
         (dict(cache=T - 1), "7 tokens do not fit into a cache of 6"),
+        (
+            dict(cache=T + 1, length=2),
+            "7 tokens at once would overwrite .* a cache of 8 that holds 2: pass one at a time",
+        ),
     ],
 )
 def test_what_a_decoder_cannot_honour_is_an_error(family, call, words):
     config = MODELS[family]
     call = {"input_ids": IDS, **call}
     if "cache" in call:
-        call["cache"] = config.init_cache(2, call["cache"])
+        length = jnp.asarray([0, call.pop("length", 0)])
+        call["cache"] = config.init_cache(2, call["cache"]).replace(length_B=length)
     with pytest.raises(ValueError, match=words):
         jax.eval_shape(lambda: config.make().apply({"params": model_params(config)}, **call))
