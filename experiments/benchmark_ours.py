@@ -142,8 +142,8 @@ def shakespeare(spec: dict[str, Any]) -> dict[str, Any]:
     """NanoGPT's character model on its own split; seconds of 2,000 steps and the loss on the whole validation part.
 
     4 layers, 4 heads, width 128, context 64, batch 12, AdamW 1e-3 to 1e-4 (cosine, 100 steps of warm-up, beta2 0.99,
-    decay 0.1), no dropout, as its README's CPU command and `config/train_shakespeare_char.py` say. `muon` in the spec
-    takes Muon at 2e-2 for the kernels and changes nothing else.
+    decay 0.1), no dropout, as its README's CPU command and `config/train_shakespeare_char.py` say; `optimizer` and
+    `learning_rate` of the spec take another optimizer or peak rate and change nothing else.
     """
     text = pathlib.Path(spec["path"]).read_text()
     characters = {c: i for i, c in enumerate(sorted(set(text)))}
@@ -152,8 +152,7 @@ def shakespeare(spec: dict[str, Any]) -> dict[str, Any]:
     steps = 20 if spec["tiny"] else 2000
     config = GPTConfig(vocab_size=len(characters), context_length=64, model_dim=128, num_layers=4, num_heads=4)
     model, objective = config.make(), CausalLM()
-    name, rate = ("muon", 2e-2) if spec["muon"] else ("adamw", 1e-3)
-    tx = make_optimizer(OptimizerConfig(name, rate, warmup_steps=100, b2=0.99), steps)
+    tx = make_optimizer(OptimizerConfig(spec["optimizer"], spec["learning_rate"], warmup_steps=100, b2=0.99), steps)
     state = init_state(fresh(model), tx, jax.random.key(1))
     step = jax.jit(make_train_step(model, objective, tx, StepConfig(unroll=True)), donate_argnums=0)
     rng = np.random.default_rng(0)
