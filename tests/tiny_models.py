@@ -52,7 +52,7 @@ def model_params(config: Any, **options: Any) -> Any:
 def noise(module: Any, std: float, seed: int = 0) -> Any:
     """Normal parameters of a decoder, made by numpy (nothing to compile), norms' scales too."""
     rng = np.random.default_rng(seed)
-    draw = lambda x: jnp.asarray(rng.normal(size=x.shape) * std, x.dtype)
+    draw = lambda x: jnp.asarray((rng.normal(size=x.shape) * std).astype(x.dtype))
     return jax.tree.map(draw, abstract(module, np.zeros((1, 2), np.int32))[0])
 
 

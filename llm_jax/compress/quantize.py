@@ -3,6 +3,7 @@
 Source: Jacob et al. 2018, https://arxiv.org/abs/1712.05877 (symmetric form: zero point 0, range [-127, 127]).
 """
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -73,6 +74,7 @@ class Quantized(Weight):
         return self
 
 
+@functools.partial(jax.jit, static_argnums=1)  # fused: step by step it would hold four copies of a large matrix
 def quantize_array(w: jax.Array, axis: int = -2) -> Quantized:
     """Rounds to the nearest of 255 levels; the error is at most half a step of its channel.
 
@@ -107,4 +109,5 @@ def quantize(params: Any, targets: str | Iterable[str] = KERNELS) -> Any:
 def dequantize(params: Any, dtype: Any = jnp.float32) -> Any:
     """Plain arrays in the place of quantized weights; serve from these on a CPU, whose int8 products are slow."""
     is_q = lambda x: isinstance(x, Quantized)
-    return jax.tree.map(lambda w: w.dense().astype(dtype) if is_q(w) else w, params, is_leaf=is_q)
+    plain = jax.jit(lambda w: w.dense().astype(dtype))
+    return jax.tree.map(lambda w: plain(w) if is_q(w) else w, params, is_leaf=is_q)

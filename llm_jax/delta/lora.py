@@ -8,6 +8,7 @@ https://arxiv.org/abs/2312.03732.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -108,6 +109,13 @@ class Lora(Weight):
         )
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _fresh(key, index, shape_a, shape_b):
+    bound = 1 / math.sqrt(shape_a[-2])
+    a = jax.random.uniform(jax.random.fold_in(key, index), shape_a, jnp.float32, -bound, bound)
+    return a, jnp.zeros(shape_b, jnp.float32)
+
+
 def attach(params: Any, config: LoraConfig, key: jax.Array) -> Any:
     """Puts LoRA on every kernel that matches; A is uniform as in the paper's code (Kaiming, a = sqrt(5)), B zero.
 
@@ -124,10 +132,8 @@ def attach(params: Any, config: LoraConfig, key: jax.Array) -> Any:
         if not weights.is_matrix(path, w):
             raise ValueError(f"{path} has shape {shape} and is no matrix; LoRA goes on kernels")
         *lead, fan_in, fan_out = shape
-        bound = 1 / math.sqrt(fan_in)
-        draw = jax.random.fold_in(key, index[path])
-        a = jax.random.uniform(draw, (*lead, fan_in, config.rank), jnp.float32, -bound, bound)
-        return Lora(w, a, jnp.zeros((*lead, config.rank, fan_out), jnp.float32), config.scale, config.dropout)
+        a, b = _fresh(key, index[path], (*lead, fan_in, config.rank), (*lead, config.rank, fan_out))
+        return Lora(w, a, b, config.scale, config.dropout)
 
     return weights.replace(params, config.targets, one)
 
@@ -141,13 +147,14 @@ def _map_lora(params: Any, fn: Any) -> Any:
 
 def merge(params: Any) -> Any:
     """Folds every LoRA into its base, which becomes a plain array (quantize it again where it was quantized)."""
-    return _map_lora(params, lambda w: w.dense())
+    return _map_lora(params, jax.jit(weights.dense))
 
 
 def unmerge(merged: Any, params: Any) -> Any:
     """Undoes `merge`: the bases with `scale * a @ b` subtracted, under the LoRA nodes of `params`."""
     is_lora = lambda x: isinstance(x, Lora)
-    take_out = lambda w, m: w.replace(base=m - (w.scale * (w.a @ w.b)).astype(m.dtype)) if is_lora(w) else m
+    rest = jax.jit(lambda w, m: m - (w.scale * (w.a @ w.b)).astype(m.dtype))
+    take_out = lambda w, m: w.replace(base=rest(w.replace(base=None), m)) if is_lora(w) else m
     return jax.tree.map(take_out, params, merged, is_leaf=is_lora)
 
 

@@ -167,6 +167,16 @@ def _read_one(source, rule, path, leaf, dtype, sharding, padded):
     return jax.make_array_from_callback(leaf.shape, sharding, read)
 
 
+def _dense(w: Any, layer: int | None) -> Any:
+    if isinstance(w, np.ndarray):
+        return w if layer is None else w[layer]
+    return _matrix(w) if layer is None else _matrix_of(w, layer)
+
+
+_matrix = jax.jit(weights.dense)
+_matrix_of = jax.jit(lambda w, layer: weights.dense(jax.tree.map(lambda x: x[layer], w)))
+
+
 def write_params(
     params: Any, rules: Sequence[Rule], rows: Mapping[str, int], dtype: Any = None
 ) -> Iterator[tuple[str, np.ndarray]]:
@@ -195,9 +205,7 @@ def write_params(
         for layer in [None] if count is None else range(count):
             pieces = []
             for rule in group:
-                w = values[rule.ours]
-                w = w if layer is None else jax.tree.map(lambda x: x[layer], w)  # noqa: B023
-                array = np.asarray(weights.dense(w))
+                array = np.asarray(_dense(values[rule.ours], layer))
                 if rule.ours in rows:
                     array = array[..., : rows[rule.ours]] if rule.transposed else array[: rows[rule.ours]]
                 array = array if rule.backward is None else rule.backward(array)

@@ -48,7 +48,7 @@ def save(path: epath.PathLike, model: Any, params: Any, base: str = "") -> None:
         node, name = nodes.pop(rule.ours), rule.theirs.removesuffix(".weight")
         modules.add(name.rpartition(".")[2])
         for layer in range(node.a.shape[0]) if "{l}" in name else [None]:
-            pick = lambda x: np.asarray(x if layer is None else x[layer], np.float32)  # noqa: B023
+            pick = lambda x: np.asarray(x, np.float32)[() if layer is None else layer]  # noqa: B023
             where = _PREFIX + name.format(l=layer)
             tensors[f"{where}.lora_A.weight"] = np.ascontiguousarray(pick(node.a).T)
             tensors[f"{where}.lora_B.weight"] = np.ascontiguousarray(pick(node.b).T)

@@ -7,6 +7,7 @@ The tree's shape decides: stacked leaves (a leading layer axis) run in `lax.scan
 unrolled. `stack` and `unstack` convert.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -42,17 +43,7 @@ def _every(tree: Any, fn: Callable[[Any], Any]) -> Any:
 
 def unstack(params: Any) -> Any:
     """Splits every stacked `layers` subtree into children `0, 1, ...`."""
-
-    def split(layers: Any) -> Any:
-        if is_unstacked(layers):
-            return layers
-        count = _num_stacked(layers)
-        # split, whose gradient is one concatenation; that of x[i] pads every layer to the whole stack and adds
-        leaves, tree = jax.tree.flatten(layers)
-        pieces = [jax.lax.split(x, [1] * count) for x in leaves]
-        return {str(i): jax.tree.unflatten(tree, [jnp.squeeze(p[i], 0) for p in pieces]) for i in range(count)}
-
-    return _every(params, split)
+    return _every(params, lambda layers: layers if is_unstacked(layers) else _split(layers))
 
 
 def stack(params: Any) -> Any:
@@ -69,9 +60,26 @@ def stack(params: Any) -> Any:
         shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), e) for e in each]
         if any(s != shapes[0] for s in shapes[1:]):
             raise ValueError("layers differ in structure or shape and cannot be stacked; keep them unrolled")
-        return jax.tree.map(lambda *x: jnp.stack(x), *each)
+        return _join(each)
 
     return _every(params, join)
+
+
+# called outside of a trace, each is one compilation and not one for every leaf
+
+
+@functools.partial(jax.jit, inline=True)
+def _split(layers: Any) -> Any:
+    count = _num_stacked(layers)
+    # split, whose gradient is one concatenation; that of x[i] pads every layer to the whole stack and adds
+    leaves, tree = jax.tree.flatten(layers)
+    pieces = [jax.lax.split(x, [1] * count) for x in leaves]
+    return {str(i): jax.tree.unflatten(tree, [jnp.squeeze(p[i], 0) for p in pieces]) for i in range(count)}
+
+
+@functools.partial(jax.jit, inline=True)
+def _join(each: Any) -> Any:
+    return jax.tree.map(lambda *x: jnp.stack(x), *each)
 
 
 class Stack(nn.Module):
