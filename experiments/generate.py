@@ -20,7 +20,7 @@ PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; stdin where neit
 PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File to continue.")
 CHAT = flags.DEFINE_bool("chat", False, "Talk: one user turn per line, until end of input.")
 SYSTEM = flags.DEFINE_string("system", None, "System message of a chat; the template's own by default.")
-NEW = flags.DEFINE_integer("max_new_tokens", 256, "Most tokens generated.", lower_bound=1)
+NEW = flags.DEFINE_integer("max_new_tokens", None, "Most tokens generated; 256 or what fits by default.", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
 TOP_K = flags.DEFINE_integer("top_k", 0, "Keep the k most probable tokens, 0 for all.")
 TOP_P = flags.DEFINE_float("top_p", 1.0, "Keep the smallest set of this probability.")
@@ -53,9 +53,13 @@ def main() -> None:
     generator = Generator(loaded.model, loaded.params, tokenizer.eos_ids, sampling)
     key = jax.random.key(SEED.value)
 
+    def limit(ids: list[int]) -> int:
+        fits = 256 if WINDOW.value else generator.context_length - len(ids)
+        return NEW.value or max(1, min(256, fits))
+
     def say(ids: list[int]) -> str:
         text = ""
-        for piece in generator.stream(ids, NEW.value, key, tokenizer.decode, WINDOW.value, STOP.value):
+        for piece in generator.stream(ids, limit(ids), key, tokenizer.decode, WINDOW.value, STOP.value):
             print(piece, end="", flush=True)
             text += piece
         print()
@@ -80,7 +84,7 @@ def main() -> None:
         print(prompt, end="", flush=True)
         say(ids)
         return
-    done = generator.generate([ids], NEW.value, key, WINDOW.value, STOP.value, tokenizer.decode)[0]
+    done = generator.generate([ids], limit(ids), key, WINDOW.value, STOP.value, tokenizer.decode)[0]
     text = tokenizer.decode(done.tokens)
     print(
         json.dumps(

@@ -297,6 +297,11 @@ def test_generate(folder, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "stdin", io.StringIO("abc"))
     call("generate", *arguments, f"--stop={text[3]}")
     assert capsys.readouterr().out == f"abc{text.partition(text[3])[0]}\n"
+    call("generate", f"--model={folder}", "--prompt=abc", "--json")  # as many as fit
+    found = json.loads(capsys.readouterr().out)
+    assert found["tokens"][:8] == want.tokens and len(found["tokens"]) == loaded.config.context_length - len(ids)
+    with pytest.raises(ValueError, match="prompt and output of 33 tokens exceed the context of 32"):
+        call("generate", f"--model={folder}", f"--prompt={'abc abd ' * 4}")
 
 
 def test_chat_goes_on_turn_by_turn(folder, tmp_path, capsys, monkeypatch):
