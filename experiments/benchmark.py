@@ -12,7 +12,8 @@ Rows are `case, ours, peer, theirs, ratio, limit, limit_share, unit`. The limit 
 matrix product seen in the same run over the model FLOPs of a token (`training.flops`), that of decoding the fastest
 read of memory over the bytes of parameters and cache that a token needs.
 
-Levers, and what each gave on 2 cores of an AMD EPYC (float32; the machine's own speed drifts by 15 % between runs):
+Levers, and what each gave on 2 cores of an AMD EPYC (float32; the machine's own speed drifts by 15 % between runs; on a
+faster EPYC with AVX-512 the same code has since trained 2.7 times as fast, torch's 1.6 times):
 
 - `GLIBC_TUNABLES=glibc.malloc.hugetlb=1`: 1.34 to 1.07 s a step of a 2.6 M-parameter GPT (page faults 218,000 to 800).
 - `unstack` by `lax.split` instead of `x[i]`: its gradient is one concatenation; with it and the next two, 9.2 to 8.3 s
