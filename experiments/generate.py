@@ -54,8 +54,16 @@ def main() -> None:
     key = jax.random.key(SEED.value)
 
     def limit(ids: list[int]) -> int:
-        fits = 256 if WINDOW.value else generator.context_length - len(ids)
-        return NEW.value or max(1, min(256, fits))
+        fits = generator.context_length - len(ids)
+        if NEW.value or WINDOW.value or fits >= 256:
+            return NEW.value or 256
+        if fits < 1:
+            raise ValueError(
+                f"{len(ids)} tokens fill the context of {generator.context_length}; --sliding_window goes on"
+            )
+        if CHAT.value:
+            print(f"[{fits} tokens are left in the context]", file=sys.stderr)
+        return fits
 
     def say(ids: list[int]) -> str:
         text = ""

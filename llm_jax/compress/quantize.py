@@ -109,5 +109,9 @@ def quantize(params: Any, targets: str | Iterable[str] = KERNELS) -> Any:
 def dequantize(params: Any, dtype: Any = jnp.float32) -> Any:
     """Plain arrays in the place of quantized weights; serve from these on a CPU, whose int8 products are slow."""
     is_q = lambda x: isinstance(x, Quantized)
-    plain = jax.jit(lambda w: w.dense().astype(dtype))
-    return jax.tree.map(lambda w: plain(w) if is_q(w) else w, params, is_leaf=is_q)
+    return jax.tree.map(lambda w: _plain(w, dtype) if is_q(w) else w, params, is_leaf=is_q)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _plain(w: Quantized, dtype: Any) -> jax.Array:
+    return w.dense().astype(dtype)

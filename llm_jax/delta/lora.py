@@ -145,16 +145,23 @@ def _map_lora(params: Any, fn: Any) -> Any:
     return jax.tree.map(lambda w: fn(w) if is_lora(w) else w, params, is_leaf=is_lora)
 
 
+_dense = jax.jit(weights.dense)
+
+
 def merge(params: Any) -> Any:
     """Folds every LoRA into its base, which becomes a plain array (quantize it again where it was quantized)."""
-    return _map_lora(params, jax.jit(weights.dense))
+    return _map_lora(params, _dense)
+
+
+@jax.jit
+def _subtract(merged, w):
+    return merged - (w.scale * (w.a @ w.b)).astype(merged.dtype)
 
 
 def unmerge(merged: Any, params: Any) -> Any:
     """Undoes `merge`: the bases with `scale * a @ b` subtracted, under the LoRA nodes of `params`."""
     is_lora = lambda x: isinstance(x, Lora)
-    rest = jax.jit(lambda w, m: m - (w.scale * (w.a @ w.b)).astype(m.dtype))
-    take_out = lambda w, m: w.replace(base=rest(w.replace(base=None), m)) if is_lora(w) else m
+    take_out = lambda w, m: w.replace(base=_subtract(m, w.replace(base=None))) if is_lora(w) else m
     return jax.tree.map(take_out, params, merged, is_leaf=is_lora)
 
 

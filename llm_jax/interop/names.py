@@ -146,8 +146,10 @@ def _read_one(source, rule, path, leaf, dtype, sharding, padded):
             raise InteropError(f"{name} has shape {list(array.shape)}, the config asks for {list(shape)}")
         return array
 
-    kind = layer(0 if layered else None).dtype
+    first = layer(0 if layered else None)
+    kind = first.dtype
     kind = kind if dtype is None or not jnp.issubdtype(kind, jnp.floating) else jnp.dtype(dtype)
+    first = None if layered else first  # of a stacked one only the dtype was wanted
     memo: dict[str, np.ndarray] = {}
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
@@ -159,7 +161,7 @@ def _read_one(source, rule, path, leaf, dtype, sharding, padded):
                 for i, l in enumerate(range(*index[0].indices(leaf.shape[0]))):
                     block[i] = layer(l)[index[1:]]
             else:
-                block[...] = layer(None)[index]
+                block[...] = first[index]
         return memo[key]
 
     if sharding is None:
@@ -170,7 +172,9 @@ def _read_one(source, rule, path, leaf, dtype, sharding, padded):
 def _dense(w: Any, layer: int | None) -> Any:
     if isinstance(w, np.ndarray):
         return w if layer is None else w[layer]
-    return _matrix(w) if layer is None else _matrix_of(w, layer)
+    if layer is None:
+        return _matrix(w) if weights.is_node(w) else w
+    return _matrix_of(w, layer)
 
 
 _matrix = jax.jit(weights.dense)

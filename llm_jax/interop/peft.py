@@ -47,11 +47,11 @@ def save(path: epath.PathLike, model: Any, params: Any, base: str = "") -> None:
             continue
         node, name = nodes.pop(rule.ours), rule.theirs.removesuffix(".weight")
         modules.add(name.rpartition(".")[2])
-        for layer in range(node.a.shape[0]) if "{l}" in name else [None]:
-            pick = lambda x: np.asarray(x, np.float32)[() if layer is None else layer]  # noqa: B023
-            where = _PREFIX + name.format(l=layer)
-            tensors[f"{where}.lora_A.weight"] = np.ascontiguousarray(pick(node.a).T)
-            tensors[f"{where}.lora_B.weight"] = np.ascontiguousarray(pick(node.b).T)
+        a, b = np.asarray(node.a, np.float32), np.asarray(node.b, np.float32)
+        for layer in range(len(a)) if "{l}" in name else [None]:
+            where, pick = _PREFIX + name.format(l=layer), () if layer is None else layer
+            tensors[f"{where}.lora_A.weight"] = np.ascontiguousarray(a[pick].T)
+            tensors[f"{where}.lora_B.weight"] = np.ascontiguousarray(b[pick].T)
     if nodes:
         raise InteropError(f"LoRA on {sorted(nodes)[:3]} has no place in PEFT's format")
     folder = epath.Path(path)
@@ -87,7 +87,7 @@ def load(path: epath.PathLike, model: Any, params: Any) -> Any:
         config = LoraConfig(rank=raw["r"], alpha=float(raw["lora_alpha"]), rs=bool(raw.get("use_rslora")))
     except (KeyError, ValueError, TypeError) as e:
         raise InteropError(f"{file} lacks or misstates {e}") from e
-    source = dict(TensorFolder(folder))
+    source = TensorFolder(folder)
     params, used = stack(params), set()
     for rule in _rules(model.config):
         name = rule.theirs.removesuffix(".weight")
@@ -112,7 +112,7 @@ def load(path: epath.PathLike, model: Any, params: Any) -> Any:
                 if source[k].shape != want:
                     raise InteropError(f"{folder}: {k} has shape {list(source[k].shape)}, expected {list(want)}")
             arrays = [source[k].T for k in keys]
-            sides.append(jnp.asarray(np.stack(arrays) if "{l}" in name else arrays[0]))
+            sides.append(jnp.asarray(np.stack(arrays) if "{l}" in name else np.array(arrays[0])))
         a, b = sides
         node = Lora(w, a, b, config.scale, float(raw.get("lora_dropout", 0.0)))
         params = weights.replace(params, rule.ours, lambda _, __, node=node: node)

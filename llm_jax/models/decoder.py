@@ -53,6 +53,20 @@ def _segment_positions(segment_ids: jax.Array) -> jax.Array:
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
+def _check_room(cache: Cache, attention_mask: Any, t: int) -> None:
+    """Refuses several tokens at once that would go around the cache; where values are traced nothing is checked."""
+    known = lambda x: not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
+    if not known(cache.length_B) or not known(attention_mask):
+        return
+    held = np.asarray(cache.length_B)
+    real = np.full(held.shape, t) if attention_mask is None else np.asarray(attention_mask).astype(bool).sum(1)
+    for row in np.flatnonzero((real > 1) & (held + real > cache.size)):
+        raise ValueError(
+            f"{real[row]} tokens at once would overwrite what the first of them still see in a cache of {cache.size} "
+            f"that holds {held[row]}: pass one at a time, or take a larger cache"
+        )
+
+
 def prepare(
     input_ids: jax.Array,
     attention_mask: jax.Array | None,
@@ -89,12 +103,8 @@ def prepare(
             raise ValueError("segment_ids and a cache exclude each other: decode one document a row")
         if t > cache.size:
             raise ValueError(f"{t} tokens do not fit into a cache of {cache.size}")
-        known = not isinstance(cache.length_B, jax.core.Tracer) and cache.length_B.is_fully_addressable
-        if t > 1 and known and (held := int(np.asarray(cache.length_B).max())) + t > cache.size:
-            raise ValueError(
-                f"{t} tokens at once would overwrite what the first of them still see in a cache of {cache.size} that "
-                f"holds {held}: pass one at a time, or take a larger cache"
-            )
+        if t > 1 and (window is None or window + t - 1 > cache.size):
+            _check_room(cache, attention_mask, t)
         order = cache.positions_of(real)
         length_B = cache.length_B + jnp.sum(real, axis=1, dtype=jnp.int32)
         mask = Mask(order, cache.key_positions(length_B), window=window)

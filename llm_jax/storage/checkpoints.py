@@ -244,19 +244,18 @@ class Checkpoints:
         if prefix not in everything:
             raise CheckpointError(f"checkpoint {step} of {self.folder} holds no moving average")
         wanted = {"params": everything["params"], **({"average": everything["average"]} if average else {})}
-        if place is not None:
-            spec = place(self._as_params(wanted["params"], structure))
-            leaves = jax.tree.map(
-                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-                self._as_params(wanted["params"], structure),
-                spec,
-            )
-            wanted["params"] = dict_of(leaves)
+        shapes = jax.eval_shape(lambda p: weights.cast(p, cast), self._as_params(wanted["params"], structure))
+        spec = jax.tree.map(lambda _: device, shapes) if place is None else place(shapes)
+        put = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+        wanted["params"] = dict_of(jax.tree.map(put, shapes, spec))
+        largest = max(weights.bytes_of(x) for x in jax.tree.leaves(wanted))
+        in_flight = max(1, math.ceil(largest / 1e9))  # GB read at once: Orbax would take the whole model
         try:
             restore = ocp.args.PyTreeRestore(
                 wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
             )
-            with ocp.PyTreeCheckpointer() as reader:
+            handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=in_flight)
+            with ocp.Checkpointer(handler) as reader:
                 raw = reader.restore(self._item(step, "state"), args=restore)
         except Exception as e:
             raise CheckpointError(
@@ -266,7 +265,7 @@ class Checkpoints:
         if average:
             flat = dict(paths.flatten(raw["average"]))
             params = paths.map_with_path(lambda p, x: flat[p].astype(x.dtype) if p in flat else x, params)
-        return weights.cast(params, cast), run
+        return params, run
 
     @staticmethod
     def _as_params(tree: Any, structure: dict[str, Any]) -> Any:

@@ -89,11 +89,12 @@ class GgufFile(Mapping[str, np.ndarray]):
         """
         import gguf
 
-        path = self._path = str(path)
+        path = str(path)
         if not os.path.exists(path):
             raise StorageError(f"no GGUF file at {path}")
         _check_header(path)
         try:
+            self._file = open(path, "rb")  # noqa: SIM115 (kept open, whatever becomes of the path)
             reader = gguf.GGUFReader(path)  # let go afterwards: it keeps two arrays for every entry of the vocabulary
             self._tensors = {
                 t.name: (t.tensor_type, t.data.dtype, int(t.data_offset), t.data.shape, tuple(t.shape.tolist()))
@@ -120,7 +121,7 @@ class GgufFile(Mapping[str, np.ndarray]):
         """
         kind, dtype, offset, shape, _ = self._tensors[name]
         try:
-            stored = np.memmap(self._path, dtype, "r", offset, shape)  # a map of its own: its pages go with the array
+            stored = np.memmap(self._file, dtype, "r", offset, shape)  # a map of its own: its pages go with the array
             data = self._dequantize(stored, kind)
         except Exception as e:
             raise StorageError(f"{name} has type {kind.name}, which cannot be read: {e}") from e

@@ -67,6 +67,10 @@ class TensorFolder(Mapping[str, np.ndarray]):
             return np.zeros(shape, dtype)
         return np.memmap(file, dtype, "r", offset, shape)
 
+    def __contains__(self, name: object) -> bool:
+        """Whether there is such a tensor; the mapping's own would map it."""
+        return name in self._entries
+
     def __iter__(self) -> Iterator[str]:
         """Names."""
         return iter(self._entries)
@@ -80,7 +84,7 @@ def _read(file: str) -> Iterator[tuple[str, Entry]]:
     try:
         with safetensors.safe_open(file, framework="np") as checked:  # validates header, offsets and sizes
             names = list(checked.keys())
-        data = open(file, "rb")  # noqa: SIM115 (entries keep it open: what was checked is what will be read)
+        data = open(file, "rb")  # noqa: SIM115 (entries keep it open, whatever becomes of the path)
         size = int.from_bytes(data.read(8), "little")
         header = json.loads(data.read(size))
     except (safetensors.SafetensorError, OSError, ValueError, OverflowError) as e:

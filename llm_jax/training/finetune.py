@@ -13,7 +13,7 @@ from llm_jax.delta.lora import TRAINABLE, LoraConfig, attach, merge
 from llm_jax.interop import Pretrained
 from llm_jax.models.llama import LlamaConfig
 from llm_jax.nn import weights
-from llm_jax.training.run import RunConfig, Trained, release, train
+from llm_jax.training.run import RunConfig, Trained, train
 from llm_jax.training.trainable import partition
 
 
@@ -85,25 +85,24 @@ def adapt(params: Any, config: FinetuneConfig, key: jax.Array) -> Any:
 def run(
     loaded: Pretrained, config: FinetuneConfig, workdir: epath.PathLike, key: jax.Array, restore_step: int | None = None
 ) -> Finetuned:
-    """Adapts and trains; resumes like any run. The parameters of `loaded` are taken over and cannot be read afterwards.
+    """Adapts and trains; resumes like any run. The parameters of `loaded` are taken over (see `run.train`).
 
     Raises:
       ValueError: and its kin, each with one line.
     """
     if loaded.tokenizer is None:
         raise ValueError("the model has no tokenizer")
-    if any(isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(loaded.params)):
-        raise ValueError("an earlier run took these parameters over; load the model again")
     trainable = config.run.training.trainable
     if config.lora is not None:
         trainable = TRAINABLE if trainable is None else trainable
     training = dataclasses.replace(config.run.training, trainable=trainable)
     chosen = dataclasses.replace(config.run, model=loaded.config, training=training)
-    params = adapt(loaded.params, config, key)
-    release(loaded.params, but=params)
     encode = chat.chats(loaded.tokenizer) if config.format == "chat" else None
     extra = {k: v for k, v in config.to_dict().items() if k != "run"}
-    trained = train(chosen, workdir, params, loaded.tokenizer, encode, config.format, restore_step, {"finetune": extra})
+    trained = train(
+        *(chosen, workdir, loaded.params, loaded.tokenizer, encode, config.format, restore_step, {"finetune": extra}),
+        adapt=lambda params: adapt(params, config, key),
+    )
     sizes = {
         "parameters": weights.bytes_of(trained.state.params),
         "trainable": weights.bytes_of(partition(trained.state.params, trainable)[0]),

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -147,19 +148,21 @@ def train(
     kind: str = "text",
     restore_step: int | None = None,
     extra: dict[str, Any] | None = None,
+    adapt: Callable[[Any], Any] = lambda params: params,
 ) -> Trained:
     """Trains, or resumes where the work directory's last checkpoint stands.
 
     Args:
       config: the run.
       workdir: everything the run writes.
-      params: start from these parameters (fine-tuning); fresh ones by default. They are taken over: their memory goes
-        to the run, and they cannot be read afterwards. To resume they give the structure only.
+      params: start from these parameters (fine-tuning); fresh ones by default. They are taken over: neither they nor
+        anything that shares their arrays (a `Generator`) can be used afterwards. To resume, their shapes are enough.
       tokenizer: of the loaded model; the config's by default.
       encode: how documents become ids (chat turns with loss masks); plain text by default.
       kind: names `encode` in the token cache.
       restore_step: checkpoint to resume from; the newest by default.
       extra: what else defines the run (JSON-ready); saved and compared like the config.
+      adapt: a pure function of `params`: what is added or exchanged before training (LoRA, quantized weights).
 
     Raises:
       CorpusError, TokenizerError, ConfigError, CheckpointError, WorkdirError, TrainingError: each with one line.
@@ -168,14 +171,17 @@ def train(
     with Workdir(workdir) as claimed:
         whole = {**config.to_dict(), **(extra or {})}
         claimed.settle_config(whole)
-        return _train(config, claimed.path, params, tokenizer, encode, kind, restore_step, whole)
+        return _train(config, claimed.path, params, adapt, tokenizer, encode, kind, restore_step, whole)
 
 
-def release(tree: Any, but: Any) -> None:
-    """Deletes the arrays of `tree` that are not in `but`."""
-    kept = {id(x) for x in jax.tree.leaves(but)}
-    for x in jax.tree.leaves(tree):
-        if isinstance(x, jax.Array) and id(x) not in kept:
+def _is_gone(params: Any) -> bool:
+    return any(isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(params))
+
+
+def _release(params: Any) -> None:
+    """Deletes all arrays, so that nobody who still holds the tree holds its memory."""
+    for x in jax.tree.leaves(params):
+        if isinstance(x, jax.Array):
             x.delete()
 
 
@@ -187,7 +193,7 @@ def _first_process_first(prepare: Callable[[], Any]) -> Any:
     return prepare() if done is None else done
 
 
-def _train(config, workdir, params, tokenizer, encode, kind, restore_step, whole):
+def _train(config, workdir, params, adapt, tokenizer, encode, kind, restore_step, whole):
     c = config.training
     limit = getattr(config.model, "context_length", None)
     if limit is not None and c.sequence_length > limit:
@@ -213,19 +219,22 @@ def _train(config, workdir, params, tokenizer, encode, kind, restore_step, whole
     example = jax.ShapeDtypeStruct((plan.batch_divisor, c.sequence_length), np.int32)
     boxed = jax.eval_shape(lambda key, ids: model.init(key, ids)["params"], jax.random.key(0), example)
     abstract, axes = weights.split_axes(boxed)
-    abstract = abstract if params is None else jax.eval_shape(lambda: params)
+    given = None if params is None else jax.eval_shape(lambda p: p, params)
+    abstract = abstract if given is None else jax.eval_shape(adapt, given)
 
     def init(key, given):
         init_key, step_key = jax.random.split(key)
         if given is None:
-            given = weights.split_axes(model.init(init_key, np.zeros(example.shape, example.dtype))["params"])[0]
-        return init_state(given, tx, step_key, precision, c.trainable, ema=c.ema > 0)
+            fresh = weights.split_axes(model.init(init_key, np.zeros(example.shape, example.dtype))["params"])[0]
+        else:
+            fresh = adapt(given)
+        return init_state(fresh, tx, step_key, precision, c.trainable, ema=c.ema > 0)
 
     if config.optimizer.decay != OptimizerConfig.decay:  # the default names what most trees have, not all
         paths.select([p for p, _ in paths.flatten(abstract, weights.is_node)], config.optimizer.decay)
 
     key = jax.random.key(c.seed)
-    shapes = jax.eval_shape(init, key, params)
+    shapes = jax.eval_shape(init, key, given)
     shardings = plan.state_shardings(shapes, axes)
     checkpoints = Checkpoints(workdir / "checkpoints", c.keep_last, c.keep_best)
     for note in plan.notes:
@@ -233,15 +242,19 @@ def _train(config, workdir, params, tokenizer, encode, kind, restore_step, whole
     if jax.process_index() == 0:
         (workdir / "parameters.txt").write_text(plan.describe(shapes.params, axes) + "\n")
     if restore_step is None and checkpoints.latest() is None:
-        placed = None if params is None else jax.device_put(params, plan.param_shardings(abstract, axes))
-        state = jax.jit(init, out_shardings=shardings)(key, placed)
-        del placed
+        if _is_gone(params):
+            raise ValueError("an earlier run took these parameters over; load the model again")
+        placed = None if params is None else jax.device_put(params, plan.param_shardings(given, axes))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Some donated buffers were not usable")  # those that change their dtype
+            state = jax.jit(init, out_shardings=shardings, donate_argnums=1)(key, placed)
+        _release(params)
     else:
+        _release(params)
         restored = checkpoints.restore(shapes, restore_step, shardings)
         state = restored.state
         loader.restore(restored.run["data"])
         log.info("resuming from step %d", restored.step)
-    release(params, state)
 
     grads = plan.grad_shardings(abstract, axes)
     pin = lambda tree: jax.tree.map(

@@ -300,7 +300,7 @@ def test_generate(folder, capsys, monkeypatch, tmp_path):
     call("generate", f"--model={folder}", "--prompt=abc", "--json")  # as many as fit
     found = json.loads(capsys.readouterr().out)
     assert found["tokens"][:8] == want.tokens and len(found["tokens"]) == loaded.config.context_length - len(ids)
-    with pytest.raises(ValueError, match="prompt and output of 33 tokens exceed the context of 32"):
+    with pytest.raises(ValueError, match="32 tokens fill the context of 32"):
         call("generate", f"--model={folder}", f"--prompt={'abc abd ' * 4}")
 
 

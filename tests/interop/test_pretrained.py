@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pickle
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -121,15 +122,24 @@ def test_a_load_onto_a_mesh_equals_one_device(tmp_path):
     assert sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(found)) < weights.bytes_of(params) / 4
 
 
-@pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_loading_needs_little_more_than_the_model(dtype, tmp_path):
+@pytest.fixture(scope="module")
+def small_and_large(tmp_path_factory):
+    """Folders of two models of zeros, the second of 385 MB, removed afterwards."""
+    folder = tmp_path_factory.mktemp("zeros")
     small = GPTConfig(**SMALL)
-    large = dataclasses.replace(small, vocab_size=20_000, model_dim=1024, num_layers=6)
-    for name, config in (("small", small), ("large", large)):
+    for name, config in (("small", small), ("large", dataclasses.replace(small, vocab_size=20_000, model_dim=1024,
+                                                                         num_layers=6))):  # fmt: skip
         model = config.make()
-        zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract(model, np.zeros((1, 2), np.int32))[0])
-        interop.save(tmp_path / name, model, zeros)
-    size, peak = peak_of_loading(tmp_path / "large", tmp_path / "small", dtype)
+        shapes, _ = abstract(model, np.zeros((1, 2), np.int32))
+        interop.save(folder / name, model, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))
+    yield folder / "small", folder / "large"
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_loading_needs_little_more_than_the_model(dtype, small_and_large):
+    small, large = small_and_large
+    size, peak = peak_of_loading(large, small, dtype)
     assert size > (4 if dtype is None else 2) * 90e6
     assert peak < 1.2 * size, f"{peak / size:.2f}"
 

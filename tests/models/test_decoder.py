@@ -265,8 +265,20 @@ def test_compute_dtype(name):
     assert {h.dtype for h in out.hidden_states} == {jnp.dtype("bfloat16")} and out.logits.dtype == "float32"
 
 
+MASK = np.arange(T)[None, :] < np.array([T, 5])[:, None]
 LONG = np.zeros((1, CONTEXT + 1), np.int32)
 KEY = {"dropout": jax.random.key(0)}
+
+
+@pytest.mark.parametrize(
+    "family, size, held, mask",
+    [("llama", T + 1, 3, MASK), ("llama", T + 1, 9, np.eye(2, T)), ("mistral", T + 2, 30, None)],
+    ids=["padding", "one a row", "a window that fits"],
+)
+def test_several_tokens_may_go_where_nothing_is_overwritten(family, size, held, mask):
+    cache = MODELS[family].init_cache(2, size).replace(length_B=np.array([0, held]))
+    args = (IDS, mask, None, None, cache, None, MODELS[family].window)
+    assert decoder.prepare(*args).slots_BT.shape == IDS.shape
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -281,10 +293,8 @@ KEY = {"dropout": jax.random.key(0)}
         (dict(input_ids=LONG), "sequence of 17 tokens is longer than the model's context of 16"),
         (dict(segment_ids=IDS, cache=T), "segment_ids and a cache exclude each other"),
         (dict(cache=T - 1), "7 tokens do not fit into a cache of 6"),
-        (
-            dict(cache=T + 1, length=2),
-            "7 tokens at once would overwrite .* a cache of 8 that holds 2: pass one at a time",
-        ),
+        (dict(cache=T + 1, length=2), "7 tokens at once would overwrite .* a cache of 8 that holds 2: pass one"),
+        (dict(cache=T + 1, length=4, attention_mask=MASK), "5 tokens at once would .* a cache of 8 that holds 4"),
     ],
 )
 def test_what_a_decoder_cannot_honour_is_an_error(family, call, words):

@@ -104,7 +104,7 @@ def bitwise(a, b):
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_the_loss_falls_and_the_base_stays(name, folder, results):
+def test_the_loss_falls_and_the_base_stays(name, folder, results, tmp_path):
     loaded, done, workdir = results(name)
     losses = [m["train/loss"] for m in read_metrics(workdir) if "train/loss" in m]
     assert len(losses) == STEPS and np.isfinite(losses).all() and losses[-1] < 0.7 * losses[0]
@@ -116,7 +116,7 @@ def test_the_loss_falls_and_the_base_stays(name, folder, results):
     bitwise(lora.detach(trained), base)
     assert all(x.is_deleted() for x in jax.tree.leaves(loaded.params))  # two copies would be one too many
     with pytest.raises(ValueError, match="an earlier run took these parameters over; load the model again"):
-        finetune.run(loaded, config(folder), workdir, jax.random.key(0))
+        finetune.run(loaded, config(folder), tmp_path, jax.random.key(0))
     nodes = [w for _, w in paths.flatten(trained, weights.is_node) if isinstance(w, Lora)]
     assert len(nodes) == 7 and all(np.abs(w.b).max() > 1e-3 for w in nodes)
 
@@ -162,13 +162,14 @@ def test_only_the_assistants_words_are_trained(results):
 
 
 def test_a_finished_run_resumes_to_itself(folder, results):
-    _, done, workdir = results("float")
-    again = finetune.run(interop.load(folder), config(folder), workdir, jax.random.key(0))
+    loaded, done, workdir = results("float")
+    again = finetune.run(loaded, config(folder), workdir, jax.random.key(0))  # whose arrays are gone
     bitwise(again.merged, done.merged)
     assert int(again.trained.state.step) == STEPS
     with pytest.raises(WorkdirError, match="finetune.lora.alpha: 6.0 -> 9.0"):
-        changed = config(folder, lora=LoraConfig(rank=3, alpha=9.0))
-        finetune.run(interop.load(folder), changed, workdir, jax.random.key(0))
+        loaded = interop.load(folder)
+        finetune.run(loaded, config(folder, lora=LoraConfig(rank=3, alpha=9.0)), workdir, jax.random.key(0))
+    assert not any(x.is_deleted() for x in jax.tree.leaves(loaded.params))  # a refused run takes nothing
 
 
 def test_adapting():
