@@ -1,11 +1,17 @@
-"""WORKSPACE.md's table of techniques is true: files and tests exist, flags and config fields too."""
+"""WORKSPACE.md's table and README.md are true: files, tests, flags and config fields exist, and its Python runs."""
 
 import pathlib
 import re
 
+import jax
+import numpy as np
 import pytest
+from tiny_models import noise
 
+from llm_jax import interop
+from llm_jax.data import tokenizers
 from llm_jax.models.gpt import GPTConfig
+from llm_jax.models.llama import LlamaConfig
 from llm_jax.training.finetune import FinetuneConfig
 from llm_jax.training.run import RunConfig
 
@@ -32,18 +38,13 @@ def test_every_heading_of_the_notes_has_a_row(shared_data):
     assert not missing
 
 
-@pytest.mark.parametrize("row", DONE, ids=lambda row: row[2][:40])
-def test_row_names_what_exists(row):
-    _, _, _, file, _, test, command = (cell.strip("`") for cell in row)
-    assert (ROOT / file).is_file()
-    assert (ROOT / test).is_file()
+def check_command(command):
+    """A `make` target that exists, or a binary that exists with these flags and config fields."""
     if command.startswith("make "):
         assert re.search(rf"^{command.removeprefix('make ')}:", (ROOT / "Makefile").read_text(), re.M)
         return
     binary = re.match(r"python -m experiments\.(\w+)", command)
-    if binary is None:
-        assert command == ""
-        return
+    assert binary is not None, command
     source = (ROOT / "experiments" / f"{binary[1]}.py").read_text() + (ROOT / "experiments" / "cli.py").read_text()
     defaults = (FinetuneConfig if binary[1] == "finetune" else RunConfig)()
     for flag in re.findall(r"--([\w.]+)=", command):
@@ -56,5 +57,39 @@ def test_row_names_what_exists(row):
             value = getattr(value, part)
 
 
+@pytest.mark.parametrize("row", DONE, ids=lambda row: row[2][:40])
+def test_row_names_what_exists(row):
+    _, _, _, file, _, test, command = (cell.strip("`") for cell in row)
+    assert (ROOT / file).is_file()
+    assert (ROOT / test).is_file()
+    if command:
+        check_command(command)
+
+
 def test_default_model_is_the_one_the_table_overrides():
     assert isinstance(RunConfig().model, GPTConfig)
+
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^(python -m .*?|make \w+)(?: +#.*)?$", README, re.M)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_readme_commands_exist(command):
+    check_command(command)
+
+
+def test_readme_python_runs(tmp_path, monkeypatch):
+    text = "The capital of France is Paris."
+    tokenizer = tokenizers.train([text], "char", 1)
+    model = LlamaConfig(vocab_size=tokenizer.vocab_size, context_length=64, model_dim=16, num_layers=2, num_heads=2,
+                        num_kv_heads=1, head_dim=8, hidden_dim=24).make()  # fmt: skip
+    interop.save(tmp_path / "in", model, noise(model, 0.3), tokenizer)
+    monkeypatch.chdir(tmp_path)
+    names = {"input_ids": np.array([tokenizer.encode(text)])}
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    for block in blocks:
+        exec(block.replace("path/to/huggingface_folder", str(tmp_path / "in")), names)
+    assert len(blocks) == 2 and names["logits"].shape == (1, len(text), tokenizer.vocab_size)
+    assert interop.load(tmp_path / "out").config == model.config
+    assert jax.tree.structure(names["params"]) == jax.tree.structure(interop.load(tmp_path / "out").params)
