@@ -28,13 +28,9 @@ def flops_per_token(params: Any, num_layers: int, length: int, attention_dim: in
     backward product; attention adds 2 * 2 * T * A per layer forward (scores and values), times 3, not halved for
     causality (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B). Recomputation is not counted.
     """
-    names = [p for p, _ in paths.flatten(params, weights.is_node)]
-    untied = any(p.startswith("head/") for p in names)
-    total = 0
-    for path, leaf in paths.flatten(params, weights.is_node):
-        lookup_only = path == "positions/embedding" or (path == "embed/embedding" and untied)
-        if not lookup_only:
-            total += math.prod(leaf.shape)
+    sizes = {p: math.prod(w.shape) for p, w in paths.flatten(params, weights.is_node)}
+    tables = {"positions/embedding"} | ({"embed/embedding"} if any(p.startswith("head/") for p in sizes) else set())
+    total = sum(size for path, size in sizes.items() if path not in tables)
     return 6.0 * total + 12.0 * num_layers * length * attention_dim
 
 
