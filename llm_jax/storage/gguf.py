@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from llm_jax.storage.safetensors import StorageError
+from llm_jax.storage.safetensors import StorageError, open_for
 
 _SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # value type: bytes
 _STRING, _ARRAY = 8, 9
@@ -94,7 +94,7 @@ class GgufFile(Mapping[str, np.ndarray]):
             raise StorageError(f"no GGUF file at {path}")
         _check_header(path)
         try:
-            self._file = open(path, "rb")  # noqa: SIM115 (kept open, whatever becomes of the path)
+            self._file = open_for(self, path)
             reader = gguf.GGUFReader(path)  # let go afterwards: it keeps two arrays for every entry of the vocabulary
             self._tensors = {
                 t.name: (t.tensor_type, t.data.dtype, int(t.data_offset), t.data.shape, tuple(t.shape.tolist()))

@@ -6,6 +6,7 @@ used, and nothing stays in memory when its view is dropped.
 
 import json
 import os
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
@@ -55,7 +56,7 @@ class TensorFolder(Mapping[str, np.ndarray]):
             files = [f for f in files if f.name in named]
         self._entries: dict[str, Entry] = {}
         for file in files:
-            for name, entry in _read(str(file)):
+            for name, entry in _read(str(file), self):
                 if name in self._entries:
                     raise StorageError(f"{name} is stored twice in {path}")
                 self._entries[name] = entry
@@ -80,11 +81,18 @@ class TensorFolder(Mapping[str, np.ndarray]):
         return len(self._entries)
 
 
-def _read(file: str) -> Iterator[tuple[str, Entry]]:
+def open_for(owner: object, path: str) -> BinaryIO:
+    """A file that stays open, whatever becomes of its path, until `owner` goes."""
+    file = open(path, "rb")  # noqa: SIM115
+    weakref.finalize(owner, file.close)
+    return file
+
+
+def _read(file: str, owner: object) -> Iterator[tuple[str, Entry]]:
     try:
         with safetensors.safe_open(file, framework="np") as checked:  # validates header, offsets and sizes
             names = list(checked.keys())
-        data = open(file, "rb")  # noqa: SIM115 (entries keep it open, whatever becomes of the path)
+        data = open_for(owner, file)
         size = int.from_bytes(data.read(8), "little")
         header = json.loads(data.read(size))
     except (safetensors.SafetensorError, OSError, ValueError, OverflowError) as e:
