@@ -1,6 +1,7 @@
 """What the training binaries print at the end: the summary line and sampled continuations."""
 
 import lzma
+import sys
 from typing import Any
 
 import jax
@@ -43,7 +44,10 @@ def _beginning(text: str) -> str:
 
 
 def continuations(trained: Trained, count: int, config: RunConfig, length: int = 96) -> list[str]:
-    """Samples that continue the beginnings of held-out documents (of training ones where none is held out)."""
+    """Samples that continue the beginnings of held-out documents (of training ones where none is held out).
+
+    What is sampled is bold on a terminal, and behind a triangle elsewhere.
+    """
     tokenizer: Any = trained.tokenizer
     prompts = []
     for document in corpora.documents(config.data.source, text_field=config.data.text_field):
@@ -60,6 +64,5 @@ def continuations(trained: Trained, count: int, config: RunConfig, length: int =
     sampler = SamplingConfig(temperature=0.7, top_p=0.9)
     generator = Generator(trained.model, trained.state.params, tokenizer.eos_ids, sampler)
     results = generator.generate(ids, new, jax.random.key(config.training.seed))
-    return [
-        f"{tokenizer.decode(p)}\x1b[1m{tokenizer.decode(r.tokens)}\x1b[0m" for p, r in zip(ids, results, strict=True)
-    ]
+    begin, end = ("\x1b[1m", "\x1b[0m") if sys.stdout.isatty() else ("\u25b8", "")
+    return [f"{tokenizer.decode(p)}{begin}{tokenizer.decode(r.tokens)}{end}" for p, r in zip(ids, results, strict=True)]
