@@ -74,14 +74,20 @@ def test_every_product_is_that_of_the_dense_matrix(axis):
     x = np.random.default_rng(2).normal(size=(3, 2, 6)).astype(np.float32)
     ids = np.asarray([[0, 5], [2, 2]])
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
-    close(weights.matmul(jnp.asarray(x), q), x @ dense)
-    close(weights.matmul(jnp.asarray(x), q, jax.random.key(0)), x @ dense)  # no dropout inside
-    close(weights.matmul_t(jnp.asarray(x[..., :5]), q), x[..., :5] @ dense.T)
-    close(weights.take(q, jnp.asarray(ids)), dense[ids])
-    half = weights.matmul(jnp.asarray(x, jnp.bfloat16), q)
-    assert half.dtype == jnp.bfloat16
-    gradient = jax.grad(lambda x: weights.matmul(x, q).sum())(jnp.asarray(x))
+
+    @jax.jit
+    def products(q, x, y, ids):
+        gradient = jax.grad(lambda x: weights.matmul(x, q).sum())(x)
+        keyed = weights.matmul(x, q, jax.random.key(0))
+        return weights.matmul(x, q), keyed, weights.matmul_t(y, q), weights.take(q, ids), gradient
+
+    product, keyed, product_t, rows, gradient = products(q, x, x[..., :5], ids)
+    close(product, x @ dense)
+    close(keyed, x @ dense)  # no dropout inside
+    close(product_t, x[..., :5] @ dense.T)
+    close(rows, dense[ids])
     close(gradient, np.broadcast_to(dense.sum(1), x.shape))
+    assert jax.eval_shape(weights.matmul, jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), q).dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("config, targets", [(LLAMA, WHOLE), (GPT, KERNELS)], ids=["llama", "gpt"])

@@ -77,7 +77,7 @@ def test_penalties_by_their_formulas():
                 if prompt[b, v] or output[b, v]:
                     want[b, v] = want[b, v] / r if want[b, v] > 0 else want[b, v] * r
                 want[b, v] -= presence * (output[b, v] > 0) + frequency * output[b, v]
-        found = sampling.penalize(*map(jnp.asarray, (logits, prompt, output)), config)
+        found = jax.jit(sampling.penalize, static_argnums=3)(logits, prompt, output, config)
         np.testing.assert_allclose(found, want, rtol=1e-6, atol=1e-6)
         assert config.counts_tokens == ((r, presence, frequency) != (1.0, 0.0, 0.0))
 
@@ -88,7 +88,8 @@ def test_blocked_tokens_are_those_of_brute_force(n):
     history = rng.integers(0, 3, (40, 12)).astype(np.int32)
     length = rng.integers(0, 13, 40).astype(np.int32)
     logits = rng.normal(size=(40, 4)).astype(np.float32)
-    found = np.asarray(sampling.block_ngrams(*map(jnp.asarray, (logits, history, length)), n))
+    block = jax.jit(sampling.block_ngrams, static_argnums=3)
+    found = np.asarray(block(logits, history, length, n))
     blocked = 0
     for row in range(40):
         seen = history[row, : length[row]].tolist()
@@ -97,7 +98,8 @@ def test_blocked_tokens_are_those_of_brute_force(n):
         assert {v for v in range(4) if found[row, v] == -np.inf} == banned, (seen, n)
         blocked += len(banned)
     assert blocked > 0
-    assert sampling.block_ngrams(jnp.ones((1, 4)), jnp.zeros((1, n - 1), jnp.int32), jnp.asarray([n - 1]), n).min() == 1
+    ones, short = np.ones((1, 4), np.float32), np.zeros((1, n - 1), np.int32)
+    assert np.asarray(block(ones, short, np.array([n - 1]), n)).min() == 1
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -122,17 +124,16 @@ def test_draws_follow_the_distribution(config):
 
 
 def test_greedy_and_keys():
-    logits = jnp.asarray(np.random.default_rng(4).normal(size=(6, V)), jnp.float32)
+    logits = np.random.default_rng(4).normal(size=(6, V)).astype(np.float32)
     keys = jax.random.split(jax.random.key(0), 6)
-    np.testing.assert_array_equal(sampling.choose(logits, keys, SamplingConfig()), np.argmax(logits, -1))
+    choose = jax.jit(sampling.choose, static_argnums=2)
+    np.testing.assert_array_equal(choose(logits, keys, SamplingConfig()), np.argmax(logits, -1))
     config = SamplingConfig(1.0)
-    first = sampling.choose(logits, keys, config)
-    assert first.dtype == jnp.int32
-    np.testing.assert_array_equal(first, sampling.choose(logits, keys, config))
-    np.testing.assert_array_equal(
-        first[::-1], sampling.choose(logits[::-1], keys[::-1], config)
-    )  # rows are on their own
-    cold = sampling.choose(logits, keys, SamplingConfig(1e-4))
+    first = np.asarray(choose(logits, keys, config))
+    assert first.dtype == np.int32
+    np.testing.assert_array_equal(first, choose(logits, keys, config))
+    np.testing.assert_array_equal(first[::-1], choose(logits[::-1], keys[::-1], config))  # rows are on their own
+    cold = choose(logits, keys, SamplingConfig(1e-4))
     np.testing.assert_array_equal(cold, np.argmax(logits, -1))
 
 

@@ -38,11 +38,13 @@ def logits(config, params):
 def filled(params, dtype=jnp.float32):
     """Random B, so that the update counts."""
     rng = np.random.default_rng(1)
-    fill = lambda w: w.replace(b=jnp.asarray(rng.normal(size=w.b.shape) * 0.1, dtype)) if isinstance(w, Lora) else w
-    return jax.tree.map(fill, weights.cast(params, dtype), is_leaf=lambda x: isinstance(x, Lora))
+    draw = lambda shape: jnp.asarray((rng.normal(size=shape) * 0.1).astype(dtype))
+    fill = lambda w: w.replace(b=draw(w.b.shape)) if isinstance(w, Lora) else w
+    return jax.tree.map(fill, cast(params, dtype), is_leaf=lambda x: isinstance(x, Lora))
 
 
 attach = jax.jit(lora.attach, static_argnums=1)
+cast = jax.jit(weights.cast, static_argnums=1)
 
 
 def attached(config, **changes):
@@ -73,7 +75,7 @@ def test_merged_equals_unmerged_in_float64_stacked_and_unrolled():
         for tree in (trained, unstack(trained)):
             np.testing.assert_allclose(logits(LLAMA, tree), want, rtol=1e-12, atol=1e-12)
         back = lora.detach(lora.unmerge(lora.merge(trained), trained))
-        for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(weights.cast(base(LLAMA), jnp.float64)), strict=True):
+        for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(cast(base(LLAMA), jnp.float64)), strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-15)
 
 
@@ -147,19 +149,25 @@ def test_the_base_costs_no_gradient(quantized):
         )
 
 
+@jax.jit
+def every_product(w, x, y, ids):
+    return weights.dense(w), weights.matmul(x, w), weights.matmul_t(y, w), weights.take(w, ids)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_every_product_of_the_node_is_that_of_its_matrix(seed):
     rng = np.random.default_rng(seed)
+    w, a, b, x = (rng.normal(size=s) for s in ((6, 5), (6, 2), (2, 5), (3, 4, 6)))
+    ids = np.array([[0, 3], [5, 5]])
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-13, atol=1e-13)
     with jax.enable_x64(True):
-        w, a, b, x = (jnp.asarray(rng.normal(size=s)) for s in ((6, 5), (6, 2), (2, 5), (3, 4, 6)))
-        for inner in (w, Lora(w, a, b, -0.7)):  # nodes nest
-            node = Lora(inner, a[::-1], b, 0.3)
-            dense = np.asarray(weights.dense(inner)) + 0.3 * np.asarray(a[::-1]) @ np.asarray(b)
-            close = functools.partial(np.testing.assert_allclose, rtol=1e-13, atol=1e-13)
-            close(node.dense(), dense)
-            close(weights.matmul(x, node), np.asarray(x) @ dense)
-            close(weights.matmul_t(x[..., :5], node), np.asarray(x)[..., :5] @ dense.T)
-            close(weights.take(node, jnp.asarray([[0, 3], [5, 5]])), dense[[[0, 3], [5, 5]]])
+        for inner, matrix in ((w, w), (Lora(w, a, b, -0.7), w - 0.7 * a @ b)):  # nodes nest
+            node, want = Lora(inner, a[::-1], b, 0.3), matrix + 0.3 * a[::-1] @ b
+            dense, product, product_t, rows = every_product(node, x, x[..., :5], ids)
+            close(dense, want)
+            close(product, x @ want)
+            close(product_t, x[..., :5] @ want.T)
+            close(rows, want[ids])
             assert weights.shape_of(node) == (6, 5)
 
 
