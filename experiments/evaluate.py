@@ -9,7 +9,6 @@ import json
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
@@ -68,10 +67,11 @@ def main() -> None:
         results["sentences"].append({"text": text, "log_probability": total, "tokens": len(logp)})  # type: ignore[attr-defined]
         print(f"log p = {total:.3f} ({len(logp)} tokens, perplexity {math.exp(-total / len(logp)):.2f}): {text}")
     results["next"] = []
+    following = jax.jit(lambda params, ids: jax.nn.softmax(model.apply({"params": params}, ids).logits[0, -1]))
     for text in NEXT.value:
         ids = encode(text, 1)
-        p = jax.nn.softmax(model.apply({"params": params}, ids).logits[0, -1])
-        best = jnp.argsort(-p)[:10]
+        p = np.asarray(following(params, ids))
+        best = np.argsort(-p)[:10]
         found = [(tokenizer.decode([int(i)]), float(p[i])) for i in best]
         results["next"].append({"text": text, "tokens": found})  # type: ignore[attr-defined]
         print(text, *(f"  {q:.3f} {token!r}" for token, q in found), sep="\n")

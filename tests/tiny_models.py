@@ -4,7 +4,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.models.gpt import GPTConfig
@@ -52,7 +51,7 @@ def model_params(config: Any, **options: Any) -> Any:
 def noise(module: Any, std: float, seed: int = 0) -> Any:
     """Normal parameters of a decoder, made by numpy (nothing to compile), norms' scales too."""
     rng = np.random.default_rng(seed)
-    draw = lambda x: jnp.asarray((rng.normal(size=x.shape) * std).astype(x.dtype))
+    draw = lambda x: jax.device_put((rng.normal(size=x.shape) * std).astype(x.dtype))
     return jax.tree.map(draw, abstract(module, np.zeros((1, 2), np.int32))[0])
 
 

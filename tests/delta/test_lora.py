@@ -38,7 +38,7 @@ def logits(config, params):
 def filled(params, dtype=jnp.float32):
     """Random B, so that the update counts."""
     rng = np.random.default_rng(1)
-    draw = lambda shape: jnp.asarray((rng.normal(size=shape) * 0.1).astype(dtype))
+    draw = lambda shape: jax.device_put((rng.normal(size=shape) * 0.1).astype(dtype))
     fill = lambda w: w.replace(b=draw(w.b.shape)) if isinstance(w, Lora) else w
     return jax.tree.map(fill, cast(params, dtype), is_leaf=lambda x: isinstance(x, Lora))
 

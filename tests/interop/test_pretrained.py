@@ -88,7 +88,7 @@ def test_save_and_load_are_bitwise(name, tokenizer, tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_casts(dtype, tmp_path):
     model, params = made(CONFIGS["qwen2"])
-    cast = jax.tree.map(lambda x: x.astype(dtype), params)
+    cast = jax.tree.map(lambda x: np.asarray(x).astype(jnp.dtype(dtype)), params)
     interop.save(tmp_path / "wide", model, params)
     interop.save(tmp_path / "cast", model, params, dtype=dtype)
     bitwise(interop.load(tmp_path / "wide", dtype=dtype).params, cast)

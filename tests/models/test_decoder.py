@@ -21,12 +21,11 @@ REAL = np.array([[1] * T, [1] * (T - 2) + [0] * 2], bool)  # the second row is s
 
 
 def test_only_plain_rows_are_ordered():
-    ids = jnp.zeros((2, T), jnp.int32)
-    ordered = lambda mask=None, segments=None, cache=None: (
-        decoder.prepare(ids, mask, None, segments, cache, CONTEXT).mask.ordered
-    )
-    assert ordered() and not ordered(mask=REAL) and not ordered(segments=ids)
-    assert not ordered(cache=init_cache(1, 2, T, 1, 4))
+    def ordered(mask=None, segments=None, cache=None):
+        return jax.eval_shape(lambda *a: decoder.prepare(*a, CONTEXT).mask, IDS, mask, None, segments, cache).ordered
+
+    assert ordered() and not ordered(mask=REAL) and not ordered(segments=IDS)
+    assert not ordered(cache=jax.eval_shape(lambda: init_cache(1, 2, T, 1, 4)))
 
 
 class Probe(weights.Weight):
