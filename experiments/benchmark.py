@@ -28,6 +28,8 @@ faster EPYC with AVX-512 the same code has since trained 2.7 times as fast, torc
   moments; speed as before, within noise.
 - norms, activations and attention that keep only their inputs for the backward pass: scanned, 2.32 to 1.49 GB and
   121 to 145 tokens/s; unrolled, 1.58 to 1.49 GB and 139 to 138.
+- the activation computed again for the down kernel's gradient: scanned, 1.19 to 1.06 GB of that step, unrolled 1.50 to
+  1.37; 1 % slower, within noise.
 - decoding with kernels stored as their transpose (`weights.Transposed`), so that XLA:CPU packs the few rows of the
   activations and not the whole matrix: 61 to 43 ms a token of batch 8; the same for the tied head is included.
 - keys and values stored `[B, K, S, H]`, as the products of attention read them: 43 to 33 ms a token of batch 8.

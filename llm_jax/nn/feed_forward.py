@@ -1,6 +1,6 @@
 """Position-wise feed-forward layers, plain and gated.
 
-Under `jax.checkpoint` the backward pass keeps the inputs of an activation and none of its intermediate values.
+The backward pass keeps the inputs of an activation and computes it again, also for the gradient of the down kernel.
 
 Sources: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; Shazeer 2020 (GLU variants),
 https://arxiv.org/abs/2002.05202.
@@ -51,11 +51,12 @@ class FeedForward(nn.Module):
         out_init = init if self.out_init_std is None else nn.initializers.normal(self.out_init_std)
         activate = ACTIVATIONS[self.activation]
         up_BTF = linear(self.hidden, ("embed", "mlp"), kernel_init=init, name="up")(x_BTD)
+        inputs: tuple[jax.Array, ...] = (up_BTF,)
+        before: Callable[..., jax.Array] = activate
         if self.gated:
             gate_BTF = linear(self.hidden, ("embed", "mlp"), kernel_init=init, name="gate")(x_BTD)
-            h_BTF = jax.checkpoint(lambda gate, up: activate(gate) * up)(gate_BTF, up_BTF)
-        else:
-            h_BTF = jax.checkpoint(activate)(up_BTF)
-        y_BTD = linear(x_BTD.shape[-1], ("mlp", "embed"), kernel_init=out_init, name="down")(h_BTF)
+            inputs, before = (gate_BTF, up_BTF), lambda gate, up: activate(gate) * up
+        down = linear(x_BTD.shape[-1], ("mlp", "embed"), kernel_init=out_init, before=before, name="down")
+        y_BTD = down(*inputs)
         y_BTD = ports.sequential(self, "adapter", checkpoint_name(y_BTD, "mlp"))
         return ports.parallel(self, "parallel_adapter", x_BTD, y_BTD)

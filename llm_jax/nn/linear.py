@@ -21,26 +21,33 @@ def scale_last(x: jax.Array, v: jax.Array) -> jax.Array:
 
 
 class Linear(nn.Module):
-    """`x[..., in] @ kernel[in, features] + bias`.
+    """`x[..., in] @ kernel[in, features] + bias`, where `x` is the input, or `before` of several.
 
     Attributes:
       features: output width.
       axes: logical axes of the kernel, (input, output).
       use_bias: adds a bias.
       kernel_init: initialiser of the kernel.
+      before: elementwise function of the inputs; what it returns is not kept for the backward pass, but computed again.
     """
 
     features: int
     axes: tuple[str, str]
     use_bias: bool = True
     kernel_init: Callable[..., jax.Array] = nn.initializers.normal(0.02)
+    before: Callable[..., jax.Array] | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Computes in the dtype of `x`."""
+    def __call__(self, *inputs: jax.Array) -> jax.Array:
+        """Computes in the dtype of the inputs."""
+        x = inputs[0]
         kernel: Any = weights.parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.axes)
         key = self.make_rng("dropout") if weights.is_node(kernel) and self.has_rng("dropout") else None
-        y = weights.matmul(x, weights.cast(kernel, x.dtype), key)
+        kernel, before = weights.cast(kernel, x.dtype), self.before
+        if before is None:
+            y = weights.matmul(x, kernel, key)
+        else:
+            y = jax.checkpoint(lambda kernel, *inputs: weights.matmul(before(*inputs), kernel, key))(kernel, *inputs)
         if self.use_bias:
             bias = weights.parameter(self, "bias", nn.initializers.zeros, (self.features,), self.axes[1:])
             y = add_last(y, bias.astype(y.dtype))
