@@ -145,12 +145,9 @@ def _map_lora(params: Any, fn: Any) -> Any:
     return jax.tree.map(lambda w: fn(w) if is_lora(w) else w, params, is_leaf=is_lora)
 
 
-_dense = jax.jit(weights.dense)
-
-
 def merge(params: Any) -> Any:
     """Folds every LoRA into its base, which becomes a plain array (quantize it again where it was quantized)."""
-    return _map_lora(params, _dense)
+    return _map_lora(params, weights.materialize)
 
 
 @jax.jit

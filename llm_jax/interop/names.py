@@ -173,12 +173,11 @@ def _dense(w: Any, layer: int | None) -> Any:
     if isinstance(w, np.ndarray):
         return w if layer is None else w[layer]
     if layer is None:
-        return _matrix(w) if weights.is_node(w) else w
-    return _matrix_of(w, layer)
+        return weights.materialize(w) if weights.is_node(w) else w
+    return _dense_layer(w, layer)
 
 
-_matrix = jax.jit(weights.dense)
-_matrix_of = jax.jit(lambda w, layer: weights.dense(jax.tree.map(lambda x: x[layer], w)))
+_dense_layer = jax.jit(lambda w, layer: weights.dense(jax.tree.map(lambda x: x[layer], w)))
 
 
 def write_params(

@@ -229,6 +229,9 @@ def dense(w: Any) -> jax.Array:
     return w.dense() if isinstance(w, Weight) else w
 
 
+materialize = jax.jit(dense)  # for use outside a program: one compilation a type and shape, not one an operation
+
+
 def cast(tree: Any, dtype: Any) -> Any:
     """Casts floating leaves of a parameter tree; quantization scales keep their own dtype. None is a no-op."""
     if dtype is None:

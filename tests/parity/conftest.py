@@ -5,4 +5,12 @@ import pytest
 
 pytest.importorskip("torch", reason="parity needs torch: make parity")
 pytest.importorskip("transformers", reason="parity needs transformers: make parity")
-jax.config.update("jax_disable_most_optimizations", False)  # here the compiler runs as it does for users
+
+
+@pytest.fixture(autouse=True, scope="module")
+def optimized():
+    """Here the compiler runs as it does for users; the other tests of the same process keep their setting."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
