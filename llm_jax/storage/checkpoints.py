@@ -248,15 +248,8 @@ class Checkpoints:
         spec = jax.tree.map(lambda _: device, shapes) if place is None else place(shapes)
         put = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
         wanted["params"] = dict_of(jax.tree.map(put, shapes, spec))
-        largest = max(weights.bytes_of(x) for x in jax.tree.leaves(wanted))
-        in_flight = max(1, math.ceil(largest / 1e9))  # GB read at once: Orbax would take the whole model
         try:
-            restore = ocp.args.PyTreeRestore(
-                wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
-            )
-            handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=in_flight)
-            with ocp.Checkpointer(handler) as reader:
-                raw = reader.restore(self._item(step, "state"), args=restore)
+            raw = self._read_arrays(step, wanted)
         except Exception as e:
             raise CheckpointError(
                 f"checkpoint {self.folder / str(step)} is damaged ({_line(e)}){self._offer(step)}"
@@ -266,6 +259,28 @@ class Checkpoints:
             flat = dict(paths.flatten(raw["average"]))
             params = paths.map_with_path(lambda p, x: flat[p].astype(x.dtype) if p in flat else x, params)
         return params, run
+
+    def _read_arrays(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
+        """Nested dicts of arrays like `wanted`; large ones one by one, the largest first, to bound what is in memory.
+
+        Orbax holds an array's compressed bytes, the array and its copy on the device at once, of all that one call
+        asks for.
+        """
+        flat = sorted(paths.flatten(wanted), key=lambda item: -weights.bytes_of(item[1]))
+        share = weights.bytes_of(wanted) / 50
+        turns = [[item] for item in flat if weights.bytes_of(item[1]) > share]
+        turns += [small] if (small := flat[len(turns) :]) else []
+        out: dict[str, Any] = {}
+        with ocp.PyTreeCheckpointer() as reader:
+            for turn in turns:
+                part: dict[str, Any] = {}
+                for path, x in turn:
+                    _insert(part, path.split("/"), x)
+                places = ocp.checkpoint_utils.construct_restore_args(part)
+                args = ocp.args.PyTreeRestore(part, restore_args=places, partial_restore=True)
+                for path, x in paths.flatten(reader.restore(self._item(step, "state"), args=args)):
+                    _insert(out, path.split("/"), x)
+        return out
 
     @staticmethod
     def _as_params(tree: Any, structure: dict[str, Any]) -> Any:

@@ -63,6 +63,15 @@ def one_line(kind, message, call):
     assert message in str(error.value) and "\n" not in str(error.value), str(error.value)
 
 
+def write_work_directory(folder, config, states):
+    """A work directory as a training run leaves it, `states` under their steps; without a tokenizer."""
+    checkpoints = Checkpoints(folder / "checkpoints", keep_last=len(states))
+    for step, state in states.items():
+        checkpoints.save(step, {"step": jnp.int32(step), **state}, {})
+    checkpoints.close()
+    (folder / "config.json").write_text(json.dumps({"model": registry.to_dict(config)}))
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     tokenizer = tokenizers.train(["abcdefg hijk"], "char", 1)
@@ -131,17 +140,25 @@ def small_and_large(tmp_path_factory):
                                                                          num_layers=6))):  # fmt: skip
         model = config.make()
         shapes, _ = abstract(model, np.zeros((1, 2), np.int32))
-        interop.save(folder / name, model, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))
-    yield folder / "small", folder / "large"
+        params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+        interop.save(folder / name, model, params)
+        write_work_directory(folder / "work" / name, config, {1: {"params": params}})
+    yield folder
     shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_loading_needs_little_more_than_the_model(dtype, small_and_large):
-    small, large = small_and_large
-    size, peak = peak_of_loading(large, small, dtype)
+    size, peak = peak_of_loading(small_and_large / "large", small_and_large / "small", dtype)
     assert size > (4 if dtype is None else 2) * 90e6
     assert peak < 1.2 * size, f"{peak / size:.2f}"
+
+
+def test_loading_a_work_directory_needs_little_more_than_the_model(small_and_large):
+    """A checkpoint is read array by array, each once compressed, once whole, once on the device."""
+    size, peak = peak_of_loading(small_and_large / "work" / "large", small_and_large / "work" / "small")
+    assert size > 4 * 90e6
+    assert peak < 1.4 * size, f"{peak / size:.2f}"
 
 
 def test_structured_weights_are_saved_dense(tmp_path):
@@ -182,11 +199,8 @@ def workdir(tmp_path, tokenizer):
     model, params = made(CONFIGS["qwen3"])
     eight = jax.jit(quantize, static_argnums=1)(params, "mlp/*/kernel")
     average = jax.tree.map(lambda x: x + 1 if x.dtype == jnp.float32 else x, params)
-    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep_last=3)
-    checkpoints.save(1, {"step": jnp.int32(1), "params": params, "average": average}, {})
-    checkpoints.save(2, {"step": jnp.int32(2), "params": eight}, {})
-    checkpoints.close()
-    (tmp_path / "run" / "config.json").write_text(json.dumps({"model": registry.to_dict(model.config)}))
+    states = {1: {"params": params, "average": average}, 2: {"params": eight}}
+    write_work_directory(tmp_path / "run", model.config, states)
     tokenizer.save(tmp_path / "run")
     return tmp_path / "run"
 
