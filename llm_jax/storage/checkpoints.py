@@ -7,7 +7,7 @@ the run used, unless they differ.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -237,9 +237,7 @@ class Checkpoints:
         step, run, structure = self.read_run(step)
         stored = self.stored_shapes(step)
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        everything: dict[str, Any] = {}
-        for path, (shape, dtype) in stored.items():
-            _insert(everything, path.split("/"), jax.ShapeDtypeStruct(shape, dtype, sharding=device))
+        everything = _nested((p, jax.ShapeDtypeStruct(*x, sharding=device)) for p, x in stored.items())
         prefix = "average" if average else "params"
         if prefix not in everything:
             raise CheckpointError(f"checkpoint {step} of {self.folder} holds no moving average")
@@ -270,17 +268,14 @@ class Checkpoints:
         share = weights.bytes_of(wanted) / 50
         turns = [[item] for item in flat if weights.bytes_of(item[1]) > share]
         turns += [small] if (small := flat[len(turns) :]) else []
-        out: dict[str, Any] = {}
+        arrays = []
         with ocp.PyTreeCheckpointer() as reader:
             for turn in turns:
-                part: dict[str, Any] = {}
-                for path, x in turn:
-                    _insert(part, path.split("/"), x)
+                part = _nested(turn)
                 places = ocp.checkpoint_utils.construct_restore_args(part)
                 args = ocp.args.PyTreeRestore(part, restore_args=places, partial_restore=True)
-                for path, x in paths.flatten(reader.restore(self._item(step, "state"), args=args)):
-                    _insert(out, path.split("/"), x)
-        return out
+                arrays += paths.flatten(reader.restore(self._item(step, "state"), args=args))
+        return _nested(arrays)
 
     @staticmethod
     def _as_params(tree: Any, structure: dict[str, Any]) -> Any:
@@ -300,16 +295,19 @@ class Checkpoints:
 
 def dict_of(tree: Any) -> Any:
     """Structured nodes as plain dicts of their leaves, the way array files hold them."""
+    return _nested(paths.flatten(tree))
+
+
+def _nested(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Dicts in dicts from (path, leaf)."""
     out: dict[str, Any] = {}
-    for path, leaf in paths.flatten(tree):
-        _insert(out, path.split("/"), leaf)
+    for path, leaf in items:
+        *folders, name = path.split("/")
+        tree = out
+        for key in folders:
+            tree = tree.setdefault(key, {})
+        tree[name] = leaf
     return out
-
-
-def _insert(tree: dict[str, Any], keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[keys[-1]] = value
 
 
 def _quality(metrics: dict[str, float]) -> float:
