@@ -28,7 +28,7 @@ from llm_jax.training.state import init_state
 from llm_jax.training.step import StepConfig, make_eval_step, make_train_step
 
 STEPS = 8
-OBJECTIVE = CausalLM().for_devices(1)
+OBJECTIVE = CausalLM(chunks=4)
 
 
 def small(spec: dict[str, Any]) -> GPTConfig:

@@ -1,6 +1,7 @@
 """What all binaries share: flags, devices, typed configs, and errors as one line."""
 
 import dataclasses
+import glob
 import importlib.util
 import logging
 import os
@@ -65,14 +66,17 @@ def setup_devices() -> None:
 
 
 def find_model(name: Any) -> str:
-    """A path or hub name as it is; the name of an installed package that carries a model: the file inside it."""
+    """A path or hub name as it is; the name of an installed package that carries a model: the file or folder in it."""
     if os.path.exists(name) or not name.isidentifier():
         return name
     spec = importlib.util.find_spec(name)
     for folder in (spec.submodule_search_locations or []) if spec else []:
-        found = sorted(f for f in os.listdir(folder) if f.endswith(".gguf"))
+        found = sorted(glob.glob(os.path.join(folder, "*.gguf")))
+        found += sorted(
+            os.path.dirname(f) for f in glob.glob(os.path.join(folder, "**", "*.safetensors"), recursive=True)
+        )
         if found:
-            return os.path.join(folder, found[0])
+            return found[0]
     return name
 
 

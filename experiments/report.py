@@ -5,9 +5,11 @@ import sys
 from typing import Any
 
 import jax
+import numpy as np
 
 from llm_jax.data import corpora
 from llm_jax.decoding.generate import Generator
+from llm_jax.decoding.masked import fill
 from llm_jax.decoding.sampling import SamplingConfig
 from llm_jax.training.run import RunConfig, Trained
 
@@ -43,19 +45,46 @@ def _beginning(text: str) -> str:
     return "".join(lines[max(0, end - 8) : end])
 
 
+def _beginnings(config: RunConfig, count: int) -> list[str]:
+    """Of held-out documents, or of training ones where none is held out."""
+    found: list[str] = []
+    for document in corpora.documents(config.data.source, text_field=config.data.text_field):
+        held = corpora.split_of(document, config.data.validation_share) == "validation"
+        if document.text and (held or not config.data.validation_share or config.data.split == "tail"):
+            found.append(_beginning(document.text))
+        if len(found) == count:
+            break
+    return found
+
+
+def fillings(trained: Trained, count: int, config: RunConfig, length: int = 48) -> list[str]:
+    """Held-out text with every eighth piece hidden: the model's guess, and behind a slash the truth where it erred."""
+    tokenizer: Any = trained.tokenizer
+    length = min(length, trained.model.config.context_length - 2)
+    out = []
+    for prompt in _beginnings(config, count):
+        truth = tokenizer.encode(prompt)[:length]
+        ids = np.array([[tokenizer.role("cls"), *truth, tokenizer.role("sep")]])
+        hidden = np.arange(4, len(truth), 8)
+        ids[0, 1 + hidden] = tokenizer.role("mask")
+        best = fill(trained.model, trained.state.params, ids, np.ones_like(ids))[0].argmax(-1)
+        begin, end = ("\x1b[1m", "\x1b[0m") if sys.stdout.isatty() else ("\u25b8", "")
+        pieces = []
+        for i, index in enumerate(truth):
+            guess = int(best[1 + i])
+            wrong = f"/{tokenizer.token(index)}" if guess != index else ""
+            pieces.append(f"{begin}{tokenizer.token(guess)}{wrong}{end}" if i in hidden else tokenizer.token(index))
+        out.append(" ".join(pieces))
+    return out
+
+
 def continuations(trained: Trained, count: int, config: RunConfig, length: int = 96) -> list[str]:
     """Samples that continue the beginnings of held-out documents (of training ones where none is held out).
 
     What is sampled is bold on a terminal, and behind a triangle elsewhere.
     """
     tokenizer: Any = trained.tokenizer
-    prompts = []
-    for document in corpora.documents(config.data.source, text_field=config.data.text_field):
-        held = corpora.split_of(document, config.data.validation_share) == "validation"
-        if document.text and (held or not config.data.validation_share or config.data.split == "tail"):
-            prompts.append(_beginning(document.text))
-        if len(prompts) == count:
-            break
+    prompts = _beginnings(config, count)
     if not prompts:
         return []
     room = trained.model.config.context_length

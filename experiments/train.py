@@ -29,7 +29,8 @@ def main() -> None:
     log.info("config %s", json.dumps(config.to_dict()))
     trained = run.train(config, WORKDIR.value, restore_step=RESTORE.value)
     print(report.summary(config, trained, WORKDIR.value))
-    for text in report.continuations(trained, SAMPLES.value, config):
+    samples = report.continuations if getattr(config.model, "causal", True) else report.fillings
+    for text in samples(trained, SAMPLES.value, config):
         print("-" * 80, text, sep="\n")
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from llm_jax.models.bert import BertConfig
 from llm_jax.models.gpt import GPTConfig
 from llm_jax.models.llama import LlamaConfig
 from llm_jax.nn import paths, weights
@@ -27,6 +28,14 @@ MODELS: dict[str, Any] = {
     "mistral": LlamaConfig(**LLAMA, window=3, tied=False),
     "qwen2": LlamaConfig(**LLAMA, qkv_bias=True, vocab_pad_multiple=8),
     "qwen3": LlamaConfig(**LLAMA, qk_norm=True, head_dim=4, out_bias=True, mlp_bias=True),
+}
+
+BERT = dict(vocab_size=V, context_length=CONTEXT, model_dim=12, num_layers=3, num_heads=3, hidden_dim=10)
+ENCODERS: dict[str, BertConfig] = {
+    "bert": BertConfig(**BERT),
+    "roberta": BertConfig(**BERT, num_token_types=1, position_offset=2, head="masked_lm", pooler=None),
+    "distilbert": BertConfig(**BERT, num_token_types=0, head="masked_lm", pooler=None, tied=False),
+    "albert": BertConfig(**BERT, embedding_dim=8, num_groups=2, activation="gelu_tanh", vocab_pad_multiple=8),
 }
 
 

@@ -9,10 +9,19 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import tokenizers
 from etils import epath
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+# how BERT's and RoBERTa's vocabularies spell them
+ROLES = {
+    "cls": ("[CLS]", "<s>"),
+    "sep": ("[SEP]", "</s>"),
+    "mask": ("[MASK]", "<mask>"),
+    "pad": ("[PAD]", "<pad>"),
+}
+MASKED_SPECIAL = ("[SEP]", "[PAD]", "[CLS]", "[MASK]")  # of the vocabularies trained here for masked models
 KINDS = ("bpe", "wordpiece", "unigram", "char")
 END_OF_TEXT = "<|endoftext|>"
 
@@ -62,6 +71,39 @@ class Tokenizer:
         """Ids of several texts, in parallel."""
         return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def batch(
+        self, texts: Sequence[str], pairs: Sequence[str] | None = None, length: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """Inputs of an encoder: texts, or pairs of them, between special tokens, padded to the longest row.
+
+        Args:
+          texts: first (or only) texts.
+          pairs: second texts, as many.
+          length: tokens a row at most; whichever of the two texts is longer loses its end first.
+
+        Returns:
+          `input_ids` and `attention_mask` `[B, T]` int32, and `token_type_ids` where second texts have their own.
+
+        Raises:
+          TokenizerError: if there are no texts, or not as many of both.
+        """
+        if not texts or (pairs is not None and len(pairs) != len(texts)):
+            raise TokenizerError(f"{len(texts)} texts and {len(pairs or ())} second ones make no batch")
+        if length is not None:
+            self.backend.enable_truncation(length, strategy="longest_first")
+        try:
+            rows = self.backend.encode_batch(list(texts if pairs is None else zip(texts, pairs, strict=True)))
+        finally:
+            self.backend.no_truncation()
+        pad, size = self.role("pad") or 0, max(len(row.ids) for row in rows)
+        fill = lambda values, rest: np.array([[*v, *[rest] * (size - len(v))] for v in values], np.int32)
+        out = {
+            "input_ids": fill([r.ids for r in rows], pad),
+            "attention_mask": fill([[1] * len(r.ids) for r in rows], 0),
+        }
+        types = fill([r.type_ids for r in rows], 0)
+        return {**out, "token_type_ids": types} if types.any() else out
+
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of ids."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
@@ -70,6 +112,35 @@ class Tokenizer:
         """The vocabulary entry of an id."""
         entry = self.backend.id_to_token(index)
         return f"<{index}>" if entry is None else entry
+
+    def role(self, name: str) -> int | None:
+        """Id of the token that plays a part: `cls`, `sep`, `mask` or `pad`; None where there is none."""
+        ids = (self.backend.token_to_id(spelling) for spelling in ROLES[name])
+        return next((i for i in ids if i is not None), None)
+
+    def is_special(self) -> np.ndarray:
+        """`[V]` bool: entries that stand for no text."""
+        out = np.zeros(self.vocab_size, bool)
+        out[[i for i, token in self.backend.get_added_tokens_decoder().items() if token.special]] = True
+        return out
+
+    def starts_word(self) -> np.ndarray:
+        """`[V]` bool: entries that begin a word, by the mark of their kind (`##`, a blank before); special ones do."""
+        entries = self.backend.get_vocab()
+        kind = json.loads(self.backend.to_str())["model"]["type"]
+        out = np.ones(self.vocab_size, bool)
+        if kind == "WordPiece":
+            begins = lambda entry: not entry.startswith("##")
+        elif any(e.startswith("\u2581") for e in entries):  # a blank as Metaspace writes it
+            begins = lambda entry: entry.startswith("\u2581")
+        elif kind == "BPE":  # blank, line end and tab as byte-level BPE writes them
+            begins = lambda entry: entry.startswith(("\u0120", "\u010a", "\u0109"))
+        else:
+            return out
+        special = self.is_special()
+        for entry, index in entries.items():
+            out[index] = special[index] or begins(entry)
+        return out
 
     def special(self, index: int | None) -> str:
         """The vocabulary entry of a special id, the empty string for None."""
@@ -187,6 +258,10 @@ def train(texts: Iterable[str], kind: str, vocab_size: int, special: Sequence[st
         raise
     except Exception as e:
         raise TokenizerError(f"a {kind} tokenizer of vocab_size={vocab_size} cannot be trained: {e}") from e
+    if {"[CLS]", "[SEP]"} <= set(special):
+        ends = [(name, backend.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
+        single, pair = "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1"
+        backend.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ends)
     first = backend.token_to_id(special[0]) if special else None
     return Tokenizer(backend, None, [] if first is None else [first])
 

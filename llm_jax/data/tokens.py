@@ -63,6 +63,13 @@ def plain_text(tokenizer: Tokenizer) -> Encode:
     return encode
 
 
+def unigram_loss(train: TokenStore, held: TokenStore, vocab_size: int) -> float:
+    """Nats a held-out token when every token is guessed by its frequency in the training part, one added to each."""
+    count = lambda ids: np.bincount(np.asarray(ids), minlength=vocab_size)
+    seen, asked = count(train.ids) + 1.0, count(held.ids)
+    return float(np.sum(asked * (np.log(seen.sum()) - np.log(seen))) / max(asked.sum(), 1))
+
+
 def build(
     source: str,
     tokenizer: Tokenizer,

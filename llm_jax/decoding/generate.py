@@ -126,7 +126,12 @@ class Generator:
           sampling: how tokens are chosen.
           context_length: the model's own by default.
           cache_dtype: of keys and values.
+
+        Raises:
+          ValueError: if the model is no decoder.
         """
+        if not getattr(model.config, "causal", True):
+            raise ValueError(f"{type(model).__name__} sees both sides and cannot generate; see decoding.masked")
         self.model, self.params = model, _serving(unstack(params))
         self.stop_tokens, self.sampling, self.cache_dtype = tuple(stop_tokens), sampling, cache_dtype
         self.context_length = context_length or model.config.context_length

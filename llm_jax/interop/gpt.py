@@ -69,6 +69,12 @@ def config_to_hf(config: GPTConfig) -> dict[str, Any]:
     }
 
 
+def root(config: GPTConfig) -> str:
+    """What their classes with a head put before the names of the rest."""
+    del config
+    return "transformer."
+
+
 def rules(config: GPTConfig) -> list[Rule]:
     """Where everything is; their Conv1D kernels are `[in, out]` like ours, q, k and v in one."""
     first = config.norm == "post"

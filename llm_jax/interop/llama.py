@@ -137,6 +137,12 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
     return out
 
 
+def root(config: LlamaConfig) -> str:
+    """What their classes with a head put before the names of the rest."""
+    del config
+    return "model."
+
+
 def rules(config: LlamaConfig) -> list[Rule]:
     """Where everything is; their kernels are `[out, in]`."""
     ours, theirs = "decoder/layers", "model.layers.{l}"

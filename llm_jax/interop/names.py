@@ -6,7 +6,7 @@ is by slices, tensor by tensor, the largest first: never is more in memory than 
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,36 @@ ACTIVATIONS = {
 
 class InteropError(ValueError):
     """A model that cannot be loaded or saved; the message names the tensors."""
+
+
+# fields of every config.json that change no number of a forward pass
+INERT = frozenset(
+    """
+    model_type architectures transformers_version torch_dtype dtype _name_or_path auto_map finetuning_task
+    problem_type task_specific_params tokenizer_class use_cache return_dict output_hidden_states output_attentions
+    torchscript chunk_size_feed_forward is_encoder_decoder bos_token_id eos_token_id sep_token_id pad_token_id
+    cls_token_id mask_token_id decoder_start_token_id prefix language _attn_implementation_autoset
+    _attn_implementation name_or_path id2label label2id num_labels classifiers_size vocab_size_or_config_json_file
+    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k
+    top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
+    bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id
+    forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
+    begin_suppress_tokens tf_legacy_loss use_bfloat16
+    """.split()  # noqa: SIM905
+)
+
+
+def refuse_unknown(config: dict[str, Any], known: Collection[str]) -> None:
+    """Refuses fields of a config.json that might change what a model computes and that nobody here reads.
+
+    Raises:
+      InteropError: naming them.
+    """
+    unknown = sorted(k for k in config.keys() - INERT - set(known))
+    if unknown:
+        raise InteropError(
+            f"config.json has {_some(unknown)}, which this library does not know; take them out if they change nothing"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

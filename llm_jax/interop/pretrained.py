@@ -1,5 +1,6 @@
 """One call to load whatever a path holds, one to write it back as a Hugging Face folder."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -10,8 +11,8 @@ import jax.numpy as jnp
 from etils import epath
 
 from llm_jax.data import tokenizers
+from llm_jax.interop import bert, gpt, llama, names
 from llm_jax.interop import gguf as gguf_names
-from llm_jax.interop import gpt, llama, names
 from llm_jax.interop.names import InteropError
 from llm_jax.models import registry
 from llm_jax.nn import weights
@@ -24,8 +25,9 @@ FAMILIES = {
     "gpt2": gpt,
     "openai-gpt": gpt,
     **dict.fromkeys(llama.MODEL_TYPES, llama),
+    **dict.fromkeys(bert.TABLE, bert),
 }
-PREFIXES = ("transformer.", "model.")  # left out by checkpoints of models without a head
+PADDED = ("embed/embedding", "head/kernel", "head/bias", "head/output/kernel", "head/output/bias")  # their rows may be
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -106,7 +108,7 @@ def _abstract(model: Any) -> tuple[Any, Any]:
 
 def _read(source, rules, model, ignored, where, dtype, place):
     shapes, axes = _abstract(model)
-    padded = lambda p: p in ("embed/embedding", "head/kernel") and model.config.vocab_pad_multiple > 1
+    padded = lambda p: p in PADDED and model.config.vocab_pad_multiple > 1
     shardings = None if place is None else place(shapes, axes)
     return names.read_params(source, rules, shapes, ignored, where, dtype, shardings, padded)
 
@@ -141,22 +143,26 @@ def _load_huggingface(path, dtype, execution, place):
     pickles = sorted(p.name for suffix in PICKLES for p in path.glob(f"*{suffix}"))
     if pickles and not any(path.glob("*.safetensors")):
         raise InteropError(f"{path} holds pickles only ({pickles[0]}), which are never read: convert to safetensors")
-    model = config.make(execution)
     source = TensorFolder(path)
-    rules = _with_their_prefix(family.rules(config), source)
+    if hasattr(family, "fit"):
+        config = family.fit(config, source.keys())
+    model = config.make(execution)
+    rules = _with_their_spelling(family.rules(config), family.root(config), source)
     params = _read(source, rules, model, lambda n: family.ignored(config, n), str(path), dtype, place)
     has_tokenizer = (path / "tokenizer.json").exists()
     return Pretrained(model, params, tokenizers.load(path) if has_tokenizer else None, config)
 
 
-def _with_their_prefix(rules, source):
-    """Checkpoints of headless classes leave `transformer.` or `model.` out."""
-    for prefix in PREFIXES:
-        theirs = [r for r in rules if r.theirs.startswith(prefix)]
-        if theirs and not any(n.startswith(prefix) for n in source):
-            cut = lambda r: names.dataclasses.replace(r, theirs=r.theirs.removeprefix(prefix))  # noqa: B023
-            return [cut(r) for r in rules]
-    return rules
+def _with_their_spelling(rules, root, source):
+    """Checkpoints of headless classes leave the prefix out, or keep it; old ones say gamma and beta."""
+    rename = lambda change: [dataclasses.replace(r, theirs=change(r.theirs)) for r in rules]
+    if any(n.endswith("LayerNorm.gamma") for n in source):
+        old = lambda n: n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        rules = rename(old)
+    here, there = (any(n.startswith(root) for n in names) for names in ([r.theirs for r in rules], source))
+    if here and not there:
+        return rename(lambda n: n.removeprefix(root))
+    return rename(lambda n: root + n) if there and not here else rules
 
 
 def _load_own(path, dtype, execution, place, average):
@@ -193,14 +199,14 @@ def save(
       InteropError: if the architecture has no place for a parameter or a config field.
     """
     config = model.config
-    family: Any = {"gpt": gpt, "llama": llama}.get(registry.family_of(config))
+    family: Any = {"gpt": gpt, "llama": llama, "bert": bert}[registry.family_of(config)]
     theirs = family.config_to_hf(config)
     leaves = jax.tree.leaves(params)
     floating = [x.dtype for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
     theirs["dtype"] = theirs["torch_dtype"] = jnp.dtype(dtype or floating[0]).name
     if tokenizer is not None:
         theirs |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.eos_ids) or None}
-    real = {"embed/embedding": config.vocab_size, "head/kernel": config.vocab_size}
+    real = dict.fromkeys(PADDED, config.vocab_size)
     write_folder(path, names.write_params(stack(params), family.rules(config), real, dtype))
     folder = epath.Path(path)
     (folder / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")

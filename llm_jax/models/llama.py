@@ -6,25 +6,23 @@ https://arxiv.org/abs/2407.10671, https://arxiv.org/abs/2505.09388.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from llm_jax.models import decoder
+from llm_jax.models import frame
+from llm_jax.models.block import BlockConfig, blocks
 from llm_jax.models.output import Output
 from llm_jax.nn import positions
-from llm_jax.nn.attention import Attention, AttentionConfig
+from llm_jax.nn.attention import AttentionConfig
 from llm_jax.nn.cache import Cache, init_cache
 from llm_jax.nn.embedding import Embedding
 from llm_jax.nn.execution import Execution
-from llm_jax.nn.feed_forward import ACTIVATIONS, FeedForward
 from llm_jax.nn.norms import RMSNorm
 from llm_jax.nn.output import OutputLayer
 from llm_jax.nn.positions import RotaryScaling
-from llm_jax.nn.stack import Stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +80,7 @@ class LlamaConfig:
         """Checks sizes and names."""
         if self.head_dim is None and self.model_dim % self.num_heads:
             raise ValueError(f"model_dim={self.model_dim} is not a multiple of num_heads={self.num_heads}")
-        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation={self.activation!r} is none of {', '.join(ACTIVATIONS)}")
+        _ = self.block
         if self.window is not None and self.window < 1:
             raise ValueError(f"window={self.window} must be at least 1, or None")
 
@@ -105,6 +100,19 @@ class LlamaConfig:
             init_std=self.init_std,
         )
 
+    @property
+    def block(self) -> BlockConfig:
+        """The layers."""
+        return BlockConfig(
+            attention=self.attention,
+            hidden_dim=self.hidden_dim,
+            activation=self.activation,
+            gated=True,
+            mlp_bias=self.mlp_bias,
+            rms=True,
+            norm_eps=self.norm_eps,
+        )
+
     def make(self, execution: Execution = Execution()) -> "Llama":
         """The module."""
         return Llama(self, execution)
@@ -112,28 +120,6 @@ class LlamaConfig:
     def init_cache(self, batch: int, size: int, dtype: Any = "float32") -> Cache:
         """An empty cache."""
         return init_cache(self.num_layers, batch, size, self.num_kv_heads, self.attention.head_dim, dtype)
-
-
-class Block(nn.Module):
-    """Pre-norm attention and gated feed-forward."""
-
-    config: LlamaConfig
-    execution: Execution
-    output_hidden_states: bool
-    output_attentions: bool
-
-    @nn.compact
-    def __call__(self, x, cache, mask, slots, rotary, train=False):
-        """One layer: `(x, cache) -> (x, (cache, x or None, weights or None))`."""
-        c = self.config
-        attention = Attention(c.attention, self.execution, name="attention")
-        mlp = FeedForward(c.hidden_dim, c.activation, True, c.mlp_bias, c.init_std, name="mlp")
-        y = RMSNorm(c.norm_eps, name="attention_norm")(x)
-        y, cache, shown = attention(y, mask, rotary, cache, slots, train, self.output_attentions)
-        x = x + y
-        x = x + mlp(RMSNorm(c.norm_eps, name="mlp_norm")(x))
-        x = self.execution.constrain(x, ("batch", "length", "embed"))
-        return x, (cache, x if self.output_hidden_states else None, shown)
 
 
 class Llama(nn.Module):
@@ -155,19 +141,16 @@ class Llama(nn.Module):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> Output:
-        """See `models.decoder.prepare` for the arguments; `train=True` needs a `dropout` key."""
+        """See `models.frame.prepare` for the arguments; `train=True` needs a `dropout` key."""
         c = self.config
-        decoder.check_call(self, input_ids, token_type_ids, train)
-        inputs = decoder.prepare(
-            input_ids, attention_mask, position_ids, segment_ids, cache, c.context_length, c.window
-        )
+        frame.check_call(self, input_ids, attention_mask, token_type_ids, train)
+        inputs = frame.prepare(input_ids, attention_mask, position_ids, segment_ids, cache, c.context_length, c.window)
         init = nn.initializers.normal(c.init_std)
         tokens = Embedding(c.vocab_size, c.model_dim, c.vocab_pad_multiple, table_init=init, name="embed")
         x = first = self.execution.constrain(tokens(input_ids, self.execution.dtype), ("batch", "length", "embed"))
         freq, factor = positions.rotary_frequencies(c.attention.head_dim, c.rope_theta, c.rope_scaling)
         rotary = positions.rotary_tables(inputs.positions_BT, freq, factor, jnp.promote_types(jnp.float32, x.dtype))
-        block = functools.partial(Block, c, self.execution, output_hidden_states, output_attentions)
-        stack = Stack(block, c.num_layers, execution=self.execution, name="decoder")
+        stack = blocks(c.block, c.num_layers, self.execution, output_hidden_states, output_attentions, "decoder")
         layers = None if cache is None else cache.layers
         x, outputs = stack(x, layers, (inputs.mask, inputs.slots_BT, rotary), train)
         x = RMSNorm(c.norm_eps, name="final_norm")(x)
@@ -175,4 +158,4 @@ class Llama(nn.Module):
             head = tokens.head()
         else:
             head = OutputLayer(c.vocab_size, c.vocab_pad_multiple, kernel_init=init, name="head")(x)
-        return decoder.finish(x, first, outputs, head, inputs)
+        return frame.finish(x, first, outputs, head, inputs)

@@ -3,10 +3,11 @@
 from typing import Any
 
 from llm_jax import config as configs
+from llm_jax.models.bert import BertConfig
 from llm_jax.models.gpt import GPTConfig
 from llm_jax.models.llama import LlamaConfig
 
-FAMILIES: dict[str, type] = {"gpt": GPTConfig, "llama": LlamaConfig}
+FAMILIES: dict[str, type] = {"gpt": GPTConfig, "llama": LlamaConfig, "bert": BertConfig}
 
 
 def family_of(config: Any) -> str:

@@ -145,7 +145,8 @@ def _dense(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale):
 
 def _fused(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale):
     """Keeps queries, keys and values for the backward pass (cuDNN the output too), and no scores."""
-    if (mask is None or (mask.ordered and mask.causal)) and slopes_N is None and bias_BNTS is None:
+    plain = mask is None or (mask.ordered and (mask.causal or mask.window is None))
+    if plain and slopes_N is None and bias_BNTS is None:
         return _ordered(q_BTNH, k_BSKH, v_BSKH, mask, scale)
     return _dense(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale)
 

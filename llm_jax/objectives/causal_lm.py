@@ -32,9 +32,20 @@ class CausalLM:
         if self.z_loss < 0 or self.chunks < 0:
             raise ValueError(f"z_loss={self.z_loss} and chunks={self.chunks} must not be negative")
 
-    def for_devices(self, count: int) -> "CausalLM":
-        """Chooses `chunks` where it is 0: 4 on one device, else 1 (each would sum the head's gradient over them)."""
-        return dataclasses.replace(self, chunks=self.chunks or (4 if count == 1 else 1))
+    def for_run(self, devices: int, model: Any, mask_id: int | None) -> "CausalLM":
+        """Chooses `chunks` where it is 0: 4 on one device, else 1 (each would sum the head's gradient over them).
+
+        Raises:
+          ValueError: if the model sees what it must predict.
+        """
+        del mask_id
+        if not getattr(model, "causal", True):
+            raise ValueError(f"{type(model).__name__} sees both sides: train it with objective MaskedLM, not CausalLM")
+        return dataclasses.replace(self, chunks=self.chunks or (4 if devices == 1 else 1))
+
+    def plain(self) -> "CausalLM":
+        """The same without regularisers, for evaluation."""
+        return dataclasses.replace(self, label_smoothing=0.0, z_loss=0.0)
 
     @property
     def coefficients(self) -> dict[str, float]:
@@ -65,7 +76,7 @@ class CausalLM:
         """Sums of every term, and of correct predictions (`accuracy`, reported and not trained)."""
         labels, weights = targets
         loss, squares, correct = cross_entropy_sums(
-            *(output.last_hidden_state, output.head, labels, weights),
+            *(output.head_input, output.head, labels, weights),
             label_smoothing=self.label_smoothing,
             chunks=self.chunks,
             z_loss=self.z_loss > 0,

@@ -21,6 +21,7 @@ TENSOR_PARALLEL: Rules = {
     "mlp": "model",
     "embed": None,
     "norm": None,
+    "labels": None,
     "layers": None,
 }
 

@@ -240,11 +240,17 @@ def run_loop(
     return state, last_eval or evaluate(state)
 
 
-def summarize(sums: dict[str, float], weights: dict[str, float], tokens_per_byte: float) -> dict[str, float]:
-    """Evaluation numbers from summed scores: loss (nats a token), perplexity, accuracy, bits per byte."""
-    total = max(weights["next_token"], 1e-9)
-    loss = sums["next_token"] / total
-    out = {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0)), "eval/accuracy": sums["accuracy"] / total}
-    if tokens_per_byte:
+def summarize(
+    sums: dict[str, float], weights: dict[str, float], tokens_per_byte: float, term: str = "next_token"
+) -> dict[str, float]:
+    """Evaluation numbers from summed scores.
+
+    Loss and perplexity of `term` (nats a token), the other terms and accuracies, and bits per byte of a causal model.
+    """
+    mean = {name: value / max(weights[name], 1e-9) for name, value in sums.items()}
+    loss = mean.pop(term)
+    out = {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
+    out |= {f"eval/{name}": value for name, value in mean.items() if name != "z_loss"}
+    if tokens_per_byte and term == "next_token":
         out["eval/bits_per_byte"] = loss * tokens_per_byte / math.log(2)
     return out

@@ -6,7 +6,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,10 +16,12 @@ from jax.experimental import multihost_utils
 from llm_jax import config as configs
 from llm_jax.data import corpora, packing, tokenizers, tokens
 from llm_jax.data.loader import Loader, eval_batches
+from llm_jax.data.masked import PAIRS, FramedRows, Frames, MaskCopies, PairRows
 from llm_jax.models import registry
 from llm_jax.models.gpt import GPTConfig
 from llm_jax.nn import paths, weights
 from llm_jax.objectives.causal_lm import CausalLM
+from llm_jax.objectives.masked_lm import MaskedLM
 from llm_jax.parallel.plan import Plan, PlanConfig
 from llm_jax.storage.checkpoints import Checkpoints
 from llm_jax.training import flops, metrics
@@ -45,6 +47,9 @@ class DataConfig:
       split: `hash` (whole documents) or `tail` (the end of every document).
       packing: `stream` (rows cut anywhere) or `whole` (whole documents side by side, padded).
       segments: stream: attention and labels do not cross documents.
+      pairs: of masked models: `none` (full sentences across documents), `next` (half of the second sentences are of
+        another document) or `order` (half are swapped).
+      mask_copies: of masked models: 0 masks anew at every visit, n gives every row n masks for good.
       text_field: field of JSON rows and Parquet tables.
       cache: local folder for tokenized data; None takes the work directory's `tokens`.
     """
@@ -56,6 +61,8 @@ class DataConfig:
     split: str = "hash"
     packing: str = "stream"
     segments: bool = False
+    pairs: str = "none"
+    mask_copies: int = 0
     text_field: str = "text"
     cache: str | None = None
 
@@ -63,6 +70,10 @@ class DataConfig:
         """Checks names and ranges."""
         if self.packing not in ("stream", "whole"):
             raise ValueError(f"packing={self.packing!r} is neither stream nor whole")
+        if self.pairs not in ("none", *PAIRS):
+            raise ValueError(f"pairs={self.pairs!r} is none of none, {', '.join(PAIRS)}")
+        if self.mask_copies < 0:
+            raise ValueError(f"mask_copies={self.mask_copies} must not be negative")
         if not 0 <= self.validation_share < 1:
             raise ValueError(f"validation_share={self.validation_share} must lie in [0, 1)")
 
@@ -73,7 +84,7 @@ class RunConfig:
 
     model: Any = GPTConfig()
     data: DataConfig = DataConfig()
-    objective: CausalLM = CausalLM()
+    objective: CausalLM | MaskedLM = CausalLM()
     optimizer: OptimizerConfig = OptimizerConfig()
     plan: PlanConfig = PlanConfig()
     training: LoopConfig = LoopConfig()
@@ -114,15 +125,40 @@ def get_tokenizer(config: RunConfig, workdir: epath.Path) -> tokenizers.Tokenize
             texts = (d.text for d in documents if corpora.split_of(d, share) == "train")
         else:
             texts = (tokens.part_of(d, "train", share).text for d in documents)
-        tokenizer = tokenizers.train(texts, config.data.tokenizer_kind, config.model.vocab_size)
+        special = tokenizers.MASKED_SPECIAL if isinstance(config.objective, MaskedLM) else (tokenizers.END_OF_TEXT,)
+        tokenizer = tokenizers.train(texts, config.data.tokenizer_kind, config.model.vocab_size, special)
     tokens.check_vocabulary(tokenizer, config.model.vocab_size)
     return tokenizer
 
 
+class Rows(NamedTuple):
+    """What a run reads.
+
+    Attributes:
+      train: training rows.
+      held: held-out rows, or None.
+      tokens_per_byte: of the held-out text.
+      unigram: nats a held-out token under the training part's token frequencies: what knowing no context gives.
+    """
+
+    train: Any
+    held: Any
+    tokens_per_byte: float
+    unigram: float
+
+
+def _masked_rows(config: RunConfig, tokenizer: tokenizers.Tokenizer, store: tokens.TokenStore, copies: int) -> Any:
+    length, pairs = config.training.sequence_length, config.data.pairs
+    frames = Frames.of(tokenizer)
+    seed = config.training.seed
+    rows = FramedRows(store, length, frames) if pairs == "none" else PairRows(store, length, frames, pairs, seed)
+    return MaskCopies(rows, copies) if copies else rows
+
+
 def get_rows(
     config: RunConfig, tokenizer: tokenizers.Tokenizer, workdir: epath.Path, encode: tokens.Encode | None, kind: str
-) -> tuple[Any, Any, float]:
-    """(training rows, held-out rows or None, tokens per byte of the held-out text)."""
+) -> Rows:
+    """Tokenizes the corpus, or opens the cache, and cuts it into rows."""
     data, length = config.data, config.training.sequence_length
     cache = data.cache or workdir / "tokens"
     if "://" in str(cache):
@@ -130,13 +166,17 @@ def get_rows(
     stores = tokens.build(
         data.source, tokenizer, cache, data.validation_share, encode, kind, data.text_field, data.split
     )
+    held = stores["validation"]
+    ratio = len(held.ids) / held.text_bytes if held.text_bytes and held.weights is None else 0.0
+    unigram = tokens.unigram_loss(stores["train"], held, config.model.vocab_size) if len(held.ids) else 0.0
+    enough = len(held.ids) > (length if data.packing == "stream" else 1)
+    if isinstance(config.objective, MaskedLM):
+        train = _masked_rows(config, tokenizer, stores["train"], data.mask_copies)
+        return Rows(train, _masked_rows(config, tokenizer, held, 1) if enough else None, ratio, unigram)
     make: Any = functools.partial(packing.StreamRows, segments=data.segments)
     if data.packing == "whole":
         make = packing.WholeRows
-    held = stores["validation"]
-    enough = len(held.ids) > (length if data.packing == "stream" else 1)
-    ratio = len(held.ids) / held.text_bytes if held.text_bytes and held.weights is None else 0.0
-    return make(stores["train"], length), make(held, length) if enough else None, ratio
+    return Rows(make(stores["train"], length), make(held, length) if enough else None, ratio, unigram)
 
 
 def train(
@@ -200,6 +240,7 @@ def _train(config, workdir, params, adapt, tokenizer, encode, kind, restore_step
         raise configs.ConfigError(f"training.sequence_length={c.sequence_length} exceeds model.context_length={limit}")
     plan = Plan(config.plan, config.model)
     plan.check_batch(c.batch_size, c.accumulation)
+    config.objective.for_run(1, config.model, 0)  # what does not fit together is said before anything is tokenized
 
     def prepare():
         own = tokenizer
@@ -208,11 +249,12 @@ def _train(config, workdir, params, adapt, tokenizer, encode, kind, restore_step
         else:
             own = own or get_tokenizer(config, workdir)
             own.save(workdir)
-        return own, *get_rows(config, own, workdir, encode, kind)
+        return own, get_rows(config, own, workdir, encode, kind)
 
-    tokenizer, rows, held, tokens_per_byte = _first_process_first(prepare)
-    loader = Loader(rows, c.batch_size, c.seed, *plan.data_shard())
+    tokenizer, rows = _first_process_first(prepare)
+    loader = Loader(rows.train, c.batch_size, c.seed, *plan.data_shard())
 
+    objective = config.objective.for_run(plan.mesh.size, config.model, tokenizer.role("mask"))
     model = config.model.make(plan.execution())
     tx = make_optimizer(config.optimizer, c.steps)
     precision = Precision(config.plan.precision, config.plan.master)
@@ -264,20 +306,31 @@ def _train(config, workdir, params, adapt, tokenizer, encode, kind, restore_step
         is_leaf=lambda x: x is None,
     )
     options = StepConfig(c.accumulation, config.optimizer.clip_norm, c.ema, c.trainable, precision, config.plan.unroll)
-    objective = config.objective.for_devices(plan.mesh.size)
     step = make_train_step(model, objective, tx, options, constrain_grads=pin if plan.mesh.size > 1 else lambda g: g)
     step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     rows_sharding = plan.batch_sharding()
     local = functools.partial(jax.make_array_from_process_local_data, rows_sharding)
     place = lambda batch: {k: local(v) for k, v in batch.items()}
     place_global = lambda batch: jax.device_put(batch, rows_sharding)
-    plain = dataclasses.replace(objective, label_smoothing=0.0, z_loss=0.0)
-    eval_step = jax.jit(make_eval_step(model, plain, precision))
+    eval_step = jax.jit(make_eval_step(model, objective.plain(), precision))
+    term = next(iter(objective.coefficients))
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        if held is None:
+        if rows.held is None:
             return {}
-        return evaluate_rows(eval_step, state.params, held, c.batch_size, c.eval_batches, place_global, tokens_per_byte)
+        got = evaluate_rows(
+            *(
+                eval_step,
+                state.params,
+                rows.held,
+                c.batch_size,
+                c.eval_batches,
+                place_global,
+                rows.tokens_per_byte,
+                term,
+            )
+        )
+        return {**got, "eval/unigram_loss": rows.unigram}
 
     size = config.model
     heads = getattr(size, "head_dim", None) or size.model_dim // size.num_heads
@@ -301,7 +354,14 @@ def _train(config, workdir, params, adapt, tokenizer, encode, kind, restore_step
 
 
 def evaluate_rows(
-    eval_step: Any, params: Any, rows: Any, batch_size: int, limit: int, place: Any, tokens_per_byte: float
+    eval_step: Any,
+    params: Any,
+    rows: Any,
+    batch_size: int,
+    limit: int,
+    place: Any,
+    tokens_per_byte: float,
+    term: str = "next_token",
 ) -> dict[str, float]:
     """Sums scores over held-out rows (`limit` batches, 0 for all) and summarizes them."""
     sums: dict[str, float] = {}
@@ -311,7 +371,7 @@ def evaluate_rows(
         for into, values in ((sums, scores), (totals, counts)):
             for name, value in values.items():
                 into[name] = into.get(name, 0.0) + float(value)
-    return summarize(sums, totals, tokens_per_byte)
+    return summarize(sums, totals, tokens_per_byte, term)
 
 
 def load_config(workdir: epath.PathLike) -> RunConfig:

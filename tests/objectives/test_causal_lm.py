@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from llm_jax.models.gpt import GPTConfig
 from llm_jax.models.output import Output
 from llm_jax.nn.output import Head
 from llm_jax.objectives.causal_lm import CausalLM
@@ -57,8 +58,8 @@ def test_prepare_and_loss_by_hand(name, z_loss):
 
 
 def test_chunks_are_chosen_only_where_left_open():
-    assert [CausalLM().for_devices(n).chunks for n in (1, 8)] == [4, 1]
-    assert [CausalLM(chunks=2).for_devices(n).chunks for n in (1, 8)] == [2, 2]
+    assert [CausalLM().for_run(n, GPTConfig(), None).chunks for n in (1, 8)] == [4, 1]
+    assert [CausalLM(chunks=2).for_run(n, GPTConfig(), None).chunks for n in (1, 8)] == [2, 2]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_models import CONTEXT, MODELS, V, abstract, model_params
 
-from llm_jax.models import decoder
+from llm_jax.models import frame
 from llm_jax.nn import weights
 from llm_jax.nn.cache import init_cache
 from llm_jax.nn.execution import Execution
@@ -22,7 +22,7 @@ REAL = np.array([[1] * T, [1] * (T - 2) + [0] * 2], bool)  # the second row is s
 
 def test_only_plain_rows_are_ordered():
     def ordered(mask=None, segments=None, cache=None):
-        return jax.eval_shape(lambda *a: decoder.prepare(*a, CONTEXT).mask, IDS, mask, None, segments, cache).ordered
+        return jax.eval_shape(lambda *a: frame.prepare(*a, CONTEXT).mask, IDS, mask, None, segments, cache).ordered
 
     assert ordered() and not ordered(mask=REAL) and not ordered(segments=IDS)
     assert not ordered(cache=jax.eval_shape(lambda: init_cache(1, 2, T, 1, 4)))
@@ -277,7 +277,7 @@ KEY = {"dropout": jax.random.key(0)}
 def test_several_tokens_may_go_where_nothing_is_overwritten(family, size, held, mask):
     cache = MODELS[family].init_cache(2, size).replace(length_B=np.array([0, held]))
     args = (IDS, mask, None, None, cache, None, MODELS[family].window)
-    assert decoder.prepare(*args).slots_BT.shape == IDS.shape
+    assert frame.prepare(*args).slots_BT.shape == IDS.shape
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

@@ -1,4 +1,4 @@
-"""What all decoders do before and after their layers: positions, masks, cache slots, outputs."""
+"""What all models do before and after their layers: positions, masks, cache slots, outputs."""
 
 import dataclasses
 from typing import Any
@@ -30,14 +30,35 @@ class Inputs:
     length_B: jax.Array | None
 
 
-def check_call(module: Any, input_ids: jax.Array, token_type_ids: Any, train: bool) -> None:
-    """Refuses arguments that a decoder cannot honour.
+def _is_known(x: Any) -> bool:
+    """Whether values can be looked at: no tracer, all here."""
+    return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
+
+
+def check_call(
+    module: Any,
+    input_ids: jax.Array,
+    attention_mask: Any,
+    token_type_ids: Any,
+    train: bool,
+    num_token_types: int = 0,
+) -> None:
+    """Refuses arguments that a model cannot honour.
 
     Raises:
-      ValueError: on token types, ids that are no [B, T] integers, or a dropout key that disagrees with `train`.
+      ValueError: on token types where the model has none or not as many (seen outside of `jit` only), ids that are no
+        [B, T] integers, a mask of another shape, or a dropout key that disagrees with `train`.
     """
-    if token_type_ids is not None:
+    if token_type_ids is not None and num_token_types == 0:
         raise ValueError(f"{type(module).__name__} has no token types; leave token_type_ids=None")
+    if token_type_ids is not None and _is_known(token_type_ids) and token_type_ids.size:
+        low, high = int(np.min(token_type_ids)), int(np.max(token_type_ids))
+        if low < 0 or high >= num_token_types:
+            raise ValueError(f"token_type_ids hold {low if low < 0 else high}; the model has {num_token_types} types")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask must be [B, T] like input_ids {list(input_ids.shape)}, got {list(attention_mask.shape)}"
+        )
     if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
         raise ValueError(f"input_ids must be [B, T] integers, got {input_ids.dtype}{list(input_ids.shape)}")
     if train and not module.has_rng("dropout"):
@@ -55,8 +76,7 @@ def _segment_positions(segment_ids: jax.Array) -> jax.Array:
 
 def _check_room(cache: Cache, attention_mask: Any, t: int) -> None:
     """Refuses several tokens at once that would go around the cache; where values are traced nothing is checked."""
-    known = lambda x: not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
-    if not known(cache.length_B) or not known(attention_mask):
+    if not _is_known(cache.length_B) or not _is_known(attention_mask):
         return
     held = np.asarray(cache.length_B)
     real = np.full(held.shape, t) if attention_mask is None else np.asarray(attention_mask).astype(bool).sum(1)
@@ -75,8 +95,9 @@ def prepare(
     cache: Cache | None,
     context_length: int | None,
     window: int | None = None,
+    causal: bool = True,
 ) -> Inputs:
-    """Positions, mask and cache slots of a causal decoder.
+    """Positions, mask and cache slots.
 
     Without `position_ids`, positions count real tokens from 0 (left and right padding both work), and restart in
     every segment of a packed row.
@@ -89,6 +110,7 @@ def prepare(
       cache: what was decoded before.
       context_length: longest sequence of the model, None without a limit.
       window: sliding-window width.
+      causal: a token sees none behind it; False for encoders, which have no cache.
 
     Raises:
       ValueError: if the sequence exceeds `context_length` or the cache, segments meet a cache, or several tokens
@@ -112,7 +134,7 @@ def prepare(
         return Inputs(jnp.maximum(order, 0) if position_ids is None else position_ids, mask, slots, length_B)
     index = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
     ordered = attention_mask is None and segment_ids is None
-    mask = Mask(index, jnp.where(real, index, -1), segment_ids, segment_ids, window=window, ordered=ordered)
+    mask = Mask(index, jnp.where(real, index, -1), segment_ids, segment_ids, causal, window, ordered)
     if position_ids is None and segment_ids is not None:
         position_ids = _segment_positions(segment_ids)
     elif position_ids is None and attention_mask is not None:
@@ -120,11 +142,11 @@ def prepare(
     return Inputs(index if position_ids is None else position_ids, mask, None, None)
 
 
-def finish(h_BTD: jax.Array, first_BTD: jax.Array, outputs: Any, head: Head, inputs: Inputs) -> Output:
+def finish(h_BTD: jax.Array, first_BTD: jax.Array, outputs: Any, head: Head | None, inputs: Inputs) -> Output:
     """Builds the `Output` from the last normalised state and the blocks' (cache, hidden, attentions)."""
     caches, hidden, attentions = zip(*outputs, strict=True)
     return Output(
-        logits=head.logits(h_BTD),
+        logits=None if head is None else head.logits(h_BTD),
         last_hidden_state=h_BTD,
         head=head,
         hidden_states=None if hidden[0] is None else (first_BTD, *hidden[:-1], h_BTD),

@@ -1,0 +1,61 @@
+"""What a masked language model says about a text: fillings of masks, and a likelihood of the whole.
+
+Source: Salazar et al. 2020 (pseudo-log-likelihood), https://arxiv.org/abs/1910.14659.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_jax.nn.weights import wide
+
+ROWS = 16  # texts with one mask each that go through the model at once
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _log_softmax(model: Any, params: Any, ids_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
+    out = model.apply({"params": params}, ids_BT, mask_BT)
+    return jax.nn.log_softmax(wide(out.logits), axis=-1)
+
+
+def fill(model: Any, params: Any, ids_BT: np.ndarray, attention_mask_BT: np.ndarray) -> np.ndarray:
+    """Log-probabilities `[B, T, V]` of every entry at every position, most useful where a mask token stands."""
+    _check(model)
+    return np.asarray(_log_softmax(model, params, jnp.asarray(ids_BT), jnp.asarray(attention_mask_BT)))
+
+
+def pseudo_logprobs(model: Any, params: Any, ids: np.ndarray, positions: np.ndarray, mask_id: int) -> np.ndarray:
+    """Log-probability of each token at `positions` given all the others; their sum is the pseudo-log-likelihood.
+
+    Args:
+      model: an encoder with a masked-LM head.
+      params: its parameters.
+      ids: `[T]`, one text with its special tokens.
+      positions: `[P]`, where tokens are guessed (usually all but the special ones).
+      mask_id: the mask token.
+
+    Returns:
+      `[P]` float32.
+
+    Raises:
+      ValueError: if the model has no masked-LM head.
+    """
+    _check(model)
+    out = []
+    for start in range(0, len(positions), ROWS):
+        here = positions[start : start + ROWS]
+        rows = np.tile(ids, (ROWS, 1))
+        rows[np.arange(len(here)), here] = mask_id
+        logp = _log_softmax(model, params, jnp.asarray(rows), jnp.ones(rows.shape, jnp.int32))
+        out.append(np.asarray(logp)[np.arange(len(here)), here, ids[here]])
+    return np.concatenate(out) if out else np.zeros(0, np.float32)
+
+
+def _check(model: Any) -> None:
+    if getattr(model.config, "head", None) not in ("masked_lm", "pretraining"):
+        raise ValueError(
+            f"{type(model).__name__} has no masked-LM head here: load a ...ForMaskedLM or ...ForPreTraining"
+        )

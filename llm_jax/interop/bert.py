@@ -1,0 +1,336 @@
+"""BERT, RoBERTa, DistilBERT and ALBERT in Hugging Face's names: one table of names a family."""
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+from llm_jax import config as configs
+from llm_jax.interop.names import ACTIVATIONS, InteropError, Rule, refuse_unknown
+from llm_jax.models.bert import BertConfig
+
+CLASSES = {
+    "none": "Model",
+    "masked_lm": "ForMaskedLM",
+    "pretraining": "ForPreTraining",
+    "classification": "ForSequenceClassification",
+    "tokens": "ForTokenClassification",
+    "span": "ForQuestionAnswering",
+    "choice": "ForMultipleChoice",
+}
+
+
+class Names(NamedTuple):
+    """Where one family keeps its tensors; `Linear` layers are meant without `.weight`, `.bias`.
+
+    Attributes:
+      title: of its classes.
+      root: prefix of the encoder.
+      layer: prefix of a layer, `{l}` for its index.
+      inside: our modules of a layer -> theirs.
+      pooler: of a model without a head, with its prefix; None where there is none.
+      classifier_pooler: of the classification head, where it is not `pooler`.
+      transform: dense layer, norm and bias of the masked-LM head.
+      decoder: its output layer, tied or not.
+      pair: output layer of the sentence-pair head.
+    """
+
+    title: str
+    root: str
+    layer: str
+    inside: dict[str, str]
+    pooler: str | None
+    classifier_pooler: str | None
+    transform: tuple[str, str, str]
+    decoder: str
+    pair: str | None
+
+
+_BERT_LAYER = {
+    **{f"attention/{n}": f"attention.self.{n}" for n in ("query", "key", "value")},
+    "attention/out": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
+    "mlp/up": "intermediate.dense",
+    "mlp/down": "output.dense",
+    "mlp_norm": "output.LayerNorm",
+}
+_CLS = "cls.predictions"
+
+TABLE = {
+    "bert": Names(
+        *("Bert", "bert", "bert.encoder.layer.{l}", _BERT_LAYER, "bert.pooler.dense", None),
+        (f"{_CLS}.transform.dense", f"{_CLS}.transform.LayerNorm", f"{_CLS}.bias"),
+        *(f"{_CLS}.decoder", "cls.seq_relationship"),
+    ),
+    "roberta": Names(
+        *("Roberta", "roberta", "roberta.encoder.layer.{l}", _BERT_LAYER, "roberta.pooler.dense", "classifier.dense"),
+        ("lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),
+        *("lm_head.decoder", None),
+    ),
+    "distilbert": Names(
+        *("DistilBert", "distilbert", "distilbert.transformer.layer.{l}"),
+        {
+            **{f"attention/{n}": f"attention.{n[0]}_lin" for n in ("query", "key", "value")},
+            "attention/out": "attention.out_lin",
+            "attention_norm": "sa_layer_norm",
+            "mlp/up": "ffn.lin1",
+            "mlp/down": "ffn.lin2",
+            "mlp_norm": "output_layer_norm",
+        },
+        *(None, "pre_classifier"),
+        ("vocab_transform", "vocab_layer_norm", "vocab_projector.bias"),
+        *("vocab_projector", None),
+    ),
+    "albert": Names(
+        *("Albert", "albert", "albert.encoder.albert_layer_groups.{l}.albert_layers.0"),
+        {
+            **{f"attention/{n}": f"attention.{n}" for n in ("query", "key", "value")},
+            "attention/out": "attention.dense",
+            "attention_norm": "attention.LayerNorm",
+            "mlp/up": "ffn",
+            "mlp/down": "ffn_output",
+            "mlp_norm": "full_layer_layer_norm",
+        },
+        *("albert.pooler", None),
+        ("predictions.dense", "predictions.LayerNorm", "predictions.bias"),
+        *("predictions.decoder", "sop_classifier.classifier"),
+    ),
+}
+
+# ours -> theirs; DistilBERT has its own
+FIELDS = {
+    "vocab_size": "vocab_size",
+    "model_dim": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "hidden_dim": "intermediate_size",
+    "activation": "hidden_act",
+    "norm_eps": "layer_norm_eps",
+    "num_token_types": "type_vocab_size",
+    "dropout": "hidden_dropout_prob",
+    "attention_dropout": "attention_probs_dropout_prob",
+    "head_dropout": "classifier_dropout",
+    "init_std": "initializer_range",
+    "tied": "tie_word_embeddings",
+}
+DISTIL_FIELDS = {
+    "vocab_size": "vocab_size",
+    "model_dim": "dim",
+    "num_layers": "n_layers",
+    "num_heads": "n_heads",
+    "hidden_dim": "hidden_dim",
+    "activation": "activation",
+    "dropout": "dropout",
+    "attention_dropout": "attention_dropout",
+    "head_dropout": "seq_classif_dropout",
+    "init_std": "initializer_range",
+    "tied": "tie_word_embeddings",
+}
+ALBERT_FIELDS = FIELDS | {
+    "head_dropout": "classifier_dropout_prob",
+    "embedding_dim": "embedding_size",
+    "num_groups": "num_hidden_groups",
+}
+# what a missing field means, where it is not what BertConfig says
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "bert": {},
+    "roberta": {"vocab_size": 50265},
+    "distilbert": {"num_layers": 6, "head_dropout": 0.2},
+    "albert": dict(
+        vocab_size=30000, model_dim=4096, num_heads=64, hidden_dim=16384, activation="gelu_new", dropout=0.0,
+        attention_dropout=0.0, head_dropout=0.1, embedding_dim=128, num_groups=1,
+    ),
+}  # fmt: skip
+# fields that must hold what this library computes
+FIXED = {
+    "is_decoder": (False, None),
+    "add_cross_attention": (False, None),
+    "position_embedding_type": ("absolute", None),
+    "sinusoidal_pos_embds": (False, None),
+    "inner_group_num": (1, None),
+    "pruned_heads": ({}, None),
+    "hidden_activation": (None,),
+}
+READ = ("max_position_embeddings", "pad_token_id", "id2label", "label2id", "num_labels", "architectures", "model_type")
+# DistilBERT's rate before spans, and BERT's and ALBERT's spellings of things without effect on values
+INERT = (
+    "qa_dropout",
+    "gradient_checkpointing",
+    "net_structure_type",
+    "gap_size",
+    "num_memory_blocks",
+    "down_scale_factor",
+)
+
+
+def _fields(kind: str) -> dict[str, str]:
+    return {"distilbert": DISTIL_FIELDS, "albert": ALBERT_FIELDS}.get(kind, FIELDS)
+
+
+def _head_of(c: dict[str, Any], title: str) -> str:
+    names = c.get("architectures") or [f"{title}Model"]
+    known = {f"{title}{theirs}": ours for ours, theirs in CLASSES.items()}
+    if names[0] not in known:
+        raise InteropError(f"architectures {names[0]!r} is not supported; there are {', '.join(known)}")
+    return known[names[0]]
+
+
+def config_from_hf(c: dict[str, Any]) -> BertConfig:
+    """From the contents of `config.json`."""
+    kind = c["model_type"]
+    names, fields, defaults = TABLE[kind], _fields(kind), DEFAULTS[kind]
+    refuse_unknown(c, {*fields.values(), *READ, *FIXED, *INERT})
+    for field, allowed in FIXED.items():
+        if c.get(field) not in allowed:
+            raise InteropError(f"{field}={c[field]!r} is not supported, only {allowed[0]!r}")
+    values = {ours: c[theirs] for ours, theirs in fields.items() if theirs in c}
+    values = {**defaults, **{k: v for k, v in values.items() if v is not None or k == "head_dropout"}}
+    activation = values.pop("activation", "gelu")
+    if activation not in ACTIVATIONS:
+        raise InteropError(f"activation {activation!r} is not supported; there are {', '.join(ACTIVATIONS)}")
+    head = _head_of(c, names.title)
+    offset = c.get("pad_token_id", 1) + 1 if kind == "roberta" else 0
+    if kind == "distilbert":
+        values |= {"num_token_types": 0, "norm_eps": 1e-12}
+    labels = c.get("id2label") or {i: f"LABEL_{i}" for i in range(c.get("num_labels", 2))}
+    values |= {
+        "activation": ACTIVATIONS[activation],
+        "context_length": c.get("max_position_embeddings", 512) - offset,
+        "position_offset": offset,
+        "head": head,
+        "labels": [labels[k] for k in sorted(labels, key=int)],
+        "pooler": _pooler(kind, head),
+    }
+    return configs.from_dict(BertConfig, values)
+
+
+def _pooler(kind: str, head: str) -> str | None:
+    if head in ("classification", "choice"):
+        return "relu" if kind == "distilbert" else "tanh"
+    return "tanh" if head in ("none", "pretraining") and kind != "distilbert" else None
+
+
+def fit(config: BertConfig, tensors: Collection[str]) -> BertConfig:
+    """What a file holds beyond or without what its class says: a pair head, no pooler."""
+    names = TABLE[model_type(config)]
+    if config.head == "masked_lm" and names.pair is not None and f"{names.pair}.weight" in tensors:
+        return dataclasses.replace(config, head="pretraining", pooler="tanh")
+    if config.head == "none" and names.pooler is not None:
+        stem = names.pooler.removeprefix(f"{names.root}.")
+        if not any(t in (f"{stem}.weight", f"{names.pooler}.weight") for t in tensors):
+            return dataclasses.replace(config, pooler=None)
+    return config
+
+
+def model_type(config: BertConfig) -> str:
+    """Which of their architectures holds this config.
+
+    Raises:
+      InteropError: if none does.
+    """
+    if config.embedding_dim is not None and config.num_groups is not None:
+        kind = "albert"
+    elif config.num_token_types == 0:
+        kind = "distilbert"
+    else:
+        kind = "roberta" if config.position_offset else "bert"
+    shared = config.embedding_dim is not None or config.num_groups is not None
+    if kind != "albert" and shared:
+        raise InteropError("ALBERT's format has both embedding_dim and num_groups, the others neither")
+    if kind == "albert" and (config.position_offset or config.num_token_types == 0):
+        raise InteropError("ALBERT's format has token types and no position_offset")
+    if kind == "distilbert" and (config.norm_eps != 1e-12 or config.position_offset):
+        raise InteropError("DistilBERT's format has norm_eps=1e-12 and no position_offset")
+    if config.head == "pretraining" and TABLE[kind].pair is None:
+        raise InteropError(f"{TABLE[kind].title}'s format has no sentence-pair head")
+    if config.head in ("classification", "choice") and config.pooler != _pooler(kind, config.head):
+        raise InteropError(f"{TABLE[kind].title}'s format pools with {_pooler(kind, config.head)}")
+    return kind
+
+
+def config_to_hf(config: BertConfig) -> dict[str, Any]:
+    """The contents of `config.json`."""
+    kind = model_type(config)
+    theirs = {v: k for k, v in reversed(ACTIVATIONS.items())}
+    out: dict[str, Any] = {their: getattr(config, ours) for ours, their in _fields(kind).items()}
+    out["activation" if kind == "distilbert" else "hidden_act"] = theirs[config.activation]
+    if kind in ("distilbert", "albert") and config.head_dropout is None:
+        out[_fields(kind)["head_dropout"]] = config.dropout
+    out |= {
+        "model_type": kind,
+        "architectures": [TABLE[kind].title + CLASSES[config.head]],
+        "max_position_embeddings": config.context_length + config.position_offset,
+        "id2label": {str(i): name for i, name in enumerate(config.labels)},
+        "label2id": {name: i for i, name in enumerate(config.labels)},
+    }
+    return out | ({"pad_token_id": config.position_offset - 1} if kind == "roberta" else {})
+
+
+def root(config: BertConfig) -> str:
+    """What their classes with a head put before the names of the encoder."""
+    return f"{TABLE[model_type(config)].root}."
+
+
+def rules(config: BertConfig) -> list[Rule]:
+    """Where everything is; their kernels are `[out, in]`."""
+    kind = model_type(config)
+    names = TABLE[kind]
+    out = []
+
+    def linear(ours: str, theirs: str) -> None:
+        out.append(Rule(f"{ours}/kernel", f"{theirs}.weight", transposed=True))
+        out.append(Rule(f"{ours}/bias", f"{theirs}.bias"))
+
+    def norm(ours: str, theirs: str) -> None:
+        out.append(Rule(f"{ours}/scale", f"{theirs}.weight"))
+        out.append(Rule(f"{ours}/bias", f"{theirs}.bias"))
+
+    tables = {"embed": "word", "positions": "position"} | (
+        {"token_types": "token_type"} if config.num_token_types else {}
+    )
+    for ours, theirs in tables.items():
+        out.append(Rule(f"{ours}/embedding", f"{names.root}.embeddings.{theirs}_embeddings.weight"))
+    norm("embed_norm", f"{names.root}.embeddings.LayerNorm")
+    if config.embedding_dim is not None:
+        linear("embed_projection", f"{names.root}.encoder.embedding_hidden_mapping_in")
+    for ours, theirs in names.inside.items():
+        (norm if ours.endswith("_norm") else linear)(f"encoder/layers/{ours}", f"{names.layer}.{theirs}")
+    if config.pooler is not None:
+        own = names.classifier_pooler
+        stands_apart = config.head == "classification" or (config.head == "choice" and kind == "distilbert")
+        place = own if own is not None and stands_apart else names.pooler
+        if place is None:
+            raise InteropError(f"{names.title}'s format has no pooler with head={config.head!r}")
+        linear("pooler", place)
+    if config.head in ("masked_lm", "pretraining"):
+        transform, its_norm, bias = names.transform
+        linear("head/transform", transform)
+        norm("head/norm", its_norm)
+        out.append(Rule("head/bias" if config.tied else "head/output/bias", bias))
+        if not config.tied:
+            out.append(Rule("head/output/kernel", f"{names.decoder}.weight", transposed=True))
+    if config.head == "pretraining":
+        assert names.pair is not None  # model_type has seen to it
+        linear("pair", names.pair)
+    elif config.head in ("classification", "tokens", "choice"):
+        apart = kind == "roberta" and config.head == "classification"
+        linear("classifier", "classifier.out_proj" if apart else "classifier")
+    elif config.head == "span":
+        linear("classifier", "qa_outputs")
+    if config.head == "none":  # their headless classes leave the prefix out
+        out = [dataclasses.replace(r, theirs=r.theirs.removeprefix(f"{names.root}.")) for r in out]
+    return out
+
+
+def ignored(config: BertConfig, name: str) -> bool:
+    """Their tensors without a counterpart: buffers, what is tied, poolers and heads that the class does not use."""
+    names = TABLE[model_type(config)]
+    if name.endswith(("embeddings.position_ids", "embeddings.token_type_ids")):
+        return True
+    copies = [f"{names.decoder}.bias"] if names.transform[2] != f"{names.decoder}.bias" else []
+    copies += [f"{names.decoder}.weight"] if config.tied else []
+    unused = [None if config.pooler is not None else names.pooler]
+    unused += [None] if config.head in ("masked_lm", "pretraining") else [names.decoder, *names.transform]
+    unused += [None] if config.head == "pretraining" else [names.pair]
+    stems = [u for u in unused if u is not None]
+    stems += [u.removeprefix(f"{names.root}.") for u in stems]
+    return name in copies or name.startswith(tuple(stems))

@@ -1,0 +1,84 @@
+"""Losses of the heads with labels: classes of texts and tokens, numbers, answer spans, choices.
+
+Source: Devlin et al. 2019, section 4, https://arxiv.org/abs/1810.04805.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax.nn.weights import wide
+from llm_jax.objectives.objective import Batch, Prepared
+
+KINDS = ("classification", "regression", "multi_label", "tokens", "span", "choice")
+INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "segment_ids")
+IGNORED = -100  # a label that does not count, as in torch and transformers
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """Cross-entropy of labels (squared error for numbers, a logistic loss where several classes may hold).
+
+    Attributes:
+      kind: `classification` (labels `[B]`), `regression` (`[B]` or `[B, labels]` float), `multi_label`
+        (`[B, labels]` of 0 and 1), `tokens` (`[B, T]`), `span` (`[B, 2]`, first and last position) or `choice` (`[B]`).
+        An integer label of -100 does not count.
+      label_smoothing: mass moved from the label to all classes evenly.
+    """
+
+    kind: str = "classification"
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Checks the kind and the range."""
+        if self.kind not in KINDS:
+            raise ValueError(f"kind={self.kind!r} is none of {', '.join(KINDS)}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing={self.label_smoothing} must lie in [0, 1)")
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """The terms."""
+        return {"start": 0.5, "end": 0.5} if self.kind == "span" else {"label": 1.0}
+
+    def prepare(self, batch: Batch, key: jax.Array) -> Prepared:
+        """Takes the model's inputs and `labels` out of the batch; nothing is random here."""
+        del key
+        inputs = {name: batch[name] for name in INPUTS if name in batch}
+        labels = batch["labels"]
+        if self.kind == "span":
+            counts = jnp.sum(labels != IGNORED, axis=0, dtype=jnp.float32)
+            totals = {"start": counts[0], "end": counts[1], "accuracy": jnp.sum(counts)}
+        elif self.kind in ("regression", "multi_label"):
+            totals = {"label": jnp.float32(labels.size)}
+            totals |= {"accuracy": totals["label"]} if self.kind == "multi_label" else {}
+        else:
+            total = jnp.sum(labels != IGNORED, dtype=jnp.float32)
+            totals = {"label": total, "accuracy": total}
+        return Prepared(inputs, labels, totals)
+
+    def _cross_entropy(self, logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Sums of the losses and of the correct predictions over all labels that count."""
+        counts = labels != IGNORED
+        logp = jax.nn.log_softmax(wide(logits), axis=-1)
+        own = jnp.take_along_axis(logp, jnp.where(counts, labels, 0)[..., None], axis=-1)[..., 0]
+        loss = -(1 - self.label_smoothing) * own - self.label_smoothing * jnp.mean(logp, axis=-1)
+        right = (jnp.argmax(logits, axis=-1) == labels) & counts
+        return jnp.sum(jnp.where(counts, loss, 0)), jnp.sum(right, dtype=loss.dtype)
+
+    def score(self, output: Any, targets: jax.Array) -> dict[str, jax.Array]:
+        """Sums of every term, and of correct predictions where there are classes (`accuracy`, reported only)."""
+        logits = output.logits
+        if self.kind == "regression":
+            return {"label": jnp.sum(jnp.square(logits - targets.reshape(logits.shape)))}
+        if self.kind == "multi_label":
+            right = jnp.sum((logits > 0) == (targets > 0.5), dtype=logits.dtype)
+            return {"label": jnp.sum(jax.nn.softplus(logits) - logits * targets), "accuracy": right}
+        if self.kind == "span":
+            start, right_start = self._cross_entropy(logits[..., 0], targets[:, 0])
+            end, right_end = self._cross_entropy(logits[..., 1], targets[:, 1])
+            return {"start": start, "end": end, "accuracy": right_start + right_end}
+        loss, right = self._cross_entropy(logits, targets)
+        return {"label": loss, "accuracy": right}

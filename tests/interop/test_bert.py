@@ -1,0 +1,130 @@
+"""BERT's kin in Hugging Face's names: configs there and back, names one to one, and what is refused by name."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from tiny_models import BERT, ENCODERS, abstract, noise
+
+from llm_jax import interop
+from llm_jax.interop.bert import CLASSES, TABLE, config_from_hf, config_to_hf, fit, ignored, rules
+from llm_jax.interop.names import InteropError
+from llm_jax.models.bert import BertConfig
+from llm_jax.nn import paths
+from llm_jax.storage.safetensors import TensorFolder, write_folder
+
+KINDS = {
+    "bert": {},
+    "roberta": {"num_token_types": 1, "position_offset": 2},
+    "distilbert": {"num_token_types": 0},
+    "albert": {"embedding_dim": 8, "num_groups": 2},
+}
+
+
+def made(kind, head):
+    pooled = head in ("classification", "choice", "pretraining", "none")
+    pooler = "tanh" if pooled else None
+    if kind == "distilbert":
+        pooler = "relu" if head in ("classification", "choice") else None
+    return BertConfig(**BERT, **KINDS[kind], head=head, pooler=pooler, labels=("no", "yes", "so"), head_dropout=0.3)
+
+
+CASES = [(k, h) for k in KINDS for h in CLASSES if h != "pretraining" or TABLE[k].pair]
+
+
+@pytest.mark.parametrize("kind, head", CASES)
+def test_configs_round_trip_and_names_are_one_to_one(kind, head):
+    config = made(kind, head)
+    theirs = json.loads(json.dumps(config_to_hf(config)))
+    assert theirs["model_type"] == kind and theirs["architectures"] == [TABLE[kind].title + CLASSES[head]]
+    assert config_from_hf(theirs) == config
+    table = rules(config)
+    assert {r.ours for r in table} == {p for p, _ in paths.flatten(abstract(config.make(), np.zeros((1, 2), int))[0])}
+    assert len({r.ours for r in table}) == len({r.theirs for r in table}) == len(table)
+    assert not any(ignored(config, r.theirs.format(l=0)) for r in table)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_folders_round_trip(name, tmp_path):
+    config = ENCODERS[name]
+    model = config.make()
+    params = noise(model, 0.3)
+    interop.save(tmp_path, model, params)
+    loaded = interop.load(tmp_path)
+    cut = lambda path, x: x[:31] if path in ("embed/embedding", "head/bias") else x  # padding is not written
+    for (path, a), (_, b) in zip(paths.flatten(loaded.params), paths.flatten(params), strict=True):
+        np.testing.assert_array_equal(a, cut(path, b), err_msg=path)
+
+
+def test_old_names_prefixes_and_spare_tensors(tmp_path):
+    """bert-base-uncased as it lies on the hub: gamma and beta, a pair head though its class is ForMaskedLM."""
+    config = made("bert", "pretraining")
+    model = config.make()
+    params = noise(model, 0.3)
+    interop.save(tmp_path, model, params)
+    old = lambda n: n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+    tensors = {old(n): np.array(a) for n, a in TensorFolder(tmp_path).items()}
+    tensors |= {"cls.predictions.decoder.weight": np.ones(3), "bert.embeddings.position_ids": np.ones(3)}
+    write_folder(tmp_path, tensors.items())
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "architectures": ["BertForMaskedLM"]}))
+    loaded = interop.load(tmp_path)
+    assert loaded.config.head == "pretraining"
+    for a, b in zip(jax.tree.leaves(loaded.params), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "architectures": ["BertModel"]}))
+    encoder = interop.load(tmp_path)  # with the prefix of a class that has a head
+    assert encoder.config.head == "none" and encoder.config.pooler == "tanh" and "head" not in encoder.params
+    np.testing.assert_array_equal(encoder.params["pooler"]["kernel"], params["pooler"]["kernel"])
+
+
+def test_a_file_without_a_pooler():
+    config = made("bert", "none")
+    assert fit(config, ["embeddings.LayerNorm.weight"]).pooler is None
+    assert fit(config, ["bert.pooler.dense.weight"]).pooler == fit(config, ["pooler.dense.weight"]).pooler == "tanh"
+
+
+BASE = {"model_type": "bert"}
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"is_decoder": True}, "is_decoder=True is not supported, only False"),
+        ({"add_cross_attention": True}, "add_cross_attention=True is not supported"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key' is not supported"),
+        ({"hidden_act": "mish"}, "activation 'mish' is not supported; there are gelu_new"),
+        (
+            {"architectures": ["BertLMHeadModel"]},
+            "architectures 'BertLMHeadModel' is not supported; there are BertModel",
+        ),
+        ({"rotary_value": True}, "config.json has rotary_value, which this library does not know"),
+        ({"model_type": "albert", "inner_group_num": 2}, "inner_group_num=2 is not supported, only 1"),
+        ({"model_type": "distilbert", "sinusoidal_pos_embds": True}, "sinusoidal_pos_embds=True is not supported"),
+    ],
+)
+def test_unsupported_fields(values, words):
+    with pytest.raises(InteropError, match=words):
+        config_from_hf({**BASE, **values})
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"num_groups": 1}, "ALBERT's format has both"),
+        ({"embedding_dim": 8, "num_groups": 1, "position_offset": 2}, "no position_offset"),
+        ({"num_token_types": 0, "norm_eps": 1e-5, "head": "masked_lm"}, "DistilBERT's format has norm_eps=1e-12"),
+        ({"position_offset": 2}, "Roberta's format has no sentence-pair head"),
+        ({"head": "classification", "pooler": "relu"}, "Bert's format pools with tanh"),
+    ],
+)
+def test_what_their_formats_cannot_say(changes, words):
+    with pytest.raises(InteropError, match=words):
+        config_to_hf(BertConfig(**{**BERT, **changes}))
+
+
+def test_defaults_are_theirs():
+    assert config_from_hf(BASE) == BertConfig(head="none")
+    albert = config_from_hf({"model_type": "albert", "architectures": ["AlbertForPreTraining"]})
+    assert (albert.vocab_size, albert.model_dim, albert.embedding_dim, albert.num_groups) == (30000, 4096, 128, 1)

@@ -1,0 +1,79 @@
+"""Masked language models through the whole trainer: every kind of rows, and what does not fit is one line."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from tiny_models import BERT
+
+from llm_jax.decoding.masked import fill, pseudo_logprobs
+from llm_jax.models.bert import BertConfig
+from llm_jax.models.gpt import GPTConfig
+from llm_jax.objectives.causal_lm import CausalLM
+from llm_jax.objectives.masked_lm import MaskedLM
+from llm_jax.parallel.plan import PlanConfig
+from llm_jax.training import run
+from llm_jax.training.loop import LoopConfig
+from llm_jax.training.metrics import read_metrics
+from llm_jax.training.optimizers import OptimizerConfig
+
+SIZES = {**BERT, "vocab_size": 120, "context_length": 24, "model_dim": 24, "dropout": 0.0, "attention_dropout": 0.0}
+
+
+def config_of(corpus, model, data, objective, steps=30):
+    return run.RunConfig(
+        model=model,
+        data=run.DataConfig(str(corpus), tokenizer_kind="wordpiece", validation_share=0.2, **data),
+        objective=objective,
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=3),
+        plan=PlanConfig(),
+        training=LoopConfig(steps, 16, 24, log_every=1, checkpoint_every=steps, eval_every=steps),
+    )
+
+
+def test_pairs_with_static_masks(corpus, tmp_path):
+    config = config_of(corpus, BertConfig(**SIZES), {"pairs": "next", "mask_copies": 2}, MaskedLM())
+    trained = run.train(config, tmp_path)
+    rows = [r for r in read_metrics(tmp_path) if "train/loss" in r]
+    tokens = [r["train/masked_token"] for r in rows]
+    assert tokens[0] == pytest.approx(np.log(120), rel=0.1) and np.mean(tokens[-5:]) < tokens[0] - 0.5
+    assert rows[0]["train/pair"] == pytest.approx(np.log(2), rel=0.1)
+    assert {"eval/loss", "eval/pair", "eval/pair_accuracy", "eval/unigram_loss"} <= trained.evaluation.keys()
+    assert "eval/bits_per_byte" not in trained.evaluation
+    assert run.load_config(tmp_path) == config
+
+    ids = trained.tokenizer.batch(["the quick brown fox"])["input_ids"]
+    logp = fill(trained.model, trained.state.params, ids, np.ones_like(ids))
+    np.testing.assert_allclose(np.exp(logp).sum(-1), 1, rtol=1e-4)
+    mask = trained.tokenizer.role("mask")
+    each = pseudo_logprobs(trained.model, trained.state.params, ids[0], np.arange(1, ids.shape[1] - 1), mask)
+    hidden = ids.copy()
+    hidden[0, 2] = mask
+    alone = fill(trained.model, trained.state.params, hidden, np.ones_like(ids))[0, 2, ids[0, 2]]
+    assert each[1] == pytest.approx(alone, rel=1e-4)
+
+
+def test_full_sentences_with_dynamic_span_masks(corpus, tmp_path):
+    model = BertConfig(**SIZES, num_token_types=1, position_offset=2, head="masked_lm", pooler=None)
+    trained = run.train(config_of(corpus, model, {}, MaskedLM(unit="spans", pair=0.0), steps=3), tmp_path)
+    assert np.isfinite(trained.evaluation["eval/loss"]) and "eval/pair" not in trained.evaluation
+
+
+@pytest.mark.parametrize(
+    "model, objective, words",
+    [
+        (BertConfig(**SIZES), CausalLM(), "sees both sides: train it with objective MaskedLM"),
+        (GPTConfig(120, 24, 24, 2, 2), MaskedLM(), "needs an encoder with model.head="),
+        (BertConfig(**SIZES, head="tokens"), MaskedLM(), "needs an encoder with model.head="),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_read(model, objective, words, corpus, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        run.train(config_of("nowhere", model, {}, objective), tmp_path)
+
+
+def test_data_fields_are_checked():
+    with pytest.raises(ValueError, match="pairs='both' is none of none, next, order"):
+        run.DataConfig(pairs="both")
+    with pytest.raises(ValueError, match="mask_copies=-1 must not be negative"):
+        dataclasses.replace(run.DataConfig(), mask_copies=-1)
