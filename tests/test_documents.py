@@ -10,6 +10,7 @@ from tiny_models import noise
 
 from llm_jax import interop
 from llm_jax.data import tokenizers
+from llm_jax.models.bert import BertConfig
 from llm_jax.models.gpt import GPTConfig
 from llm_jax.models.llama import LlamaConfig
 from llm_jax.training.finetune import FinetuneConfig
@@ -85,11 +86,23 @@ def test_readme_python_runs(tmp_path, monkeypatch):
     model = LlamaConfig(vocab_size=tokenizer.vocab_size, context_length=64, model_dim=16, num_layers=2, num_heads=2,
                         num_kv_heads=1, head_dim=8, hidden_dim=24).make()  # fmt: skip
     interop.save(tmp_path / "in", model, noise(model, 0.3), tokenizer)
+    words = tokenizers.train([text], "wordpiece", 60, tokenizers.MASKED_SPECIAL)
+    encoder = BertConfig(60, 32, 16, 2, 2, 24).make()
+    interop.save(tmp_path / "bert", encoder, noise(encoder, 0.3), words)
     monkeypatch.chdir(tmp_path)
     names = {"input_ids": np.array([tokenizer.encode(text)])}
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    for block in blocks:
-        exec(block.replace("path/to/huggingface_folder", str(tmp_path / "in")), names)
-    assert len(blocks) == 2 and names["logits"].shape == (1, len(text), tokenizer.vocab_size)
+    run = lambda block: exec(
+        block.replace("path/to/huggingface_folder", f"{tmp_path}/in").replace(
+            "path/to/bert_folder", f"{tmp_path}/bert"
+        ),
+        names,
+    )
+    decode, adapt, embed = blocks
+    run(decode)
+    assert names["logits"].shape == (1, len(text), tokenizer.vocab_size)
     assert interop.load(tmp_path / "out").config == model.config
+    run(adapt)
     assert jax.tree.structure(names["params"]) == jax.tree.structure(interop.load(tmp_path / "out").params)
+    run(embed)
+    np.testing.assert_allclose(np.linalg.norm(names["embeddings"], axis=1), [1, 1], rtol=1e-5)
