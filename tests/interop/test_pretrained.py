@@ -285,8 +285,9 @@ def test_the_hub_is_asked_for_repositories_only(monkeypatch, tmp_path):
     one_line(InteropError, "no model at name", lambda: interop.load("name"))
 
 
-def test_families_know_their_features():
-    assert set(pretrained.FAMILIES) == {"gpt2", "openai-gpt", "llama", "mistral", "qwen2", "qwen3"}
+def test_families_are_what_the_readme_says():
+    decoders = {"gpt2", "openai-gpt", "llama", "mistral", "qwen2", "qwen3"}
+    assert set(pretrained.FAMILIES) == decoders | {"bert", "roberta", "distilbert", "albert"}
 
 
 def test_a_model_that_cannot_be_written(tmp_path):

@@ -3,23 +3,23 @@
 import json
 
 import pytest
-from tiny_models import MODELS
+from tiny_models import ENCODERS, MODELS
 
 from llm_jax import config as configs
 from llm_jax.models import registry
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_registry_round_trip(name):
-    values = json.loads(json.dumps(registry.to_dict(MODELS[name])))
-    assert values["family"] == registry.family_of(MODELS[name])
-    assert registry.from_dict(values) == MODELS[name]
+@pytest.mark.parametrize("config", [*MODELS.values(), *ENCODERS.values()], ids=[*MODELS, *ENCODERS])
+def test_registry_round_trip(config):
+    values = json.loads(json.dumps(registry.to_dict(config)))
+    assert values["family"] == registry.family_of(config)
+    assert registry.from_dict(values) == config
 
 
 @pytest.mark.parametrize(
     "values, words",
     [
-        ({"family": "bert"}, "model.family='bert' is none of gpt, llama"),
+        ({"family": "rnn"}, "model.family='rnn' is none of gpt, llama, bert"),
         ({}, "model.family=None is none of"),
         ({"family": "gpt", "num_layer": 2}, "unknown field model.num_layer; did you mean num_layers"),
         ({"family": "llama", "rope_scaling": {"kind": "ntk", "factor": 2.0}}, "model.rope_scaling: .*kind='ntk'"),

@@ -131,7 +131,9 @@ def test_summary_by_hand():
         "eval/bits_per_byte": 1.5 * 0.25 / math.log(2),
     }
     assert got == pytest.approx(want)
-    assert "eval/bits_per_byte" not in summarize({"next_token": 1.0, "accuracy": 0.0}, {"next_token": 1.0}, 0.0)
+    assert "eval/bits_per_byte" not in summarize(
+        {"next_token": 1.0, "accuracy": 0.0}, {"next_token": 1.0, "accuracy": 1.0}, 0.0
+    )
 
 
 @pytest.mark.parametrize(
