@@ -274,7 +274,8 @@ class Checkpoints:
                 part = _nested(turn)
                 places = ocp.checkpoint_utils.construct_restore_args(part)
                 args = ocp.args.PyTreeRestore(part, restore_args=places, partial_restore=True)
-                arrays += paths.flatten(reader.restore(self._item(step, "state"), args=args))
+                got = reader.restore(self._item(step, "state"), args=args)
+                arrays += paths.flatten(jax.block_until_ready(got))  # until then its copy on the host lives on
         return _nested(arrays)
 
     @staticmethod
