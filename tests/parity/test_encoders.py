@@ -51,6 +51,7 @@ def inputs_of(kind, head):
     """Ids, mask (right padding with their padding id, as RoBERTa's positions want it) and token types."""
     shape = (2, 4, T) if head == "choice" else (2, T)
     mask = np.broadcast_to(MASK[:, None] if head == "choice" else MASK, shape)
+    mask = np.ones_like(mask) if head == "span" else mask  # they let an answer begin in padding, and we do not
     ids = np.where(mask, RNG.integers(5, 61, shape), 1)
     types = {"token_type_ids": RNG.integers(0, 2, shape)} if kind in ("bert", "albert") else {}
     return {"input_ids": ids, "attention_mask": mask.copy(), **types}
