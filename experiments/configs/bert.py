@@ -52,10 +52,10 @@ def get_config(variant: str = "bert"):
             model=model,
             data=data,
             objective=objective,
-            optimizer=OptimizerConfig("adamw", 2e-3, warmup_steps=100, b2=0.98),
+            optimizer=OptimizerConfig("muon", 2e-2, warmup_steps=50, weight_decay=0.1),
             plan=PlanConfig(unroll=True),
             training=LoopConfig(
-                steps=1200, batch_size=32, sequence_length=128, log_every=20, eval_every=200, checkpoint_every=400,
+                steps=1000, batch_size=16, sequence_length=128, log_every=20, eval_every=200, checkpoint_every=500,
                 eval_batches=20,
             ),
         )

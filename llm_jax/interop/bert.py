@@ -1,7 +1,7 @@
 """BERT, RoBERTa, DistilBERT and ALBERT in Hugging Face's names: one table of names a family."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from llm_jax import config as configs
@@ -201,6 +201,18 @@ def config_from_hf(c: dict[str, Any]) -> BertConfig:
         "pooler": _pooler(kind, head),
     }
     return configs.from_dict(BertConfig, values)
+
+
+def with_head(config: BertConfig, head: str, labels: Sequence[str]) -> BertConfig:
+    """The same encoder under another head, with the pooler that the family's class has there."""
+    labels = tuple(labels) or config.labels
+    return dataclasses.replace(config, head=head, labels=labels, pooler=_pooler(model_type(config), head))
+
+
+def is_new(config: BertConfig, path: str) -> bool:
+    """Whether our parameter belongs to a head, which a file of the bare encoder or of another head lacks."""
+    del config
+    return path.split("/")[0] in ("classifier", "pooler", "head", "pair")
 
 
 def _pooler(kind: str, head: str) -> str | None:

@@ -3,8 +3,18 @@
 from typing import Any
 
 from llm_jax import config as configs
-from llm_jax.interop.names import ACTIVATIONS, InteropError, Rule
+from llm_jax.interop.names import ACTIVATIONS, InteropError, Rule, refuse_unknown
 from llm_jax.models.gpt import GPTConfig
+
+# read below; the summary_* fields are of a head that is not here, n_ctx is n_positions again
+READ = frozenset(
+    """
+    scale_attn_by_inverse_layer_idx reorder_and_upcast_attn add_cross_attention scale_attn_weights afn
+    activation_function vocab_size n_positions n_embd n_layer n_head n_inner layer_norm_epsilon tie_word_embeddings
+    resid_pdrop embd_pdrop attn_pdrop initializer_range n_ctx summary_type summary_use_proj summary_activation
+    summary_first_dropout summary_proj_to_labels n_special predict_special_tokens gradient_checkpointing
+    """.split()  # noqa: SIM905
+)
 
 
 def _activation(name: str) -> str:
@@ -16,6 +26,7 @@ def _activation(name: str) -> str:
 def config_from_hf(c: dict[str, Any]) -> GPTConfig:
     """From the contents of `config.json`."""
     first = c["model_type"] == "openai-gpt"
+    refuse_unknown(c, READ)
     for flag in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"):
         if c.get(flag):
             raise InteropError(f"{flag}=true is not supported")
@@ -35,6 +46,7 @@ def config_from_hf(c: dict[str, Any]) -> GPTConfig:
         norm_eps=c.get("layer_norm_epsilon", 1e-5),
         tied=c.get("tie_word_embeddings", True),
         dropout=c.get("resid_pdrop", 0.1),
+        embed_dropout=None if c.get("embd_pdrop", 0.1) == c.get("resid_pdrop", 0.1) else c.get("embd_pdrop", 0.1),
         attention_dropout=c.get("attn_pdrop", 0.1),
         init_std=c.get("initializer_range", 0.02),
     )
@@ -63,7 +75,7 @@ def config_to_hf(config: GPTConfig) -> dict[str, Any]:
         "layer_norm_epsilon": config.norm_eps,
         "tie_word_embeddings": config.tied,
         "resid_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
+        "embd_pdrop": config.dropout if config.embed_dropout is None else config.embed_dropout,
         "attn_pdrop": config.attention_dropout,
         "initializer_range": config.init_std,
     }

@@ -3,10 +3,19 @@
 from typing import Any
 
 from llm_jax import config as configs
-from llm_jax.interop.names import ACTIVATIONS, InteropError, Rule
+from llm_jax.interop.names import ACTIVATIONS, InteropError, Rule, refuse_unknown
 from llm_jax.models.llama import LlamaConfig
 from llm_jax.nn.positions import RotaryScaling
 
+# read below; is_llama_config and transformers.js_config say nothing about the model
+READ = frozenset(
+    """
+    vocab_size max_position_embeddings hidden_size intermediate_size num_hidden_layers num_attention_heads
+    num_key_value_heads head_dim hidden_act rms_norm_eps tie_word_embeddings rope_theta rope_scaling rope_parameters
+    rope_interleaved attention_bias mlp_bias sliding_window use_sliding_window max_window_layers layer_types
+    pretraining_tp attention_dropout initializer_range is_llama_config transformers.js_config
+    """.split()  # noqa: SIM905
+)
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -31,6 +40,9 @@ def _scaling(rope: dict[str, Any], context: int) -> RotaryScaling | None:
 def config_from_hf(c: dict[str, Any]) -> LlamaConfig:
     """From the contents of `config.json`, of transformers 4 and 5."""
     kind = c["model_type"]
+    refuse_unknown(c, READ)
+    if c.get("rope_interleaved"):
+        raise InteropError("rope_interleaved=true is not supported")
     rope = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}
     context = c.get("max_position_embeddings", 2048)
     activation = c.get("hidden_act", "silu")
@@ -44,6 +56,8 @@ def config_from_hf(c: dict[str, Any]) -> LlamaConfig:
         window = window if c.get("use_sliding_window") else None
     elif kind == "llama":
         window = None
+    elif window is not None and "full_attention" in (c.get("layer_types") or []):
+        raise InteropError("a sliding window in some layers only is not supported")
     if c.get("pretraining_tp", 1) != 1:
         raise InteropError("pretraining_tp other than 1 is not supported")
     bias = c.get("attention_bias", False)

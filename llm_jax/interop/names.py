@@ -5,6 +5,7 @@ is by slices, tensor by tensor, the largest first: never is more in memory than 
 """
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.nn import paths, weights
+
+log = logging.getLogger(__name__)
 
 # their names of activations, to ours
 ACTIVATIONS = {
@@ -114,6 +117,7 @@ def read_params(
     dtype: Any = None,
     shardings: Any = None,
     padded: Callable[[str], bool] = lambda path: False,
+    fresh: Mapping[str, Any] | None = None,
 ) -> Any:
     """Builds our (stacked) parameter tree from their tensors.
 
@@ -126,6 +130,7 @@ def read_params(
       dtype: cast floating tensors; theirs by default.
       shardings: tree of shardings; one device by default. Every slice is read once, however many replicas want it.
       padded: our paths whose rows may be padded.
+      fresh: initial values of parameters that the file may lack; those that it has are read.
 
     Raises:
       InteropError: naming missing, unexpected and misshapen tensors.
@@ -136,11 +141,18 @@ def read_params(
     if unknown:
         raise InteropError(f"{where}: no rule for {unknown[:3]}; this model cannot be read from that format")
     wanted: set[str] = set()
+    given: dict[str, Any] = {}
     for path, leaf in leaves:
         theirs = by_path[path].theirs
+        if fresh is not None and path in fresh and (theirs not in source or _other_shape(source, by_path[path], leaf)):
+            given[path] = fresh[path]
+            continue
         wanted |= {theirs.format(l=i) for i in range(leaf.shape[0])} if "{l}" in theirs else {theirs}
+    if given:
+        log.info("%s has no %s: initialised", where, _some(sorted(given)))
     missing = sorted(wanted - set(source))
-    extra = sorted(n for n in set(source) - wanted if not ignored(n))
+    replaced = {by_path[path].theirs for path in given}
+    extra = sorted(n for n in set(source) - wanted - replaced if not ignored(n))
     if missing or extra:
         parts = [f"missing {_some(missing)}"] * bool(missing) + [f"unexpected {_some(extra)}"] * bool(extra)
         raise InteropError(f"{where} does not fit its config: {'; '.join(parts)}")
@@ -148,8 +160,17 @@ def read_params(
     out: list[Any] = [None] * len(leaves)
     for i in sorted(range(len(leaves)), key=lambda i: -math.prod(leaves[i][1].shape)):
         path, leaf = leaves[i]
+        if path in given:
+            value = given[path] if dtype is None else given[path].astype(jnp.dtype(dtype))
+            out[i] = jax.device_put(value, flat_shardings[i])
+            continue
         out[i] = _read_one(source, by_path[path], path, leaf, dtype, flat_shardings[i], padded(path))
     return jax.tree.unflatten(jax.tree.structure(abstract), out)
+
+
+def _other_shape(source: Mapping[str, np.ndarray], rule: Rule, leaf: Any) -> bool:
+    """A head for other labels is as good as none."""
+    return rule.part is None and _get(source, rule, None).shape != tuple(leaf.shape)
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ from llm_jax.interop import bert, gpt, llama, names
 from llm_jax.interop import gguf as gguf_names
 from llm_jax.interop.names import InteropError
 from llm_jax.models import registry
-from llm_jax.nn import weights
+from llm_jax.nn import paths, weights
 from llm_jax.nn.execution import Execution
 from llm_jax.nn.stack import stack
 from llm_jax.storage.gguf import GgufFile
@@ -57,6 +57,8 @@ def load(
     execution: Execution = Execution(),
     place: Place | None = None,
     average: bool = False,
+    head: str | None = None,
+    labels: Sequence[str] = (),
 ) -> Pretrained:
     """Loads a Hugging Face folder, a `.gguf` file, a work directory of ours, or a repository of the hub.
 
@@ -68,6 +70,9 @@ def load(
       execution: how the model runs.
       place: `(abstract params, logical axes) -> shardings` (a plan's `param_shardings`); one device by default.
       average: the moving average (`training.ema`) of a work directory, in the place of the last parameters.
+      head: of an encoder's Hugging Face folder: another head than its own (`models.heads.HEADS`); what the folder lacks
+        of it is initialised.
+      labels: names of that head's classes.
 
     Raises:
       InteropError, StorageError, CheckpointError, TokenizerError: one line that names what is wrong.
@@ -77,11 +82,13 @@ def load(
         raise InteropError(f"{found} is no model: give its folder with config.json and *.safetensors, or a .gguf file")
     if average and not (found / "checkpoints").exists():
         raise InteropError(f"{path} is no work directory of ours and holds no moving average")
+    if (head is not None or labels) and (found.is_file() or (found / "checkpoints").exists()):
+        raise InteropError(f"{path} is no Hugging Face folder: only those take another head")
     if found.is_file():
         return _load_gguf(found, dtype, execution, place)
     if (found / "checkpoints").exists():
         return _load_own(found, dtype, execution, place, average)
-    return _load_huggingface(found, dtype, execution, place)
+    return _load_huggingface(found, dtype, execution, place, head, labels)
 
 
 def _find(path: epath.PathLike) -> epath.Path:
@@ -106,11 +113,18 @@ def _abstract(model: Any) -> tuple[Any, Any]:
     return weights.split_axes(jax.eval_shape(lambda k, i: model.init(k, i)["params"], jax.random.key(0), ids))
 
 
-def _read(source, rules, model, ignored, where, dtype, place):
+def _initial(config: Any) -> Any:
+    """A head's first values, from key 0: computed for one layer, since the layers are read."""
+    model = dataclasses.replace(config, num_layers=1, num_groups=None).make()
+    boxed = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    return jax.device_get(weights.split_axes(boxed)[0])
+
+
+def _read(source, rules, model, ignored, where, dtype, place, fresh=None):
     shapes, axes = _abstract(model)
     padded = lambda p: p in PADDED and model.config.vocab_pad_multiple > 1
     shardings = None if place is None else place(shapes, axes)
-    return names.read_params(source, rules, shapes, ignored, where, dtype, shardings, padded)
+    return names.read_params(source, rules, shapes, ignored, where, dtype, shardings, padded, fresh)
 
 
 def _load_gguf(path, dtype, execution, place):
@@ -122,7 +136,7 @@ def _load_gguf(path, dtype, execution, place):
     return Pretrained(model, params, gguf_names.tokenizer_of(file.metadata), config)
 
 
-def _load_huggingface(path, dtype, execution, place):
+def _load_huggingface(path, dtype, execution, place, head, labels):
     file = path / "config.json"
     if not file.exists():
         raise InteropError(f"{path} holds no model: config.json is missing")
@@ -146,9 +160,19 @@ def _load_huggingface(path, dtype, execution, place):
     source = TensorFolder(path)
     if hasattr(family, "fit"):
         config = family.fit(config, source.keys())
+    rules, ignored, fresh = family.rules(config), lambda n: family.ignored(config, n), None
+    if head is not None or labels:
+        if not hasattr(family, "with_head"):
+            raise InteropError(f"{path}: a {kind} model takes no other head")
+        own, config = rules, family.with_head(config, head or config.head, labels)
+        rules = family.rules(config)
+        spare = {r.theirs for r in own} - {r.theirs for r in rules}
+        ignored = lambda n: n in spare or family.ignored(config, n)
+        flat = paths.flatten(_initial(config))
+        fresh = {p: x for p, x in flat if family.is_new(config, p)}
     model = config.make(execution)
-    rules = _with_their_spelling(family.rules(config), family.root(config), source)
-    params = _read(source, rules, model, lambda n: family.ignored(config, n), str(path), dtype, place)
+    rules = _with_their_spelling(rules, family.root(config), source)
+    params = _read(source, rules, model, ignored, str(path), dtype, place, fresh)
     has_tokenizer = (path / "tokenizer.json").exists()
     return Pretrained(model, params, tokenizers.load(path) if has_tokenizer else None, config)
 

@@ -37,7 +37,8 @@ class GPTConfig:
       activation: of the feed-forward.
       norm_eps: of the layer norms.
       tied: output layer shares the token table.
-      dropout: rate on embeddings and residual branches.
+      dropout: rate on residual branches.
+      embed_dropout: rate on embeddings; None takes `dropout`.
       attention_dropout: rate on attention weights.
       init_std: of all matrices; residual projections take init_std / sqrt(2 L) in `pre`.
       vocab_pad_multiple: token rows are padded to this multiple.
@@ -54,6 +55,7 @@ class GPTConfig:
     norm_eps: float = 1e-5
     tied: bool = True
     dropout: float = 0.0
+    embed_dropout: float | None = None
     attention_dropout: float = 0.0
     init_std: float = 0.02
     vocab_pad_multiple: int = 1
@@ -126,7 +128,8 @@ class GPT(nn.Module):
         places = Embedding(c.context_length, c.model_dim, vocab_axis=None, table_init=init, name="positions")
         dtype = self.execution.dtype
         x = tokens(input_ids, dtype) + places(inputs.positions_BT, dtype)
-        x = first = self.execution.constrain(dropout(self, x, c.dropout, train), ("batch", "length", "embed"))
+        x = dropout(self, x, c.dropout if c.embed_dropout is None else c.embed_dropout, train)
+        x = first = self.execution.constrain(x, ("batch", "length", "embed"))
         stack = blocks(c.block, c.num_layers, self.execution, output_hidden_states, output_attentions, "decoder")
         layers = None if cache is None else cache.layers
         x, outputs = stack(x, layers, (inputs.mask, inputs.slots_BT, None), train)

@@ -139,7 +139,7 @@ class MaskedLM:
         weights = picked * jnp.broadcast_to(counted[:, None], picked.shape)
         inputs = {k: batch[k] for k in ("attention_mask", "token_type_ids", "segment_ids") if k in batch}
         total = jnp.sum(weights)
-        totals = {"masked_token": total, "accuracy": total}
+        totals = {"masked_token": total, "accuracy": total, "tokens": jnp.sum(real, dtype=jnp.float32)}
         pair = pair_weights = None
         if self.pair and "pair_labels" in batch:
             pair, pair_weights = batch["pair_labels"], counted.astype(jnp.float32)

@@ -15,7 +15,8 @@ class Prepared(NamedTuple):
     Attributes:
       inputs: keyword arguments of the model's call.
       targets: what `score` needs.
-      weights: `{term: float32 sum of weights}`; totalled over micro-batches and devices before the loss divides.
+      weights: `{term: float32 sum of weights}`; totalled over micro-batches and devices before the loss divides. An
+        entry `tokens` counts those that went through the model, where the first term's weight does not.
     """
 
     inputs: dict[str, jax.Array]

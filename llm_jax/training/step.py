@@ -114,7 +114,7 @@ def make_train_step(
 
             zero = jnp.float32(0)
             zeros = constrain_grads(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable))
-            start = (zero, dict.fromkeys(totals, zero), zeros)
+            start = (zero, {name: zero for name in totals if name != "tokens"}, zeros)
             (loss, scores, grads), _ = jax.lax.scan(one, start, (jnp.arange(count), prepared))
 
         unscale = 1 / scale
@@ -141,7 +141,11 @@ def make_train_step(
             bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
             loss_scale=None if state.loss_scale is None else state.loss_scale.update(finite),
         )
-        metrics = {"loss": loss * unscale, "grad_norm": norm, "tokens": totals[next(iter(objective.coefficients))]}
+        metrics = {
+            "loss": loss * unscale,
+            "grad_norm": norm,
+            "tokens": totals.get("tokens", totals[next(iter(objective.coefficients))]),
+        }
         metrics["bad_steps"] = new.bad_steps
         metrics |= {name: scores[name] / jnp.maximum(totals[name], 1e-8) for name in scores}
         if state.loss_scale is not None:

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_models import BERT, ENCODERS, abstract, noise
@@ -11,6 +12,7 @@ from llm_jax import interop
 from llm_jax.interop.bert import CLASSES, TABLE, config_from_hf, config_to_hf, fit, ignored, rules
 from llm_jax.interop.names import InteropError
 from llm_jax.models.bert import BertConfig
+from llm_jax.models.gpt import GPTConfig
 from llm_jax.nn import paths
 from llm_jax.storage.safetensors import TensorFolder, write_folder
 
@@ -77,6 +79,39 @@ def test_old_names_prefixes_and_spare_tensors(tmp_path):
     encoder = interop.load(tmp_path)  # with the prefix of a class that has a head
     assert encoder.config.head == "none" and encoder.config.pooler == "tanh" and "head" not in encoder.params
     np.testing.assert_array_equal(encoder.params["pooler"]["kernel"], params["pooler"]["kernel"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_head_on_the_same_encoder(kind, tmp_path):
+    config = made(kind, "masked_lm")
+    model = config.make()
+    params = noise(model, 0.3)
+    interop.save(tmp_path, model, params)
+    loaded = interop.load(tmp_path, head="classification", labels=("bad", "good"), dtype="bfloat16")
+    assert loaded.config.labels == ("bad", "good") and loaded.config.pooler is not None
+    got = loaded.params
+    assert got["classifier"]["kernel"].shape == (12, 2) and "head" not in got
+    assert got["classifier"]["kernel"].dtype == jnp.bfloat16 and np.std(np.float32(got["pooler"]["kernel"])) > 0.01
+    for a, b in zip(jax.tree.leaves(got["encoder"]), jax.tree.leaves(params["encoder"]), strict=True):
+        np.testing.assert_array_equal(a, b.astype(jnp.bfloat16))
+    ids = jnp.ones((1, 4), jnp.int32)
+    assert loaded.model.apply({"params": got}, ids).logits.shape == (1, 2)
+
+    interop.save(tmp_path / "tuned", loaded.model, got)
+    again = interop.load(tmp_path / "tuned", labels=("a", "b", "c"))  # its own head, other classes: only those are new
+    assert again.params["classifier"]["kernel"].shape == (12, 3)
+    np.testing.assert_array_equal(again.params["pooler"]["kernel"], got["pooler"]["kernel"])
+
+
+def test_only_encoders_folders_take_another_head(tmp_path):
+    model = GPTConfig(31, 16, 12, 1, 2).make()
+    interop.save(tmp_path, model, noise(model, 0.3))
+    with pytest.raises(InteropError, match="a gpt2 model takes no other head"):
+        interop.load(tmp_path, head="classification")
+    with pytest.raises(ValueError, match="head='regression' is none of"):
+        bert = made("bert", "none").make()
+        interop.save(tmp_path / "bert", bert, noise(bert, 0.3))
+        interop.load(tmp_path / "bert", head="regression")
 
 
 def test_a_file_without_a_pooler():

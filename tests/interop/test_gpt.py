@@ -11,7 +11,7 @@ CONFIGS = [
     GPTConfig(),
     GPTConfig(**SMALL, hidden_dim=50, activation="relu", tied=False, norm_eps=1e-6),
     GPTConfig(**SMALL, activation="gelu", dropout=0.2, attention_dropout=0.3, init_std=0.1),
-    GPTConfig(**SMALL, activation="silu"),
+    GPTConfig(**SMALL, activation="silu", dropout=0.1, embed_dropout=0.0),
     GPTConfig(**SMALL, norm="post"),
     GPTConfig(**SMALL, norm="post", activation="relu", tied=False),
 ]
@@ -36,6 +36,7 @@ ERRORS = [
     ({"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn=true"),
     ({"add_cross_attention": True}, "add_cross_attention=true"),
     ({"scale_attn_weights": False}, "scale_attn_weights=false"),
+    ({"rotary_dim": 4}, "config.json has rotary_dim, which this library does not know"),
     ({"activation_function": "mish"}, "activation 'mish' is not supported; there are gelu_new"),
 ]
 

@@ -63,6 +63,9 @@ UNREADABLE = [
     ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic' is not supported"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale": 0.7}}, "yarn with mscale"),
     ({"pretraining_tp": 2}, "pretraining_tp other than 1"),
+    ({"partial_rotary_factor": 0.5}, "config.json has partial_rotary_factor, which this library does not know"),
+    ({"rope_interleaved": True}, "rope_interleaved=true is not supported"),
+    ({"kind": "mistral", "sliding_window": 5, "layer_types": ["full_attention"]}, "in some layers only"),
     ({"kind": "qwen2", "use_sliding_window": True, "max_window_layers": 1}, "in some layers only"),
     ({"kind": "qwen3", "use_sliding_window": True, "layer_types": ["full_attention"]}, "in some layers only"),
 ]

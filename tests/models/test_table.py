@@ -1,5 +1,6 @@
 """One table of models, many properties; each model compiles once and every property reads the results."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -262,6 +263,15 @@ def test_compute_dtype(name):
     params = abstract(model, IDS)[0]
     out = jax.eval_shape(lambda p: model.apply({"params": p}, IDS, output_hidden_states=True), params)
     assert {h.dtype for h in out.hidden_states} == {jnp.dtype("bfloat16")} and out.logits.dtype == "float32"
+
+
+def test_dropout_on_embeddings_alone():
+    config = dataclasses.replace(MODELS["gpt2"], embed_dropout=0.5)
+    params = model_params(config)
+    run = jax.jit(lambda key: config.make().apply({"params": params}, IDS, train=True, rngs={"dropout": key}))
+    a, b, c = (run(jax.random.key(s)).logits for s in (0, 0, 1))
+    assert (a == b).all() and not np.allclose(a, c)
+    assert not np.allclose(a, results("gpt2")["out"].logits)
 
 
 MASK = np.arange(T)[None, :] < np.array([T, 5])[:, None]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from theirs import BOUNDS, DTYPES, gradients, noisy, use_doubles
 
 from llm_jax import interop
 from llm_jax.nn import paths
@@ -49,27 +50,18 @@ CONFIGS = {
 
 
 def make(name, dtype):
-    torch.manual_seed(0)
     config = CONFIGS[name]()
     config._attn_implementation = "eager"
-    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
-    with torch.no_grad():
-        for p in model.parameters():  # biases and norms start at 0 and 1: make them count
-            p.add_(0.05 * torch.randn_like(p))
-    return model
+    return noisy(lambda: transformers.AutoModelForCausalLM.from_config(config), dtype)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+@pytest.mark.parametrize("precision", BOUNDS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_equals_transformers(name, precision, tmp_path, monkeypatch):
-    if precision == "fp64":  # their norms, rotary tables and softmaxes are hard-wired to float32
-        for alias in ("float32", "float"):
-            monkeypatch.setattr(torch, alias, torch.float64)
-        monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    bound = 1e-5 if precision == "fp32" else 1e-10
-    tolerance = {"rtol": bound, "atol": bound}
-    dtype = torch.float32 if precision == "fp32" else torch.float64
-    theirs = make(name, dtype)
+    if precision == "fp64":
+        use_doubles(monkeypatch)
+    tolerance = {"rtol": BOUNDS[precision], "atol": BOUNDS[precision]}
+    theirs = make(name, DTYPES[precision])
     theirs.save_pretrained(tmp_path / "in")
     with jax.enable_x64(precision == "fp64"):
         ours = interop.load(tmp_path / "in")
@@ -107,11 +99,7 @@ def test_equals_transformers(name, precision, tmp_path, monkeypatch):
         value, grads = jax.value_and_grad(loss)(ours.params)
         np.testing.assert_allclose(value, want.loss.item(), **tolerance)
 
-        with torch.no_grad():  # their gradients through our reader: the same names, the same layout
-            for p in theirs.parameters():
-                p.copy_(p.grad)
-        theirs.save_pretrained(tmp_path / "grads")
-        expected = dict(paths.flatten(interop.load(tmp_path / "grads").params))
+        expected = gradients(theirs, tmp_path / "grads")
         got = dict(paths.flatten(grads))
         assert expected.keys() == got.keys()
         for path, g in got.items():
