@@ -18,6 +18,7 @@ from llm_jax.models import registry
 from llm_jax.nn import paths, weights
 from llm_jax.nn.execution import Execution
 from llm_jax.nn.stack import stack
+from llm_jax.storage import flax_msgpack
 from llm_jax.storage.gguf import GgufFile
 from llm_jax.storage.safetensors import TensorFolder, write_folder
 
@@ -102,7 +103,7 @@ def _find(path: epath.PathLike) -> epath.Path:
     except ImportError as e:
         raise InteropError(f"no folder {path}; to fetch it from the hub: pip install 'llm_jax[hub]'") from e
     try:
-        patterns = ["*.json", "*.safetensors", "*.jinja"]
+        patterns = ["*.json", "*.safetensors", "*.msgpack", "*.jinja"]
         return epath.Path(huggingface_hub.snapshot_download(str(path), allow_patterns=patterns))
     except Exception as e:
         raise InteropError(f"{path} is no local folder and could not be fetched from the hub: {e}") from e
@@ -155,9 +156,10 @@ def _load_huggingface(path, dtype, execution, place, head, labels):
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise InteropError(f"{file} lacks or misstates {e}") from e
     pickles = sorted(p.name for suffix in PICKLES for p in path.glob(f"*{suffix}"))
-    if pickles and not any(path.glob("*.safetensors")):
+    if pickles and not any(path.glob("*.safetensors")) and not (path / flax_msgpack.FILE).exists():
         raise InteropError(f"{path} holds pickles only ({pickles[0]}), which are never read: convert to safetensors")
-    source = TensorFolder(path)
+    old = (path / flax_msgpack.FILE).exists() and not any(path.glob("*.safetensors"))
+    source = flax_msgpack.read(path) if old else TensorFolder(path)
     if hasattr(family, "fit"):
         config = family.fit(config, source.keys())
     rules, ignored, fresh = family.rules(config), lambda n: family.ignored(config, n), None

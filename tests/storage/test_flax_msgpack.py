@@ -1,0 +1,79 @@
+"""Folders of Flax in transformers 4: written here by its rules, read back, and damaged."""
+
+import numpy as np
+import pytest
+from flax import serialization, traverse_util
+from tiny_models import ENCODERS, MODELS, noise
+
+from llm_jax import interop
+from llm_jax.nn import paths
+from llm_jax.storage import flax_msgpack
+from llm_jax.storage.safetensors import StorageError, TensorFolder
+
+NORMS = ("LayerNorm", "layer_norm", "ln_1", "ln_2", "ln_f", "norm", "layernorm", "vocab_layer_norm")
+
+
+def flax_name(name, array):
+    """Theirs: (path, array), by the kind of module that holds a weight."""
+    *front, last = name.split(".")
+    if last == "weight":
+        kind = front[-1]
+        if kind.endswith(NORMS):
+            return (*front, "scale"), array
+        if kind.endswith("embeddings") or kind in ("wte", "wpe", "embed_tokens"):
+            return (*front, "embedding"), array
+        return (*front, "kernel"), array.T
+    return (*front, last), array
+
+
+def rewrite(folder):
+    """Turns a safetensors folder into what Flax in transformers 4 would have saved."""
+    flat = dict(flax_name(n, np.array(a)) for n, a in TensorFolder(folder).items())
+    albert = {}
+    for path, array in flat.items():  # its lists of layers went under `layers`
+        text = (
+            "/".join(path)
+            .replace("layer_groups/", "layer_groups/layers/")
+            .replace("albert_layers/", "albert_layers/layers/")
+        )
+        albert[tuple(text.split("/"))] = array
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    (folder / flax_msgpack.FILE).write_bytes(serialization.msgpack_serialize(traverse_util.unflatten_dict(albert)))
+
+
+ROWS = {**ENCODERS, "gpt2": MODELS["gpt2"], "llama": MODELS["llama"]}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_what_flax_wrote_is_read(name, tmp_path):
+    model = ROWS[name].make()
+    params = noise(model, 0.3)
+    interop.save(tmp_path, model, params)
+    want = interop.load(tmp_path).params
+    rewrite(tmp_path)
+    got = interop.load(tmp_path).params
+    assert [p for p, _ in paths.flatten(got)] == [p for p, _ in paths.flatten(want)]
+    for (path, a), (_, b) in zip(paths.flatten(got), paths.flatten(want), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=path)
+
+
+def test_damaged_files_are_one_line(tmp_path):
+    with pytest.raises(StorageError, match=r"no flax_model.msgpack in"):
+        flax_msgpack.read(tmp_path)
+    file = tmp_path / flax_msgpack.FILE
+    whole = serialization.msgpack_serialize({"a": {"kernel": np.ones((2, 3), np.float32)}})
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        cut = bytearray(whole[: rng.integers(0, len(whole) + 1)])
+        for i in rng.integers(0, max(len(cut), 1), 2):
+            if cut:
+                cut[i % len(cut)] = rng.integers(256)
+        file.write_bytes(bytes(cut))
+        try:
+            flax_msgpack.read(tmp_path)
+        except StorageError as e:
+            assert "\n" not in str(e) and str(file) in str(e)
+    file.write_bytes(serialization.msgpack_serialize({"a": "text"}))
+    with pytest.raises(StorageError, match="is no array"):
+        flax_msgpack.read(tmp_path)
