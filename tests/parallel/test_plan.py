@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from tiny_models import MODELS, V, abstract, model_params
+from tiny_models import ENCODERS, MODELS, V, abstract, model_params
 
 from llm_jax.nn import paths
 from llm_jax.objectives.causal_lm import CausalLM
+from llm_jax.objectives.masked_lm import MaskedLM
 from llm_jax.parallel.plan import Plan, PlanConfig
 from llm_jax.training.optimizers import NAMES, OptimizerConfig, make_optimizer
 from llm_jax.training.state import init_state
@@ -23,6 +24,10 @@ MODELS_HERE = {  # sizes that 8 devices divide, but for what a row is about
     ),
     "llama": dataclasses.replace(
         MODELS["llama"], model_dim=16, num_heads=4, head_dim=8, hidden_dim=24, vocab_pad_multiple=8
+    ),
+    "albert": dataclasses.replace(ENCODERS["albert"], model_dim=16, num_heads=4, hidden_dim=24),
+    "bert": dataclasses.replace(
+        ENCODERS["bert"], model_dim=16, num_heads=4, vocab_pad_multiple=8, dropout=0.0, attention_dropout=0.0
     ),
 }
 ROWS_OF_TABLE = {  # name: (plan, model, accumulation)
@@ -37,6 +42,10 @@ ROWS_OF_TABLE = {  # name: (plan, model, accumulation)
         2,
     ),
 }
+ENCODER_ROWS = {
+    "albert, tensor 2, zero 3": (PlanConfig(data=4, model=2, zero=3), "albert", 1),
+    "bert, zero 2, accumulation, unrolled": (PlanConfig(data=8, zero=2, unroll=True), "bert", 2),
+}
 RNG = np.random.default_rng(0)
 BATCHES = [
     {
@@ -44,6 +53,17 @@ BATCHES = [
         "loss_weights": (RNG.random((ROWS, T + 1)) < 0.8).astype(np.float32),
     }
     for _ in range(2)
+]
+PADDED = (np.arange(T) < RNG.integers(3, T + 1, ROWS)[:, None]).astype(np.int32)
+MASKED = [
+    {
+        "input_ids": RNG.integers(0, V, (ROWS, T)).astype(np.int32),
+        "attention_mask": PADDED,
+        "token_type_ids": (np.arange(T) > 2).astype(np.int32) * PADDED,
+        "pair_labels": RNG.integers(0, 2, ROWS).astype(np.int32),
+        "mask_seed": np.arange(i * ROWS, (i + 1) * ROWS, dtype=np.int32),  # static, so that a row's mask is its own
+    }
+    for i in range(2)
 ]
 TX = make_optimizer(OptimizerConfig(learning_rate=1e-2, schedule="constant", eps=1e-3), 2)
 init = lambda params: init_state(params, TX, jax.random.key(3))
@@ -66,13 +86,13 @@ def two_steps(plan_config, name, accumulation, devices=None):
     grads = plan.grad_shardings(params, axes)
     pin = lambda tree: jax.tree.map(jax.lax.with_sharding_constraint, tree, grads)
     options = StepConfig(accumulation, unroll=plan_config.unroll)
-    step = make_train_step(
-        model, CausalLM(z_loss=1e-2), TX, options, constrain_grads=pin if plan.mesh.size > 1 else lambda g: g
-    )
+    masked = name in ("albert", "bert")
+    objective = MaskedLM(mask_id=3, vocab_size=V) if masked else CausalLM(z_loss=1e-2)
+    step = make_train_step(model, objective, TX, options, constrain_grads=pin if plan.mesh.size > 1 else lambda g: g)
     step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     state = jax.device_put(start(name).replace(key=jax.random.key(3)), shardings)
     metrics = []
-    for batch in BATCHES:
+    for batch in MASKED if masked else BATCHES:
         state, values = step(state, jax.device_put(batch, plan.batch_sharding()))
         metrics.append(jax.device_get(values))
     assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, shardings))
@@ -87,7 +107,7 @@ def one_device(name):
 
 @functools.cache
 def under(row):
-    return two_steps(*ROWS_OF_TABLE[row])
+    return two_steps(*{**ROWS_OF_TABLE, **ENCODER_ROWS}[row])
 
 
 def on_one_device(tree):
@@ -96,12 +116,13 @@ def on_one_device(tree):
     return sum(s.data.nbytes for x in jax.tree.leaves(tree) for s in x.addressable_shards if s.device == first)
 
 
-@pytest.mark.parametrize("row", ROWS_OF_TABLE)
+@pytest.mark.parametrize("row", [*ROWS_OF_TABLE, *ENCODER_ROWS])
 def test_every_plan_equals_one_device(row):
     state, metrics = under(row)
-    want, want_metrics = one_device(ROWS_OF_TABLE[row][1])
+    name = {**ROWS_OF_TABLE, **ENCODER_ROWS}[row][1]
+    want, want_metrics = one_device(name)
     got = jax.device_get(state.replace(key=None))
-    before = dict(paths.flatten(start(ROWS_OF_TABLE[row][1]).params))
+    before = dict(paths.flatten(start(name).params))
     for (path, a), b in zip(paths.flatten(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=path)
         if path.startswith("params/"):
