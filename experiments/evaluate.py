@@ -64,8 +64,10 @@ def main() -> None:
         objective = objective.for_run(1, loaded.config, tokenizer.role("mask"))
         rows: Any = packing.StreamRows(store, length) if causal else FramedRows(store, length, Frames.of(tokenizer))
         step = jax.jit(make_eval_step(model, objective))
-        ratio, term = len(store.ids) / store.text_bytes, next(iter(objective.coefficients))
-        results |= evaluate_rows(step, params, rows, BATCH.value, LIMIT.value, lambda b: b, ratio, term)
+        ratio = len(store.ids) / store.text_bytes
+        results |= evaluate_rows(
+            step, params, rows, BATCH.value, LIMIT.value, lambda b: b, ratio, objective.coefficients
+        )
         for name, value in results.items():
             print(f"{name} {value:.4f}")
     results["sentences"] = []

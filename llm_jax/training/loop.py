@@ -9,7 +9,8 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -240,17 +241,26 @@ def run_loop(
     return state, last_eval or evaluate(state)
 
 
+NEXT_TOKEN: Mapping[str, float] = types.MappingProxyType({"next_token": 1.0})
+
+
 def summarize(
-    sums: dict[str, float], weights: dict[str, float], tokens_per_byte: float, term: str = "next_token"
+    sums: dict[str, float],
+    weights: dict[str, float],
+    tokens_per_byte: float,
+    coefficients: Mapping[str, float] = NEXT_TOKEN,
 ) -> dict[str, float]:
     """Evaluation numbers from summed scores.
 
-    Loss and perplexity of `term` (nats a token), the other terms and accuracies, and bits per byte of a causal model.
+    The loss (nats a token), the perplexity of its first term, its terms where there are several, accuracies, and bits
+    per byte of a causal model.
     """
     mean = {name: value / max(weights[name], 1e-9) for name, value in sums.items()}
-    loss = mean.pop(term)
-    out = {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
-    out |= {f"eval/{name}": value for name, value in mean.items() if name != "z_loss"}
-    if tokens_per_byte and term == "next_token":
-        out["eval/bits_per_byte"] = loss * tokens_per_byte / math.log(2)
+    first = next(iter(coefficients))
+    out = {"eval/loss": sum(c * mean[name] for name, c in coefficients.items())}
+    out["eval/perplexity"] = math.exp(min(mean[first], 700.0))
+    several = len(coefficients) > 1
+    out |= {f"eval/{name}": value for name, value in mean.items() if several or name not in coefficients}
+    if tokens_per_byte and first == "next_token":
+        out["eval/bits_per_byte"] = mean[first] * tokens_per_byte / math.log(2)
     return out

@@ -62,6 +62,9 @@ def plot_loss(workdir: epath.PathLike) -> epath.Path:
         points = [(r["step"], r[name]) for r in rows if r.get(name) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2, markersize=4)
+    baselines = [r["eval/baseline_loss"] for r in rows if r.get("eval/baseline_loss") is not None]
+    if baselines:  # what token frequencies alone give, and a coin where there are pairs
+        axes.axhline(baselines[-1], linestyle="--", linewidth=1, color="gray", label="without context")
     axes.set(xlabel="step", ylabel="cross-entropy (nats per token)", title=epath.Path(workdir).name)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -4,8 +4,9 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ from llm_jax.objectives.masked_lm import MaskedLM
 from llm_jax.parallel.plan import Plan, PlanConfig
 from llm_jax.storage.checkpoints import Checkpoints
 from llm_jax.training import flops, metrics
-from llm_jax.training.loop import LoopConfig, run_loop, summarize
+from llm_jax.training.loop import NEXT_TOKEN, LoopConfig, run_loop, summarize
 from llm_jax.training.optimizers import OptimizerConfig, make_optimizer
 from llm_jax.training.precision import Precision
 from llm_jax.training.state import TrainState, init_state
@@ -138,7 +139,8 @@ class Rows(NamedTuple):
       train: training rows.
       held: held-out rows, or None.
       tokens_per_byte: of the held-out text.
-      unigram: nats a held-out token under the training part's token frequencies: what knowing no context gives.
+      unigram: nats a held-out token under the training part's token frequencies: what knowing no context gives; 0 where
+        only some tokens are trained.
     """
 
     train: Any
@@ -168,7 +170,7 @@ def get_rows(
     )
     held = stores["validation"]
     ratio = len(held.ids) / held.text_bytes if held.text_bytes and held.weights is None else 0.0
-    unigram = tokens.unigram_loss(stores["train"], held, config.model.vocab_size) if len(held.ids) else 0.0
+    unigram = tokens.unigram_loss(stores["train"], held, config.model.vocab_size) if ratio else 0.0
     enough = len(held.ids) > (length if data.packing == "stream" else 1)
     if isinstance(config.objective, MaskedLM):
         train = _masked_rows(config, tokenizer, stores["train"], data.mask_copies)
@@ -313,7 +315,9 @@ def _train(config, workdir, params, adapt, tokenizer, encode, kind, restore_step
     place = lambda batch: {k: local(v) for k, v in batch.items()}
     place_global = lambda batch: jax.device_put(batch, rows_sharding)
     eval_step = jax.jit(make_eval_step(model, objective.plain(), precision))
-    term = next(iter(objective.coefficients))
+    terms = objective.plain().coefficients
+    paired = config.data.pairs != "none" and "pair" in terms
+    baseline = rows.unigram + (terms["pair"] * math.log(2) if paired else 0.0)
 
     def evaluate(state: TrainState) -> dict[str, float]:
         if rows.held is None:
@@ -327,10 +331,10 @@ def _train(config, workdir, params, adapt, tokenizer, encode, kind, restore_step
                 c.eval_batches,
                 place_global,
                 rows.tokens_per_byte,
-                term,
+                terms,
             )
         )
-        return {**got, "eval/unigram_loss": rows.unigram}
+        return {**got, "eval/baseline_loss": baseline} if rows.unigram else got
 
     size = config.model
     heads = getattr(size, "head_dim", None) or size.model_dim // size.num_heads
@@ -361,7 +365,7 @@ def evaluate_rows(
     limit: int,
     place: Any,
     tokens_per_byte: float,
-    term: str = "next_token",
+    coefficients: Mapping[str, float] = NEXT_TOKEN,
 ) -> dict[str, float]:
     """Sums scores over held-out rows (`limit` batches, 0 for all) and summarizes them."""
     sums: dict[str, float] = {}
@@ -371,7 +375,7 @@ def evaluate_rows(
         for into, values in ((sums, scores), (totals, counts)):
             for name, value in values.items():
                 into[name] = into.get(name, 0.0) + float(value)
-    return summarize(sums, totals, tokens_per_byte, term)
+    return summarize(sums, totals, tokens_per_byte, coefficients)
 
 
 def load_config(workdir: epath.PathLike) -> RunConfig:

@@ -38,7 +38,9 @@ def test_pairs_with_static_masks(corpus, tmp_path):
     tokens = [r["train/masked_token"] for r in rows]
     assert tokens[0] == pytest.approx(np.log(120), rel=0.1) and np.mean(tokens[-5:]) < tokens[0] - 0.5
     assert rows[0]["train/pair"] == pytest.approx(np.log(2), rel=0.1)
-    assert {"eval/loss", "eval/pair", "eval/pair_accuracy", "eval/unigram_loss"} <= trained.evaluation.keys()
+    got = trained.evaluation
+    assert got["eval/loss"] == pytest.approx(got["eval/masked_token"] + got["eval/pair"])
+    assert {"eval/accuracy", "eval/pair_accuracy"} <= got.keys() and 2 < got["eval/baseline_loss"] < np.log(120) + 1
     assert "eval/bits_per_byte" not in trained.evaluation
     assert run.load_config(tmp_path) == config
 
