@@ -103,8 +103,11 @@ def _find(path: epath.PathLike) -> epath.Path:
     except ImportError as e:
         raise InteropError(f"no folder {path}; to fetch it from the hub: pip install 'llm_jax[hub]'") from e
     try:
-        patterns = ["*.json", "*.safetensors", "*.msgpack", "*.jinja"]
-        return epath.Path(huggingface_hub.snapshot_download(str(path), allow_patterns=patterns))
+        fetch = lambda *more: epath.Path(
+            huggingface_hub.snapshot_download(str(path), allow_patterns=["*.json", "*.jinja", *more])
+        )
+        got = fetch("*.safetensors")
+        return got if any(got.glob("*.safetensors")) else fetch(flax_msgpack.FILE)
     except Exception as e:
         raise InteropError(f"{path} is no local folder and could not be fetched from the hub: {e}") from e
 
