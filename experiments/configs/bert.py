@@ -5,11 +5,11 @@ Reproduces: the objectives of Devlin et al. 2019 (masked LM with static masks, n
             embedding) and Sanh et al. 2019 (masked LM with dynamic masks, no token types), at 2 million parameters.
 Command:    python -m experiments.train --config=experiments/configs/bert.py:roberta --workdir=runs/roberta
             (:bert, :albert, :distilbert; --config.data.source='../shared/data/austen' for English)
-Cost:       1,000 steps, two shared cores of an EPYC without AVX-512, other work beside them: 10 min 19 s (bert), 9 min 13 s
-            (roberta), 5 min 42 s (albert), 4 min 33 s (distilbert, two layers)
-Result:     nats a masked token on held-out files of the standard library's sources (their token frequencies alone: 5.89):
-            bert 5.00, roberta 4.95, albert 5.00, distilbert 4.74, all still falling; bert tells the next sentence in 71 %
-            of the pairs (a coin: 50 %), albert's sentence order is not learned in this time (51 %)
+Cost:       1,000 steps, two shared cores of an EPYC without AVX-512, other work beside them: 10 min 19 s (bert),
+            9 min 13 s (roberta), 5 min 42 s (albert), 4 min 33 s (distilbert, two layers)
+Result:     nats a masked token on held-out files of the standard library's sources (their token frequencies alone:
+            5.89): bert 5.00, roberta 4.95, albert 5.00, distilbert 4.74, all still falling; bert tells the next
+            sentence in 71 % of the pairs (a coin: 50 %), albert's sentence order is not learned in this time (51 %)
 """
 
 from typing import Any
