@@ -60,13 +60,14 @@ def _beginnings(config: RunConfig, count: int) -> list[str]:
 def fillings(trained: Trained, count: int, config: RunConfig, length: int = 48) -> list[str]:
     """Held-out text with every eighth piece hidden: the model's guess, and behind a slash the truth where it erred."""
     tokenizer: Any = trained.tokenizer
+    objective: Any = config.objective.for_run(1, config.model, tokenizer.role("mask"))
     length = min(length, trained.model.config.context_length - 2)
     out = []
     for prompt in _beginnings(config, count):
         truth = tokenizer.encode(prompt)[:length]
         ids = np.array([[tokenizer.role("cls"), *truth, tokenizer.role("sep")]])
         hidden = np.arange(4, len(truth), 8)
-        ids[0, 1 + hidden] = tokenizer.role("mask")
+        ids[0, 1 + hidden] = objective.mask_id
         best = fill(trained.model, trained.state.params, ids, np.ones_like(ids))[0].argmax(-1)
         begin, end = ("\x1b[1m", "\x1b[0m") if sys.stdout.isatty() else ("\u25b8", "")
         pieces = []

@@ -56,6 +56,9 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in args:
             return None
         rest = [a for a in args if a is not type(None)]
+        if isinstance(value, dict):  # of several dataclasses the one that has most of the fields; its error is the one
+            have = lambda a: sum(f.name in value for f in dataclasses.fields(a)) if dataclasses.is_dataclass(a) else 0
+            rest = [max(rest, key=have)] if all(dataclasses.is_dataclass(a) for a in rest) else rest
         errors = []
         for option in rest:
             try:

@@ -110,7 +110,8 @@ class PairRows:
         """Raises CorpusError where no document is long enough, or `next` has one only."""
         self.store, self.length, self.frames, self.kind, self.seed = store, length, frames, kind, seed
         room = length - 3
-        sizes = np.maximum(np.diff(store.starts) - 1, 0)  # without the separator
+        last = np.asarray(store.ids[np.maximum(store.starts[1:] - 1, 0)])
+        sizes = np.maximum(np.diff(store.starts) - (last == frames.sep_id), 0)  # without the separator
         self.windows: list[tuple[int, int, int]] = []  # document, start, end
         for document, size in enumerate(sizes):
             begin = int(store.starts[document])

@@ -20,6 +20,7 @@ ROLES = {
     "sep": ("[SEP]", "</s>"),
     "mask": ("[MASK]", "<mask>"),
     "pad": ("[PAD]", "<pad>"),
+    "unk": ("[UNK]", "<unk>"),
 }
 MASKED_SPECIAL = ("[SEP]", "[PAD]", "[CLS]", "[MASK]")  # of the vocabularies trained here for masked models
 KINDS = ("bpe", "wordpiece", "unigram", "char")
@@ -38,6 +39,7 @@ class Tokenizer:
       bos_id: put in front of a text, or None.
       eos_ids: ids that end a text; the first separates packed documents.
       chat_template: jinja2 source, or None.
+      token_types: whether `batch` says which text of a pair a token belongs to.
     """
 
     def __init__(
@@ -52,11 +54,17 @@ class Tokenizer:
         self.bos_id = bos_id
         self.eos_ids = tuple(eos_ids)
         self.chat_template = chat_template
+        self.token_types = True
 
     @property
     def vocab_size(self) -> int:
         """Entries, added tokens included."""
         return max(self.backend.get_vocab_size(), 1 + max(self.backend.get_vocab().values(), default=-1))
+
+    @property
+    def separator(self) -> int | None:
+        """What ends a document in a token store: the first end-of-text token, or BERT's `[SEP]`."""
+        return self.role("sep") if self.eos_id is None else self.eos_id
 
     @property
     def eos_id(self) -> int | None:
@@ -102,7 +110,7 @@ class Tokenizer:
             "attention_mask": fill([[1] * len(r.ids) for r in rows], 0),
         }
         types = fill([r.type_ids for r in rows], 0)
-        return {**out, "token_type_ids": types} if types.any() else out
+        return {**out, "token_type_ids": types} if types.any() and self.token_types else out
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of ids."""
@@ -114,7 +122,7 @@ class Tokenizer:
         return f"<{index}>" if entry is None else entry
 
     def role(self, name: str) -> int | None:
-        """Id of the token that plays a part: `cls`, `sep`, `mask` or `pad`; None where there is none."""
+        """Id of the token that plays a part: `cls`, `sep`, `mask`, `pad` or `unk`; None where there is none."""
         ids = (self.backend.token_to_id(spelling) for spelling in ROLES[name])
         return next((i for i in ids if i is not None), None)
 
@@ -157,6 +165,10 @@ class Tokenizer:
         if self.eos_ids:
             extra["eos_token"] = self.token(self.eos_ids[0])
             extra["eos_token_ids"] = list(self.eos_ids)
+        if self.role("mask") is not None:  # the parts of a masked model's vocabulary
+            parts = {name: self.role(name) for name in ROLES}
+            extra |= {f"{name}_token": self.token(index) for name, index in parts.items() if index is not None}
+            extra |= {} if self.token_types else {"model_input_names": ["input_ids", "attention_mask"]}
         if self.chat_template is not None:
             extra["chat_template"] = self.chat_template
         (folder / "tokenizer_config.json").write_text(json.dumps(extra, indent=2) + "\n")

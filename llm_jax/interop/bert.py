@@ -150,13 +150,23 @@ FIXED = {
     "pruned_heads": ({}, None),
     "hidden_activation": (None,),
 }
-READ = ("max_position_embeddings", "pad_token_id", "id2label", "label2id", "num_labels", "architectures", "model_type")
-# DistilBERT's rate before spans, and BERT's and ALBERT's spellings of things without effect on values
-INERT = (
+READ = (
     "qa_dropout",
+    "max_position_embeddings",
+    "pad_token_id",
+    "id2label",
+    "label2id",
+    "num_labels",
+    "architectures",
+    "model_type",
+)
+# BERT's and ALBERT's spellings of things without effect
+INERT = (
+    *("pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type"),
     "gradient_checkpointing",
     "net_structure_type",
     "gap_size",
+    "layers_to_keep",
     "num_memory_blocks",
     "down_scale_factor",
 )
@@ -197,9 +207,13 @@ def config_from_hf(c: dict[str, Any]) -> BertConfig:
         "context_length": c.get("max_position_embeddings", 512) - offset,
         "position_offset": offset,
         "head": head,
-        "labels": [labels[k] for k in sorted(labels, key=int)],
+        "labels": [str(labels[k]) for k in sorted(labels, key=int)],
         "pooler": _pooler(kind, head),
     }
+    if head == "span":  # only DistilBERT drops there
+        values["head_dropout"] = c.get("qa_dropout", 0.1) if kind == "distilbert" else None
+    elif head == "tokens" and kind == "distilbert":
+        values["head_dropout"] = None
     return configs.from_dict(BertConfig, values)
 
 
@@ -265,7 +279,10 @@ def config_to_hf(config: BertConfig) -> dict[str, Any]:
     theirs = {v: k for k, v in reversed(ACTIVATIONS.items())}
     out: dict[str, Any] = {their: getattr(config, ours) for ours, their in _fields(kind).items()}
     out["activation" if kind == "distilbert" else "hidden_act"] = theirs[config.activation]
-    if kind in ("distilbert", "albert") and config.head_dropout is None:
+    if config.head == "span":
+        out.pop(_fields(kind)["head_dropout"])
+        out |= {"qa_dropout": config.head_dropout or 0.0} if kind == "distilbert" else {}
+    elif kind in ("distilbert", "albert") and config.head_dropout is None:
         out[_fields(kind)["head_dropout"]] = config.dropout
     out |= {
         "model_type": kind,
@@ -340,7 +357,9 @@ def ignored(config: BertConfig, name: str) -> bool:
         return True
     copies = [f"{names.decoder}.bias"] if names.transform[2] != f"{names.decoder}.bias" else []
     copies += [f"{names.decoder}.weight"] if config.tied else []
-    unused = [None if config.pooler is not None else names.pooler]
+    spelled = {r.theirs for r in rules(config)}
+    place = None if names.pooler is None else names.pooler.removeprefix(f"{names.root}.")
+    unused = [None if {f"{place}.bias", f"{names.root}.{place}.bias"} & spelled else names.pooler]
     unused += [None] if config.head in ("masked_lm", "pretraining") else [names.decoder, *names.transform]
     unused += [None] if config.head == "pretraining" else [names.pair]
     stems = [u for u in unused if u is not None]

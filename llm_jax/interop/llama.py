@@ -7,13 +7,13 @@ from llm_jax.interop.names import ACTIVATIONS, InteropError, Rule, refuse_unknow
 from llm_jax.models.llama import LlamaConfig
 from llm_jax.nn.positions import RotaryScaling
 
-# read below; is_llama_config and transformers.js_config say nothing about the model
+# read below; is_llama_config says nothing about the model
 READ = frozenset(
     """
     vocab_size max_position_embeddings hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads head_dim hidden_act rms_norm_eps tie_word_embeddings rope_theta rope_scaling rope_parameters
-    rope_interleaved attention_bias mlp_bias sliding_window use_sliding_window max_window_layers layer_types
-    pretraining_tp attention_dropout initializer_range is_llama_config transformers.js_config
+    rope_interleaved use_mrope attention_bias mlp_bias sliding_window use_sliding_window max_window_layers layer_types
+    pretraining_tp attention_dropout initializer_range is_llama_config
     """.split()  # noqa: SIM905
 )
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -41,8 +41,9 @@ def config_from_hf(c: dict[str, Any]) -> LlamaConfig:
     """From the contents of `config.json`, of transformers 4 and 5."""
     kind = c["model_type"]
     refuse_unknown(c, READ)
-    if c.get("rope_interleaved"):
-        raise InteropError("rope_interleaved=true is not supported")
+    for flag in ("rope_interleaved", "use_mrope"):
+        if c.get(flag):
+            raise InteropError(f"{flag}=true is not supported")
     rope = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}
     context = c.get("max_position_embeddings", 2048)
     activation = c.get("hidden_act", "silu")

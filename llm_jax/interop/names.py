@@ -35,6 +35,8 @@ class InteropError(ValueError):
 # fields of every config.json that change no number of a forward pass
 INERT = frozenset(
     """
+    _num_labels output_past name xla_device tie_weights_ directionality sentence_transformers transformers.js_config
+    sbert_ce_default_activation_function
     model_type architectures transformers_version torch_dtype dtype _name_or_path auto_map finetuning_task
     problem_type task_specific_params tokenizer_class use_cache return_dict output_hidden_states output_attentions
     torchscript chunk_size_feed_forward is_encoder_decoder bos_token_id eos_token_id sep_token_id pad_token_id

@@ -169,7 +169,11 @@ def _load_huggingface(path, dtype, execution, place, head, labels):
     if head is not None or labels:
         if not hasattr(family, "with_head"):
             raise InteropError(f"{path}: a {kind} model takes no other head")
-        own, config = rules, family.with_head(config, head or config.head, labels)
+        own = rules
+        try:
+            config = family.with_head(config, head or config.head, labels)
+        except ValueError as e:
+            raise InteropError(f"{path}: {e}") from e
         rules = family.rules(config)
         spare = {r.theirs for r in own} - {r.theirs for r in rules}
         ignored = lambda n: n in spare or family.ignored(config, n)
@@ -178,8 +182,10 @@ def _load_huggingface(path, dtype, execution, place, head, labels):
     model = config.make(execution)
     rules = _with_their_spelling(rules, family.root(config), source)
     params = _read(source, rules, model, ignored, str(path), dtype, place, fresh)
-    has_tokenizer = (path / "tokenizer.json").exists()
-    return Pretrained(model, params, tokenizers.load(path) if has_tokenizer else None, config)
+    tokenizer = tokenizers.load(path) if (path / "tokenizer.json").exists() else None
+    if tokenizer is not None:
+        tokenizer.token_types = getattr(config, "num_token_types", 0) > 1
+    return Pretrained(model, params, tokenizer, config)
 
 
 def _with_their_spelling(rules, root, source):

@@ -54,7 +54,7 @@ class BertConfig:
       tied: output layer shares the token table.
       dropout: rate on embeddings and residual branches.
       attention_dropout: rate on attention weights.
-      head_dropout: rate before a classifier; None takes `dropout`.
+      head_dropout: rate before a classifier; None takes `dropout`, and none before spans.
       init_std: of all matrices.
       vocab_pad_multiple: token rows are padded to this multiple.
     """
@@ -205,7 +205,8 @@ class Bert(nn.Module):
             pair = Linear(2, ("embed", "labels"), kernel_init=init, name="pair")(pooled)
             out = out.replace(pair_logits=weights.wide(pair))
         elif c.head not in ("none", "masked_lm"):
-            rate = c.dropout if c.head_dropout is None else c.head_dropout
+            usual = 0.0 if c.head == "span" else c.dropout
+            rate = usual if c.head_dropout is None else c.head_dropout
             logits = heads.label_logits(self, c.head, out, rate, train, init)
             if c.head == "choice":
                 logits = logits.reshape(rows)

@@ -52,7 +52,7 @@ def check_call(
     if token_type_ids is not None and num_token_types == 0:
         raise ValueError(f"{type(module).__name__} has no token types; leave token_type_ids=None")
     if token_type_ids is not None and _is_known(token_type_ids) and token_type_ids.size:
-        low, high = int(np.min(token_type_ids)), int(np.max(token_type_ids))
+        low, high = int(np.asarray(token_type_ids).min()), int(np.asarray(token_type_ids).max())
         if low < 0 or high >= num_token_types:
             raise ValueError(f"token_type_ids hold {low if low < 0 else high}; the model has {num_token_types} types")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:

@@ -24,7 +24,7 @@ class Labels:
     Attributes:
       kind: `classification` (labels `[B]`), `regression` (`[B]` or `[B, labels]` float), `multi_label`
         (`[B, labels]` of 0 and 1), `tokens` (`[B, T]`), `span` (`[B, 2]`, first and last position) or `choice` (`[B]`).
-        An integer label of -100 does not count.
+        An integer label of -100 does not count, nor does a span's end behind the row.
       label_smoothing: mass moved from the label to all classes evenly.
     """
 
@@ -37,6 +37,8 @@ class Labels:
             raise ValueError(f"kind={self.kind!r} is none of {', '.join(KINDS)}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing={self.label_smoothing} must lie in [0, 1)")
+        if self.label_smoothing and self.kind in ("span", "regression", "multi_label"):
+            raise ValueError(f"kind={self.kind!r} has no label smoothing")
 
     @property
     def coefficients(self) -> dict[str, float]:
@@ -44,20 +46,28 @@ class Labels:
         return {"start": 0.5, "end": 0.5} if self.kind == "span" else {"label": 1.0}
 
     def prepare(self, batch: Batch, key: jax.Array) -> Prepared:
-        """Takes the model's inputs and `labels` out of the batch; nothing is random here."""
+        """Takes inputs and `labels` out of the batch; rows whose `loss_weights` are all zero do not count."""
         del key
         inputs = {name: batch[name] for name in INPUTS if name in batch}
         labels = batch["labels"]
+        rows = labels.shape[:1]
+        counted = jnp.ones(rows, bool) if "loss_weights" not in batch else jnp.any(batch["loss_weights"] > 0, axis=1)
+        counted = jnp.broadcast_to(counted.reshape(-1, *[1] * (labels.ndim - 1)), labels.shape)
+        if self.kind == "span":
+            inside = (labels >= 0) & (labels < batch["input_ids"].shape[-1])
+            labels = jnp.where(inside & counted, labels, IGNORED)
+        elif self.kind not in ("regression", "multi_label"):
+            labels = jnp.where(counted, labels, IGNORED)
         if self.kind == "span":
             counts = jnp.sum(labels != IGNORED, axis=0, dtype=jnp.float32)
             totals = {"start": counts[0], "end": counts[1], "accuracy": jnp.sum(counts)}
         elif self.kind in ("regression", "multi_label"):
-            totals = {"label": jnp.float32(labels.size)}
+            totals = {"label": jnp.sum(counted, dtype=jnp.float32)}
             totals |= {"accuracy": totals["label"]} if self.kind == "multi_label" else {}
         else:
             total = jnp.sum(labels != IGNORED, dtype=jnp.float32)
             totals = {"label": total, "accuracy": total}
-        return Prepared(inputs, labels, totals)
+        return Prepared(inputs, (labels, counted), totals)
 
     def _cross_entropy(self, logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Sums of the losses and of the correct predictions over all labels that count."""
@@ -68,17 +78,20 @@ class Labels:
         right = (jnp.argmax(logits, axis=-1) == labels) & counts
         return jnp.sum(jnp.where(counts, loss, 0)), jnp.sum(right, dtype=loss.dtype)
 
-    def score(self, output: Any, targets: jax.Array) -> dict[str, jax.Array]:
+    def score(self, output: Any, targets: tuple[jax.Array, jax.Array]) -> dict[str, jax.Array]:
         """Sums of every term, and of correct predictions where there are classes (`accuracy`, reported only)."""
-        logits = output.logits
+        logits, (labels, counted) = output.logits, targets
+        if self.kind in ("regression", "multi_label"):
+            labels, counted = labels.reshape(logits.shape), counted.reshape(logits.shape)
         if self.kind == "regression":
-            return {"label": jnp.sum(jnp.square(logits - targets.reshape(logits.shape)))}
+            return {"label": jnp.sum(jnp.where(counted, jnp.square(logits - labels), 0))}
         if self.kind == "multi_label":
-            right = jnp.sum((logits > 0) == (targets > 0.5), dtype=logits.dtype)
-            return {"label": jnp.sum(jax.nn.softplus(logits) - logits * targets), "accuracy": right}
+            right = jnp.sum(((logits > 0) == (labels > 0.5)) & counted, dtype=logits.dtype)
+            loss = jax.nn.softplus(logits) - logits * labels
+            return {"label": jnp.sum(jnp.where(counted, loss, 0)), "accuracy": right}
         if self.kind == "span":
-            start, right_start = self._cross_entropy(logits[..., 0], targets[:, 0])
-            end, right_end = self._cross_entropy(logits[..., 1], targets[:, 1])
+            start, right_start = self._cross_entropy(logits[..., 0], labels[:, 0])
+            end, right_end = self._cross_entropy(logits[..., 1], labels[:, 1])
             return {"start": start, "end": end, "accuracy": right_start + right_end}
-        loss, right = self._cross_entropy(logits, targets)
+        loss, right = self._cross_entropy(logits, labels)
         return {"label": loss, "accuracy": right}

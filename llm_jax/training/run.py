@@ -149,6 +149,22 @@ class Rows(NamedTuple):
     unigram: float
 
 
+def _check_objective(config: RunConfig) -> None:
+    """Says what does not fit together before anything is tokenized."""
+    data, model = config.data, config.model
+    config.objective.for_run(1, model, 0)
+    if not isinstance(config.objective, MaskedLM):
+        if data.pairs != "none" or data.mask_copies:
+            raise configs.ConfigError("data.pairs and data.mask_copies are of masked models: take objective MaskedLM")
+        return
+    if data.packing != "stream" or data.segments:
+        raise configs.ConfigError("masked models read full sentences or pairs: leave data.packing and data.segments")
+    if data.pairs == "none":
+        return
+    if model.num_token_types < 2 or (config.objective.pair and model.head != "pretraining"):
+        raise configs.ConfigError(f"data.pairs={data.pairs} needs model.num_token_types=2 and model.head='pretraining'")
+
+
 def _masked_rows(config: RunConfig, tokenizer: tokenizers.Tokenizer, store: tokens.TokenStore, copies: int) -> Any:
     length, pairs = config.training.sequence_length, config.data.pairs
     frames = Frames.of(tokenizer)
@@ -174,7 +190,11 @@ def get_rows(
     enough = len(held.ids) > (length if data.packing == "stream" else 1)
     if isinstance(config.objective, MaskedLM):
         train = _masked_rows(config, tokenizer, stores["train"], data.mask_copies)
-        return Rows(train, _masked_rows(config, tokenizer, held, 1) if enough else None, ratio, unigram)
+        try:
+            return Rows(train, _masked_rows(config, tokenizer, held, 1), ratio, unigram)
+        except corpora.CorpusError as e:
+            log.warning("nothing is evaluated, the held-out part is too small (data.validation_share): %s", e)
+            return Rows(train, None, ratio, 0.0)
     make: Any = functools.partial(packing.StreamRows, segments=data.segments)
     if data.packing == "whole":
         make = packing.WholeRows
@@ -242,7 +262,7 @@ def _train(config, workdir, params, adapt, tokenizer, encode, kind, restore_step
         raise configs.ConfigError(f"training.sequence_length={c.sequence_length} exceeds model.context_length={limit}")
     plan = Plan(config.plan, config.model)
     plan.check_batch(c.batch_size, c.accumulation)
-    config.objective.for_run(1, config.model, 0)  # what does not fit together is said before anything is tokenized
+    _check_objective(config)
 
     def prepare():
         own = tokenizer

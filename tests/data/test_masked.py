@@ -1,5 +1,7 @@
 """Rows of masked language models against hand-written ones."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -85,6 +87,28 @@ def test_frames_of_a_trained_tokenizer():
     assert [bool(frames.starts[i]) for i in tokenizer.encode("richest")] == [not p.startswith("##") for p in pieces]
     with pytest.raises(TokenizerError, match="has no cls, sep, pad token"):
         Frames.of(tokenizers.train(texts, "wordpiece", 60))
+
+
+def test_batches_of_texts_and_pairs(tmp_path):
+    texts = ["the richest rich man is richer than the rest"] * 3
+    tokenizer = tokenizers.train(texts, "wordpiece", 60, tokenizers.MASKED_SPECIAL)
+    a, b = tokenizer.encode("the man"), tokenizer.encode("is richer than the rest")
+    one = tokenizer.batch(["the man", "is richer than the rest"])
+    assert one["input_ids"].tolist() == [[CLS, *a, SEP, *[PAD] * (len(b) - len(a))], [CLS, *b, SEP]]
+    assert one["attention_mask"].sum(1).tolist() == [len(a) + 2, len(b) + 2] and "token_type_ids" not in one
+    two = tokenizer.batch(["the man"], ["is richer than the rest"], length=8)
+    assert two["input_ids"].tolist() == [[CLS, *a, SEP, *b[: 5 - len(a)], SEP]]  # the longer text lost its end
+    assert two["token_type_ids"].sum() == 6 - len(a)
+    tokenizer.token_types = False
+    assert "token_type_ids" not in tokenizer.batch(["the man"], ["is"])
+    with pytest.raises(TokenizerError, match="1 texts and 0 second ones make no batch"):
+        tokenizer.batch(["the man"], [])
+    tokenizer.save(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert (saved["mask_token"], saved["cls_token"], saved["pad_token"], saved["unk_token"]) == (
+        "[MASK]", "[CLS]", "[PAD]", "[UNK]",
+    )  # fmt: skip
+    assert saved["model_input_names"] == ["input_ids", "attention_mask"]
 
 
 def test_unigram_loss_by_hand():

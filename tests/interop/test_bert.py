@@ -29,7 +29,9 @@ def made(kind, head):
     pooler = "tanh" if pooled else None
     if kind == "distilbert":
         pooler = "relu" if head in ("classification", "choice") else None
-    return BertConfig(**BERT, **KINDS[kind], head=head, pooler=pooler, labels=("no", "yes", "so"), head_dropout=0.3)
+    rate = None if head == "span" and kind != "distilbert" else 0.3
+    rate = None if head == "tokens" and kind == "distilbert" else rate
+    return BertConfig(**BERT, **KINDS[kind], head=head, pooler=pooler, labels=("no", "yes", "so"), head_dropout=rate)
 
 
 CASES = [(k, h) for k in KINDS for h in CLASSES if h != "pretraining" or TABLE[k].pair]
@@ -157,6 +159,38 @@ def test_unsupported_fields(values, words):
 def test_what_their_formats_cannot_say(changes, words):
     with pytest.raises(InteropError, match=words):
         config_to_hf(BertConfig(**{**BERT, **changes}))
+
+
+# fields of folders that many people load, beside those that every config.json has
+HUB = {
+    "bert-base-multilingual-cased": dict(
+        directionality="bidi", pooler_fc_size=768, pooler_num_attention_heads=12, pooler_num_fc_layers=3,
+        pooler_size_per_head=128, pooler_type="first_token_transform",
+    ),
+    "distilbert-base-uncased": dict(model_type="distilbert", tie_weights_=True, qa_dropout=0.1, output_past=True),
+    "roberta-large-mnli": dict(model_type="roberta", _num_labels=3, id2label={"0": "C", "1": "N", "2": "E"}),
+    "albert-base-v2": dict(
+        model_type="albert", down_scale_factor=1, gap_size=0, net_structure_type=0, num_memory_blocks=0,
+        layers_to_keep=[],
+    ),
+    "integers": dict(id2label={"0": 0, "1": 1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_fields_of_the_hubs_folders_are_known(name):
+    assert config_from_hf({**BASE, **HUB[name]}).num_labels in (2, 3)
+
+
+def test_robertas_classifier_leaves_an_unused_pooler_alone(tmp_path):
+    config = made("roberta", "classification")
+    model = config.make()
+    interop.save(tmp_path, model, noise(model, 0.3))
+    tensors = {n: np.array(a) for n, a in TensorFolder(tmp_path).items()}
+    tensors |= {"roberta.pooler.dense.weight": np.ones((12, 12)), "roberta.pooler.dense.bias": np.ones(12)}
+    write_folder(tmp_path, tensors.items())
+    loaded = interop.load(tmp_path)
+    np.testing.assert_array_equal(loaded.params["pooler"]["kernel"], tensors["classifier.dense.weight"].T)
 
 
 def test_defaults_are_theirs():

@@ -165,6 +165,15 @@ def test_choices_and_spans():
     assert (np.asarray(logits)[1, 5:] < -1e29).all() and np.isfinite(logits).all()
 
 
+def test_token_types_that_a_program_closes_over_are_checked():
+    config = ENCODERS["bert"]
+    params, types = model_params(config), jnp.asarray(TYPES)
+    run = lambda types: jax.eval_shape(lambda: config.make().apply({"params": params}, IDS, None, types).logits)
+    run(types)
+    with pytest.raises(ValueError, match="token_type_ids hold 2"):
+        run(types + 1)
+
+
 def test_dropout_needs_a_key_and_changes_the_output():
     config = ENCODERS["bert"]
     params = model_params(config)

@@ -148,8 +148,9 @@ def test_an_ordered_mask_is_not_read(monkeypatch):
     at = Q_AT[:, :5] - 2
     mask = Mask(at, at, ordered=True)
     monkeypatch.setattr(Mask, "dense", lambda self: pytest.fail("the mask was made an array"))
-    jax.eval_shape(lambda *x: attend(*x, mask, scale=SCALE), q, k, v)
-    for changes in (dict(causal=False), dict(ordered=False)):
+    for changes in ({}, dict(causal=False)):
+        jax.eval_shape(lambda *x, c=changes: attend(*x, mask.replace(**c), scale=SCALE), q, k, v)
+    for changes in (dict(causal=False, window=2), dict(ordered=False)):
         with pytest.raises(pytest.fail.Exception):
             jax.eval_shape(lambda *x, c=changes: attend(*x, mask.replace(**c), scale=SCALE), q, k, v)
     assert mask.ordered and not mask.slice("q", 0, 2).ordered and not mask.slice("k", 0, 2).ordered

@@ -66,6 +66,37 @@ def test_spans_are_the_mean_of_both_ends():
     assert float(scores["accuracy"]) == right + more
 
 
+@pytest.mark.parametrize("kind", ["classification", "tokens", "span", "regression", "multi_label"])
+def test_filler_rows_and_ends_behind_the_row_do_not_count(kind):
+    shapes = {
+        "classification": (B, C),
+        "tokens": (B, T, C),
+        "span": (B, T, 2),
+        "regression": (B, 1),
+        "multi_label": (B, C),
+    }
+    labels = {
+        "classification": np.array([1, 3, 2]),
+        "tokens": np.abs(TAGS) % C,
+        "span": np.array([[0, 4], [2, 9], [1, 1]]),
+        "regression": NUMBERS,
+        "multi_label": MANY,
+    }[kind]
+    logits = RNG.normal(size=shapes[kind]).astype(np.float32)
+    weights = np.ones((B, T), np.float32)
+    weights[2] = 0
+
+    def loss(rows, **extra):
+        objective = Labels(kind)
+        batch = {"input_ids": IDS["input_ids"][:rows], "labels": labels[:rows], **extra}
+        prepared = objective.prepare(batch, jax.random.key(0))
+        scores = objective.score(Output(logits=logits[:rows]), prepared.targets)
+        return float(total_loss(objective, scores, prepared.weights))
+
+    assert loss(3, loss_weights=weights) == pytest.approx(loss(2), rel=1e-6)
+    assert np.isfinite(loss(3))
+
+
 def test_numbers_and_several_classes():
     logits = RNG.normal(size=(B, 1)).astype(np.float32)
     assert score(Labels("regression"), logits, NUMBERS)[0] == pytest.approx(
@@ -78,7 +109,12 @@ def test_numbers_and_several_classes():
 
 
 @pytest.mark.parametrize(
-    "fields, words", [({"kind": "pairs"}, "kind='pairs' is none of"), ({"label_smoothing": 1.0}, "in \\[0, 1\\)")]
+    "fields, words",
+    [
+        ({"kind": "pairs"}, "kind='pairs' is none of"),
+        ({"label_smoothing": 1.0}, "in \\[0, 1\\)"),
+        ({"kind": "span", "label_smoothing": 0.1}, "kind='span' has no label smoothing"),
+    ],
 )
 def test_errors(fields, words):
     with pytest.raises(ValueError, match=words):

@@ -72,12 +72,12 @@ def labels_of(kind, head):
         return theirs, objective, targets, {"masked_token": weights.sum(), "pair": 2.0}
     if head == "span":
         theirs = {"start_positions": SPAN[:, 0], "end_positions": SPAN[:, 1]}
-        return theirs, Labels("span"), SPAN, {"start": 2.0, "end": 2.0}
+        return theirs, Labels("span"), (SPAN, SPAN >= 0), {"start": 2.0, "end": 2.0}
     if head == "tokens":
         labels = np.where(MASK, RNG.integers(0, 3, (2, T)), -100)
-        return {"labels": labels}, Labels("tokens"), labels, {"label": float((labels >= 0).sum())}
+        return {"labels": labels}, Labels("tokens"), (labels, labels >= 0), {"label": float((labels >= 0).sum())}
     labels = np.array([2, 1])
-    return {"labels": labels}, Labels(head), labels, {"label": 2.0}
+    return {"labels": labels}, Labels(head), (labels, labels >= 0), {"label": 2.0}
 
 
 def their_logits(head, out):

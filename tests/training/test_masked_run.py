@@ -74,6 +74,40 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(model, objective, 
         run.train(config_of("nowhere", model, {}, objective), tmp_path)
 
 
+@pytest.mark.parametrize(
+    "data, model, objective, words",
+    [
+        ({"pairs": "next"}, {"num_token_types": 1, "position_offset": 2}, MaskedLM(), "needs model.num_token_types=2"),
+        ({"pairs": "order"}, {"head": "masked_lm"}, MaskedLM(), "and model.head='pretraining'"),
+        ({"segments": True}, {}, MaskedLM(), "leave data.packing and data.segments"),
+    ],
+)
+def test_data_that_does_not_fit(data, model, objective, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        run.train(config_of("nowhere", BertConfig(**SIZES, **model), data, objective), tmp_path)
+
+
+def test_pairs_are_of_masked_models(tmp_path):
+    with pytest.raises(ValueError, match="data.pairs and data.mask_copies are of masked models"):
+        run.train(config_of("nowhere", GPTConfig(120, 24, 24, 2, 2), {"mask_copies": 2}, CausalLM()), tmp_path)
+
+
+def test_a_wrong_masked_objective_names_its_own_field():
+    values = run.RunConfig(model=BertConfig(**SIZES), objective=MaskedLM()).to_dict()
+    values["objective"]["rate"] = 1.5
+    with pytest.raises(ValueError, match="rate=1.5 must lie in"):
+        run.RunConfig.from_dict(values)
+
+
+def test_a_held_out_part_too_small_for_pairs_is_not_evaluated(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        (tmp_path / f"{i}.txt").write_text(" ".join(rng.choice(["the", "cat", "sat"], 60)))
+    config = config_of(tmp_path / "*.txt", BertConfig(**SIZES), {"pairs": "next"}, MaskedLM(), steps=2)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, validation_share=0.02))
+    assert run.train(config, tmp_path / "run").evaluation == {}
+
+
 def test_data_fields_are_checked():
     with pytest.raises(ValueError, match="pairs='both' is none of none, next, order"):
         run.DataConfig(pairs="both")
