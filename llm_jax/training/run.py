@@ -232,7 +232,8 @@ def train(
     """
     with Workdir(workdir) as claimed:
         whole = {**config.to_dict(), **(extra or {})}
-        claimed.settle_config(whole)
+        defaults = RunConfig(model=type(config.model)(), objective=type(config.objective)())
+        claimed.settle_config(whole, defaults.to_dict())
         return _train(config, claimed.path, params, adapt, tokenizer, encode, kind, restore_step, whole)
 
 

@@ -56,8 +56,12 @@ class Workdir:
         if self._lock is not None:
             self._lock.close()
 
-    def settle_config(self, config: dict[str, Any]) -> None:
+    def settle_config(self, config: dict[str, Any], defaults: dict[str, Any] | None = None) -> None:
         """Writes `config.json`, or checks that an earlier run used the same one.
+
+        Args:
+          config: the whole run.
+          defaults: what fields mean that the earlier run did not have, because its version of this library had not.
 
         Raises:
           WorkdirError: naming the fields that differ.
@@ -68,10 +72,11 @@ class Workdir:
                 before = json.loads(file.read_text())
             except ValueError:
                 before = config
-            changed = [k for k in sorted(_flat(before).items() ^ _flat(config).items()) if not k[0].startswith(FREE)]
-            names = sorted({k for k, _ in changed})
+            old, new = _flat(before), _flat(config)
+            old = {k: v for k, v in _flat(defaults or {}).items() if k in new} | old
+            names = sorted({k for k, _ in old.items() ^ new.items() if not k.startswith(FREE)})
             if names:
-                shown = ", ".join(f"{n}: {_flat(before).get(n)} -> {_flat(config).get(n)}" for n in names[:5])
+                shown = ", ".join(f"{n}: {old.get(n)} -> {new.get(n)}" for n in names[:5])
                 raise WorkdirError(f"{self.path} holds a run with another config ({shown}); choose another --workdir")
         if jax.process_index() == 0:
             file.write_text(json.dumps(config, indent=2) + "\n")

@@ -51,3 +51,15 @@ def test_before_the_first_checkpoint_a_config_may_change(tmp_path):
         workdir.settle_config(CONFIG)
         workdir.settle_config(changed("training", "seed", 1))
     assert json.loads((tmp_path / "config.json").read_text())["training"]["seed"] == 1
+
+
+def test_a_field_that_an_older_version_lacked_means_its_default(tmp_path):
+    older = {group: dict(fields) for group, fields in CONFIG.items()}
+    with Workdir(tmp_path) as workdir:
+        workdir.settle_config(older)
+        (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+        newer = {**older, "model": {**older["model"], "added": 0}}
+        workdir.settle_config(newer, {"model": {"added": 0}, "other": {"elsewhere": 1}})
+        workdir.settle_config(older)
+        with pytest.raises(WorkdirError, match="model.added: 0 -> 2"):
+            workdir.settle_config({**older, "model": {**older["model"], "added": 2}}, {"model": {"added": 0}})
