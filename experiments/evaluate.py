@@ -61,7 +61,7 @@ def main() -> None:
         store = tokens.build(SOURCE.value, tokenizer, CACHE.value, text_field=TEXT_FIELD.value)["train"]
         length = min(LENGTH.value, loaded.config.context_length)
         objective: Any = CausalLM() if causal else MaskedLM(pair=0.0)
-        objective = objective.for_run(1, loaded.config, tokenizer.role("mask"))
+        objective = objective.for_run(1, loaded.config, mask)
         rows: Any = packing.StreamRows(store, length) if causal else FramedRows(store, length, Frames.of(tokenizer))
         step = jax.jit(make_eval_step(model, objective))
         ratio = len(store.ids) / store.text_bytes

@@ -57,6 +57,11 @@ def _beginnings(config: RunConfig, count: int) -> list[str]:
     return found
 
 
+def _marks() -> tuple[str, str]:
+    """What stands around a model's own words: bold on a terminal, a triangle in front elsewhere."""
+    return ("\x1b[1m", "\x1b[0m") if sys.stdout.isatty() else ("\u25b8", "")
+
+
 def fillings(trained: Trained, count: int, config: RunConfig, length: int = 48) -> list[str]:
     """Held-out text with every eighth piece hidden: the model's guess, and behind a slash the truth where it erred."""
     tokenizer: Any = trained.tokenizer
@@ -69,7 +74,7 @@ def fillings(trained: Trained, count: int, config: RunConfig, length: int = 48) 
         hidden = np.arange(4, len(truth), 8)
         ids[0, 1 + hidden] = objective.mask_id
         best = fill(trained.model, trained.state.params, ids, np.ones_like(ids))[0].argmax(-1)
-        begin, end = ("\x1b[1m", "\x1b[0m") if sys.stdout.isatty() else ("\u25b8", "")
+        begin, end = _marks()
         pieces = []
         for i, index in enumerate(truth):
             guess = int(best[1 + i])
@@ -94,5 +99,5 @@ def continuations(trained: Trained, count: int, config: RunConfig, length: int =
     sampler = SamplingConfig(temperature=0.7, top_p=0.9)
     generator = Generator(trained.model, trained.state.params, tokenizer.eos_ids, sampler)
     results = generator.generate(ids, new, jax.random.key(config.training.seed))
-    begin, end = ("\x1b[1m", "\x1b[0m") if sys.stdout.isatty() else ("\u25b8", "")
+    begin, end = _marks()
     return [f"{tokenizer.decode(p)}{begin}{tokenizer.decode(r.tokens)}{end}" for p, r in zip(ids, results, strict=True)]

@@ -223,9 +223,8 @@ def with_head(config: BertConfig, head: str, labels: Sequence[str]) -> BertConfi
     return dataclasses.replace(config, head=head, labels=labels, pooler=_pooler(model_type(config), head))
 
 
-def is_new(config: BertConfig, path: str) -> bool:
+def is_new(path: str) -> bool:
     """Whether our parameter belongs to a head, which a file of the bare encoder or of another head lacks."""
-    del config
     return path.split("/")[0] in ("classifier", "pooler", "head", "pair")
 
 

@@ -159,10 +159,10 @@ def _load_huggingface(path, dtype, execution, place, head, labels):
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise InteropError(f"{file} lacks or misstates {e}") from e
     pickles = sorted(p.name for suffix in PICKLES for p in path.glob(f"*{suffix}"))
-    if pickles and not any(path.glob("*.safetensors")) and not (path / flax_msgpack.FILE).exists():
+    tensors, old = any(path.glob("*.safetensors")), (path / flax_msgpack.FILE).exists()
+    if pickles and not tensors and not old:
         raise InteropError(f"{path} holds pickles only ({pickles[0]}), which are never read: convert to safetensors")
-    old = (path / flax_msgpack.FILE).exists() and not any(path.glob("*.safetensors"))
-    source = flax_msgpack.read(path) if old else TensorFolder(path)
+    source = flax_msgpack.read(path) if old and not tensors else TensorFolder(path)
     if hasattr(family, "fit"):
         config = family.fit(config, source.keys())
     rules, ignored, fresh = family.rules(config), lambda n: family.ignored(config, n), None
@@ -178,7 +178,7 @@ def _load_huggingface(path, dtype, execution, place, head, labels):
         spare = {r.theirs for r in own} - {r.theirs for r in rules}
         ignored = lambda n: n in spare or family.ignored(config, n)
         flat = paths.flatten(_initial(config))
-        fresh = {p: x for p, x in flat if family.is_new(config, p)}
+        fresh = {p: x for p, x in flat if family.is_new(p)}
     model = config.make(execution)
     rules = _with_their_spelling(rules, family.root(config), source)
     params = _read(source, rules, model, ignored, str(path), dtype, place, fresh)

@@ -85,8 +85,6 @@ class BertConfig:
 
     def __post_init__(self) -> None:
         """Checks sizes and names."""
-        if self.model_dim % self.num_heads:
-            raise ValueError(f"model_dim={self.model_dim} is not a multiple of num_heads={self.num_heads}")
         if self.head not in heads.HEADS:
             raise ValueError(f"head={self.head!r} is none of {', '.join(heads.HEADS)}")
         if self.pooler is not None and self.pooler not in POOLERS:
@@ -105,18 +103,10 @@ class BertConfig:
     @property
     def block(self) -> BlockConfig:
         """The layers, with the norm after each sum."""
-        attention = AttentionConfig(
-            model_dim=self.model_dim,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_heads,
-            head_dim=self.model_dim // self.num_heads,
-            qkv_bias=True,
-            out_bias=True,
-            dropout=self.attention_dropout,
-            init_std=self.init_std,
-        )
         return BlockConfig(
-            attention=attention,
+            attention=AttentionConfig.with_biases(
+                self.model_dim, self.num_heads, self.attention_dropout, self.init_std
+            ),
             hidden_dim=self.hidden_dim,
             activation=self.activation,
             norm="post",

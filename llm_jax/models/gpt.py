@@ -62,26 +62,16 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         """Checks sizes and mode strings."""
-        if self.model_dim % self.num_heads:
-            raise ValueError(f"model_dim={self.model_dim} is not a multiple of num_heads={self.num_heads}")
         _ = self.block
 
     @property
     def block(self) -> BlockConfig:
         """The layers; in `pre` the kernels that write into the residual stream start smaller."""
-        attention = AttentionConfig(
-            model_dim=self.model_dim,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_heads,
-            head_dim=self.model_dim // self.num_heads,
-            qkv_bias=True,
-            out_bias=True,
-            dropout=self.attention_dropout,
-            init_std=self.init_std,
-            out_init_std=self.init_std / math.sqrt(2 * self.num_layers) if self.norm == "pre" else self.init_std,
-        )
+        out_std = self.init_std / math.sqrt(2 * self.num_layers) if self.norm == "pre" else self.init_std
         return BlockConfig(
-            attention=attention,
+            attention=AttentionConfig.with_biases(
+                self.model_dim, self.num_heads, self.attention_dropout, self.init_std, out_std
+            ),
             hidden_dim=self.hidden_dim or 4 * self.model_dim,
             activation=self.activation,
             norm=self.norm,

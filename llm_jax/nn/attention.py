@@ -313,6 +313,29 @@ class AttentionConfig:
     init_std: float = 0.02
     out_init_std: float | None = None
 
+    @classmethod
+    def with_biases(
+        cls, model_dim: int, num_heads: int, dropout: float, init_std: float, out_init_std: float | None = None
+    ) -> "AttentionConfig":
+        """Heads of D / N each, as many keys as queries, biases on all four kernels: GPT's and BERT's.
+
+        Raises:
+          ValueError: if D is no multiple of N.
+        """
+        if model_dim % num_heads:
+            raise ValueError(f"model_dim={model_dim} is not a multiple of num_heads={num_heads}")
+        return cls(
+            model_dim=model_dim,
+            num_heads=num_heads,
+            num_kv_heads=num_heads,
+            head_dim=model_dim // num_heads,
+            qkv_bias=True,
+            out_bias=True,
+            dropout=dropout,
+            init_std=init_std,
+            out_init_std=out_init_std,
+        )
+
     def __post_init__(self) -> None:
         """Checks the head counts."""
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
