@@ -25,6 +25,7 @@ ACTIVATIONS = {
     "gelu": "gelu",
     "relu": "relu",
     "silu": "silu",
+    "swish": "silu",
 }
 
 
@@ -62,6 +63,18 @@ def refuse_unknown(config: dict[str, Any], known: Collection[str]) -> None:
         raise InteropError(
             f"config.json has {_some(unknown)}, which this library does not know; take them out if they change nothing"
         )
+
+
+def banned(config: dict[str, Any]) -> tuple[int, ...]:
+    """The entries that `bad_words_ids` keeps from being generated.
+
+    Raises:
+      InteropError: on sequences of several.
+    """
+    words = config.get("bad_words_ids") or []
+    if any(len(word) != 1 for word in words):
+        raise InteropError(f"bad_words_ids={words!r} has sequences of several tokens, which are not supported")
+    return tuple(word[0] for word in words)
 
 
 @dataclasses.dataclass(frozen=True)

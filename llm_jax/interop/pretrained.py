@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from llm_jax.data import tokenizers
-from llm_jax.interop import bert, gpt, llama, names
+from llm_jax.interop import bert, gpt, llama, marian, names, t5
 from llm_jax.interop import gguf as gguf_names
 from llm_jax.interop.names import InteropError
 from llm_jax.models import registry
@@ -27,8 +27,15 @@ FAMILIES = {
     "openai-gpt": gpt,
     **dict.fromkeys(llama.MODEL_TYPES, llama),
     **dict.fromkeys(bert.TABLE, bert),
+    "marian": marian,
+    "t5": t5,
 }
-PADDED = ("embed/embedding", "head/kernel", "head/bias", "head/output/kernel", "head/output/bias")  # their rows may be
+WRITERS: dict[str, Any] = {"gpt": gpt, "llama": llama, "bert": bert, "transformer": marian, "t5": t5}
+# their rows may be padded
+PADDED = (
+    *("embed/embedding", "head/kernel", "head/bias", "head/output/kernel", "head/output/bias"),
+    "logits_bias",
+)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -147,6 +154,9 @@ def _load_huggingface(path, dtype, execution, place, head, labels):
     try:
         raw = json.loads(file.read_text())
         kind = raw["model_type"]
+        words = path / "generation_config.json"  # where newer folders keep what is never generated
+        if "bad_words_ids" not in raw and words.exists():
+            raw["bad_words_ids"] = json.loads(words.read_text()).get("bad_words_ids")
     except (ValueError, KeyError, TypeError) as e:
         raise InteropError(f"{file} is no model config: {type(e).__name__}: {e}") from e
     if kind not in FAMILIES:
@@ -234,7 +244,7 @@ def save(
       InteropError: if the architecture has no place for a parameter or a config field.
     """
     config = model.config
-    family: Any = {"gpt": gpt, "llama": llama, "bert": bert}[registry.family_of(config)]
+    family = WRITERS[registry.family_of(config)]
     theirs = family.config_to_hf(config)
     leaves = jax.tree.leaves(params)
     floating = [x.dtype for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from llm_jax.models import frame, heads
-from llm_jax.models.block import BlockConfig, blocks
+from llm_jax.models.block import BlockConfig, Shared, blocks
 from llm_jax.models.output import Output
 from llm_jax.nn import weights
 from llm_jax.nn.attention import AttentionConfig, dropout
@@ -180,7 +180,7 @@ class Bert(nn.Module):
         stack = blocks(
             *(c.block, c.num_layers, self.execution, output_hidden_states, output_attentions, "encoder", c.num_groups)
         )
-        x, outputs = stack(x, None, (inputs.mask, None, None), train)
+        x, outputs = stack(x, None, (Shared(inputs.mask),), train)
         out = frame.finish(x, first, outputs, None, inputs)
         pooled: Any = None
         if c.pooler is not None:

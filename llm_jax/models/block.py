@@ -7,9 +7,13 @@ al. 2019 and Xiong et al. 2020 (norm first), https://arxiv.org/abs/2002.04745.
 import dataclasses
 import functools
 
+import jax
+import jax.numpy as jnp
 from flax import linen as nn
+from flax import struct
 
-from llm_jax.nn.attention import Attention, AttentionConfig, dropout
+from llm_jax.nn.attention import Attention, AttentionConfig, Mask, dropout
+from llm_jax.nn.cache import Cache, LayerCache
 from llm_jax.nn.execution import Execution
 from llm_jax.nn.feed_forward import ACTIVATIONS, FeedForward
 from llm_jax.nn.norms import LayerNorm, RMSNorm
@@ -30,6 +34,10 @@ class BlockConfig:
       rms: RMS norms in the place of layer norms.
       norm_eps: of the norms.
       dropout: rate just before each residual sum.
+      activation_dropout: rate inside the feed-forward.
+      cross: attends to a source between the two.
+      mlp_out_init_std: of the feed-forward's second kernel; None takes the attention's `out_init_std`.
+      clamp: in float16, states stay finite (T5 overflows there).
     """
 
     attention: AttentionConfig
@@ -41,6 +49,10 @@ class BlockConfig:
     rms: bool = False
     norm_eps: float = 1e-5
     dropout: float = 0.0
+    activation_dropout: float = 0.0
+    cross: bool = False
+    mlp_out_init_std: float | None = None
+    clamp: bool = False
 
     def __post_init__(self) -> None:
         """Checks the mode strings."""
@@ -48,6 +60,26 @@ class BlockConfig:
             raise ValueError(f"norm={self.norm!r} is neither pre nor post")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r} is none of {', '.join(ACTIVATIONS)}")
+
+
+class Shared(struct.PyTreeNode):
+    """What all layers of a stack see.
+
+    Attributes:
+      mask: who may look where.
+      slots_BT: cache slots of the new tokens, None without a cache.
+      rotary: tables of rotary positions.
+      bias_BNTS: added to the scores of self-attention.
+      source_BSD: what cross-attention looks at; None where the cache has it.
+      source_mask: which of that is real.
+    """
+
+    mask: Mask
+    slots_BT: jax.Array | None = None
+    rotary: tuple[jax.Array, jax.Array] | None = None
+    bias_BNTS: jax.Array | None = None
+    source_BSD: jax.Array | None = None
+    source_mask: Mask | None = None
 
 
 class Block(nn.Module):
@@ -59,25 +91,49 @@ class Block(nn.Module):
     output_attentions: bool
 
     @nn.compact
-    def __call__(self, x, cache, mask, slots, rotary=None, train=False):
-        """`(x, cache) -> (x, (cache, x or None, weights or None))`."""
-        c, a = self.config, self.config.attention
-        attention = Attention(a, self.execution, name="attention")
-        mlp = FeedForward(c.hidden_dim, c.activation, c.gated, c.mlp_bias, a.init_std, a.out_init_std, name="mlp")
+    def __call__(self, x, caches, shared, train=False):
+        """`(x, (cache, cross cache)) -> (x, (both caches, x or None, weights or None, cross weights or None))`."""
+        c, a, s = self.config, self.config.attention, shared
         norm = functools.partial(RMSNorm if c.rms else LayerNorm, c.norm_eps)
-        norm_1, norm_2 = norm(name="attention_norm"), norm(name="mlp_norm")
-        drop = lambda y: dropout(self, y, c.dropout, train)
-        attend = lambda y: attention(y, mask, rotary, cache, slots, train, self.output_attentions)
-        if c.norm == "pre":
-            y, cache, shown = attend(norm_1(x))
-            x = x + drop(y)
-            x = x + drop(mlp(norm_2(x)))
-        else:
-            y, cache, shown = attend(x)
-            x = norm_1(x + drop(y))
-            x = norm_2(x + drop(mlp(x)))
+        cache, cross_cache = (None, None) if caches is None else caches
+        cross_shown = None
+
+        def add(x, name, sublayer):
+            around = norm(name=name)
+            y, *rest = sublayer(around(x) if c.norm == "pre" else x)
+            x = _finite(x + dropout(self, y, c.dropout, train), c.clamp)
+            return (x if c.norm == "pre" else around(x)), *rest
+
+        attention = Attention(a, self.execution, name="attention")
+        attend = lambda y: attention(y, s.mask, s.rotary, cache, s.slots_BT, train, self.output_attentions, s.bias_BNTS)
+        x, cache, shown = add(x, "attention_norm", attend)
+        if c.cross:
+            cross = Attention(a, self.execution, name="cross_attention")
+            look = lambda y: cross(
+                *(y, s.source_mask, None, cross_cache, None, train, self.output_attentions, None, s.source_BSD)
+            )
+            x, cross_cache, cross_shown = add(x, "cross_attention_norm", look)
+        std, out_std = a.init_std, c.mlp_out_init_std if c.mlp_out_init_std is not None else a.out_init_std
+        mlp = FeedForward(
+            *(c.hidden_dim, c.activation, c.gated, c.mlp_bias, std, out_std, c.activation_dropout), name="mlp"
+        )
+        (x,) = add(x, "mlp_norm", lambda y: (mlp(y, train),))
         x = self.execution.constrain(x, ("batch", "length", "embed"))
-        return x, (cache, x if self.output_hidden_states else None, shown)
+        return x, ((cache, cross_cache), x if self.output_hidden_states else None, shown, cross_shown)
+
+
+def _finite(x: jax.Array, clamp: bool) -> jax.Array:
+    if not clamp or x.dtype != jnp.float16:
+        return x
+    top = float(jnp.finfo(x.dtype).max) - 1000
+    return jnp.clip(x, -top, top)
+
+
+def per_layer(cache: Cache | None) -> tuple[tuple[LayerCache, LayerCache | None], ...] | None:
+    """What each block gets of the cache: its own and the source's."""
+    if cache is None:
+        return None
+    return tuple(zip(cache.layers, cache.cross or (None,) * len(cache.layers), strict=True))
 
 
 def blocks(
@@ -89,6 +145,6 @@ def blocks(
     name: str,
     num_groups: int | None = None,
 ) -> Stack:
-    """A stack of blocks, called as `stack(x, cache layers or None, (mask, slots, rotary or None), train)`."""
+    """A stack of blocks, called as `stack(x, per_layer(cache), (Shared(...),), train)`."""
     block = functools.partial(Block, config, execution, output_hidden_states, output_attentions)
     return Stack(block, num_layers, num_groups, execution, name=name)

@@ -143,13 +143,13 @@ def prepare(
 
 
 def finish(h_BTD: jax.Array, first_BTD: jax.Array, outputs: Any, head: Head | None, inputs: Inputs) -> Output:
-    """Builds the `Output` from the last normalised state and the blocks' (cache, hidden, attentions)."""
-    caches, hidden, attentions = zip(*outputs, strict=True)
+    """Builds the `Output` from the last normalised state and what the blocks returned."""
+    caches, hidden, attentions, _ = zip(*outputs, strict=True)
     return Output(
         logits=None if head is None else head.logits(h_BTD),
         last_hidden_state=h_BTD,
         head=head,
         hidden_states=None if hidden[0] is None else (first_BTD, *hidden[:-1], h_BTD),
         attentions=None if attentions[0] is None else attentions,
-        cache=None if inputs.length_B is None else Cache(caches, inputs.length_B),
+        cache=None if inputs.length_B is None else Cache(tuple(own for own, _ in caches), inputs.length_B),
     )

@@ -12,7 +12,7 @@ import jax
 from flax import linen as nn
 
 from llm_jax.models import frame
-from llm_jax.models.block import BlockConfig, blocks
+from llm_jax.models.block import BlockConfig, Shared, blocks, per_layer
 from llm_jax.models.output import Output
 from llm_jax.nn.attention import AttentionConfig, dropout
 from llm_jax.nn.cache import Cache, init_cache
@@ -121,8 +121,7 @@ class GPT(nn.Module):
         x = dropout(self, x, c.dropout if c.embed_dropout is None else c.embed_dropout, train)
         x = first = self.execution.constrain(x, ("batch", "length", "embed"))
         stack = blocks(c.block, c.num_layers, self.execution, output_hidden_states, output_attentions, "decoder")
-        layers = None if cache is None else cache.layers
-        x, outputs = stack(x, layers, (inputs.mask, inputs.slots_BT, None), train)
+        x, outputs = stack(x, per_layer(cache), (Shared(inputs.mask, inputs.slots_BT),), train)
         if c.norm == "pre":
             x = LayerNorm(c.norm_eps, name="final_norm")(x)
         if c.tied:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from llm_jax.models import frame
-from llm_jax.models.block import BlockConfig, blocks
+from llm_jax.models.block import BlockConfig, Shared, blocks, per_layer
 from llm_jax.models.output import Output
 from llm_jax.nn import positions
 from llm_jax.nn.attention import AttentionConfig
@@ -151,8 +151,7 @@ class Llama(nn.Module):
         freq, factor = positions.rotary_frequencies(c.attention.head_dim, c.rope_theta, c.rope_scaling)
         rotary = positions.rotary_tables(inputs.positions_BT, freq, factor, jnp.promote_types(jnp.float32, x.dtype))
         stack = blocks(c.block, c.num_layers, self.execution, output_hidden_states, output_attentions, "decoder")
-        layers = None if cache is None else cache.layers
-        x, outputs = stack(x, layers, (inputs.mask, inputs.slots_BT, rotary), train)
+        x, outputs = stack(x, per_layer(cache), (Shared(inputs.mask, inputs.slots_BT, rotary),), train)
         x = RMSNorm(c.norm_eps, name="final_norm")(x)
         if c.tied:
             head = tokens.head()

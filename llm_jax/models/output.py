@@ -21,6 +21,8 @@ class Output(struct.PyTreeNode):
       pooler_output: `[B, D]`, encoders only.
       pair_logits: float32 `[B, 2]` of next-sentence or sentence-order prediction.
       cache: the updated cache.
+      cross_attentions: L arrays `[B, N, T, S]` of an encoder-decoder, S positions of the source.
+      encoder: what its encoder returned.
     """
 
     logits: jax.Array | None = None
@@ -32,6 +34,8 @@ class Output(struct.PyTreeNode):
     pooler_output: jax.Array | None = None
     pair_logits: jax.Array | None = None
     cache: Cache | None = None
+    cross_attentions: tuple[jax.Array, ...] | None = None
+    encoder: "Output | None" = None
 
     @property
     def head_input(self) -> jax.Array | None:

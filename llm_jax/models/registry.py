@@ -6,8 +6,16 @@ from llm_jax import config as configs
 from llm_jax.models.bert import BertConfig
 from llm_jax.models.gpt import GPTConfig
 from llm_jax.models.llama import LlamaConfig
+from llm_jax.models.t5 import T5Config
+from llm_jax.models.transformer import TransformerConfig
 
-FAMILIES: dict[str, type] = {"gpt": GPTConfig, "llama": LlamaConfig, "bert": BertConfig}
+FAMILIES: dict[str, type] = {
+    "gpt": GPTConfig,
+    "llama": LlamaConfig,
+    "bert": BertConfig,
+    "transformer": TransformerConfig,
+    "t5": T5Config,
+}
 
 
 def family_of(config: Any) -> str:

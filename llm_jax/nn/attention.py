@@ -297,8 +297,10 @@ class AttentionConfig:
       qk_norm: RMSNorm over H on queries and keys, before the rotation.
       norm_eps: of that norm.
       dropout: rate on the attention weights.
+      scaled: scores are divided by sqrt(H); T5's are not, its query kernel starts smaller instead.
       init_std: of the kernels.
       out_init_std: of the output kernel; None takes init_std.
+      query_init_std: of the query kernel; None takes init_std.
     """
 
     model_dim: int
@@ -310,8 +312,10 @@ class AttentionConfig:
     qk_norm: bool = False
     norm_eps: float = 1e-6
     dropout: float = 0.0
+    scaled: bool = True
     init_std: float = 0.02
     out_init_std: float | None = None
+    query_init_std: float | None = None
 
     @classmethod
     def with_biases(
@@ -342,8 +346,14 @@ class AttentionConfig:
             raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
 
 
+def _per_source(q_BTNH: jax.Array, rows: int) -> jax.Array:
+    """Consecutive rows that look at one row of keys as more queries of that row."""
+    b, t, n, h = q_BTNH.shape
+    return q_BTNH.reshape(rows, b // rows * t, n, h)
+
+
 class Attention(nn.Module):
-    """Self-attention with an optional cache."""
+    """Self-attention, or cross-attention to a source, with an optional cache."""
 
     config: AttentionConfig
     execution: Execution = Execution()
@@ -358,38 +368,61 @@ class Attention(nn.Module):
         slots_BT: jax.Array | None = None,
         train: bool = False,
         output_attentions: bool = False,
+        bias_BNTS: jax.Array | None = None,
+        source_BSD: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None, jax.Array | None]:
-        """Attends within `x_BTD`, or to the cache after writing `x_BTD` into `slots_BT`.
+        """Attends within `x_BTD`, or to a cache, or to a source.
+
+        Args:
+          x_BTD: the queries' states.
+          mask: who may look where.
+          rotary: tables of `positions.rotary_tables`.
+          cache: with `slots_BT`, `x_BTD` is written there first; without, and without a source, it is read as it is
+            (a source that an earlier call has seen; each of its rows may serve several rows of `x_BTD`).
+          slots_BT: where.
+          train: dropout.
+          output_attentions: returns the weights.
+          bias_BNTS: added to the scores, B or 1 rows.
+          source_BSD: states that keys and values are made of; `x_BTD` itself by default.
 
         Returns:
-          (output `[B, T, D]`, updated cache or None, weights `[B, N, T, S]` or None).
+          (output `[B, T, D]`; the cache, of a source its keys and values, or None; weights `[B, N, T, S]` or None).
         """
         c, constrain = self.config, self.execution.constrain
         b, t, _ = x_BTD.shape
-        linear = functools.partial(Linear, kernel_init=nn.initializers.normal(c.init_std))
 
-        def heads(name, count, axis):
-            y = linear(count * c.head_dim, ("embed", axis), c.qkv_bias, name=name)(x_BTD)
-            y = constrain(y.reshape(b, t, count, c.head_dim), ("batch", "length", axis, None))
+        def heads(name, count, axis, x, std=c.init_std):
+            kernel_init = nn.initializers.normal(std)
+            y = Linear(count * c.head_dim, ("embed", axis), c.qkv_bias, kernel_init, name=name)(x)
+            y = constrain(y.reshape(*x.shape[:2], count, c.head_dim), ("batch", "length", axis, None))
             if c.qk_norm and name != "value":
                 y = RMSNorm(c.norm_eps, name=f"{name}_norm")(y)
             return positions.rotate(y, rotary) if rotary is not None and name != "value" else y
 
-        q_BTNH = heads("query", c.num_heads, "heads")
-        k_BSKH = heads("key", c.num_kv_heads, "kv")
-        v_BSKH = heads("value", c.num_kv_heads, "kv")
-        if cache is not None and slots_BT is not None:
-            cache = cache.write(k_BSKH, v_BSKH, slots_BT)
+        query_std = c.init_std if c.query_init_std is None else c.query_init_std
+        q_BTNH = heads("query", c.num_heads, "heads", x_BTD, query_std)
+        if cache is None or slots_BT is not None:
+            states = x_BTD if source_BSD is None else source_BSD
+            k_BSKH = heads("key", c.num_kv_heads, "kv", states)
+            v_BSKH = heads("value", c.num_kv_heads, "kv", states)
+        if cache is not None:
+            cache = cache if slots_BT is None else cache.write(k_BSKH, v_BSKH, slots_BT)
             k_BSKH, v_BSKH = cache.read(q_BTNH.dtype)
-        scale = 1 / math.sqrt(c.head_dim)
+        elif source_BSD is not None:
+            cache = LayerCache.holding(k_BSKH, v_BSKH)
+        q_BTNH = _per_source(q_BTNH, k_BSKH.shape[0])
+        scale = 1 / math.sqrt(c.head_dim) if c.scaled else 1.0
         out_BTNH = attend(
             *(q_BTNH, k_BSKH, v_BSKH, mask),
             scale=scale,
             implementation=self.execution.attention,
+            bias_BNTS=bias_BNTS,
             dropout_rate=c.dropout,
             dropout_key=self.make_rng("dropout") if train and c.dropout > 0 else None,
         )
-        shown = attention_weights(q_BTNH, k_BSKH, mask, scale=scale) if output_attentions else None
+        shown = None
+        if output_attentions:
+            shown = attention_weights(q_BTNH, k_BSKH, mask, scale=scale, bias_BNTS=bias_BNTS)
         out_init = nn.initializers.normal(c.init_std if c.out_init_std is None else c.out_init_std)
         y_BTD = Linear(c.model_dim, ("heads", "embed"), c.out_bias, out_init, name="out")(
             out_BTNH.reshape(b, t, c.num_heads * c.head_dim)

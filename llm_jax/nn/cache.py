@@ -19,6 +19,11 @@ class LayerCache(struct.PyTreeNode):
     k_BKSH: jax.Array
     v_BKSH: jax.Array
 
+    @classmethod
+    def holding(cls, k_BSKH: jax.Array, v_BSKH: jax.Array) -> "LayerCache":
+        """A full one, of keys and values as attention takes them."""
+        return cls(k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2))
+
     def write(self, k_BTKH: jax.Array, v_BTKH: jax.Array, slots_BT: jax.Array) -> "LayerCache":
         """Stores new entries; slot S and above drops the entry (padding)."""
         rows = jnp.arange(k_BTKH.shape[0])[:, None]
@@ -36,15 +41,25 @@ class Cache(struct.PyTreeNode):
     Attributes:
       layers: one entry a layer.
       length_B: tokens seen so far, int32.
+      cross: of an encoder-decoder, one entry a layer: keys and values of the source, computed by the first call; None
+        before it. They may have fewer rows than `layers`: each then serves several in a row (beams).
+      source_BS: real tokens of the source, bool.
     """
 
     layers: tuple[LayerCache, ...]
     length_B: jax.Array
+    cross: tuple[LayerCache, ...] | None = None
+    source_BS: jax.Array | None = None
 
     @property
     def size(self) -> int:
         """S, slots per row."""
         return self.layers[0].k_BKSH.shape[2]
+
+    def rows(self, index: jax.Array) -> "Cache":
+        """The cache whose row i is this one's row `index[i]`; the source's rows stay."""
+        take = lambda x: jnp.take(x, index, axis=0)
+        return self.replace(layers=jax.tree.map(take, self.layers), length_B=take(self.length_B))
 
     def positions_of(self, mask_BT: jax.Array) -> jax.Array:
         """Positions of the next tokens; where the mask is false the value is meaningless."""

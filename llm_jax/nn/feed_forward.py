@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
@@ -24,6 +25,16 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+def dropped(function: Callable[..., jax.Array], rate: float, key: jax.Array) -> Callable[..., jax.Array]:
+    """`function` with dropout on what it returns, the same at every call."""
+
+    def run(*inputs: jax.Array) -> jax.Array:
+        y = function(*inputs)
+        return jnp.where(jax.random.bernoulli(key, 1 - rate, y.shape), y / (1 - rate), 0).astype(y.dtype)
+
+    return run
+
+
 class FeedForward(nn.Module):
     """`down(act(up(x)))`, or `down(act(gate(x)) * up(x))` where gated (SwiGLU with silu, GEGLU with gelu).
 
@@ -34,6 +45,7 @@ class FeedForward(nn.Module):
       use_bias: biases on all kernels.
       init_std: standard deviation of the kernels.
       out_init_std: of the down kernel; None takes init_std.
+      dropout: rate behind the activation.
     """
 
     hidden: int
@@ -42,10 +54,11 @@ class FeedForward(nn.Module):
     use_bias: bool = True
     init_std: float = 0.02
     out_init_std: float | None = None
+    dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """`[B, T, D]` to `[B, T, D]`."""
+    def __call__(self, x_BTD: jax.Array, train: bool = False) -> jax.Array:
+        """`[B, T, D]` to `[B, T, D]`; `train` turns dropout on."""
         linear = functools.partial(Linear, use_bias=self.use_bias)
         init = nn.initializers.normal(self.init_std)
         out_init = init if self.out_init_std is None else nn.initializers.normal(self.out_init_std)
@@ -56,6 +69,8 @@ class FeedForward(nn.Module):
         if self.gated:
             gate_BTF = linear(self.hidden, ("embed", "mlp"), kernel_init=init, name="gate")(x_BTD)
             inputs, before = (gate_BTF, up_BTF), lambda gate, up: activate(gate) * up
+        if train and self.dropout > 0:
+            before = dropped(before, self.dropout, self.make_rng("dropout"))
         down = linear(x_BTD.shape[-1], ("mlp", "embed"), kernel_init=out_init, before=before, name="down")
         y_BTD = down(*inputs)
         y_BTD = ports.sequential(self, "adapter", checkpoint_name(y_BTD, "mlp"))

@@ -1,0 +1,190 @@
+"""T5: 1.0 (ReLU, tied) and 1.1 or FLAN (gated GELU, untied).
+
+In float16 the original overflows where it was trained in bfloat16; as transformers does, states are clamped to
+65504 - 1000 behind every residual sum there.
+
+Sources: Raffel et al. 2020, https://arxiv.org/abs/1910.10683; Shazeer 2020 (gates), https://arxiv.org/abs/2002.05202;
+the released configurations of 1.1, https://github.com/google-research/text-to-text-transfer-transformer.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+from flax import linen as nn
+
+from llm_jax.models import encoder_decoder, frame
+from llm_jax.models.block import BlockConfig
+from llm_jax.models.encoder_decoder import Call, Parts
+from llm_jax.models.output import Output
+from llm_jax.nn.attention import AttentionConfig, dropout
+from llm_jax.nn.cache import Cache, init_cache
+from llm_jax.nn.embedding import Embedding
+from llm_jax.nn.execution import Execution
+from llm_jax.nn.norms import RMSNorm
+from llm_jax.nn.output import OutputLayer
+from llm_jax.nn.relative import RelativeBias, distances
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """A T5. The defaults are T5 1.0 small.
+
+    Attributes:
+      vocab_size: V.
+      context_length: longest row in training and generation, tokens; the positions themselves go on.
+      model_dim: D.
+      num_layers: of the encoder.
+      num_decoder_layers: of the decoder; None takes as many.
+      num_heads: N.
+      head_dim: H; N H may differ from D.
+      hidden_dim: F.
+      activation: of the feed-forward, `relu` (1.0) or `gelu_tanh` (1.1).
+      gated: gated feed-forward (1.1).
+      num_buckets: of relative positions.
+      max_distance: positions further apart share a bucket.
+      norm_eps: of the RMS norms.
+      tied: output layer shares the token table (1.0).
+      scale_output: the last state is divided by sqrt(D) before the output layer (1.0).
+      decoder: False leaves the encoder alone.
+      dropout: one rate for embeddings, weights, feed-forward, residual sums and the last states.
+      init_factor: multiplies the paper's initial standard deviations.
+      start_id: what the decoder reads first (the padding).
+      banned_ids: entries that are never generated.
+      vocab_pad_multiple: token rows are padded to this multiple.
+    """
+
+    vocab_size: int = 32128
+    context_length: int = 512
+    model_dim: int = 512
+    num_layers: int = 6
+    num_decoder_layers: int | None = None
+    num_heads: int = 8
+    head_dim: int = 64
+    hidden_dim: int = 2048
+    activation: str = "relu"
+    gated: bool = False
+    num_buckets: int = 32
+    max_distance: int = 128
+    norm_eps: float = 1e-6
+    tied: bool = True
+    scale_output: bool = True
+    decoder: bool = True
+    dropout: float = 0.1
+    init_factor: float = 1.0
+    start_id: int = 0
+    banned_ids: tuple[int, ...] = ()
+    vocab_pad_multiple: int = 1
+
+    encoder_decoder: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Checks sizes and names."""
+        if self.num_buckets < 4 or self.num_buckets % 4:
+            raise ValueError(f"num_buckets={self.num_buckets} must be a multiple of 4")
+        if self.max_distance <= self.num_buckets // 2:
+            raise ValueError(f"max_distance={self.max_distance} must exceed num_buckets / 2 = {self.num_buckets // 2}")
+        _ = self.block
+
+    @property
+    def depth(self) -> tuple[int, int]:
+        """Layers of encoder and decoder."""
+        own = self.num_decoder_layers
+        return self.num_layers, self.num_layers if own is None else own
+
+    @property
+    def block(self) -> BlockConfig:
+        """The encoder's layers; the decoder's have cross-attention also."""
+        c, d = self, self.model_dim
+        attention = AttentionConfig(
+            model_dim=d,
+            num_heads=c.num_heads,
+            num_kv_heads=c.num_heads,
+            head_dim=c.head_dim,
+            dropout=c.dropout,
+            scaled=False,
+            init_std=c.init_factor * d**-0.5,
+            out_init_std=c.init_factor * (c.num_heads * c.head_dim) ** -0.5,
+            query_init_std=c.init_factor * (d * c.head_dim) ** -0.5,
+        )
+        return BlockConfig(
+            attention=attention,
+            hidden_dim=c.hidden_dim,
+            activation=c.activation,
+            gated=c.gated,
+            mlp_bias=False,
+            rms=True,
+            norm_eps=c.norm_eps,
+            dropout=c.dropout,
+            activation_dropout=c.dropout,
+            mlp_out_init_std=c.init_factor * c.hidden_dim**-0.5,
+            clamp=True,
+        )
+
+    def make(self, execution: Execution = Execution()) -> "T5":
+        """The module."""
+        return T5(self, execution)
+
+    def init_cache(self, batch: int, size: int, dtype: Any = "float32") -> Cache:
+        """An empty cache of the decoder."""
+        return init_cache(self.depth[1], batch, size, self.num_heads, self.head_dim, dtype)
+
+
+class T5(nn.Module):
+    """An encoder-decoder with relative positions."""
+
+    config: T5Config
+    execution: Execution = Execution()
+
+    @nn.compact
+    def __call__(
+        self,
+        input_ids: jax.Array | None,
+        decoder_input_ids: jax.Array | None = None,
+        attention_mask: jax.Array | None = None,
+        decoder_attention_mask: jax.Array | None = None,
+        cache: Cache | None = None,
+        train: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> Output:
+        """See `encoder_decoder.Call` for the arguments; `train=True` needs a `dropout` key."""
+        c = self.config
+        if not c.decoder and (decoder_input_ids is not None or cache is not None):
+            raise ValueError("this T5 is an encoder alone: it takes no decoder_input_ids and no cache")
+        init = nn.initializers.normal(c.init_factor)
+        tokens = Embedding(c.vocab_size, c.model_dim, c.vocab_pad_multiple, table_init=init, name="embed")
+
+        def bias(name: str, inputs: frame.Inputs, cached: bool) -> jax.Array:
+            table = RelativeBias(
+                *(c.num_heads, c.num_buckets, c.max_distance, name == "encoder", c.init_factor * c.model_dim**-0.5),
+                name=f"{name}_positions",
+            )
+            return table(distances(inputs.mask, cached))
+
+        def head(y: jax.Array) -> Any:
+            if c.tied:
+                return tokens.head()
+            return OutputLayer(c.vocab_size, c.vocab_pad_multiple, kernel_init=init, name="head")(y)
+
+        drop = lambda x: dropout(self, x, c.dropout, train)
+        encoder, decoder = c.depth
+        parts = Parts(
+            encoder=(c.block, encoder),
+            decoder=(dataclasses.replace(c.block, cross=True), decoder),
+            embed=lambda ids, _: drop(tokens(ids, self.execution.dtype)),
+            bias=bias,
+            end=lambda x, name: drop(RMSNorm(c.norm_eps, name=f"{name}_norm")(x)),
+            head=head,
+            context_length=None,
+            decodes=c.decoder,
+        )
+        call = Call(
+            *(input_ids, decoder_input_ids, attention_mask, decoder_attention_mask, cache, train),
+            *(output_hidden_states, output_attentions),
+        )
+        out = encoder_decoder.run(self, call, parts)
+        if out.head is None or not c.scale_output or out.last_hidden_state is None:
+            return out
+        scaled = out.last_hidden_state * c.model_dim**-0.5
+        return out.replace(head_input_BTE=scaled, logits=out.head.logits(scaled))

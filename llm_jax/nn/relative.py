@@ -1,0 +1,61 @@
+"""Relative positions as a bias on attention scores, one number a head and bucket of distances.
+
+Source: Raffel et al. 2020, section 2.1 (T5), https://arxiv.org/abs/1910.10683.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from llm_jax.nn import weights
+from llm_jax.nn.attention import Mask
+
+
+def bucket_table(num_buckets: int, max_distance: int) -> np.ndarray:
+    """`[max_distance + 1]` int32: the bucket of every distance: one each for the near ones, then logarithmic ones."""
+    exact = num_buckets // 2
+    distance = np.arange(max_distance + 1, dtype=np.float32)
+    share = np.log(np.maximum(distance, 1) / np.float32(exact)) / np.float32(math.log(max_distance / exact))
+    far = np.minimum(exact + (share * (num_buckets - exact)).astype(np.int32), num_buckets - 1)
+    return np.where(distance < exact, distance, far).astype(np.int32)
+
+
+def distances(mask: Mask, cached: bool) -> jax.Array:
+    """Query position minus key position: `[B, T, S]` from a cache; else slots count and one row says it for all."""
+    if cached:
+        return mask.distance()
+    t, s = mask.q_positions_BT.shape[1], mask.k_positions_BS.shape[1]
+    return (jnp.arange(t)[:, None] - jnp.arange(s)[None, :])[None]
+
+
+class RelativeBias(nn.Module):
+    """The bias of T5, which all layers of a stack share.
+
+    Attributes:
+      num_heads: N.
+      num_buckets: half of them for keys behind the query where it sees those.
+      max_distance: distances from here on share a bucket.
+      bidirectional: whether a query sees what is behind it.
+      init_std: of the table.
+    """
+
+    num_heads: int
+    num_buckets: int = 32
+    max_distance: int = 128
+    bidirectional: bool = True
+    init_std: float = 0.02
+
+    @nn.compact
+    def __call__(self, distance_BTS: jax.Array) -> jax.Array:
+        """`[B, N, T, S]` from query position minus key position."""
+        init = nn.initializers.normal(self.init_std)
+        table = weights.parameter(self, "embedding", init, (self.num_buckets, self.num_heads), (None, "heads"))
+        one_sided = self.num_buckets // 2 if self.bidirectional else self.num_buckets
+        far = distance_BTS if not self.bidirectional else jnp.abs(distance_BTS)
+        bucket = jnp.asarray(bucket_table(one_sided, self.max_distance))[jnp.clip(far, 0, self.max_distance)]
+        if self.bidirectional:
+            bucket = bucket + jnp.where(distance_BTS < 0, one_sided, 0)
+        return weights.take(table, bucket).transpose(0, 3, 1, 2)

@@ -1,0 +1,143 @@
+"""T5 and Marian equal transformers: states, attentions, logits, loss and gradients; and exports load back."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from theirs import BOUNDS, DTYPES, gradients, noisy, use_doubles
+
+from llm_jax import interop
+from llm_jax.nn import paths
+from llm_jax.objectives.objective import total_loss
+from llm_jax.objectives.seq2seq import Seq2Seq
+
+T5 = dict(vocab_size=61, d_model=36, d_kv=10, d_ff=50, num_layers=3, num_decoder_layers=2, num_heads=3)
+MARIAN = dict(
+    vocab_size=61, d_model=36, encoder_layers=3, decoder_layers=2, encoder_attention_heads=3,
+    decoder_attention_heads=3, encoder_ffn_dim=50, decoder_ffn_dim=50, max_position_embeddings=64,
+    decoder_start_token_id=60, pad_token_id=1, eos_token_id=0,  # torch gives padding rows no gradient
+)  # fmt: skip
+CONFIGS = {
+    "t5": lambda: transformers.T5Config(**T5, decoder_start_token_id=0),
+    "t5_few_buckets": lambda: transformers.T5Config(
+        **T5, relative_attention_num_buckets=8, relative_attention_max_distance=20, decoder_start_token_id=0
+    ),
+    "t5_1.1": lambda: transformers.T5Config(
+        **T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0
+    ),
+    "marian": lambda: transformers.MarianConfig(**MARIAN, activation_function="swish", scale_embedding=True),
+    "marian_plain": lambda: transformers.MarianConfig(**MARIAN, activation_function="relu"),
+}
+RNG = np.random.default_rng(0)
+S, T = 40, 24
+IDS = RNG.integers(2, 60, (2, S))
+MASK = np.array([[1] * S, [1] * (S - 9) + [0] * 9])
+LABELS = np.where(np.arange(T) < np.array([[T], [T - 7]]), RNG.integers(2, 60, (2, T)), -100)
+
+
+def make(name, dtype):
+    config = CONFIGS[name]()
+    config._attn_implementation = "eager"
+    own = getattr(config, "scale_decoder_outputs", True) is False
+
+    def build():
+        model = transformers.AutoModelForSeq2SeqLM.from_config(config)
+        if own:  # transformers 5 ties T5's output layer at creation, whatever the config says
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+            model.config.tie_word_embeddings = False
+        return model
+
+    model = noisy(build, dtype)
+    if hasattr(model, "final_logits_bias"):
+        model.final_logits_bias.normal_()
+        for stack in (model.model.encoder, model.model.decoder):  # frozen sinusoids, which the noise has hit
+            stack.embed_positions.weight = torch.nn.Parameter(
+                stack.embed_positions.create_weight().to(dtype), requires_grad=False
+            )
+    return model
+
+
+@pytest.mark.parametrize("precision", BOUNDS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_equals_transformers(name, precision, tmp_path, monkeypatch):
+    if precision == "fp64":
+        use_doubles(monkeypatch)
+    tolerance = {"rtol": BOUNDS[precision], "atol": BOUNDS[precision]}
+    close = lambda a, b, msg="": np.testing.assert_allclose(np.asarray(a), np.asarray(b), err_msg=msg, **tolerance)
+    theirs = make(name, DTYPES[precision])
+    theirs.save_pretrained(tmp_path / "in")
+    want = theirs(
+        input_ids=torch.tensor(IDS), attention_mask=torch.tensor(MASK), labels=torch.tensor(LABELS),
+        output_hidden_states=True, output_attentions=True,
+    )  # fmt: skip
+    with jax.enable_x64(precision == "fp64"):
+        ours = interop.load(tmp_path / "in")
+        objective = Seq2Seq().for_run(8, ours.config, None)
+        batch = {"input_ids": IDS, "attention_mask": MASK, "labels": LABELS}
+        prepared = objective.prepare(batch, jax.random.key(0))
+        run = jax.jit(
+            lambda p: ours.model.apply(
+                {"params": p}, **prepared.inputs, output_hidden_states=True, output_attentions=True
+            )
+        )
+        out = run(ours.params)
+        source, target = MASK.astype(bool), LABELS >= 0
+        for a, b in zip(out.encoder.hidden_states, want.encoder_hidden_states, strict=True):
+            close(a[source], b.detach()[source])
+        for a, b in zip(out.hidden_states, want.decoder_hidden_states, strict=True):
+            close(a[target], b.detach()[target])
+        for ours_, theirs_, rows in (
+            (out.encoder.attentions, want.encoder_attentions, source),
+            (out.attentions, want.decoder_attentions, target),
+            (out.cross_attentions, want.cross_attentions, target),
+        ):
+            for a, b in zip(ours_, theirs_, strict=True):
+                close(np.moveaxis(np.asarray(a), 2, 1)[rows], np.moveaxis(np.asarray(b.detach()), 2, 1)[rows])
+        close(out.logits[target], want.logits.detach()[target])
+
+        def loss(params):
+            out = ours.model.apply({"params": params}, **prepared.inputs)
+            return total_loss(objective, objective.score(out, prepared.targets), prepared.weights)
+
+        value, grads = jax.jit(jax.value_and_grad(loss))(ours.params)
+        close(value, want.loss.detach())
+        want.loss.backward()
+        expected = gradients(theirs, tmp_path / "grads")
+        got = dict(paths.flatten(grads))
+        expected["logits_bias"] = got.get("logits_bias")  # a buffer of theirs: it has no gradient there
+        assert got.keys() == {k for k, v in expected.items() if v is not None}
+        for path, g in got.items():
+            close(g, expected[path], path)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_export_loads_in_transformers(name, tmp_path):
+    theirs = make(name, torch.float32)
+    theirs.save_pretrained(tmp_path / "in")
+    ours = interop.load(tmp_path / "in")
+    interop.save(tmp_path / "out", ours.model, ours.params)
+    again, report = transformers.AutoModelForSeq2SeqLM.from_pretrained(
+        tmp_path / "out", attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    call = dict(input_ids=torch.tensor(IDS), decoder_input_ids=torch.tensor(IDS[:, :5]))
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(**call).logits, theirs(**call).logits, rtol=1e-6, atol=1e-6)
+    assert type(again) is type(theirs)
+    assert again.config.decoder_start_token_id == theirs.config.decoder_start_token_id
+
+
+def test_the_encoder_alone(tmp_path):
+    config = transformers.T5Config(**T5, attn_implementation="eager")
+    theirs = noisy(lambda: transformers.T5EncoderModel(config), torch.float32)
+    theirs.save_pretrained(tmp_path / "in")
+    ours = interop.load(tmp_path / "in")
+    out = ours.model.apply({"params": ours.params}, IDS, attention_mask=MASK)
+    want = theirs(input_ids=torch.tensor(IDS), attention_mask=torch.tensor(MASK)).last_hidden_state.detach()
+    real = MASK.astype(bool)
+    np.testing.assert_allclose(out.last_hidden_state[real], want[real], rtol=1e-5, atol=1e-5)
+    interop.save(tmp_path / "out", ours.model, ours.params)
+    again = transformers.T5EncoderModel.from_pretrained(tmp_path / "out")
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, theirs.state_dict()[name]), name
