@@ -22,7 +22,8 @@ def noisy(make_model, dtype):
     model = make_model().to(dtype).eval()
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(0.05 * torch.randn_like(p))
+            if p.requires_grad:  # not Marian's sinusoids
+                p.add_(0.05 * torch.randn_like(p))
     return model
 
 

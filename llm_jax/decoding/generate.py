@@ -1,7 +1,6 @@
 """Prefill, then one compiled loop with a functional cache.
 
-Prompts are padded to buckets, so there is one compilation per shape bucket and not one per prompt length. The loop
-runs on unstacked parameters: scanning would copy every layer's weights and cache for every token.
+The loop runs on unstacked parameters: scanning would copy every layer's weights and cache for every token.
 """
 
 import dataclasses
@@ -14,11 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from llm_jax.decoding import sampling
+from llm_jax.decoding import prefill, sampling
 from llm_jax.decoding.sampling import SamplingConfig
-from llm_jax.nn import paths, weights
 from llm_jax.nn.cache import Cache
-from llm_jax.nn.stack import unstack
 
 RUNNING, STOP, LENGTH, STOP_STRING = range(4)
 REASONS = ("running", "stop", "length", "stop_string")
@@ -69,39 +66,11 @@ class Completion:
     finish_reason: str
 
 
-def bucket(size: int, smallest: int = 16) -> int:
-    """The next power of two from `smallest` on."""
-    while smallest < size:
-        smallest *= 2
-    return smallest
-
-
-def _forward(model: Any, params: Any, ids_BT: jax.Array, mask_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    """Logits after each row's last real token, and the new cache."""
-    out = model.apply({"params": params}, ids_BT, attention_mask=mask_BT, cache=cache)
-    h = out.last_hidden_state
-    if h.shape[1] > 1:
-        last = h.shape[1] - 1 - jnp.argmax(mask_BT[:, ::-1], axis=1)
-        h = jnp.take_along_axis(h, last[:, None, None], axis=1)
-    return out.head.logits(h[:, 0]), out.cache
-
-
-def _serving(params: Any) -> Any:
-    """Kernels transposed on a CPU, where decoding is then up to twice as fast; elsewhere unchanged."""
-    turn = lambda x: weights.Transposed(x.T) if isinstance(x, jax.Array) and x.ndim == 2 and _on_cpu(x) else x
-    put = lambda path, x: turn(x) if path.endswith("kernel") else x
-    return paths.map_with_path(put, params, is_leaf=weights.is_node)
-
-
-def _on_cpu(x: jax.Array) -> bool:
-    return all(device.platform == "cpu" for device in x.devices())
-
-
 class Generator:
     """A model ready to generate: unstacked parameters and compiled functions.
 
     Attributes:
-      model: decoder.
+      model: decoder, or encoder-decoder (whose prompt is the source).
       params: its parameters, unstacked.
       stop_tokens: ids that end a row.
       sampling: how tokens are chosen.
@@ -120,7 +89,7 @@ class Generator:
         """Prepares; compiles on first use.
 
         Args:
-          model: decoder module.
+          model: a module with a decoder.
           params: stacked or unstacked.
           stop_tokens: ids that end a row.
           sampling: how tokens are chosen.
@@ -128,20 +97,20 @@ class Generator:
           cache_dtype: of keys and values.
 
         Raises:
-          ValueError: if the model is no decoder.
+          ValueError: if the model has no decoder.
         """
-        if not getattr(model.config, "causal", True):
-            raise ValueError(f"{type(model).__name__} sees both sides and cannot generate; see decoding.masked")
-        self.model, self.params = model, _serving(unstack(params))
+        prefill.check_generates(model)
+        self.model, self.params = model, prefill.serving(params)
+        self.banned = tuple(getattr(model.config, "banned_ids", ()))
         self.stop_tokens, self.sampling, self.cache_dtype = tuple(stop_tokens), sampling, cache_dtype
         self.context_length = context_length or model.config.context_length
         self._start = jax.jit(self._prefill, static_argnums=(5, 6))
         self._advance = jax.jit(self._loop, donate_argnums=1)
 
     def _prefill(self, params, ids_BT, mask_BT, limit_B, key, slots, new):
+        logits, cache = prefill.begin(self.model, params, ids_BT, mask_BT, slots, self.cache_dtype)
+        ids_BT, mask_BT = prefill.told(self.model, ids_BT, mask_BT)
         b, t = ids_BT.shape
-        cache = self.model.config.init_cache(b, slots, self.cache_dtype)
-        logits, cache = _forward(self.model, params, ids_BT, mask_BT, cache)
         counted = logits.shape[1] if self.sampling.counts_tokens else 0
         prompt = jnp.zeros((b, counted), jnp.int32)
         if counted:
@@ -170,7 +139,7 @@ class Generator:
 
     def _one(self, params, state):
         c, rows = self.sampling, jnp.arange(state.count_B.shape[0])
-        logits = state.logits_BV
+        logits = prefill.ban(state.logits_BV, self.banned)
         if c.counts_tokens:
             logits = sampling.penalize(logits, state.prompt_BV, state.output_BV, c)
         if c.no_repeat_ngram:
@@ -195,7 +164,7 @@ class Generator:
             history = history.at[rows, place].set(token, mode="drop")
         if c.counts_tokens:
             output = output.at[rows, token].add(keep.astype(jnp.int32))
-        logits, cache = _forward(self.model, params, token[:, None], keep[:, None], state.cache)
+        logits, cache = prefill.go_on(self.model, params, token[:, None], keep[:, None], state.cache)
         return state.replace(
             cache=cache,
             logits_BV=logits,
@@ -227,30 +196,7 @@ class Generator:
             has learned positions.
         """
         limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-        if not prompts or any(len(p) == 0 for p in prompts):
-            raise ValueError("a prompt is empty; give at least one token (the model's bos token will do)")
-        if len(limits) != len(prompts):
-            raise ValueError(f"{len(limits)} limits for {len(prompts)} prompts")
-        longest = max(len(p) for p in prompts)
-        if longest > self.context_length:
-            raise ValueError(f"the prompt of {longest} tokens is longer than the context of {self.context_length}")
-        total = max(len(p) + n for p, n in zip(prompts, limits, strict=True))
-        if total > self.context_length and not window:
-            raise ValueError(
-                f"prompt and output of {total} tokens exceed the context of {self.context_length}: lower "
-                "max_new_tokens or ask for a sliding window"
-            )
-        if total > self.context_length and not hasattr(self.model.config, "rope_theta"):
-            raise ValueError(
-                f"prompt and output of {total} tokens exceed the {self.context_length} learned positions of this "
-                "model; a sliding window needs rotary positions"
-            )
-        width = min(bucket(longest), self.context_length)
-        new = bucket(max(limits))
-        slots = min(bucket(max(total, width)), self.context_length)
-        ids, mask = np.zeros((len(prompts), width), np.int32), np.zeros((len(prompts), width), bool)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, True
+        ids, mask, slots, new = prefill.lay_out(self.model, prompts, limits, self.context_length, window)
         return self._start(self.params, ids, mask, np.asarray(limits, np.int32), key, slots, new)
 
     def advance(self, state: DecodeState, steps: int) -> DecodeState:

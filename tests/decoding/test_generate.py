@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from tiny_models import noise
 
-from llm_jax.decoding.generate import Completion, Generator, bucket, sequence_logprobs
+from llm_jax.decoding.generate import Completion, Generator, sequence_logprobs
+from llm_jax.decoding.prefill import bucket
 from llm_jax.decoding.sampling import SamplingConfig
 from llm_jax.models.gpt import GPTConfig
 from llm_jax.models.llama import LlamaConfig

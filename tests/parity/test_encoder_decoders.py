@@ -51,10 +51,6 @@ def make(name, dtype):
     model = noisy(build, dtype)
     if hasattr(model, "final_logits_bias"):
         model.final_logits_bias.normal_()
-        for stack in (model.model.encoder, model.model.decoder):  # frozen sinusoids, which the noise has hit
-            stack.embed_positions.weight = torch.nn.Parameter(
-                stack.embed_positions.create_weight().to(dtype), requires_grad=False
-            )
     return model
 
 

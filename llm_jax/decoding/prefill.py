@@ -1,0 +1,151 @@
+"""From prompts to a cache and the next token's logits, for decoders and encoder-decoders alike.
+
+A decoder goes on from its prompt; an encoder-decoder reads it as the source, and its decoder begins with a start token.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_jax.nn import paths, weights
+from llm_jax.nn.cache import Cache
+from llm_jax.nn.stack import unstack
+
+
+def is_encoder_decoder(model: Any) -> bool:
+    """Whether the prompt is a source and not a beginning."""
+    return getattr(model.config, "encoder_decoder", False)
+
+
+def check_generates(model: Any) -> None:
+    """Refuses models without a decoder.
+
+    Raises:
+      ValueError: naming the model.
+    """
+    config = model.config
+    if not getattr(config, "causal", True):
+        raise ValueError(f"{type(model).__name__} sees both sides and cannot generate; see decoding.masked")
+    if not getattr(config, "decoder", True):
+        raise ValueError(f"this {type(model).__name__} is an encoder alone and cannot generate")
+
+
+def serving(params: Any) -> Any:
+    """Unstacked parameters; on a CPU kernels transposed also, where decoding is then up to twice as fast."""
+    turn = lambda x: weights.Transposed(x.T) if isinstance(x, jax.Array) and x.ndim == 2 and _on_cpu(x) else x
+    put = lambda path, x: turn(x) if path.endswith("kernel") else x
+    return paths.map_with_path(put, unstack(params), is_leaf=weights.is_node)
+
+
+def _on_cpu(x: jax.Array) -> bool:
+    return all(device.platform == "cpu" for device in x.devices())
+
+
+def bucket(size: int, smallest: int = 16) -> int:
+    """The next power of two from `smallest` on."""
+    while smallest < size:
+        smallest *= 2
+    return smallest
+
+
+class Layout(NamedTuple):
+    """Prompts as arrays, padded to buckets: one compilation per shape bucket and not one per prompt length.
+
+    Attributes:
+      ids_BT: prompts, padded on the right.
+      mask_BT: real tokens.
+      slots: of the decoder's cache.
+      new: room for generated tokens.
+    """
+
+    ids_BT: np.ndarray
+    mask_BT: np.ndarray
+    slots: int
+    new: int
+
+
+def lay_out(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    context_length: int,
+    window: bool = False,
+) -> Layout:
+    """Checks the lengths and pads.
+
+    Args:
+      model: what will read them.
+      prompts: token ids, one list a row, of any lengths.
+      limits: tokens that each may generate.
+      context_length: most tokens of a row: of prompt and output together, or of source and output each.
+      window: go on past the context with a sliding window (rotary models).
+
+    Raises:
+      ValueError: if a prompt is empty, or a row exceeds the context and `window` is off or the model has learned
+        positions.
+    """
+    if not prompts or any(len(p) == 0 for p in prompts):
+        raise ValueError("a prompt is empty; give at least one token (the model's bos token will do)")
+    if len(limits) != len(prompts):
+        raise ValueError(f"{len(limits)} limits for {len(prompts)} prompts")
+    longest = max(len(p) for p in prompts)
+    if longest > context_length:
+        raise ValueError(f"the prompt of {longest} tokens is longer than the context of {context_length}")
+    apart = is_encoder_decoder(model)
+    total = max((1 if apart else len(p)) + n for p, n in zip(prompts, limits, strict=True))
+    if total > context_length and not window:
+        what = "the start token and output" if apart else "prompt and output"
+        ask = "lower max_new_tokens" + ("" if apart else " or ask for a sliding window")
+        raise ValueError(f"{what} of {total} tokens exceed the context of {context_length}: {ask}")
+    if total > context_length and not hasattr(model.config, "rope_theta"):
+        raise ValueError(
+            f"prompt and output of {total} tokens exceed the {context_length} learned positions of this "
+            "model; a sliding window needs rotary positions"
+        )
+    width = min(bucket(longest), context_length)
+    slots = min(bucket(total if apart else max(total, width)), context_length)
+    ids, mask = np.zeros((len(prompts), width), np.int32), np.zeros((len(prompts), width), bool)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, True
+    return Layout(ids, mask, slots, bucket(max(limits)))
+
+
+def begin(
+    model: Any, params: Any, ids_BT: jax.Array, mask_BT: jax.Array, slots: int, dtype: Any
+) -> tuple[jax.Array, Cache]:
+    """Reads the prompts into a fresh cache: logits `[B, V]` of the first token, and the cache."""
+    cache = model.config.init_cache(ids_BT.shape[0], slots, dtype)
+    if not is_encoder_decoder(model):
+        return go_on(model, params, ids_BT, mask_BT, cache)
+    start = jnp.full((ids_BT.shape[0], 1), model.config.start_id, jnp.int32)
+    out = model.apply({"params": params}, ids_BT, start, attention_mask=mask_BT, cache=cache)
+    return out.head.logits(out.head_input[:, 0]), out.cache
+
+
+def go_on(model: Any, params: Any, ids_BT: jax.Array, mask_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    """Logits after each row's last real token, and the new cache."""
+    if is_encoder_decoder(model):
+        out = model.apply({"params": params}, None, ids_BT, decoder_attention_mask=mask_BT, cache=cache)
+    else:
+        out = model.apply({"params": params}, ids_BT, attention_mask=mask_BT, cache=cache)
+    h = out.head_input
+    if h.shape[1] > 1:
+        last = h.shape[1] - 1 - jnp.argmax(mask_BT[:, ::-1], axis=1)
+        h = jnp.take_along_axis(h, last[:, None, None], axis=1)
+    return out.head.logits(h[:, 0]), out.cache
+
+
+def told(model: Any, ids_BT: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What stands before the output, for penalties: the prompt, or the start token of an encoder-decoder."""
+    if not is_encoder_decoder(model):
+        return ids_BT, mask_BT
+    start = jnp.full((ids_BT.shape[0], 1), model.config.start_id, jnp.int32)
+    return start, jnp.ones_like(start, bool)
+
+
+def ban(logits_BV: jax.Array, ids: Sequence[int]) -> jax.Array:
+    """Logits where some entries cannot be chosen."""
+    return logits_BV.at[:, np.asarray(ids, np.int32)].set(-jnp.inf) if ids else logits_BV
