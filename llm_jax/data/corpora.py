@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import json
 import logging
+import re
 import sysconfig
 from collections.abc import Iterator
 from typing import Any
@@ -32,12 +33,14 @@ class Document:
     Attributes:
       name: where it came from, `path` or `path:line`.
       text: its text; for records of another shape, the empty string.
-      record: the JSON object of a structured row (instructions, chats), else None.
+      record: the JSON object of a structured row (instructions, chats, pairs), else None.
+      group: documents of one group are held out together; None for a group of its own.
     """
 
     name: str
     text: str
     record: dict[str, Any] | None = None
+    group: str | None = None
 
 
 def find_files(source: str) -> list[epath.Path]:
@@ -65,7 +68,9 @@ def find_files(source: str) -> list[epath.Path]:
         else:
             raise CorpusError(f"no corpus at {part!r}: give a file, a folder, a glob, or 'stdlib'")
     if not files:
-        raise CorpusError(f"{source!r} matches no readable file (.txt .md .py .rst .jsonl[.gz|.zst] .parquet [.gz])")
+        raise CorpusError(
+            f"{source!r} matches no readable file (.txt .md .py .rst .tsv .jsonl[.gz|.zst] .parquet [.gz])"
+        )
     return sorted(set(files), key=str)
 
 
@@ -92,6 +97,8 @@ def _kind(path: epath.Path) -> str | None:
         return "jsonl"
     if name.endswith(".parquet"):
         return "parquet"
+    if name.endswith(".tsv"):
+        return "tsv"
     return "text" if name.endswith(TEXT) else None
 
 
@@ -147,6 +154,9 @@ def read_file(path: epath.Path, bad: BadRows, text_field: str = "text") -> Itera
         if text.strip():
             yield Document(str(path), text)
         return
+    if kind == "tsv":
+        yield from _tsv(path, data, bad, text_field)
+        return
     for number, line in enumerate(data.split(b"\n"), 1):
         if not line.strip():
             continue
@@ -162,6 +172,19 @@ def read_file(path: epath.Path, bad: BadRows, text_field: str = "text") -> Itera
             yield Document(name, row[text_field], row)
         else:
             yield Document(name, "", row)
+
+
+def _tsv(path: epath.Path, data: bytes, bad: BadRows, text_field: str) -> Iterator[Document]:
+    """A table with tabs whose first line names the fields; nothing is quoted."""
+    lines = data.decode("utf-8", errors="replace").replace("\r\n", "\n").split("\n")
+    names = lines[0].split("\t")
+    for number, line in enumerate(lines[1:], 2):
+        values = line.split("\t")
+        if len(values) == len(names):
+            row = dict(zip(names, values, strict=True))
+            yield Document(f"{path}:{number}", row.get(text_field, ""), row)
+        elif line.strip():
+            bad.add(f"{path}:{number}", f"{len(values)} fields, the first line names {len(names)}")
 
 
 def _parquet(path: epath.Path, bad: BadRows, text_field: str) -> Iterator[Document]:
@@ -188,27 +211,47 @@ def _parquet(path: epath.Path, bad: BadRows, text_field: str) -> Iterator[Docume
         raise CorpusError(f"{path} is no readable Parquet file: {e}") from e
 
 
-def documents(source: str, bad: BadRows | None = None, text_field: str = "text") -> Iterator[Document]:
+def documents(
+    source: str, bad: BadRows | None = None, text_field: str = "text", group: str | None = None
+) -> Iterator[Document]:
     """All documents of a source, in the order of the sorted file names.
 
+    Args:
+      source: see `find_files`.
+      bad: counts what is skipped.
+      text_field: field of JSON rows and tables that holds the text.
+      group: `field` or `field:REGEX` of JSON rows and tables: rows that agree in its value, or in what the expression
+        finds there, are one group.
+
     Raises:
-      CorpusError: if there is no file, or no document in them.
+      CorpusError: if there is no file, or no document in them, or a record lacks the group's field.
     """
+    field, _, pattern = (group or "").partition(":")
     bad = BadRows() if bad is None else bad
     found = False
     for path in find_files(source):
         for document in read_file(path, bad, text_field):
             found = True
-            yield document
+            yield _grouped(document, field, pattern) if field else document
     if bad.count:
         log.warning("%d bad rows skipped in %s", bad.count, source)
     if not found:
         raise CorpusError(f"{source!r} holds no text ({bad.count} bad rows)")
 
 
+def _grouped(document: Document, field: str, pattern: str) -> Document:
+    value = (document.record or {}).get(field)
+    if not isinstance(value, str):
+        raise CorpusError(f"{document.name} has no field {field!r}, which data.group names")
+    match = re.search(pattern, value) if pattern else None
+    if pattern and match is None:
+        raise CorpusError(f"{document.name}: {value!r} does not match {pattern!r} of data.group")
+    return dataclasses.replace(document, group=value if match is None else match[0])
+
+
 def split_of(document: Document, validation_share: float) -> str:
     """`train` or `validation`, by a hash of the content: order, file names and additions do not move a document."""
-    content = document.text or json.dumps(document.record, sort_keys=True)
+    content = document.group or document.text or json.dumps(document.record, sort_keys=True)
     digest = hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return "validation" if int.from_bytes(digest, "big") < validation_share * 2**64 else "train"
 

@@ -71,8 +71,13 @@ def unigram_loss(train: TokenStore, held: TokenStore, vocab_size: int) -> float:
         parts = (np.bincount(ids[i : i + size], minlength=vocab_size) for i in range(0, len(ids), size))
         return sum(parts, np.zeros(vocab_size, np.int64))
 
-    seen, asked = count(train.ids) + 1.0, count(held.ids)
-    return float(np.sum(asked * (np.log(seen.sum()) - np.log(seen))) / max(asked.sum(), 1))
+    return unigram_nats(count(train.ids), count(held.ids))
+
+
+def unigram_nats(seen_V: np.ndarray, asked_V: np.ndarray) -> float:
+    """The same from counts."""
+    seen = seen_V + 1.0
+    return float(np.sum(asked_V * (np.log(seen.sum()) - np.log(seen))) / max(asked_V.sum(), 1))
 
 
 def build(
@@ -84,6 +89,7 @@ def build(
     kind: str = "text",
     text_field: str = "text",
     split: str = "hash",
+    group: str | None = None,
 ) -> dict[str, TokenStore]:
     """Tokenizes a source, or opens the cache of an earlier run.
 
@@ -99,6 +105,7 @@ def build(
       text_field: field of JSON rows and Parquet tables that holds the text.
       split: `hash` holds out whole documents by a hash of their content, `tail` the end of every document (for a corpus
         that is one document).
+      group: field whose equal values are held out together, see `corpora.documents`.
 
     Returns:
       `{"train": ..., "validation": ...}`.
@@ -113,7 +120,7 @@ def build(
         raise CorpusError(f"data.split={split!r} is neither hash nor tail")
     if split == "tail" and encode is not None:
         raise CorpusError("data.split=tail cuts plain text only; chats and instructions need data.split=hash")
-    key.update(f"{validation_share}{split}{text_field}{tokenizer.chat_template}".encode())
+    key.update(f"{validation_share}{split}{text_field}{tokenizer.chat_template}{group or ''}".encode())
     folder = epath.Path(cache) / key.hexdigest()
     try:
         return _open(folder)
@@ -123,7 +130,7 @@ def build(
         log.warning("token cache %s is damaged (%s); building it again", folder, e)
     working = epath.Path(f"{folder}.{uuid.uuid4().hex}.tmp")
     working.mkdir(parents=True)
-    _write(source, tokenizer, working, validation_share, encode or plain_text(tokenizer), text_field, split)
+    _write(source, tokenizer, working, validation_share, encode or plain_text(tokenizer), text_field, split, group)
     try:
         working.rename(folder)
     except OSError:  # there is one: a damaged one, or that of another process that was faster
@@ -137,11 +144,11 @@ def build(
     return _open(folder)
 
 
-def _write(source, tokenizer, folder, validation_share, encode, text_field, how):
+def _write(source, tokenizer, folder, validation_share, encode, text_field, how, group):
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     bad = BadRows()
     splits = {s: _Writer(folder, s, dtype) for s in ("train", "validation")}
-    stream = documents(source, bad, text_field)
+    stream = documents(source, bad, text_field, group)
     while batch := list(itertools.islice(stream, 256)):
         for split, writer in splits.items():
             if how == "hash":

@@ -7,7 +7,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,68 +15,26 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from llm_jax import config as configs
-from llm_jax.data import corpora, packing, tokenizers, tokens
+from llm_jax.data import tokenizers, tokens
 from llm_jax.data.loader import Loader, eval_batches
-from llm_jax.data.masked import PAIRS, FramedRows, Frames, MaskCopies, PairRows
 from llm_jax.models import registry
 from llm_jax.models.gpt import GPTConfig
 from llm_jax.nn import paths, weights
 from llm_jax.objectives.causal_lm import CausalLM
 from llm_jax.objectives.masked_lm import MaskedLM
+from llm_jax.objectives.seq2seq import Seq2Seq
 from llm_jax.parallel.plan import Plan, PlanConfig
 from llm_jax.storage.checkpoints import Checkpoints
 from llm_jax.training import flops, metrics
 from llm_jax.training.loop import NEXT_TOKEN, LoopConfig, run_loop, summarize
 from llm_jax.training.optimizers import OptimizerConfig, make_optimizer
 from llm_jax.training.precision import Precision
+from llm_jax.training.rows import DataConfig, check_objective, get_rows, get_tokenizer
 from llm_jax.training.state import TrainState, init_state
 from llm_jax.training.step import StepConfig, make_eval_step, make_train_step
-from llm_jax.training.workdir import Workdir, has_checkpoint
+from llm_jax.training.workdir import Workdir
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """What a run reads.
-
-    Attributes:
-      source: `stdlib`, a file, a folder, a glob, or several joined by commas.
-      tokenizer: a `tokenizer.json` or a folder with one; None trains one on the training split.
-      tokenizer_kind: of the trained one: bpe, wordpiece, unigram, char. Its size is the model's vocab_size.
-      validation_share: share held out.
-      split: `hash` (whole documents) or `tail` (the end of every document).
-      packing: `stream` (rows cut anywhere) or `whole` (whole documents side by side, padded).
-      segments: stream: attention and labels do not cross documents.
-      pairs: of masked models: `none` (full sentences across documents), `next` (half of the second sentences are of
-        another document) or `order` (half are swapped).
-      mask_copies: of masked models: 0 masks anew at every visit, n gives every row n masks for good.
-      text_field: field of JSON rows and Parquet tables.
-      cache: local folder for tokenized data; None takes the work directory's `tokens`.
-    """
-
-    source: str = "stdlib"
-    tokenizer: str | None = None
-    tokenizer_kind: str = "bpe"
-    validation_share: float = 0.02
-    split: str = "hash"
-    packing: str = "stream"
-    segments: bool = False
-    pairs: str = "none"
-    mask_copies: int = 0
-    text_field: str = "text"
-    cache: str | None = None
-
-    def __post_init__(self) -> None:
-        """Checks names and ranges."""
-        if self.packing not in ("stream", "whole"):
-            raise ValueError(f"packing={self.packing!r} is neither stream nor whole")
-        if self.pairs not in ("none", *PAIRS):
-            raise ValueError(f"pairs={self.pairs!r} is none of none, {', '.join(PAIRS)}")
-        if self.mask_copies < 0:
-            raise ValueError(f"mask_copies={self.mask_copies} must not be negative")
-        if not 0 <= self.validation_share < 1:
-            raise ValueError(f"validation_share={self.validation_share} must lie in [0, 1)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +43,7 @@ class RunConfig:
 
     model: Any = GPTConfig()
     data: DataConfig = DataConfig()
-    objective: CausalLM | MaskedLM = CausalLM()
+    objective: CausalLM | MaskedLM | Seq2Seq = CausalLM()
     optimizer: OptimizerConfig = OptimizerConfig()
     plan: PlanConfig = PlanConfig()
     training: LoopConfig = LoopConfig()
@@ -110,95 +68,6 @@ class Trained:
     model: Any
     tokenizer: tokenizers.Tokenizer
     evaluation: dict[str, float]
-
-
-def get_tokenizer(config: RunConfig, workdir: epath.Path) -> tokenizers.Tokenizer:
-    """The run's tokenizer: named, left by an earlier start, or trained on the training split."""
-    if config.data.tokenizer is not None:
-        tokenizer = tokenizers.load(config.data.tokenizer)
-    elif (workdir / "tokenizer.json").exists() and has_checkpoint(workdir):
-        tokenizer = tokenizers.load(workdir)
-    else:
-        log.info("training a %s tokenizer of %d entries", config.data.tokenizer_kind, config.model.vocab_size)
-        share = config.data.validation_share
-        documents = (d for d in corpora.documents(config.data.source, text_field=config.data.text_field) if d.text)
-        if config.data.split == "hash":
-            texts = (d.text for d in documents if corpora.split_of(d, share) == "train")
-        else:
-            texts = (tokens.part_of(d, "train", share).text for d in documents)
-        special = tokenizers.MASKED_SPECIAL if isinstance(config.objective, MaskedLM) else (tokenizers.END_OF_TEXT,)
-        tokenizer = tokenizers.train(texts, config.data.tokenizer_kind, config.model.vocab_size, special)
-    tokens.check_vocabulary(tokenizer, config.model.vocab_size)
-    return tokenizer
-
-
-class Rows(NamedTuple):
-    """What a run reads.
-
-    Attributes:
-      train: training rows.
-      held: held-out rows, or None.
-      tokens_per_byte: of the held-out text.
-      unigram: nats a held-out token under the training part's token frequencies: what knowing no context gives; 0 where
-        only some tokens are trained.
-    """
-
-    train: Any
-    held: Any
-    tokens_per_byte: float
-    unigram: float
-
-
-def _check_objective(config: RunConfig) -> None:
-    """Says what does not fit together before anything is tokenized."""
-    data, model = config.data, config.model
-    config.objective.for_run(1, model, 0)
-    if not isinstance(config.objective, MaskedLM):
-        if data.pairs != "none" or data.mask_copies:
-            raise configs.ConfigError("data.pairs and data.mask_copies are of masked models: take objective MaskedLM")
-        return
-    if data.packing != "stream" or data.segments:
-        raise configs.ConfigError("masked models read full sentences or pairs: leave data.packing and data.segments")
-    if data.pairs == "none":
-        return
-    if model.num_token_types < 2 or (config.objective.pair and model.head != "pretraining"):
-        raise configs.ConfigError(f"data.pairs={data.pairs} needs model.num_token_types=2 and model.head='pretraining'")
-
-
-def _masked_rows(config: RunConfig, tokenizer: tokenizers.Tokenizer, store: tokens.TokenStore, copies: int) -> Any:
-    length, pairs = config.training.sequence_length, config.data.pairs
-    frames = Frames.of(tokenizer)
-    seed = config.training.seed
-    rows = FramedRows(store, length, frames) if pairs == "none" else PairRows(store, length, frames, pairs, seed)
-    return MaskCopies(rows, copies) if copies else rows
-
-
-def get_rows(
-    config: RunConfig, tokenizer: tokenizers.Tokenizer, workdir: epath.Path, encode: tokens.Encode | None, kind: str
-) -> Rows:
-    """Tokenizes the corpus, or opens the cache, and cuts it into rows."""
-    data, length = config.data, config.training.sequence_length
-    cache = data.cache or workdir / "tokens"
-    if "://" in str(cache):
-        raise configs.ConfigError(f"tokens are memory-mapped and cannot lie in {cache}: set data.cache=LOCAL_FOLDER")
-    stores = tokens.build(
-        data.source, tokenizer, cache, data.validation_share, encode, kind, data.text_field, data.split
-    )
-    held = stores["validation"]
-    ratio = len(held.ids) / held.text_bytes if held.text_bytes and held.weights is None else 0.0
-    unigram = tokens.unigram_loss(stores["train"], held, config.model.vocab_size) if ratio else 0.0
-    enough = len(held.ids) > (length if data.packing == "stream" else 1)
-    if isinstance(config.objective, MaskedLM):
-        train = _masked_rows(config, tokenizer, stores["train"], data.mask_copies)
-        try:
-            return Rows(train, _masked_rows(config, tokenizer, held, 1), ratio, unigram)
-        except corpora.CorpusError as e:
-            log.warning("nothing is evaluated, the held-out part is too small (data.validation_share): %s", e)
-            return Rows(train, None, ratio, 0.0)
-    make: Any = functools.partial(packing.StreamRows, segments=data.segments)
-    if data.packing == "whole":
-        make = packing.WholeRows
-    return Rows(make(stores["train"], length), make(held, length) if enough else None, ratio, unigram)
 
 
 def train(
@@ -263,7 +132,7 @@ def _train(config, workdir, params, adapt, tokenizer, encode, kind, restore_step
         raise configs.ConfigError(f"training.sequence_length={c.sequence_length} exceeds model.context_length={limit}")
     plan = Plan(config.plan, config.model)
     plan.check_batch(c.batch_size, c.accumulation)
-    _check_objective(config)
+    check_objective(config)
 
     def prepare():
         own = tokenizer

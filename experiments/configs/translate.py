@@ -1,0 +1,43 @@
+"""The Transformer of 2017 learns to translate: English to Spanish, on the aligned verses of a Bible.
+
+Reproduces: Vaswani et al. 2017 in small: shared BPE vocabulary and table, post-norm, sinusoids, dropout before each
+            residual sum, label smoothing 0.1, Adam (0.9, 0.98) with the Noam schedule, averaged checkpoints, beam 4.
+"""
+
+from experiments import cli
+from llm_jax.models.transformer import TransformerConfig
+from llm_jax.objectives.seq2seq import Seq2Seq
+from llm_jax.parallel.plan import PlanConfig
+from llm_jax.training.loop import LoopConfig
+from llm_jax.training.optimizers import OptimizerConfig
+from llm_jax.training.rows import DataConfig
+from llm_jax.training.run import RunConfig
+
+LENGTH = 48
+
+
+def get_config(variant: str = "bible"):
+    """`bible`: 30,687 verse pairs; chapters are held out whole."""
+    if variant != "bible":
+        raise ValueError(f"variant {variant!r} is not bible")
+    return cli.as_config_dict(
+        RunConfig(
+            model=TransformerConfig(
+                vocab_size=8000, context_length=128, model_dim=256, num_layers=3, num_heads=4, hidden_dim=1024,
+                dropout=0.1,
+            ),
+            data=DataConfig(
+                source="../shared/data/bible_en_es/kjv_rv1909.tsv.gz", validation_share=0.03, fields=("en", "es"),
+                group=r"ref:\w+\.\d+",
+            ),
+            objective=Seq2Seq(label_smoothing=0.1),
+            optimizer=OptimizerConfig(
+                "adam", 1.0, "noam", warmup_steps=400, b2=0.98, eps=1e-9, weight_decay=0.0, noam_dim=256,
+            ),
+            plan=PlanConfig(unroll=True),
+            training=LoopConfig(
+                steps=2000, batch_size=32, sequence_length=LENGTH, log_every=20, eval_every=200, checkpoint_every=100,
+                keep_last=5, eval_batches=20,
+            ),
+        )
+    )  # fmt: skip

@@ -1,0 +1,226 @@
+"""What a run reads: its tokenizer and its rows, for every objective."""
+
+import dataclasses
+import itertools
+import logging
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from llm_jax import config as configs
+from llm_jax.data import corpora, packing, pairs, tokenizers, tokens
+from llm_jax.data.loader import eval_batches
+from llm_jax.data.masked import PAIRS, FramedRows, Frames, MaskCopies, PairRows
+from llm_jax.objectives import spans
+from llm_jax.objectives.masked_lm import MaskedLM
+from llm_jax.objectives.seq2seq import Seq2Seq
+from llm_jax.training.workdir import has_checkpoint
+
+log = logging.getLogger(__name__)
+SENTINELS = 100  # entries that a tokenizer trained for span corruption keeps free, as T5's
+COUNTED = 64  # batches whose labels say what knowing only their frequencies gives
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What a run reads.
+
+    Attributes:
+      source: `stdlib`, a file, a folder, a glob, or several joined by commas.
+      tokenizer: a `tokenizer.json` or a folder with one; None trains one on the training split.
+      tokenizer_kind: of the trained one: bpe, wordpiece, unigram, char. Its size is the model's vocab_size.
+      validation_share: share held out.
+      split: `hash` (whole documents) or `tail` (the end of every document).
+      packing: `stream` (rows cut anywhere) or `whole` (whole documents side by side, padded).
+      segments: stream: attention and labels do not cross documents.
+      pairs: of masked models: `none` (full sentences across documents), `next` (half of the second sentences are of
+        another document) or `order` (half are swapped).
+      mask_copies: of masked models: 0 masks anew at every visit, n gives every row n masks for good.
+      text_field: field of JSON rows and Parquet tables.
+      fields: of pairs: the fields of source and target (JSON rows, tables with tabs).
+      group: field of JSON rows and tables; rows that agree in it are held out together. `field:REGEX` compares only
+        what the expression finds in it.
+      cache: local folder for tokenized data; None takes the work directory's `tokens`.
+    """
+
+    source: str = "stdlib"
+    tokenizer: str | None = None
+    tokenizer_kind: str = "bpe"
+    validation_share: float = 0.02
+    split: str = "hash"
+    packing: str = "stream"
+    segments: bool = False
+    pairs: str = "none"
+    mask_copies: int = 0
+    text_field: str = "text"
+    fields: tuple[str, ...] = ()
+    group: str | None = None
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        """Checks names and ranges."""
+        if self.packing not in ("stream", "whole"):
+            raise ValueError(f"packing={self.packing!r} is neither stream nor whole")
+        if self.pairs not in ("none", *PAIRS):
+            raise ValueError(f"pairs={self.pairs!r} is none of none, {', '.join(PAIRS)}")
+        if len(self.fields) not in (0, 2):
+            raise ValueError(f"fields={self.fields} must name a source and a target")
+        if self.mask_copies < 0:
+            raise ValueError(f"mask_copies={self.mask_copies} must not be negative")
+        if not 0 <= self.validation_share < 1:
+            raise ValueError(f"validation_share={self.validation_share} must lie in [0, 1)")
+
+
+class Rows(NamedTuple):
+    """What a run reads.
+
+    Attributes:
+      train: training rows.
+      held: held-out rows, or None.
+      tokens_per_byte: of the held-out text; 0 where its tokens are not what is predicted.
+      unigram: nats a held-out token under the training part's token frequencies: what knowing no context gives; 0 where
+        only some tokens are trained.
+    """
+
+    train: Any
+    held: Any
+    tokens_per_byte: float
+    unigram: float
+
+
+def _texts(config: Any) -> Iterator[str]:
+    """What a tokenizer learns from: the training part."""
+    data = config.data
+    read = (d for d in corpora.documents(data.source, text_field=data.text_field, group=data.group))
+    if data.fields:
+        train = (d for d in read if corpora.split_of(d, data.validation_share) == "train")
+        found = (pairs.both(d, data.fields) for d in train)
+        return itertools.chain.from_iterable(pair for pair in found if pair is not None)
+    documents = (d for d in read if d.text)
+    if data.split == "hash":
+        return (d.text for d in documents if corpora.split_of(d, data.validation_share) == "train")
+    return (tokens.part_of(d, "train", data.validation_share).text for d in documents)
+
+
+def get_tokenizer(config: Any, workdir: epath.Path) -> tokenizers.Tokenizer:
+    """The run's tokenizer: named, left by an earlier start, or trained on the training split."""
+    size, objective = config.model.vocab_size, config.objective
+    if config.data.tokenizer is not None:
+        tokenizer = tokenizers.load(config.data.tokenizer)
+    elif (workdir / "tokenizer.json").exists() and has_checkpoint(workdir):
+        tokenizer = tokenizers.load(workdir)
+    else:
+        kind = config.data.tokenizer_kind
+        log.info("training a %s tokenizer of %d entries", kind, size)
+        special = tokenizers.MASKED_SPECIAL if isinstance(objective, MaskedLM) else (tokenizers.END_OF_TEXT,)
+        free = SENTINELS if isinstance(objective, Seq2Seq) and objective.task == "spans" else 0
+        tokenizer = tokenizers.train(_texts(config), kind, size - free, special)
+        if free:  # entry V - 1 - i is sentinel i
+            missing = size - free - tokenizer.vocab_size
+            names = [f"<unused_{i}>" for i in range(missing)]
+            names += [f"<extra_id_{i}>" for i in reversed(range(free))]
+            tokenizer.backend.add_special_tokens(names)
+    tokens.check_vocabulary(tokenizer, size)
+    return tokenizer
+
+
+def check_objective(config: Any) -> None:
+    """Says what does not fit together before anything is tokenized.
+
+    Raises:
+      ConfigError: naming the fields.
+    """
+    data, model, objective = config.data, config.model, config.objective
+    objective.for_run(1, model, 0)
+    paired = isinstance(objective, Seq2Seq) and objective.task == "pairs"
+    if bool(data.fields) != paired:
+        raise configs.ConfigError("data.fields and objective Seq2Seq(task='pairs') need each other")
+    if isinstance(objective, Seq2Seq) and (data.packing != "stream" or data.segments):
+        raise configs.ConfigError("encoder-decoders read pairs or full rows: leave data.packing and data.segments")
+    if paired and data.split != "hash":
+        raise configs.ConfigError("pairs are held out whole: take data.split=hash")
+    if not isinstance(objective, MaskedLM):
+        if data.pairs != "none" or data.mask_copies:
+            raise configs.ConfigError("data.pairs and data.mask_copies are of masked models: take objective MaskedLM")
+        return
+    if data.packing != "stream" or data.segments:
+        raise configs.ConfigError("masked models read full sentences or pairs: leave data.packing and data.segments")
+    if data.pairs == "none":
+        return
+    if model.num_token_types < 2 or (objective.pair and model.head != "pretraining"):
+        raise configs.ConfigError(f"data.pairs={data.pairs} needs model.num_token_types=2 and model.head='pretraining'")
+
+
+def _masked(config: Any, tokenizer: tokenizers.Tokenizer, store: tokens.TokenStore, copies: int) -> Any:
+    length, kind = config.training.sequence_length, config.data.pairs
+    frames = Frames.of(tokenizer)
+    seed = config.training.seed
+    rows = FramedRows(store, length, frames) if kind == "none" else PairRows(store, length, frames, kind, seed)
+    return MaskCopies(rows, copies) if copies else rows
+
+
+def _maker(config: Any, tokenizer: tokenizers.Tokenizer) -> Any:
+    """`(store, whether held out) -> rows` of the objective."""
+    data, objective, length = config.data, config.objective, config.training.sequence_length
+    if isinstance(objective, MaskedLM):
+        return lambda store, held: _masked(config, tokenizer, store, 1 if held else data.mask_copies)
+    if isinstance(objective, Seq2Seq) and objective.task == "pairs":
+        return lambda store, _: pairs.PairedRows(store, length)
+    if isinstance(objective, Seq2Seq):
+        size = length
+        if objective.task == "spans":  # as much text as gives a source of that length
+            ends = objective.end_id is not None
+            size = spans.fitting(length, objective.noise_density, objective.mean_span, ends)
+        return lambda store, _: packing.StreamRows(store, size - 1)
+    if data.packing == "whole":
+        return lambda store, _: packing.WholeRows(store, length)
+    return lambda store, _: packing.StreamRows(store, length, data.segments)
+
+
+def _labels(config: Any, rows: Any) -> np.ndarray:
+    """How often each entry is a label in some batches of an encoder-decoder's rows."""
+    objective = config.objective.for_run(1, config.model, None)
+
+    @jax.jit
+    def labels(batch):
+        ids, weights = objective.prepare(batch, jax.random.key(0)).targets
+        return ids, weights > 0
+
+    counts = np.zeros(config.model.vocab_size, np.int64)
+    for batch in eval_batches(rows, config.training.batch_size, COUNTED):
+        ids, real = jax.device_get(labels(batch))
+        counts += np.bincount(ids[real], minlength=len(counts))
+    return counts
+
+
+def get_rows(
+    config: Any, tokenizer: tokenizers.Tokenizer, workdir: epath.Path, encode: tokens.Encode | None, kind: str
+) -> Rows:
+    """Tokenizes the corpus, or opens the cache, and cuts it into rows."""
+    data = config.data
+    cache = data.cache or workdir / "tokens"
+    if "://" in str(cache):
+        raise configs.ConfigError(f"tokens are memory-mapped and cannot lie in {cache}: set data.cache=LOCAL_FOLDER")
+    if data.fields:
+        encode, kind = pairs.encode_pairs(tokenizer, data.fields), f"pairs {data.fields}"
+    stores = tokens.build(
+        *(data.source, tokenizer, cache, data.validation_share, encode, kind, data.text_field, data.split, data.group)
+    )
+    held = stores["validation"]
+    make = _maker(config, tokenizer)
+    train = make(stores["train"], False)
+    try:
+        own = make(held, True)
+    except corpora.CorpusError as e:
+        if data.validation_share:
+            log.warning("nothing is evaluated, the held-out part is too small (data.validation_share): %s", e)
+        return Rows(train, None, 0.0, 0.0)
+    if isinstance(config.objective, Seq2Seq):
+        seen, asked = _labels(config, train), _labels(config, own)
+        return Rows(train, own, 0.0, tokens.unigram_nats(seen, asked))
+    ratio = len(held.ids) / held.text_bytes if held.text_bytes and held.weights is None else 0.0
+    unigram = tokens.unigram_loss(stores["train"], held, config.model.vocab_size) if ratio else 0.0
+    return Rows(train, own, ratio, unigram)
