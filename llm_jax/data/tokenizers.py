@@ -75,6 +75,12 @@ class Tokenizer:
         """Ids of a text; special tokens written in it are recognised, none are added."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
+    def encode_source(self, text: str) -> list[int]:
+        """Ids of a text as an encoder-decoder reads it, with its end."""
+        ids = self.backend.encode(text).ids
+        end = self.separator
+        return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of several texts, in parallel."""
         return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]

@@ -41,6 +41,8 @@ class CausalLM:
         del mask_id
         if not getattr(model, "causal", True):
             raise ValueError(f"{type(model).__name__} sees both sides: train it with objective MaskedLM, not CausalLM")
+        if getattr(model, "encoder_decoder", False):
+            raise ValueError(f"{type(model).__name__} is an encoder-decoder: train it with objective Seq2Seq")
         return dataclasses.replace(self, chunks=self.chunks or (4 if devices == 1 else 1))
 
     def plain(self) -> "CausalLM":
