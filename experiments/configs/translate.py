@@ -32,7 +32,7 @@ def get_config(variant: str = "bible"):
             ),
             objective=Seq2Seq(label_smoothing=0.1),
             optimizer=OptimizerConfig(
-                "adam", 1.0, "noam", warmup_steps=400, b2=0.98, eps=1e-9, weight_decay=0.0, noam_dim=256,
+                "adam", 0.3, "noam", warmup_steps=400, b2=0.98, eps=1e-9, weight_decay=0.0, noam_dim=256,
             ),
             plan=PlanConfig(unroll=True),
             training=LoopConfig(

@@ -295,3 +295,12 @@ def sequence_logprobs(model: Any, params: Any, ids_BT: jax.Array, mask_BT: jax.A
     logp = jax.nn.log_softmax(out.logits, axis=-1)
     own = jnp.take_along_axis(logp, ids_BT[:, 1:, None], axis=-1)[:, :, 0]
     return jnp.where(mask_BT[:, 1:], own, 0.0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def target_logprobs(model: Any, params: Any, source_BS: jax.Array, target_BT: jax.Array) -> jax.Array:
+    """Log-probability of every token of a target given its source and those before it, `[B, T]`."""
+    first = jnp.full_like(target_BT[:, :1], model.config.start_id)
+    out = model.apply({"params": params}, source_BS, jnp.concatenate([first, target_BT[:, :-1]], axis=1))
+    logp = jax.nn.log_softmax(out.logits, axis=-1)
+    return jnp.take_along_axis(logp, target_BT[:, :, None], axis=-1)[:, :, 0]

@@ -25,9 +25,11 @@ from experiments.configs import demo
 from experiments.configs import finetune as finetune_experiment
 from llm_jax import interop
 from llm_jax.data import tokenizers
+from llm_jax.decoding.beam import BeamConfig, BeamSearch
 from llm_jax.decoding.generate import Generator
 from llm_jax.delta.lora import LoraConfig
 from llm_jax.models.llama import LlamaConfig
+from llm_jax.models.t5 import T5Config
 from llm_jax.nn import paths, weights
 from llm_jax.training.finetune import FinetuneConfig
 from llm_jax.training.loop import LoopConfig
@@ -302,6 +304,69 @@ def test_generate(folder, capsys, monkeypatch, tmp_path):
     assert found["tokens"][:8] == want.tokens and len(found["tokens"]) == loaded.config.context_length - len(ids)
     with pytest.raises(ValueError, match="32 tokens fill the context of 32"):
         call("generate", f"--model={folder}", f"--prompt={'abc abd ' * 4}")
+
+
+@pytest.fixture(scope="module")
+def translator(tmp_path_factory):
+    """A random T5 and a character tokenizer."""
+    path = tmp_path_factory.mktemp("translator")
+    tokenizer = tokenizers.train([TEXT, "u"], "char", 1)
+    config = T5Config(vocab_size=tokenizer.vocab_size, context_length=32, model_dim=16, num_layers=1, num_heads=2,
+                      head_dim=8, hidden_dim=24, num_buckets=8, max_distance=8)  # fmt: skip
+    model = config.make()
+    interop.save(path, model, noise(model, 0.5), tokenizer)
+    return path
+
+
+def test_an_encoder_decoder_answers_line_by_line(translator, capsys, tmp_path):
+    loaded = interop.load(translator)
+    sources = [loaded.tokenizer.encode_source(line) for line in ("abc", "abd abe", "u")]
+    search = BeamSearch(loaded.model, loaded.params, loaded.tokenizer.eos_ids, BeamConfig(3, penalty="gnmt"))
+    want = [h for row in search.search(sources, 6, 2) for h in row]
+    (tmp_path / "in.txt").write_text("abc\nabd abe\n\nu\n")
+    arguments = (f"--model={translator}", f"--prompt_file={tmp_path / 'in.txt'}", "--max_new_tokens=6")
+    call("generate", *arguments, "--beams=3", "--num_return=2", "--penalty=gnmt", "--json", "--batch_size=2")
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [f["tokens"] for f in found] == [h.tokens for h in want] and len(found) == 6
+    np.testing.assert_allclose([f["score"] for f in found], [h.score for h in want], rtol=1e-5)
+    call("generate", *arguments)  # greedy
+    generator = Generator(loaded.model, loaded.params, loaded.tokenizer.eos_ids)
+    greedy = [loaded.tokenizer.decode(c.tokens) for c in generator.generate(sources, 6, jax.random.key(0))]
+    assert capsys.readouterr().out == "".join(f"{text}\n" for text in greedy)
+
+
+def test_beams_of_a_decoder(folder, capsys):
+    call("generate", f"--model={folder}", "--prompt=abc", "--max_new_tokens=5", "--beams=2")
+    loaded = interop.load(folder)
+    search = BeamSearch(loaded.model, loaded.params, loaded.tokenizer.eos_ids, BeamConfig(2))
+    ((best,),) = search.search([loaded.tokenizer.encode("abc")], 5)
+    assert capsys.readouterr().out == f"{loaded.tokenizer.decode(best.tokens)}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("--beams=2", "--temperature=0.5"), "--temperature has no effect with --beams=2"),
+        (("--num_return=2",), "--num_return has no effect with --beams=1"),
+        (("--chat",), "is an encoder-decoder: it takes neither --chat nor --sliding_window"),
+    ],
+)
+def test_flags_without_effect(arguments, words, translator):
+    with pytest.raises(ValueError, match=words):
+        call("generate", f"--model={translator}", "--prompt=abc", *arguments)
+
+
+def test_evaluate_a_pair(translator, capsys):
+    call("evaluate", f"--model={translator}", "--sentence=abc ||| abd")
+    loaded = interop.load(translator)
+    source, target = (np.array([loaded.tokenizer.encode_source(t)]) for t in ("abc", "abd"))
+    first = np.concatenate([[[0]], target[:, :-1]], axis=1)
+    logits = jax.jit(lambda p: loaded.model.apply({"params": p}, source, first).logits)(loaded.params)
+    logp = np.asarray(jax.nn.log_softmax(logits))[0, np.arange(4), target[0]].sum()
+    assert f"log p = {logp:.3f} (4 tokens" in capsys.readouterr().out
+    for flag, words in (("--sentence=abc", "is no 'SOURCE ||| TARGET'"), ("--next=abc", "is an encoder-decoder: give")):
+        with pytest.raises(ValueError, match=words):
+            call("evaluate", f"--model={translator}", flag)
 
 
 def test_chat_goes_on_turn_by_turn(folder, tmp_path, capsys, monkeypatch):
