@@ -1,5 +1,6 @@
 """What the training binaries print at the end: the summary line and sampled continuations."""
 
+import itertools
 import lzma
 import sys
 from typing import Any
@@ -7,10 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from llm_jax.data import corpora
+from llm_jax.data import corpora, pairs
 from llm_jax.decoding.generate import Generator
 from llm_jax.decoding.masked import fill
 from llm_jax.decoding.sampling import SamplingConfig
+from llm_jax.objectives.causal_lm import CausalLM
+from llm_jax.objectives.masked_lm import MaskedLM
+from llm_jax.objectives.seq2seq import Seq2Seq
 from llm_jax.training.run import RunConfig, Trained
 
 
@@ -60,6 +64,32 @@ def _beginnings(config: RunConfig, count: int) -> list[str]:
 def _marks() -> tuple[str, str]:
     """What stands around a model's own words: bold on a terminal, a triangle in front elsewhere."""
     return ("\x1b[1m", "\x1b[0m") if sys.stdout.isatty() else ("\u25b8", "")
+
+
+def samples(trained: Trained, count: int, config: RunConfig) -> list[str]:
+    """What the model says, in the way of its objective; nothing for one that says nothing."""
+    ways = {CausalLM: continuations, MaskedLM: fillings, Seq2Seq: answers}
+    say = ways.get(type(config.objective))
+    return [] if say is None else say(trained, count, config)
+
+
+def answers(trained: Trained, count: int, config: RunConfig) -> list[str]:
+    """Held-out sources, what the model makes of them (greedily), and what stands there."""
+    tokenizer: Any = trained.tokenizer
+    data, length = config.data, config.training.sequence_length
+    if not data.fields:
+        return []
+    read = corpora.documents(data.source, text_field=data.text_field, group=data.group)
+    held = (d for d in read if corpora.split_of(d, data.validation_share) == "validation")
+    found = (pairs.both(d, data.fields) for d in held)
+    texts = list(itertools.islice((p for p in found if p is not None and len(tokenizer.encode(p[0])) < length), count))
+    if not texts:
+        return []
+    generator = Generator(trained.model, trained.state.params, tokenizer.eos_ids)
+    new = min(length, trained.model.config.context_length - 1)
+    done = generator.generate([tokenizer.encode_source(a) for a, _ in texts], new, jax.random.key(0))
+    begin, end = _marks()
+    return [f"{a}\n{begin}{tokenizer.decode(d.tokens)}{end}\n{b}" for (a, b), d in zip(texts, done, strict=True)]
 
 
 def fillings(trained: Trained, count: int, config: RunConfig, length: int = 48) -> list[str]:

@@ -29,8 +29,7 @@ def main() -> None:
     log.info("config %s", json.dumps(config.to_dict()))
     trained = run.train(config, WORKDIR.value, restore_step=RESTORE.value)
     print(report.summary(config, trained, WORKDIR.value))
-    samples = report.continuations if getattr(config.model, "causal", True) else report.fillings
-    for text in samples(trained, SAMPLES.value, config):
+    for text in report.samples(trained, SAMPLES.value, config):
         print("-" * 80, text, sep="\n")
 
 

@@ -30,8 +30,9 @@ class Loader:
         seed: int,
         process_index: int | None = None,
         process_count: int | None = None,
+        shuffle: bool = True,
     ) -> None:
-        """Reshuffles every epoch from `seed`; this process reads its own rows of every batch.
+        """Reshuffles every epoch from `seed`, unless rows go on from batch to batch; this process reads its own rows.
 
         Raises:
           CorpusError: if there are no rows.
@@ -45,7 +46,8 @@ class Loader:
             raise CorpusError("the corpus has no rows")
         self.batch_size = batch_size
         # not repeat(None), whose length grain cannot divide into batches of one row
-        rows = grain.MapDataset.source(source).seed(seed).shuffle().repeat(max(1, ENDLESS // len(source)))
+        rows = grain.MapDataset.source(source).seed(seed)
+        rows = (rows.shuffle() if shuffle else rows).repeat(max(1, ENDLESS // len(source)))
         rows = rows.slice(slice(index, None, count)).batch(batch_size // count)
         self._iterator = iter(rows.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 

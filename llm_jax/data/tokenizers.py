@@ -23,7 +23,7 @@ ROLES = {
     "unk": ("[UNK]", "<unk>"),
 }
 MASKED_SPECIAL = ("[SEP]", "[PAD]", "[CLS]", "[MASK]")  # of the vocabularies trained here for masked models
-KINDS = ("bpe", "wordpiece", "unigram", "char")
+KINDS = ("bpe", "wordpiece", "unigram", "char", "word")
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -234,7 +234,8 @@ def train(texts: Iterable[str], kind: str, vocab_size: int, special: Sequence[st
 
     Args:
       texts: any iterator of text.
-      kind: `bpe` (byte-level), `wordpiece`, `unigram` or `char` (the characters seen; `vocab_size` is not used).
+      kind: `bpe` (byte-level), `wordpiece`, `unigram`, `char` (the characters seen; `vocab_size` is not used) or `word`
+        (words and punctuation, the most frequent first).
       vocab_size: entries, special tokens included.
       special: the first one separates documents.
 
@@ -264,6 +265,11 @@ def train(texts: Iterable[str], kind: str, vocab_size: int, special: Sequence[st
         backend.pre_tokenizer = pre_tokenizers.Metaspace()
         backend.decoder = decoders.Metaspace()
         trainer = trainers.UnigramTrainer(unk_token="<unk>", **common)
+    elif kind == "word":
+        common["special_tokens"] = [*special, "<unk>"]
+        backend = tokenizers.Tokenizer(models.WordLevel(unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.Whitespace()
+        trainer = trainers.WordLevelTrainer(**common)
     else:
         common |= {"vocab_size": 2**31 - 1, "special_tokens": [*special, "<unk>"]}
         trainer = trainers.WordLevelTrainer(**common)

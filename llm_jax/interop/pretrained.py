@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from etils import epath
 
 from llm_jax.data import tokenizers
-from llm_jax.interop import bert, gpt, llama, marian, names, t5
+from llm_jax.interop import bert, elmo, gpt, llama, marian, names, t5
 from llm_jax.interop import gguf as gguf_names
 from llm_jax.interop.names import InteropError
 from llm_jax.models import registry
+from llm_jax.models.elmo import ElmoConfig
 from llm_jax.nn import paths, weights
 from llm_jax.nn.execution import Execution
 from llm_jax.nn.stack import stack
@@ -68,7 +69,7 @@ def load(
     head: str | None = None,
     labels: Sequence[str] = (),
 ) -> Pretrained:
-    """Loads a Hugging Face folder, a `.gguf` file, a work directory of ours, or a repository of the hub.
+    """Loads a Hugging Face folder, a `.gguf` file, a work directory of ours, ELMo's files, or a repository of the hub.
 
     Loading streams tensor by tensor; nothing is unpickled.
 
@@ -96,6 +97,12 @@ def load(
         return _load_gguf(found, dtype, execution, place)
     if (found / "checkpoints").exists():
         return _load_own(found, dtype, execution, place, average)
+    originals = None if (found / "config.json").exists() else elmo.find(found)
+    if originals is not None:
+        config, tensors = elmo.read(*originals)
+        model = config.make(execution)
+        params = _read(tensors, elmo.rules(config), model, lambda name: False, str(path), dtype, place)
+        return Pretrained(model, params, None, config)
     return _load_huggingface(found, dtype, execution, place, head, labels)
 
 
@@ -229,7 +236,7 @@ def _load_own(path, dtype, execution, place, average):
 def save(
     path: epath.PathLike, model: Any, params: Any, tokenizer: tokenizers.Tokenizer | None = None, dtype: Any = None
 ) -> None:
-    """Writes a folder that `transformers` loads: config.json, model*.safetensors, tokenizer.json.
+    """Writes a folder that `transformers` loads: config.json, model*.safetensors, tokenizer.json; ELMo's own for ELMo.
 
     Structured weights (LoRA, quantized) are written as the dense matrices they stand for.
 
@@ -244,6 +251,11 @@ def save(
       InteropError: if the architecture has no place for a parameter or a config field.
     """
     config = model.config
+    if isinstance(config, ElmoConfig):
+        elmo.write(path, config, params, dtype)
+        if tokenizer is not None:
+            tokenizer.save(path)
+        return
     family = WRITERS[registry.family_of(config)]
     theirs = family.config_to_hf(config)
     leaves = jax.tree.leaves(params)

@@ -1,9 +1,10 @@
 """What every model returns."""
 
+from typing import Any
+
 import jax
 from flax import struct
 
-from llm_jax.nn.cache import Cache
 from llm_jax.nn.output import Head
 
 
@@ -20,7 +21,7 @@ class Output(struct.PyTreeNode):
       attentions: L arrays `[B, N, T, S]`.
       pooler_output: `[B, D]`, encoders only.
       pair_logits: float32 `[B, 2]` of next-sentence or sentence-order prediction.
-      cache: the updated cache.
+      cache: the updated cache, of the type that the config's `init_cache` returns.
       cross_attentions: L arrays `[B, N, T, S]` of an encoder-decoder, S positions of the source.
       encoder: what its encoder returned.
     """
@@ -33,7 +34,7 @@ class Output(struct.PyTreeNode):
     attentions: tuple[jax.Array, ...] | None = None
     pooler_output: jax.Array | None = None
     pair_logits: jax.Array | None = None
-    cache: Cache | None = None
+    cache: Any = None
     cross_attentions: tuple[jax.Array, ...] | None = None
     encoder: "Output | None" = None
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from llm_jax import config as configs
 from llm_jax.models.bert import BertConfig
+from llm_jax.models.elmo import ElmoConfig
 from llm_jax.models.gpt import GPTConfig
 from llm_jax.models.llama import LlamaConfig
 from llm_jax.models.t5 import T5Config
@@ -15,6 +16,7 @@ FAMILIES: dict[str, type] = {
     "bert": BertConfig,
     "transformer": TransformerConfig,
     "t5": T5Config,
+    "elmo": ElmoConfig,
 }
 
 

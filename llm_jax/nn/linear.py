@@ -28,6 +28,7 @@ class Linear(nn.Module):
       axes: logical axes of the kernel, (input, output).
       use_bias: adds a bias.
       kernel_init: initialiser of the kernel.
+      bias_init: initialiser of the bias.
       before: elementwise function of the inputs; what it returns is not kept for the backward pass, but computed again.
     """
 
@@ -36,6 +37,7 @@ class Linear(nn.Module):
     use_bias: bool = True
     kernel_init: Callable[..., jax.Array] = nn.initializers.normal(0.02)
     before: Callable[..., jax.Array] | None = None
+    bias_init: Callable[..., jax.Array] = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, *inputs: jax.Array) -> jax.Array:
@@ -49,6 +51,6 @@ class Linear(nn.Module):
         else:
             y = jax.checkpoint(lambda kernel, *inputs: weights.matmul(before(*inputs), kernel, key))(kernel, *inputs)
         if self.use_bias:
-            bias = weights.parameter(self, "bias", nn.initializers.zeros, (self.features,), self.axes[1:])
+            bias = weights.parameter(self, "bias", self.bias_init, (self.features,), self.axes[1:])
             y = add_last(y, bias.astype(y.dtype))
         return y

@@ -159,7 +159,8 @@ class Plan:
         by_path = {path: (tuple(leaf.shape), spec) for (path, leaf), spec in flat}
         axis = "data" if self.config.zero >= 1 else None
         whole = zero.state_specs(state.replace(params=None), by_path, self.mesh, axis)
-        return self._named(whole.replace(params=stored))
+        rows = jax.tree.map(lambda _: self.batch_sharding().spec, state.carry)
+        return self._named(whole.replace(params=stored, carry=rows))
 
     def describe(self, params: Any, axes: Any) -> str:
         """Per parameter: shape, logical axes, mesh axes, bytes per device, and what stays replicated and why."""

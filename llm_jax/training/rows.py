@@ -14,7 +14,9 @@ from llm_jax import config as configs
 from llm_jax.data import corpora, packing, pairs, tokenizers, tokens
 from llm_jax.data.loader import eval_batches
 from llm_jax.data.masked import PAIRS, FramedRows, Frames, MaskCopies, PairRows
+from llm_jax.data.streams import CharacterRows, Streams
 from llm_jax.objectives import spans
+from llm_jax.objectives.bidirectional_lm import BidirectionalLM
 from llm_jax.objectives.masked_lm import MaskedLM
 from llm_jax.objectives.seq2seq import Seq2Seq
 from llm_jax.training.workdir import has_checkpoint
@@ -31,7 +33,7 @@ class DataConfig:
     Attributes:
       source: `stdlib`, a file, a folder, a glob, or several joined by commas.
       tokenizer: a `tokenizer.json` or a folder with one; None trains one on the training split.
-      tokenizer_kind: of the trained one: bpe, wordpiece, unigram, char. Its size is the model's vocab_size.
+      tokenizer_kind: of the trained one: bpe, wordpiece, unigram, char, word. Its size is the model's vocab_size.
       validation_share: share held out.
       split: `hash` (whole documents) or `tail` (the end of every document).
       packing: `stream` (rows cut anywhere) or `whole` (whole documents side by side, padded).
@@ -91,6 +93,11 @@ class Rows(NamedTuple):
     unigram: float
 
 
+def carries(objective: Any) -> bool:
+    """Whether something runs on from batch to batch."""
+    return getattr(objective, "carry", False)
+
+
 def _texts(config: Any) -> Iterator[str]:
     """What a tokenizer learns from: the training part."""
     data = config.data
@@ -140,6 +147,8 @@ def check_objective(config: Any) -> None:
         raise configs.ConfigError("data.fields and objective Seq2Seq(task='pairs') need each other")
     if isinstance(objective, Seq2Seq) and (data.packing != "stream" or data.segments):
         raise configs.ConfigError("encoder-decoders read pairs or full rows: leave data.packing and data.segments")
+    if isinstance(objective, BidirectionalLM) and (data.packing != "stream" or data.segments):
+        raise configs.ConfigError("ELMo reads a stream of words: leave data.packing and data.segments")
     if paired and data.split != "hash":
         raise configs.ConfigError("pairs are held out whole: take data.split=hash")
     if not isinstance(objective, MaskedLM):
@@ -177,7 +186,14 @@ def _maker(config: Any, tokenizer: tokenizers.Tokenizer) -> Any:
         return lambda store, _: packing.StreamRows(store, size - 1)
     if data.packing == "whole":
         return lambda store, _: packing.WholeRows(store, length)
-    return lambda store, _: packing.StreamRows(store, length, data.segments)
+
+    def stream(store: tokens.TokenStore, held: bool) -> Any:
+        rows: Any = packing.StreamRows(store, length, data.segments)
+        if isinstance(objective, BidirectionalLM):
+            rows = CharacterRows(rows, tokenizer, config.model.max_characters)
+        return Streams(rows, config.training.batch_size) if carries(objective) and not held else rows
+
+    return stream
 
 
 def _labels(config: Any, rows: Any) -> np.ndarray:

@@ -20,6 +20,7 @@ from llm_jax.data.loader import Loader, eval_batches
 from llm_jax.models import registry
 from llm_jax.models.gpt import GPTConfig
 from llm_jax.nn import paths, weights
+from llm_jax.objectives.bidirectional_lm import BidirectionalLM
 from llm_jax.objectives.causal_lm import CausalLM
 from llm_jax.objectives.masked_lm import MaskedLM
 from llm_jax.objectives.seq2seq import Seq2Seq
@@ -29,7 +30,7 @@ from llm_jax.training import flops, metrics
 from llm_jax.training.loop import NEXT_TOKEN, LoopConfig, run_loop, summarize
 from llm_jax.training.optimizers import OptimizerConfig, make_optimizer
 from llm_jax.training.precision import Precision
-from llm_jax.training.rows import DataConfig, check_objective, get_rows, get_tokenizer
+from llm_jax.training.rows import DataConfig, carries, check_objective, get_rows, get_tokenizer
 from llm_jax.training.state import TrainState, init_state
 from llm_jax.training.step import StepConfig, make_eval_step, make_train_step
 from llm_jax.training.workdir import Workdir
@@ -43,7 +44,7 @@ class RunConfig:
 
     model: Any = GPTConfig()
     data: DataConfig = DataConfig()
-    objective: CausalLM | MaskedLM | Seq2Seq = CausalLM()
+    objective: CausalLM | MaskedLM | Seq2Seq | BidirectionalLM = CausalLM()
     optimizer: OptimizerConfig = OptimizerConfig()
     plan: PlanConfig = PlanConfig()
     training: LoopConfig = LoopConfig()
@@ -144,7 +145,7 @@ def _train(config, workdir, params, adapt, tokenizer, encode, kind, restore_step
         return own, get_rows(config, own, workdir, encode, kind)
 
     tokenizer, rows = _first_process_first(prepare)
-    loader = Loader(rows.train, c.batch_size, c.seed, *plan.data_shard())
+    loader = Loader(rows.train, c.batch_size, c.seed, *plan.data_shard(), shuffle=not carries(config.objective))
 
     objective = config.objective.for_run(plan.mesh.size, config.model, tokenizer.role("mask"))
     model = config.model.make(plan.execution())
@@ -162,7 +163,8 @@ def _train(config, workdir, params, adapt, tokenizer, encode, kind, restore_step
             fresh = weights.split_axes(model.init(init_key, np.zeros(example.shape, example.dtype))["params"])[0]
         else:
             fresh = adapt(given)
-        return init_state(fresh, tx, step_key, precision, c.trainable, ema=c.ema > 0)
+        carry = config.model.init_cache(c.batch_size) if carries(config.objective) else None
+        return init_state(fresh, tx, step_key, precision, c.trainable, c.ema > 0, carry)
 
     if config.optimizer.decay != OptimizerConfig.decay:  # the default names what most trees have, not all
         paths.select([p for p, _ in paths.flatten(abstract, weights.is_node)], config.optimizer.decay)
@@ -227,8 +229,9 @@ def _train(config, workdir, params, adapt, tokenizer, encode, kind, restore_step
         return {**got, "eval/baseline_loss": baseline} if rows.unigram else got
 
     size = config.model
-    heads = getattr(size, "head_dim", None) or size.model_dim // size.num_heads
-    per_token = flops.flops_per_token(abstract, size.num_layers, c.sequence_length, size.num_heads * heads)
+    count = getattr(size, "num_heads", 0)  # an LSTM has none
+    width = count * (getattr(size, "head_dim", None) or size.model_dim // max(count, 1))
+    per_token = flops.flops_per_token(abstract, size.num_layers, c.sequence_length, width)
     peak = flops.peak_flops()
     writer = metrics.MetricsWriter(workdir, int(state.step))
     log.info("%s parameters in %s", f"{weights.count(abstract):,}", workdir)

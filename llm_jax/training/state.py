@@ -21,7 +21,7 @@ class TrainState(struct.PyTreeNode):
       opt_state: optimizer state of the trainable part.
       master: float32 copy of the trainable part, None where the parameters are their own master.
       loss_scale: fp16 only.
-      carry: what runs on from batch to batch (memories), None without.
+      carry: what runs on from batch to batch (memories, LSTM states), one entry a row of the batch; None without.
       key: every random draw of step t comes from `fold_in(key, t)`.
       average: exponential moving average of the trainable part, None without.
       bad_steps: consecutive steps with a non-finite loss or gradient.
@@ -45,6 +45,7 @@ def init_state(
     precision: Precision = Precision(),
     trainable: tuple[str, ...] | None = None,
     ema: bool = False,
+    carry: Any = None,
 ) -> TrainState:
     """The state before the first step; pure, so it runs under jit with the plan's shardings."""
     wide = weights.cast(partition(params, trainable)[0], jnp.float32) if precision.keeps_master else None
@@ -57,7 +58,7 @@ def init_state(
         opt_state=tx.init(learn),
         master=master,
         loss_scale=precision.init_scale(),
-        carry=None,
+        carry=carry,
         key=key,
         average=jax.tree.map(lambda x: x.astype(jnp.float32), learn) if ema else None,
         bad_steps=jnp.int32(0),

@@ -71,13 +71,15 @@ def make_train_step(
     """
     precision = config.precision
 
-    def loss_fn(trainable, frozen, prepared, totals, key, scale):
+    def loss_fn(trainable, frozen, prepared, totals, key, scale, carry):
         params = weights.cast(combine(trainable, frozen), precision.dtype)
         params = expand(params, ties) if ties else params
         params = unstack(params) if config.unroll else params
-        out = model.apply({"params": params}, **prepared.inputs, train=True, rngs={"dropout": key})
+        inputs = prepared.inputs if carry is None else {**prepared.inputs, "cache": carry}
+        out = model.apply({"params": params}, **inputs, train=True, rngs={"dropout": key})
         scores = objective.score(out, prepared.targets)
-        return total_loss(objective, scores, totals) * scale, scores
+        after = None if carry is None else jax.tree.map(lambda x, c: x.astype(c.dtype), out.cache, carry)
+        return total_loss(objective, scores, totals) * scale, (scores, jax.lax.stop_gradient(after))
 
     def step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
         count = config.accumulation
@@ -88,6 +90,10 @@ def make_train_step(
         trainable, frozen = partition(state.params, config.trainable)
         scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
         gradient = jax.value_and_grad(loss_fn, has_aux=True)
+        carry = state.carry
+        if carry is not None and "continues" in batch:  # rows where something new begins
+            reset = lambda x: jnp.where(batch["continues"].reshape(-1, *[1] * (x.ndim - 1)), x, 0).astype(x.dtype)
+            carry = jax.tree.map(reset, carry)
 
         def micro_keys(index):
             return jax.random.split(jax.random.fold_in(key, index))
@@ -96,7 +102,7 @@ def make_train_step(
             prepare_key, dropout_key = micro_keys(0)
             prepared = objective.prepare(batch, prepare_key)
             totals = prepared.weights
-            (loss, scores), grads = gradient(trainable, frozen, prepared, totals, dropout_key, scale)
+            (loss, (scores, carry)), grads = gradient(trainable, frozen, prepared, totals, dropout_key, scale, carry)
             grads = constrain_grads(grads)
         else:
             split = lambda x: x.reshape(rows // count, count, *x.shape[1:]).swapaxes(0, 1)
@@ -105,17 +111,19 @@ def make_train_step(
             )
             totals = jax.tree.map(lambda w: jnp.sum(w, axis=0), prepared.weights)
 
-            def one(carry, x):
-                index, micro = x
-                out = gradient(trainable, frozen, micro, totals, micro_keys(index)[1], scale)
-                (loss, scores), grads = out
+            def one(total, x):
+                index, micro, before = x
+                out = gradient(trainable, frozen, micro, totals, micro_keys(index)[1], scale, before)
+                (loss, (scores, after)), grads = out
                 grads = constrain_grads(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
-                return jax.tree.map(jnp.add, carry, (loss, scores, grads)), None
+                return jax.tree.map(jnp.add, total, (loss, scores, grads)), after
 
             zero = jnp.float32(0)
             zeros = constrain_grads(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable))
             start = (zero, {name: zero for name in totals if name != "tokens"}, zeros)
-            (loss, scores, grads), _ = jax.lax.scan(one, start, (jnp.arange(count), prepared))
+            xs = (jnp.arange(count), prepared, jax.tree.map(split, carry))
+            (loss, scores, grads), carry = jax.lax.scan(one, start, xs)
+            carry = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows, *x.shape[2:]), carry)
 
         unscale = 1 / scale
         grads = jax.tree.map(lambda g: g.astype(jnp.float32) * unscale if state.loss_scale is not None else g, grads)
@@ -134,7 +142,9 @@ def make_train_step(
             average = jax.tree.map(lambda a, p: config.ema * a + (1 - config.ema) * p, average, learn)
         master = None if state.master is None else learn
         moved = learn if master is None else jax.tree.map(lambda m, p: m.astype(p.dtype), learn, trainable)
-        new = state.replace(params=combine(moved, frozen), opt_state=opt_state, master=master, average=average)
+        new = state.replace(
+            params=combine(moved, frozen), opt_state=opt_state, master=master, average=average, carry=carry
+        )
         new = jax.tree.map(lambda a, b: a if a is b else jnp.where(finite, a, b), new, state)
         new = new.replace(
             step=state.step + 1,

@@ -1,0 +1,50 @@
+"""Rows for models that remember: batch i + 1 goes on where batch i stopped, row by row; and words with characters."""
+
+from typing import Any, SupportsIndex
+
+import numpy as np
+
+from llm_jax.data.characters import character_ids
+from llm_jax.data.corpora import CorpusError
+from llm_jax.data.tokenizers import Tokenizer
+
+
+class Streams:
+    """The rows of a text in another order: as many streams side by side as a batch has rows.
+
+    Read in order and in batches of `count`, row b of a batch is followed by row b of the next. `continues` says where
+    that is so: everywhere but in the first batch of an epoch.
+    """
+
+    def __init__(self, rows: Any, count: int) -> None:
+        """Raises CorpusError where there are fewer rows than streams."""
+        self.rows, self.count, self.length = rows, count, len(rows) // count
+        if self.length < 1:
+            raise CorpusError(f"{len(rows)} rows are too few for {count} streams: lower training.batch_size")
+
+    def __len__(self) -> int:
+        """Rows, a multiple of the streams."""
+        return self.count * self.length
+
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+        """The row, with `continues`."""
+        place, stream = divmod(int(index), self.count)
+        return {**self.rows[stream * self.length + place], "continues": np.bool_(place > 0)}
+
+
+class CharacterRows:
+    """Rows of words with `character_ids`, `[T + 1, size]` int32."""
+
+    def __init__(self, rows: Any, tokenizer: Tokenizer, size: int) -> None:
+        """Spells the whole vocabulary once."""
+        self.rows = rows
+        self.table = np.stack([character_ids(tokenizer.token(i), size) for i in range(tokenizer.vocab_size)])
+
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self.rows)
+
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+        """The row, spelled."""
+        row = self.rows[int(index)]
+        return {**row, "character_ids": self.table[row["input_ids"]]}
