@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from llm_jax.data import tokenizers
-from llm_jax.interop import bert, elmo, gpt, llama, marian, names, t5
+from llm_jax.interop import bert, elmo, gpt, llama, marian, names, t5, xlnet
 from llm_jax.interop import gguf as gguf_names
 from llm_jax.interop.names import InteropError
 from llm_jax.models import registry
@@ -30,8 +30,16 @@ FAMILIES = {
     **dict.fromkeys(bert.TABLE, bert),
     "marian": marian,
     "t5": t5,
+    "xlnet": xlnet,
 }
-WRITERS: dict[str, Any] = {"gpt": gpt, "llama": llama, "bert": bert, "transformer": marian, "t5": t5}
+WRITERS: dict[str, Any] = {
+    "gpt": gpt,
+    "llama": llama,
+    "bert": bert,
+    "transformer": marian,
+    "t5": t5,
+    "xlnet": xlnet,
+}
 # their rows may be padded
 PADDED = (
     *("embed/embedding", "head/kernel", "head/bias", "head/output/kernel", "head/output/bias"),

@@ -9,6 +9,7 @@ from llm_jax.models.gpt import GPTConfig
 from llm_jax.models.llama import LlamaConfig
 from llm_jax.models.t5 import T5Config
 from llm_jax.models.transformer import TransformerConfig
+from llm_jax.models.xlnet import XLNetConfig
 
 FAMILIES: dict[str, type] = {
     "gpt": GPTConfig,
@@ -17,6 +18,7 @@ FAMILIES: dict[str, type] = {
     "transformer": TransformerConfig,
     "t5": T5Config,
     "elmo": ElmoConfig,
+    "xlnet": XLNetConfig,
 }
 
 

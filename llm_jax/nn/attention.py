@@ -37,6 +37,7 @@ class Mask(struct.PyTreeNode):
       window: a query sees only the last `window` positions, its own included.
       ordered: queries and keys of every row are at 0, 1, 2, ... in one document, so that `causal` and `window` say
         everything and the arrays are not read; whoever replaces positions clears it, as `slice` does.
+      allowed_BTS: bool, hides where False: for what no rule says (XLNet's orders). Alone here it is a whole array.
     """
 
     q_positions_BT: jax.Array
@@ -46,6 +47,7 @@ class Mask(struct.PyTreeNode):
     causal: bool = struct.field(pytree_node=False, default=True)
     window: int | None = struct.field(pytree_node=False, default=None)
     ordered: bool = struct.field(pytree_node=False, default=False)
+    allowed_BTS: jax.Array | None = None
 
     def dense(self) -> jax.Array:
         """`[B, T, S]` bool."""
@@ -60,7 +62,7 @@ class Mask(struct.PyTreeNode):
         if self.q_segments_BT is not None and self.k_segments_BS is not None:
             q = jnp.broadcast_to(self.q_segments_BT[:, :, None], shape)
             seen &= q == jnp.broadcast_to(self.k_segments_BS[:, None, :], shape)
-        return seen
+        return seen if self.allowed_BTS is None else seen & self.allowed_BTS
 
     def distance(self) -> jax.Array:
         """`[B, T, S]`: query position minus key position."""
@@ -68,11 +70,12 @@ class Mask(struct.PyTreeNode):
 
     def slice(self, axis: str, start: jax.Array, size: int) -> "Mask":
         """The mask of a chunk of queries (`axis="q"`) or keys (`"k"`)."""
-        cut = lambda x: None if x is None else jax.lax.dynamic_slice_in_dim(x, start, size, 1)
+        cut = lambda x, axis=1: None if x is None else jax.lax.dynamic_slice_in_dim(x, start, size, axis)
         if axis == "q":
             new = dict(q_positions_BT=cut(self.q_positions_BT), q_segments_BT=cut(self.q_segments_BT))
         else:
             new = dict(k_positions_BS=cut(self.k_positions_BS), k_segments_BS=cut(self.k_segments_BS))
+        new["allowed_BTS"] = cut(self.allowed_BTS, 1 if axis == "q" else 2)
         return self.replace(**new, ordered=False)
 
 
@@ -168,6 +171,7 @@ def _chunked(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale, rate, key
         k_positions_BS=_pad(mask.k_positions_BS, k_chunk, 1, value=-1),
         q_segments_BT=None if mask.q_segments_BT is None else _pad(mask.q_segments_BT, q_chunk, 1),
         k_segments_BS=None if mask.k_segments_BS is None else _pad(mask.k_segments_BS, k_chunk, 1),
+        allowed_BTS=None if mask.allowed_BTS is None else _pad(_pad(mask.allowed_BTS, q_chunk, 1), k_chunk, 2),
     )
     if bias_BNTS is not None:
         bias_BNTS = _pad(_pad(bias_BNTS, q_chunk, 2), k_chunk, 3)

@@ -288,7 +288,7 @@ def test_the_hub_is_asked_for_repositories_only(monkeypatch, tmp_path):
 def test_families_are_what_the_readme_says():
     decoders = {"gpt2", "openai-gpt", "llama", "mistral", "qwen2", "qwen3"}
     encoders = {"bert", "roberta", "distilbert", "albert"}
-    assert set(pretrained.FAMILIES) == decoders | encoders | {"marian", "t5"}
+    assert set(pretrained.FAMILIES) == decoders | encoders | {"marian", "t5", "xlnet"}
 
 
 def test_a_model_that_cannot_be_written(tmp_path):

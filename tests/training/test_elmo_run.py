@@ -36,7 +36,7 @@ def config(tmp_path):
 
 def test_a_run_learns_and_resumes(config, tmp_path):
     whole = run.train(config, tmp_path / "whole")
-    assert whole.evaluation["eval/loss"] < 0.7 * whole.evaluation["eval/baseline_loss"]
+    assert whole.evaluation["eval/loss"] < 0.85 * whole.evaluation["eval/baseline_loss"]
     half = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=50))
     run.train(half, tmp_path / "halves")
     again = run.train(config, tmp_path / "halves")

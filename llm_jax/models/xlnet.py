@@ -1,0 +1,293 @@
+"""XLNet: an autoregressive model over any order of the tokens, with memories of the text before.
+
+Source: Yang et al. 2019, https://arxiv.org/abs/1906.08237, as transformers' `modeling_xlnet.py` reads its checkpoints;
+but a position that may see nothing sees nothing here, where theirs sees everything alike.
+"""
+
+import dataclasses
+import functools
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from llm_jax.models import heads
+from llm_jax.models.frame import check_call
+from llm_jax.models.output import Output
+from llm_jax.nn import weights
+from llm_jax.nn.attention import AttentionConfig, Mask, dropout
+from llm_jax.nn.embedding import Embedding
+from llm_jax.nn.execution import Execution
+from llm_jax.nn.feed_forward import ACTIVATIONS, FeedForward
+from llm_jax.nn.linear import Linear
+from llm_jax.nn.norms import LayerNorm
+from llm_jax.nn.output import MASKED, padded_size
+from llm_jax.nn.stack import Stack
+from llm_jax.nn.two_stream import Relations, TwoStreamAttention, distance_encodings
+
+HEADS = ("none", "lm", "classification", "tokens", "span", "choice")
+
+
+@dataclasses.dataclass(frozen=True)
+class XLNetConfig:
+    """An XLNet. The defaults are the base model's.
+
+    Attributes:
+      vocab_size: V.
+      model_dim: D.
+      num_layers: L.
+      num_heads: N.
+      hidden_dim: F.
+      activation: of the feed-forward.
+      norm_eps: of the layer norms.
+      dropout: one rate for embeddings, positions, weights and residual branches.
+      memory_length: M, hidden states of the text before that each layer keeps; 0 for none.
+      reuse_length: of a row's states only so many, from its beginning, enter the memory; None for all.
+      both_ways: the second half of the rows runs backwards (`bi_data`).
+      clamp_length: longer distances count as this one; None for none.
+      causal_mask: a position sees none behind it (`attn_type="uni"`), beside what `perm_mask` says.
+      same_length: with `causal_mask`, every position sees as many keys.
+      head: `none`, `lm`, `classification`, `tokens`, `span` or `choice`.
+      labels: names of the classes (classification, tokens).
+      head_dropout: rate before a classifier.
+      init_std: of all matrices.
+      vocab_pad_multiple: token rows are padded to this multiple.
+    """
+
+    vocab_size: int = 32000
+    model_dim: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    hidden_dim: int = 3072
+    activation: str = "gelu"
+    norm_eps: float = 1e-12
+    dropout: float = 0.1
+    memory_length: int = 0
+    reuse_length: int | None = None
+    both_ways: bool = False
+    clamp_length: int | None = None
+    causal_mask: bool = False
+    same_length: bool = False
+    head: str = "lm"
+    labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
+    head_dropout: float = 0.1
+    init_std: float = 0.02
+    vocab_pad_multiple: int = 1
+
+    causal: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Checks sizes and names."""
+        if self.head not in HEADS:
+            raise ValueError(f"head={self.head!r} is none of {', '.join(HEADS)}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation={self.activation!r} is none of {', '.join(ACTIVATIONS)}")
+        if self.memory_length < 0 or (self.reuse_length is not None and self.reuse_length < 1):
+            raise ValueError(
+                f"memory_length={self.memory_length} and reuse_length={self.reuse_length} must be positive"
+            )
+        _ = self.attention
+
+    @property
+    def num_labels(self) -> int:
+        """Classes."""
+        return len(self.labels)
+
+    @property
+    def attention(self) -> AttentionConfig:
+        """Sizes of the attention."""
+        return AttentionConfig.with_biases(self.model_dim, self.num_heads, self.dropout, self.init_std)
+
+    def make(self, execution: Execution = Execution()) -> "XLNet":
+        """The module."""
+        return XLNet(self, execution)
+
+    def init_cache(self, batch: int, size: int = 0, dtype: Any = "float32") -> "Memories":
+        """Empty memories of `memory_length` states a layer; `size` is not used."""
+        del size
+        zeros = lambda: jnp.zeros((batch, self.memory_length, self.model_dim), dtype)
+        return Memories(tuple(zeros() for _ in range(self.num_layers)), jnp.zeros((batch,), jnp.int32))
+
+
+class Memories(struct.PyTreeNode):
+    """Hidden states of the text before, the newest last; passed in, returned, never differentiated.
+
+    Attributes:
+      layers: `[B, M, D]`, one a layer.
+      length_B: how many of the last are filled.
+    """
+
+    layers: tuple[jax.Array, ...]
+    length_B: jax.Array
+
+
+class _Layer(nn.Module):
+    """Attention and feed-forward, each with its norm behind the sum; `(h, g)` are the streams."""
+
+    config: XLNetConfig
+    execution: Execution
+    output_attentions: bool
+
+    @nn.compact
+    def __call__(self, streams, memory, relations, train=False):
+        c = self.config
+        h, g = streams
+        attention = TwoStreamAttention(c.attention, self.execution, name="attention")
+        mlp = FeedForward(c.hidden_dim, c.activation, False, True, c.init_std, dropout=c.dropout, name="mlp")
+        norm_1, norm_2 = (LayerNorm(c.norm_eps, name=n) for n in ("attention_norm", "mlp_norm"))
+        drop = lambda y: dropout(self, y, c.dropout, train)
+        seen, asked, shown = attention(h, g, memory, relations, train, self.output_attentions)
+
+        def finish(x, y):
+            x = norm_1(x + drop(y))
+            return self.execution.constrain(norm_2(x + drop(mlp(x, train))), ("batch", "length", "embed"))
+
+        return (finish(h, seen), None if g is None else finish(g, asked)), (h, shown)
+
+
+class XLNet(nn.Module):
+    """Two streams over a text and its memory."""
+
+    config: XLNetConfig
+    execution: Execution = Execution()
+
+    @nn.compact
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        token_type_ids: jax.Array | None = None,
+        perm_mask: jax.Array | None = None,
+        target_mapping: jax.Array | None = None,
+        target_positions: jax.Array | None = None,
+        cache: Memories | None = None,
+        train: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> Output:
+        """Reads rows of text, and predicts at targets where there are any.
+
+        Args:
+          input_ids: `[B, T]`; with the `choice` head `[B, choices, T]`, masks and types alike.
+          attention_mask: `[B, T]`, 1 = real token.
+          token_type_ids: `[B, T]`, any numbers: attention knows whether two tokens agree.
+          perm_mask: `[B, T, T]`, 1 = position i may not see position j.
+          target_mapping: `[B, K, T]`, one-hot: positions to predict, as in transformers.
+          target_positions: `[B, K]`, the same as numbers.
+          cache: memories of the text before.
+          train: dropout.
+          output_hidden_states: returns the content stream of every layer.
+          output_attentions: returns its weights.
+
+        Returns:
+          `last_hidden_state` is the query stream `[B, K, D]` where there are targets, else the content stream.
+
+        Raises:
+          ValueError: see `frame.check_call`; also on masks of other shapes, and an odd batch where half runs backwards.
+        """
+        c, dtype = self.config, self.execution.dtype
+        rows = input_ids.shape[:-1]
+        if c.head == "choice":
+            flat: Any = lambda x: None if x is None else x.reshape(-1, x.shape[-1])
+            input_ids, attention_mask, token_type_ids = flat(input_ids), flat(attention_mask), flat(token_type_ids)
+        check_call(self, input_ids, attention_mask, None, train)
+        b, t = input_ids.shape
+        if perm_mask is not None and perm_mask.shape != (b, t, t):
+            raise ValueError(f"perm_mask must be [{b}, {t}, {t}], got {list(perm_mask.shape)}")
+        if target_mapping is not None:
+            if target_mapping.ndim != 3 or (target_mapping.shape[0], target_mapping.shape[2]) != (b, t):
+                raise ValueError(f"target_mapping must be [{b}, K, {t}], got {list(target_mapping.shape)}")
+            target_positions = jnp.argmax(target_mapping, axis=-1).astype(jnp.int32)
+        backwards = c.both_ways and not self.is_initializing()  # which takes one row
+        if backwards and b % 2:
+            raise ValueError(f"both_ways=True needs an even number of rows, got {b}")
+        memory = None if cache is None or c.memory_length == 0 else cache
+        relations = self._relations(
+            input_ids, attention_mask, token_type_ids, perm_mask, target_positions, memory, backwards
+        )
+
+        init = nn.initializers.normal(c.init_std)
+        tokens = Embedding(c.vocab_size, c.model_dim, c.vocab_pad_multiple, table_init=init, name="embed")
+        drop = lambda x: dropout(self, x, c.dropout, train)
+        h = first = self.execution.constrain(drop(tokens(input_ids, dtype)), ("batch", "length", "embed"))
+        query = weights.parameter(self, "query", init, (c.model_dim,), ("embed",))
+        g = None
+        if target_positions is not None:
+            g = drop(jnp.broadcast_to(query.astype(h.dtype), (*target_positions.shape, c.model_dim)))
+        relations = relations.replace(encodings_GPD=drop(relations.encodings_GPD.astype(h.dtype)))
+        block = functools.partial(_Layer, c, self.execution, output_attentions)
+        stack = Stack(block, c.num_layers, None, self.execution, name="encoder")
+        (h, g), outputs = stack((h, g), None if memory is None else memory.layers, (relations,), train)
+        inputs, shown = zip(*outputs, strict=True)
+        x = drop(h if g is None else g)
+        out = Output(
+            last_hidden_state=x,
+            hidden_states=(first, *inputs[1:], h) if output_hidden_states else None,
+            attentions=shown if output_attentions else None,
+            cache=None if cache is None else self._remember(cache, inputs),
+        )
+        return self._head(out, tokens, rows, attention_mask, train, init)
+
+    def _relations(self, ids, attention_mask, types, perm_mask, targets, memory, backwards) -> Relations:
+        c = self.config
+        (b, t), m = ids.shape, 0 if memory is None else c.memory_length
+        s = m + t
+        distance = jnp.arange(t)[:, None] + m - jnp.arange(s)[None, :]
+        seen = jnp.ones((b, t, s), bool)
+        if c.causal_mask:
+            seen &= (distance >= 0)[None]
+            if c.same_length:
+                seen &= (distance <= m)[None]
+        if memory is not None:
+            filled = jnp.arange(m)[None, :] >= m - memory.length_B[:, None]
+            seen = seen.at[:, :, :m].set(seen[:, :, :m] & filled[:, None])
+        now = jnp.ones((b, t, t), bool)
+        if attention_mask is not None:
+            now &= attention_mask.astype(bool)[:, None, :]
+        if perm_mask is not None:
+            now &= perm_mask == 0
+        asks = seen.at[:, :, m:].set(seen[:, :, m:] & now)
+        itself = (distance == 0)[None]
+        zeros = jnp.zeros((b, t), jnp.int32)
+        mask = lambda allowed, q: Mask(q, jnp.zeros((b, s), jnp.int32), causal=False, allowed_BTS=allowed)
+        query = None
+        if targets is not None:
+            query = mask(jnp.take_along_axis(asks, targets[:, :, None], axis=1), jnp.zeros_like(targets))
+        differ = None
+        if types is not None:
+            keys = jnp.concatenate([jnp.zeros((b, m), types.dtype), types], axis=1)
+            differ = types[:, :, None] != keys[:, None, :]
+        encodings = distance_encodings(t, s, c.model_dim, c.clamp_length, backwards)
+        return Relations(jnp.asarray(encodings), mask(asks | itself, zeros), query, targets, differ)
+
+    def _remember(self, cache: Memories, inputs: Any) -> Memories:
+        c = self.config
+        if c.memory_length == 0:
+            return cache
+        kept = inputs[0].shape[1] if c.reuse_length is None else min(c.reuse_length, inputs[0].shape[1])
+        join = lambda old, new: jnp.concatenate([old, new[:, :kept].astype(old.dtype)], axis=1)[:, -c.memory_length :]
+        layers = tuple(jax.lax.stop_gradient(join(o, n)) for o, n in zip(cache.layers, inputs, strict=True))
+        return Memories(layers, jnp.minimum(cache.length_B + kept, c.memory_length))
+
+    def _head(self, out: Output, tokens: Embedding, rows: Any, attention_mask: Any, train: bool, init: Any) -> Output:
+        c = self.config
+        x: Any = out.last_hidden_state
+        if c.head == "none":
+            return out
+        if c.head == "lm":
+            size = (padded_size(c.vocab_size, c.vocab_pad_multiple),)
+            bias = weights.parameter(self, "logits_bias", nn.initializers.zeros, size, ("vocab",))
+            head = tokens.head(bias)
+            return out.replace(logits=head.logits(x), head=head)
+        if c.head in heads.POOLED:  # the last position, since XLNet pads on the left
+            pooled = jnp.tanh(Linear(c.model_dim, ("embed", "embed"), kernel_init=init, name="pooler")(x[:, -1]))
+            out = out.replace(pooler_output=pooled)
+        rate = 0.0 if c.head in ("span", "tokens") else c.head_dropout
+        logits = heads.label_logits(self, c.head, out, rate, train, init)
+        if c.head == "choice":
+            logits = logits.reshape(rows)
+        elif c.head == "span" and attention_mask is not None:  # no answer begins or ends in padding
+            logits = jnp.where(attention_mask[..., None] > 0, logits, MASKED)
+        return out.replace(logits=logits)

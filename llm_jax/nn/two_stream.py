@@ -1,0 +1,143 @@
+"""Attention by content and relative position, of one stream or two: Transformer-XL and XLNet.
+
+A score is `((q + u) . k + (q + v) . W r(i - j) + (q + s) . e(same segment?)) / sqrt(H)`. The first part is plain
+attention, the rest a bias on it. The content stream sees what a position may see and itself; the query stream, which
+predicts, has queries at chosen positions only and sees not itself.
+
+Sources: Dai et al. 2019, section 3.3, https://arxiv.org/abs/1901.02860; Yang et al. 2019, sections 2.3 to 2.6,
+https://arxiv.org/abs/1906.08237.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import struct
+
+from llm_jax.nn import weights
+from llm_jax.nn.attention import AttentionConfig, Mask, attend, attention_weights
+from llm_jax.nn.execution import Execution
+from llm_jax.nn.linear import Linear
+
+
+class Relations(struct.PyTreeNode):
+    """Who is where and may see whom, the same for all layers.
+
+    Attributes:
+      encodings_GPD: sinusoids of the distances S, S - 1, ..., 1 - T (query minus key); G = 2 where the second half of
+        the rows runs backwards, else 1.
+      content: mask of the content stream, `[B, T, S]` inside.
+      query: mask of the query stream, `[B, K, S]`; None without it.
+      targets_BK: positions that the query stream predicts.
+      differ_BTS: whether query and key are in different segments; None without segments.
+    """
+
+    encodings_GPD: jax.Array
+    content: Mask
+    query: Mask | None = None
+    targets_BK: jax.Array | None = None
+    differ_BTS: jax.Array | None = None
+
+
+def distance_encodings(queries: int, keys: int, features: int, clamp: int | None, backwards: bool) -> np.ndarray:
+    """`[G, keys + queries, features]` float64: sines, then cosines."""
+    distance = np.arange(keys, -queries, -1, dtype=np.float64)
+    distance = distance if clamp is None else np.clip(distance, -clamp, clamp)
+    angle = distance[:, None] / (10000 ** (np.arange(0, features, 2) / features))[None, :]
+    both = [angle, -angle] if backwards else [angle]
+    return np.stack([np.concatenate([np.sin(a), np.cos(a)], axis=-1) for a in both])
+
+
+def shift(x_BNTP: jax.Array, keys: int) -> jax.Array:
+    """Entry (i, j) from column T - i + j, which holds distance i - j, with i counted behind S - T older keys."""
+    b, n, t, p = x_BNTP.shape
+    return x_BNTP.reshape(b, n, p, t)[:, :, 1:].reshape(b, n, t, p - 1)[..., :keys]
+
+
+class TwoStreamAttention(nn.Module):
+    """Attention of one layer over both streams.
+
+    Attributes:
+      config: sizes; kernels have no biases.
+      execution: how it runs.
+    """
+
+    config: AttentionConfig
+    execution: Execution = Execution()
+
+    @nn.compact
+    def __call__(
+        self,
+        h_BTD: jax.Array,
+        g_BKD: jax.Array | None,
+        memory_BMD: jax.Array | None,
+        relations: Relations,
+        train: bool = False,
+        output_attentions: bool = False,
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+        """Attends to the memory and the content.
+
+        Returns:
+          (content output `[B, T, D]`, query output `[B, K, D]` or None, content weights `[B, N, T, S]` or None).
+        """
+        c = self.config
+        init = nn.initializers.normal(c.init_std)
+        linear = functools.partial(Linear, use_bias=False, kernel_init=init)
+        width = c.num_heads * c.head_dim
+        split = lambda x: x.reshape(*x.shape[:-1], c.num_heads, c.head_dim)
+        query, out = (
+            linear(width, ("embed", "heads"), name="query"),
+            linear(c.model_dim, ("heads", "embed"), name="out"),
+        )
+        keys_BSD = h_BTD if memory_BMD is None else jnp.concatenate([memory_BMD.astype(h_BTD.dtype), h_BTD], axis=1)
+        k_BSNH = split(linear(width, ("embed", "kv"), name="key")(keys_BSD))
+        v_BSNH = split(linear(width, ("embed", "kv"), name="value")(keys_BSD))
+        r_GPNH = split(linear(width, ("embed", "heads"), name="position")(relations.encodings_GPD.astype(h_BTD.dtype)))
+        vector = lambda name: weights.parameter(self, name, init, (c.num_heads, c.head_dim), ("heads", None))
+        content, place, segment = (
+            vector(n).astype(h_BTD.dtype) for n in ("content_bias", "position_bias", "segment_bias")
+        )
+        segments = weights.parameter(self, "segments", init, (2, c.num_heads, c.head_dim), (None, "heads", None))
+        segments = segments.astype(h_BTD.dtype)
+        plus = lambda q, bias: q + jnp.broadcast_to(bias, q.shape)
+        scale = 1 / math.sqrt(c.head_dim)
+        t, s = h_BTD.shape[1], keys_BSD.shape[1]
+
+        def look(x: jax.Array, mask: Mask, targets_BK: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+            q = split(query(x))
+            groups = plus(q, place).reshape(r_GPNH.shape[0], -1, *q.shape[1:])
+            by_distance = jnp.einsum("gbtnh,gpnh->gbntp", groups, r_GPNH).reshape(
+                q.shape[0], c.num_heads, q.shape[1], -1
+            )
+            if targets_BK is None:
+                bias = shift(by_distance, s)
+            else:
+                column = t - targets_BK[:, :, None] + jnp.arange(s)[None, None, :]
+                bias = jnp.take_along_axis(by_distance, column[:, None], axis=-1)
+            if relations.differ_BTS is not None:
+                differ = relations.differ_BTS
+                if targets_BK is not None:
+                    differ = jnp.take_along_axis(differ, targets_BK[:, :, None], axis=1)
+                same_or_not = jnp.einsum("btnh,enh->bnte", plus(q, segment), segments)
+                same, other = same_or_not[..., :1], same_or_not[..., 1:]
+                bias = bias + jnp.where(differ[:, None], other, same)
+            q, bias = plus(q, content), bias * scale
+            y = attend(
+                *(q, k_BSNH, v_BSNH, mask),
+                scale=scale,
+                implementation=self.execution.attention,
+                bias_BNTS=bias,
+                dropout_rate=c.dropout,
+                dropout_key=self.make_rng("dropout") if train and c.dropout > 0 else None,
+            )
+            shown = attention_weights(q, k_BSNH, mask, scale=scale, bias_BNTS=bias) if output_attentions else None
+            return out(y.reshape(*y.shape[:2], width)), shown
+
+        h, shown = look(h_BTD, relations.content, None)
+        g = None
+        if g_BKD is not None and relations.query is not None:
+            g, _ = look(g_BKD, relations.query, relations.targets_BK)
+        return h, g, shown
