@@ -48,6 +48,28 @@ class StreamRows:
         return row
 
 
+class PlainRows:
+    """Row i holds tokens `[i*T, i*T + T)`: for objectives that shift nothing."""
+
+    def __init__(self, store: TokenStore, length: int) -> None:
+        """Raises CorpusError where there are not T tokens."""
+        self.store, self.length, self.count = store, length, len(store.ids) // length
+        if self.count < 1:
+            raise CorpusError(
+                f"{len(store.ids)} tokens are too few for one row of {length}: "
+                "use more text or a smaller training.sequence_length"
+            )
+
+    def __len__(self) -> int:
+        """Rows."""
+        return self.count
+
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+        """`input_ids` [T] int32."""
+        start = int(index) * self.length
+        return {"input_ids": np.asarray(self.store.ids[start : start + self.length], np.int32)}
+
+
 class WholeRows:
     """Rows of whole documents, each a segment, the rest padding of weight 0; documents longer than a row are cut.
 

@@ -14,11 +14,13 @@ class Streams:
 
     Read in order and in batches of `count`, row b of a batch is followed by row b of the next. `continues` says where
     that is so: everywhere but in the first batch of an epoch.
+
+    With `both_ways` the streams of the second half run backwards: from their last row to the first, each reversed.
     """
 
-    def __init__(self, rows: Any, count: int) -> None:
+    def __init__(self, rows: Any, count: int, both_ways: bool = False) -> None:
         """Raises CorpusError where there are fewer rows than streams."""
-        self.rows, self.count, self.length = rows, count, len(rows) // count
+        self.rows, self.count, self.length, self.both_ways = rows, count, len(rows) // count, both_ways
         if self.length < 1:
             raise CorpusError(f"{len(rows)} rows are too few for {count} streams: lower training.batch_size")
 
@@ -29,7 +31,11 @@ class Streams:
     def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
         """The row, with `continues`."""
         place, stream = divmod(int(index), self.count)
-        return {**self.rows[stream * self.length + place], "continues": np.bool_(place > 0)}
+        continues = {"continues": np.bool_(place > 0)}
+        if not self.both_ways or stream < self.count // 2:
+            return {**self.rows[stream * self.length + place], **continues}
+        row = self.rows[stream * self.length + self.length - 1 - place]
+        return {**{name: values[::-1] for name, values in row.items()}, **continues}
 
 
 class CharacterRows:

@@ -18,6 +18,7 @@ from llm_jax.data.streams import CharacterRows, Streams
 from llm_jax.objectives import spans
 from llm_jax.objectives.bidirectional_lm import BidirectionalLM
 from llm_jax.objectives.masked_lm import MaskedLM
+from llm_jax.objectives.permutation_lm import PermutationLM
 from llm_jax.objectives.seq2seq import Seq2Seq
 from llm_jax.training.workdir import has_checkpoint
 
@@ -98,6 +99,11 @@ def carries(objective: Any) -> bool:
     return getattr(objective, "carry", False)
 
 
+def in_order(config: Any) -> bool:
+    """Whether a batch's rows have their places: they go on from batch to batch, or half of them run backwards."""
+    return carries(config.objective) or getattr(config.model, "both_ways", False)
+
+
 def _texts(config: Any) -> Iterator[str]:
     """What a tokenizer learns from: the training part."""
     data = config.data
@@ -147,8 +153,9 @@ def check_objective(config: Any) -> None:
         raise configs.ConfigError("data.fields and objective Seq2Seq(task='pairs') need each other")
     if isinstance(objective, Seq2Seq) and (data.packing != "stream" or data.segments):
         raise configs.ConfigError("encoder-decoders read pairs or full rows: leave data.packing and data.segments")
-    if isinstance(objective, BidirectionalLM) and (data.packing != "stream" or data.segments):
-        raise configs.ConfigError("ELMo reads a stream of words: leave data.packing and data.segments")
+    streams = isinstance(objective, (BidirectionalLM, PermutationLM))
+    if streams and (data.packing != "stream" or data.segments):
+        raise configs.ConfigError("ELMo and XLNet read a stream of text: leave data.packing and data.segments")
     if paired and data.split != "hash":
         raise configs.ConfigError("pairs are held out whole: take data.split=hash")
     if not isinstance(objective, MaskedLM):
@@ -183,15 +190,21 @@ def _maker(config: Any, tokenizer: tokenizers.Tokenizer) -> Any:
         if objective.task == "spans":  # as much text as gives a source of that length
             ends = objective.end_id is not None
             size = spans.fitting(length, objective.noise_density, objective.mean_span, ends)
-        return lambda store, _: packing.StreamRows(store, size - 1)
+        return lambda store, _: packing.PlainRows(store, size)
     if data.packing == "whole":
         return lambda store, _: packing.WholeRows(store, length)
 
     def stream(store: tokens.TokenStore, held: bool) -> Any:
-        rows: Any = packing.StreamRows(store, length, data.segments)
+        if isinstance(objective, PermutationLM):  # nothing is shifted
+            rows: Any = packing.PlainRows(store, length)
+        else:
+            rows = packing.StreamRows(store, length, data.segments)
         if isinstance(objective, BidirectionalLM):
             rows = CharacterRows(rows, tokenizer, config.model.max_characters)
-        return Streams(rows, config.training.batch_size) if carries(objective) and not held else rows
+        half = getattr(config.model, "both_ways", False)
+        if half or (carries(objective) and not held):
+            return Streams(rows, config.training.batch_size, half)
+        return rows
 
     return stream
 

@@ -23,6 +23,7 @@ from llm_jax.nn import paths, weights
 from llm_jax.objectives.bidirectional_lm import BidirectionalLM
 from llm_jax.objectives.causal_lm import CausalLM
 from llm_jax.objectives.masked_lm import MaskedLM
+from llm_jax.objectives.permutation_lm import PermutationLM
 from llm_jax.objectives.seq2seq import Seq2Seq
 from llm_jax.parallel.plan import Plan, PlanConfig
 from llm_jax.storage.checkpoints import Checkpoints
@@ -30,7 +31,7 @@ from llm_jax.training import flops, metrics
 from llm_jax.training.loop import NEXT_TOKEN, LoopConfig, run_loop, summarize
 from llm_jax.training.optimizers import OptimizerConfig, make_optimizer
 from llm_jax.training.precision import Precision
-from llm_jax.training.rows import DataConfig, carries, check_objective, get_rows, get_tokenizer
+from llm_jax.training.rows import DataConfig, carries, check_objective, get_rows, get_tokenizer, in_order
 from llm_jax.training.state import TrainState, init_state
 from llm_jax.training.step import StepConfig, make_eval_step, make_train_step
 from llm_jax.training.workdir import Workdir
@@ -44,7 +45,7 @@ class RunConfig:
 
     model: Any = GPTConfig()
     data: DataConfig = DataConfig()
-    objective: CausalLM | MaskedLM | Seq2Seq | BidirectionalLM = CausalLM()
+    objective: CausalLM | MaskedLM | Seq2Seq | BidirectionalLM | PermutationLM = CausalLM()
     optimizer: OptimizerConfig = OptimizerConfig()
     plan: PlanConfig = PlanConfig()
     training: LoopConfig = LoopConfig()
@@ -145,7 +146,7 @@ def _train(config, workdir, params, adapt, tokenizer, encode, kind, restore_step
         return own, get_rows(config, own, workdir, encode, kind)
 
     tokenizer, rows = _first_process_first(prepare)
-    loader = Loader(rows.train, c.batch_size, c.seed, *plan.data_shard(), shuffle=not carries(config.objective))
+    loader = Loader(rows.train, c.batch_size, c.seed, *plan.data_shard(), shuffle=not in_order(config))
 
     objective = config.objective.for_run(plan.mesh.size, config.model, tokenizer.role("mask"))
     model = config.model.make(plan.execution())

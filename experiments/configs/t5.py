@@ -1,0 +1,47 @@
+"""Small T5s, pre-trained as their papers': 1.0 and 1.1 by span corruption, and the LM-adapted form by prefixes.
+
+Reproduces: Raffel et al. 2020, sections 2.1 and 3.1.4: 15 % in spans of 3, relative positions, Adafactor (with a
+            cosine in the place of the inverse square root); Lester et al. 2021: prefix LM.
+"""
+
+from typing import Any
+
+from experiments import cli
+from llm_jax.models.t5 import T5Config
+from llm_jax.objectives.seq2seq import Seq2Seq
+from llm_jax.parallel.plan import PlanConfig
+from llm_jax.training.loop import LoopConfig
+from llm_jax.training.optimizers import OptimizerConfig
+from llm_jax.training.rows import DataConfig
+from llm_jax.training.run import RunConfig
+
+SIZES: dict[str, Any] = dict(
+    vocab_size=4096, context_length=128, model_dim=192, num_layers=3, num_heads=4, head_dim=48, hidden_dim=768,
+    dropout=0.0,
+)  # fmt: skip
+GATED = dict(activation="gelu_tanh", gated=True, tied=False, scale_output=False, hidden_dim=512)
+VARIANTS = {
+    "1.0": (T5Config(**SIZES), Seq2Seq(task="spans", end_id=0)),
+    "1.1": (T5Config(**{**SIZES, **GATED}), Seq2Seq(task="spans", end_id=0)),
+    "prefix": (T5Config(**{**SIZES, **GATED}), Seq2Seq(task="prefix")),
+}
+
+
+def get_config(variant: str = "1.0"):
+    """One of the three, on the standard library's sources."""
+    if variant not in VARIANTS:
+        raise ValueError(f"variant {variant!r} is none of {', '.join(VARIANTS)}")
+    model, objective = VARIANTS[variant]
+    return cli.as_config_dict(
+        RunConfig(
+            model=model,
+            data=DataConfig(tokenizer_kind="bpe", validation_share=0.05),
+            objective=objective,
+            optimizer=OptimizerConfig("adafactor", 1e-2, warmup_steps=50, weight_decay=0.0),
+            plan=PlanConfig(unroll=True),
+            training=LoopConfig(
+                steps=600, batch_size=16, sequence_length=128, log_every=20, eval_every=100, checkpoint_every=300,
+                eval_batches=20,
+            ),
+        )
+    )  # fmt: skip

@@ -1,0 +1,197 @@
+"""XLNet: who sees whom in any order, padding, memories, and the forms that must agree."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import V, abstract, model_params
+
+from llm_jax.models.xlnet import XLNetConfig
+from llm_jax.nn import weights
+from llm_jax.nn.execution import Execution
+from llm_jax.nn.stack import unstack
+from llm_jax.nn.two_stream import distance_encodings, shift
+from llm_jax.objectives.permutation_lm import hidden
+
+TINY = XLNetConfig(vocab_size=V, model_dim=12, num_layers=3, num_heads=3, hidden_dim=10, vocab_pad_multiple=8)
+T, K, PAD = 8, 3, 2
+RNG = np.random.default_rng(0)
+IDS = np.stack([RNG.permutation(V)[:T] for _ in range(2)])
+TYPES = RNG.integers(0, 2, (2, T))
+TARGETS = np.array([[2, 5, 6], [1, 3, 7]])
+RANKS = np.array([[2, 0, 1], [1, 2, 0]])
+ORDER = np.full((2, T), -1)
+np.put_along_axis(ORDER, TARGETS, RANKS, 1)
+PERM = np.asarray(jax.vmap(hidden)(ORDER))
+CALL = dict(token_type_ids=TYPES, perm_mask=PERM, target_positions=TARGETS)
+close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+
+
+@functools.cache
+def params_of(**changes):
+    return model_params(dataclasses.replace(TINY, **changes))
+
+
+@functools.cache
+def results():
+    model, params = TINY.make(), params_of()
+
+    @jax.jit
+    def run(params):
+        apply = lambda ids, p=params, **kw: model.apply({"params": p}, ids, **{**CALL, **kw})
+        by_table = lambda table: {**params, "embed": {"embedding": table}}
+        table = params["embed"]["embedding"]
+        query = jax.jacobian(lambda t: apply(IDS, by_table(t)).last_hidden_state[0].sum(-1))(table)
+        alone = dict(target_positions=None)
+        content = jax.jacobian(lambda t: apply(IDS, by_table(t), **alone).last_hidden_state[0].sum(-1))(table)
+        pad = lambda x, value: np.pad(x, ((0, 0), (PAD, 0)), constant_values=value)
+        wide = np.pad(PERM, ((0, 0), (PAD, 0), (PAD, 0)))
+        left = dict(
+            token_type_ids=pad(TYPES, 1), perm_mask=wide, target_positions=TARGETS + PAD,
+            attention_mask=pad(np.ones_like(IDS), 0),
+        )  # fmt: skip
+        return dict(
+            out=apply(IDS, output_hidden_states=True, output_attentions=True),
+            query=jnp.abs(query).sum(-1),
+            content=jnp.abs(content).sum(-1),
+            left=apply(pad(IDS, 9), **left).logits,
+            mapped=apply(IDS, target_positions=None, target_mapping=np.eye(T)[TARGETS]).logits,
+            unstacked=apply(IDS, unstack(params)).logits,
+            nothing=apply(IDS, attention_mask=np.zeros_like(IDS)).logits,
+        )
+
+    return jax.device_get(run(params))
+
+
+def test_sizes():
+    d, f, n = 12, 10, 3
+    layer = 5 * d * d + 3 * d + 2 * d + (d * f + f) + (f * d + d) + 2 * 2 * d
+    params, axes = abstract(TINY.make(), IDS)
+    assert weights.count(params) == 32 * d + d + 3 * layer + 32 and n == TINY.num_heads
+    names = jax.tree.map(tuple, axes, is_leaf=lambda a: isinstance(a, weights.Axes))
+    assert names["encoder"]["layers"]["attention"]["position"]["kernel"] == ("layers", "embed", "heads")
+
+
+def test_outputs():
+    out = results()["out"]
+    assert out.logits.shape == (2, K, 32) and out.last_hidden_state.shape == (2, K, 12)
+    assert [h.shape for h in out.hidden_states] == [(2, T, 12)] * 4
+    assert [a.shape for a in out.attentions] == [(2, 3, T, T)] * 3
+    close(np.stack(out.attentions).sum(-1), 1)
+    assert np.isfinite(out.logits).all() and out.cache is None
+
+
+def test_a_target_sees_the_context_and_what_comes_before_it_in_the_order():
+    """Exactly, by gradient: tokens that come later, and the target's own, leave it untouched."""
+    for k, place in enumerate(TARGETS[0]):
+        for j in range(T):
+            before = ORDER[0, j] < ORDER[0, place]
+            assert (results()["query"][k, IDS[0, j]] > 1e-7) == before, (place, j)
+    others = np.setdiff1d(IDS[1], IDS[0])
+    assert (results()["query"][:, others] == 0).all()
+
+
+def test_the_content_stream_sees_itself_too():
+    for i in range(T):
+        for j in range(T):
+            assert (results()["content"][i, IDS[0, j]] > 1e-7) == (not PERM[0, i, j] or i == j), (i, j)
+
+
+def test_padding_and_forms_change_nothing():
+    r = results()
+    close(r["left"], r["out"].logits)
+    close(r["mapped"], r["out"].logits)
+    close(r["unstacked"], r["out"].logits)
+    assert np.isfinite(r["nothing"]).all()  # rows of nothing but padding
+
+
+@pytest.mark.parametrize("kind", ["chunked", "reference"])
+def test_attention_implementations_agree(kind):
+    model = TINY.make(Execution(attention=kind))
+    close(jax.jit(lambda p: model.apply({"params": p}, IDS, **CALL).logits)(params_of()), results()["out"].logits)
+
+
+def test_a_memory_is_the_text_before():
+    """In one direction, with room for all, a row and its memory are one longer row; forgetting begins behind that."""
+    config = dataclasses.replace(TINY, causal_mask=True, memory_length=8)
+    run = jax.jit(lambda p, ids, c: config.make().apply({"params": p}, ids, cache=c))
+    whole = run(params_of(), IDS, None).logits
+    cache = config.init_cache(2)
+    first = run(params_of(), IDS[:, :3], cache)
+    second = run(params_of(), IDS[:, 3:6], first.cache)
+    third = run(params_of(), IDS[:, 6:], second.cache)
+    close(np.concatenate([x.logits for x in (first, second, third)], axis=1), whole)
+    assert second.cache.length_B.tolist() == [6, 6] and third.cache.length_B.tolist() == [8, 8]
+    short = dataclasses.replace(config, memory_length=2)
+    cache = short.init_cache(2).replace(length_B=np.array([2, 2]))
+    cache = cache.replace(layers=tuple(m[:, -2:] for m in second.cache.layers))
+    run = jax.jit(lambda p, ids, c: short.make().apply({"params": p}, ids, cache=c))
+    again = run(params_of(), IDS[:, 6:], cache)
+    assert not np.allclose(again.logits, third.logits) and again.cache.layers[0].shape == (2, 2, 12)
+
+
+def test_memories_are_not_differentiated_and_rows_have_their_own():
+    config = dataclasses.replace(TINY, memory_length=4, reuse_length=3)
+    model = config.make()
+
+    def after(params):
+        cache = model.apply({"params": params}, IDS, cache=config.init_cache(2)).cache
+        return sum(jnp.sum(m) for m in cache.layers), cache
+
+    (_, cache), grads = jax.jit(jax.value_and_grad(after, has_aux=True))(params_of())
+    assert all((g == 0).all() for g in jax.tree.leaves(grads))
+    assert cache.length_B.tolist() == [3, 3]  # of eight states the first three are reused
+    embedded = params_of()["embed"]["embedding"][IDS[:, :3]]
+    close(cache.layers[0][:, -3:], embedded)
+    assert (np.asarray(cache.layers[0])[:, :1] == 0).all()
+
+
+def test_backwards_rows_are_forward_rows_reversed():
+    """Half of the batch runs backwards: its reversed text gives the forward row's outputs, reversed."""
+    config = dataclasses.replace(TINY, both_ways=True)
+    ids = np.stack([IDS[0], IDS[0, ::-1]])
+    out = jax.jit(lambda p: config.make().apply({"params": p}, ids))(params_of())
+    close(out.logits[1, ::-1], out.logits[0])
+
+
+def test_distances_by_hand():
+    table = distance_encodings(2, 3, 4, None, True)
+    assert table.shape == (2, 5, 4)
+    close(table[0, :, 0], np.sin([3, 2, 1, 0, -1]))
+    close(table[1, :, 2], np.cos([-3, -2, -1, 0, 1]))
+    close(distance_encodings(2, 3, 4, 1, False)[0, :, 0], np.sin([1, 1, 1, 0, -1]))
+    x = np.array([3.0, 2, 1, 0, -1]) * np.ones((1, 1, 2, 1))  # what each column holds is its distance
+    assert np.asarray(shift(jnp.asarray(x), 3))[0, 0].tolist() == [[1, 0, -1], [2, 1, 0]]
+
+
+@pytest.mark.parametrize(
+    "changes, call, words",
+    [
+        ({}, dict(perm_mask=PERM[:, :3]), r"perm_mask must be \[2, 8, 8\], got \[2, 3, 8\]"),
+        ({}, dict(target_mapping=np.ones((2, 3, 4))), r"target_mapping must be \[2, K, 8\], got \[2, 3, 4\]"),
+        ({}, dict(attention_mask=np.ones(8)), r"attention_mask must be \[B, T\]"),
+        ({}, dict(train=True), "train=True needs a dropout key"),
+        ({"both_ways": True}, dict(input_ids=IDS[:1]), "both_ways=True needs an even number of rows, got 1"),
+    ],
+)
+def test_calls_refused(changes, call, words):
+    config = dataclasses.replace(TINY, **changes)
+    with pytest.raises(ValueError, match=words):
+        jax.eval_shape(lambda: config.make().apply({"params": params_of()}, **{"input_ids": IDS, **call}))
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"head": "masked_lm"}, "head='masked_lm' is none of none, lm"),
+        ({"activation": "swish"}, "activation='swish' is none of"),
+        ({"memory_length": -1}, "memory_length=-1 and reuse_length=None must be positive"),
+        ({"num_heads": 5}, "model_dim=12 is not a multiple of num_heads=5"),
+    ],
+)
+def test_configs_refused(fields, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(TINY, **fields)
