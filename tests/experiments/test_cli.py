@@ -1,8 +1,6 @@
 """Binaries: mistakes are one line with an exit code, and what they print equals a direct computation."""
 
-import contextlib
 import dataclasses
-import importlib
 import io
 import json
 import logging
@@ -17,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
+from binaries import binary, call
 from tiny_models import noise
 
 from experiments import cli, report
@@ -63,27 +61,6 @@ def quiet():
     for logger, level, propagate, handlers in kept:
         logger.setLevel(level)
         logger.propagate, logger.handlers = propagate, handlers
-
-
-@contextlib.contextmanager
-def binary(name, *arguments):
-    """A binary's module with its flags parsed; they are taken away again, because two binaries share names."""
-    before, sys_argv = set(flags.FLAGS), sys.argv
-    sys.argv = [name, *map(str, arguments)]  # ml_collections looks for overrides there
-    try:
-        module = importlib.import_module(f"experiments.{name}")
-        cli._parse(sys.argv)
-        yield module
-    finally:
-        sys.argv = sys_argv
-        for flag in set(flags.FLAGS) - before:
-            delattr(flags.FLAGS, flag)
-        sys.modules.pop(f"experiments.{name}", None)
-
-
-def call(name, *arguments):
-    with binary(name, *arguments) as module:
-        module.main()
 
 
 MISTAKES = [
