@@ -13,6 +13,7 @@ from llm_jax.data import tokenizers
 from llm_jax.models.bert import BertConfig
 from llm_jax.models.gpt import GPTConfig
 from llm_jax.models.llama import LlamaConfig
+from llm_jax.models.t5 import T5Config
 from llm_jax.training.finetune import FinetuneConfig
 from llm_jax.training.run import RunConfig
 
@@ -89,16 +90,14 @@ def test_readme_python_runs(tmp_path, monkeypatch):
     words = tokenizers.train([text], "wordpiece", 60, tokenizers.MASKED_SPECIAL)
     encoder = BertConfig(60, 32, 16, 2, 2, 24).make()
     interop.save(tmp_path / "bert", encoder, noise(encoder, 0.3), words)
+    pair = T5Config(60, 80, 16, 1, None, 2, 8, 24, num_buckets=8, max_distance=8).make()
+    interop.save(tmp_path / "t5", pair, noise(pair, 0.3), words)
     monkeypatch.chdir(tmp_path)
     names = {"input_ids": np.array([tokenizer.encode(text)])}
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    run = lambda block: exec(
-        block.replace("path/to/huggingface_folder", f"{tmp_path}/in").replace(
-            "path/to/bert_folder", f"{tmp_path}/bert"
-        ),
-        names,
-    )
-    decode, adapt, embed = blocks
+    folders = {"huggingface_folder": "in", "bert_folder": "bert", "t5_or_marian_folder": "t5"}
+    run = lambda block: exec(re.sub(r"path/to/(\w+)", lambda m: f"{tmp_path}/{folders[m[1]]}", block), names)
+    decode, adapt, embed, translate = blocks
     run(decode)
     assert names["logits"].shape == (1, len(text), tokenizer.vocab_size)
     assert interop.load(tmp_path / "out").config == model.config
@@ -106,3 +105,5 @@ def test_readme_python_runs(tmp_path, monkeypatch):
     assert jax.tree.structure(names["params"]) == jax.tree.structure(interop.load(tmp_path / "out").params)
     run(embed)
     np.testing.assert_allclose(np.linalg.norm(names["embeddings"], axis=1), [1, 1], rtol=1e-5)
+    run(translate)
+    assert names["config"] == pair.config

@@ -1,7 +1,7 @@
 """Small T5s, pre-trained as their papers': 1.0 and 1.1 by span corruption, and the LM-adapted form by prefixes.
 
-Reproduces: Raffel et al. 2020, sections 2.1 and 3.1.4: 15 % in spans of 3, relative positions, Adafactor (with a
-            cosine in the place of the inverse square root); Lester et al. 2021: prefix LM.
+Reproduces: Raffel et al. 2020, sections 2.1 and 3.1.4: 15 % in spans of 3, relative positions; Lester et al.
+            2021: prefix LM. Muon takes the place of Adafactor, which at 1e-2 stood at 5.52 after 400 steps.
 """
 
 from typing import Any
@@ -37,7 +37,7 @@ def get_config(variant: str = "1.0"):
             model=model,
             data=DataConfig(tokenizer_kind="bpe", validation_share=0.05),
             objective=objective,
-            optimizer=OptimizerConfig("adafactor", 1e-2, warmup_steps=50, weight_decay=0.0),
+            optimizer=OptimizerConfig("muon", 2e-2, warmup_steps=50, weight_decay=0.1),
             plan=PlanConfig(unroll=True),
             training=LoopConfig(
                 steps=600, batch_size=16, sequence_length=128, log_every=20, eval_every=100, checkpoint_every=300,
