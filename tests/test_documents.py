@@ -90,7 +90,7 @@ def test_readme_python_runs(tmp_path, monkeypatch):
     words = tokenizers.train([text], "wordpiece", 60, tokenizers.MASKED_SPECIAL)
     encoder = BertConfig(60, 32, 16, 2, 2, 24).make()
     interop.save(tmp_path / "bert", encoder, noise(encoder, 0.3), words)
-    pair = T5Config(60, 80, 16, 1, None, 2, 8, 24, num_buckets=8, max_distance=8).make()
+    pair = T5Config(60, 80, 16, 1, 1, 2, 8, 24, num_buckets=8, max_distance=8).make()
     interop.save(tmp_path / "t5", pair, noise(pair, 0.3), words)
     monkeypatch.chdir(tmp_path)
     names = {"input_ids": np.array([tokenizer.encode(text)])}
