@@ -56,7 +56,7 @@ from typing import Any
 
 from absl import app, flags
 
-CASES = ("train", "memory", "decode", "compile", "shakespeare")
+CASES = ("train", "memory", "decode", "compile", "shakespeare", "encode", "translate", "steps")
 CASE = flags.DEFINE_list("cases", ",".join(CASES), f"What to measure: {', '.join(CASES)}.")
 ROUNDS = flags.DEFINE_integer("rounds", 3, "Turns that every contestant takes.", lower_bound=1)
 JSON = flags.DEFINE_string("json", None, "Write the rows to this file.")
@@ -77,6 +77,8 @@ DECODED = {"prompt": 32, "new": 64}  # tokens a row
 def _measure(who: str, what: str, **options: Any) -> dict[str, Any] | None:
     """Runs one measurement in a fresh process; None where the peer is not installed or fails."""
     module = {"ours": "experiments.benchmark_ours", "peer": "experiments.benchmark_peers"}[who]
+    if "family" in options:
+        module = {"ours": "experiments.benchmark_families", "peer": "experiments.benchmark_families_peers"}[who]
     spec = json.dumps({"what": what, "tiny": TINY.value, "precision": PRECISION.value, "sizes": SIZES, **options})
     done = subprocess.run([sys.executable, "-m", module, spec], capture_output=True, text=True, env=_environment())
     if done.returncode == 42:
@@ -214,6 +216,56 @@ def _shakespeare() -> list[dict[str, Any]]:
     return rows
 
 
+def _families(cases: dict[str, tuple[str, dict[str, Any], tuple[dict[str, Any], ...]]]) -> list[dict[str, Any]]:
+    """Rows of cases `{name: (what, options of both, options of each peer)}`."""
+    rows = []
+    product, read = (_measure("ours", what) for what in ("matmul", "bandwidth"))
+    assert product is not None and read is not None
+    for case, (what, options, peers) in cases.items():
+        contestants = {"ours": ("ours", what, options)}
+        contestants |= {p["name"]: ("peer", what, {**options, **p}) for p in peers}
+        results = _turns(contestants, ROUNDS.value)
+        ours = results["ours"]
+        limit = product["value"] / ours["flops"] if "flops" in ours else None
+        if "bytes_per_step" in ours:
+            limit = options["batch"] * read["value"] / ours["bytes_per_step"]
+        for p in peers:
+            theirs = results.get(p["name"])
+            rows.append(_row(case, ours["value"], p["name"], theirs and theirs["value"], "tokens/s", limit))
+    return rows
+
+
+EAGER = {"name": "torch eager", "compile": False}
+
+
+def _encode() -> list[dict[str, Any]]:
+    peers = (EAGER, {"name": "torch.compile", "compile": True})
+    return _families({"encode BERT base, 8 x 128": ("encode", {"family": "bert", "shape": [8, 128]}, peers)})
+
+
+def _translate() -> list[dict[str, Any]]:
+    size = {"batch": 8, "source": 32, "new": 64}
+    peers = ({"name": "transformers generate"},)
+    return _families(
+        {
+            f"{family}, {'greedy' if beams == 1 else f'beam {beams}'}, batch 8": (
+                "decode",
+                {"family": family, "beams": beams, **size},
+                peers,
+            )
+            for family in ("t5", "marian")
+            for beams in (1, 4)
+        }
+    )
+
+
+def _steps() -> list[dict[str, Any]]:
+    shape = {"shape": [4, 128]}
+    return _families(
+        {f"train {family}, 4 x 128": ("step", {"family": family, **shape}, (EAGER,)) for family in ("xlnet", "albert")}
+    )
+
+
 def main(argv: list[str]) -> None:
     """Measures, prints the table, writes the rows."""
     del argv
@@ -221,6 +273,7 @@ def main(argv: list[str]) -> None:
     if unknown:
         sys.exit(f"error: unknown cases {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
     measure = {"train": _train, "memory": _memory, "decode": _decode, "compile": _compile, "shakespeare": _shakespeare}
+    measure |= {"encode": _encode, "translate": _translate, "steps": _steps}
     rows: list[dict[str, Any]] = []
     for name in CASE.value:
         print(name, file=sys.stderr, flush=True)

@@ -2,6 +2,14 @@
 
 Reproduces: Vaswani et al. 2017 in small: shared BPE vocabulary and table, post-norm, sinusoids, dropout before each
             residual sum, label smoothing 0.1, Adam (0.9, 0.98) with the Noam schedule, averaged checkpoints, beam 4.
+Command:    python -m experiments.train --config=experiments/configs/translate.py --workdir=runs/translate
+            python -m experiments.translate --workdir=runs/translate --average_last=5
+Cost:       2,000 steps (two and a half times through the text), 33 min 39 s on two shared cores, other work beside them
+Result:     3.35 nats a token of the held-out chapters (their token frequencies alone: 6.58), still falling. BLEU
+            (sacrebleu, lower case) of the first 300 held-out pairs: greedy 14.6, beam 4 18.1 (gnmt penalty 0.6); word
+            by word, by model 1 of Brown et al., 14.5. The mean of the last five checkpoints changes nothing here (14.6
+            and 18.1): they are 100 steps apart. A factor of 1.0 in front of the schedule, in the place of 0.3, learned
+            slower: 4.87 against 4.54 nats after 600 steps.
 """
 
 from experiments import cli
