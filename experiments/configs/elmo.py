@@ -2,6 +2,10 @@
 
 Reproduces: Peters et al. 2018, section 3: character CNN with highways, two layers a direction with projections,
             residuals and clips, one output layer for both directions, sampled softmax, states that run on.
+Command:    python -m experiments.train --config=experiments/configs/elmo.py --workdir=runs/elmo
+Cost:       600 steps, 7 min 34 s on two shared cores, other work beside them
+Result:     4.95 nats a word on the ends of the novels with the full softmax (forward 4.93, backward 4.98; word
+            frequencies alone: 6.19), still falling
 """
 
 from experiments import cli
@@ -15,7 +19,7 @@ from llm_jax.training.run import RunConfig
 
 
 def get_config():
-    """On the novels of Jane Austen, one of which is held out by the hash."""
+    """On the novels of Jane Austen, the end of each held out."""
     return cli.as_config_dict(
         RunConfig(
             model=ElmoConfig(

@@ -40,7 +40,7 @@ def get_config(variant: str = "1.0"):
             optimizer=OptimizerConfig("muon", 2e-2, warmup_steps=50, weight_decay=0.1),
             plan=PlanConfig(unroll=True),
             training=LoopConfig(
-                steps=600, batch_size=16, sequence_length=128, log_every=20, eval_every=100, checkpoint_every=300,
+                steps=250, batch_size=16, sequence_length=128, log_every=10, eval_every=50, checkpoint_every=250,
                 eval_batches=20,
             ),
         )

@@ -2,6 +2,10 @@
 
 Reproduces: Yang et al. 2019, sections 2.2 to 2.4: two-stream attention, partial prediction (K = 6) of spans of up to
             five tokens, segment recurrence with reuse, half of the rows backwards.
+Command:    python -m experiments.train --config=experiments/configs/xlnet.py --workdir=runs/xlnet
+Cost:       500 steps, 8 min 46 s on two shared cores, other work beside them
+Result:     2.89 nats a predicted token on held-out files of the standard library's sources (their token frequencies
+            alone: 3.99; its Unigram vocabulary has many blanks), 57 % of them right, still falling
 """
 
 from experiments import cli
@@ -27,7 +31,7 @@ def get_config():
             optimizer=OptimizerConfig("muon", 2e-2, warmup_steps=50, weight_decay=0.1),
             plan=PlanConfig(unroll=True),
             training=LoopConfig(
-                steps=600, batch_size=16, sequence_length=128, log_every=20, eval_every=100, checkpoint_every=300,
+                steps=500, batch_size=16, sequence_length=128, log_every=20, eval_every=100, checkpoint_every=250,
                 eval_batches=20,
             ),
         )
