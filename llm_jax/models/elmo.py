@@ -97,6 +97,11 @@ class ElmoState(struct.PyTreeNode):
     backward: tuple[LstmState, ...]
 
 
+def _characters(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """Normal rows; that of id 0, which no word has and the original's files leave out, is zero and stays so."""
+    return jax.random.normal(key, shape, dtype).at[0].set(0)
+
+
 class _Words(nn.Module):
     """Character ids to word vectors."""
 
@@ -111,7 +116,7 @@ class _Words(nn.Module):
             c.num_characters,
             c.character_dim,
             vocab_axis=None,
-            table_init=nn.initializers.normal(1.0),
+            table_init=_characters,
             name="characters",
         )
         x_BTMC = table(ids_BTM, self.dtype)

@@ -1,6 +1,7 @@
 """A run of ELMo from a config: states run on, a resumed run equals an unbroken one, the work directory is a model."""
 
 import dataclasses
+import importlib.util
 
 import jax
 import numpy as np
@@ -46,9 +47,13 @@ def test_a_run_learns_and_resumes(config, tmp_path):
         np.testing.assert_array_equal(a, b)
     loaded = interop.load(tmp_path / "whole")
     assert loaded.config == config.model and loaded.tokenizer is not None
+    if importlib.util.find_spec("h5py") is not None:  # a trained model is written in the original's format
+        interop.save(tmp_path / "original", loaded.model, loaded.params, loaded.tokenizer)
+        again = interop.load(tmp_path / "original")
+        jax.tree.map(np.testing.assert_array_equal, again.params, loaded.params)
 
 
 def test_what_does_not_fit_together(config, tmp_path):
     whole = dataclasses.replace(config, data=dataclasses.replace(config.data, packing="whole"))
-    with pytest.raises(configs.ConfigError, match="ELMo reads a stream of words"):
+    with pytest.raises(configs.ConfigError, match="ELMo and XLNet read a stream of text"):
         run.train(whole, tmp_path / "x")
