@@ -141,7 +141,8 @@ def _abstract(model: Any) -> tuple[Any, Any]:
 
 def _initial(config: Any) -> Any:
     """A head's first values, from key 0: computed for one layer, since the layers are read."""
-    model = dataclasses.replace(config, num_layers=1, num_groups=None).make()
+    changes: Any = {"num_layers": 1} | ({"num_groups": None} if hasattr(config, "num_groups") else {})
+    model = dataclasses.replace(config, **changes).make()
     boxed = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     return jax.device_get(weights.split_axes(boxed)[0])
 
