@@ -2,6 +2,11 @@
 
 Reproduces: Raffel et al. 2020, sections 2.1 and 3.1.4: 15 % in spans of 3, relative positions; Lester et al.
             2021: prefix LM. Muon takes the place of Adafactor, which at 1e-2 stood at 5.52 after 400 steps.
+Command:    python -m experiments.train --config=experiments/configs/t5.py:1.1 --workdir=runs/t5 (:1.0, :prefix)
+Cost:       250 steps, two shared cores, other work beside them: 3 min 11 s (1.0), 3 min 23 s (1.1), 5 min 27 s (prefix)
+Result:     nats a target token on held-out files of the standard library's sources: 4.73 (1.0), 4.66 (1.1), where
+            the frequencies of the targets alone give 6.15; 4.74 (prefix) against 6.95. A quarter of the
+            targets of span corruption are sentinels and ends, which are learned at once. All still falling
 """
 
 from typing import Any

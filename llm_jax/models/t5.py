@@ -165,7 +165,9 @@ class T5(nn.Module):
         def head(y: jax.Array) -> Any:
             if c.tied:
                 return tokens.head()
-            own = nn.initializers.normal(c.init_factor * c.model_dim**-0.5)  # t5x's; transformers' 1.0 makes huge logits
+            own = nn.initializers.normal(
+                c.init_factor * c.model_dim**-0.5
+            )  # t5x's; transformers' 1.0 makes huge logits
             return OutputLayer(c.vocab_size, c.vocab_pad_multiple, kernel_init=own, name="head")(y)
 
         drop = lambda x: dropout(self, x, c.dropout, train)
