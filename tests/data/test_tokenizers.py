@@ -17,7 +17,7 @@ SENTENCE = "the newest cat sat low"
 
 @pytest.fixture(scope="module")
 def trained():
-    sizes = {"bpe": 300, "wordpiece": 80, "unigram": 60, "char": 1}
+    sizes = {"bpe": 300, "wordpiece": 80, "unigram": 60, "char": 1, "word": 40}
     return {kind: tokenizers.train(TEXTS, kind, size) for kind, size in sizes.items()}
 
 
@@ -52,7 +52,13 @@ def test_train_save_load(kind, trained, tmp_path):
     assert tokenizer.decode([*ids, tokenizer.eos_id]) == SENTENCE  # special tokens are left out
     assert tokenizer.decode([tokenizer.eos_id], skip_special_tokens=False) == END_OF_TEXT
     assert tokenizer.encode(END_OF_TEXT) == [tokenizer.eos_id]  # and recognised where written out
-    unknown = {"bpe": "Ð ¶", "wordpiece": "[UNK]", "unigram": "▁ <unk>", "char": "<unk>"}  # two bytes, or one entry
+    unknown = {
+        "bpe": "Ð ¶",
+        "wordpiece": "[UNK]",
+        "unigram": "▁ <unk>",
+        "char": "<unk>",
+        "word": "<unk>",
+    }  # two bytes, or one entry
     assert " ".join(map(tokenizer.token, tokenizer.encode("ж"))) == unknown[kind]
 
 
@@ -108,7 +114,7 @@ def test_errors_are_one_line(trained, tmp_path):
         (lambda: tokenizers.load(tmp_path), "is no tokenizer.json"),
         (lambda: tokenizers.load(tmp_path / "config"), "tokenizer_config.json is no JSON"),
         (lambda: tokenizers.load(tmp_path / "list"), "holds no JSON object"),
-        (lambda: tokenizers.train(TEXTS, "word", 10), "none of bpe, wordpiece, unigram, char"),
+        (lambda: tokenizers.train(TEXTS, "letters", 10), "none of bpe, wordpiece, unigram, char, word"),
         (lambda: tokenizers.train(TEXTS, "bpe", 256), "below the 256 bytes and 1 special"),
         (lambda: tokenizers.train(TEXTS, "unigram", 4), "vocab_size=4 cannot be trained"),
         (lambda: tokenizers.replay_merges(trained["char"], {"a": 1}), "BPE only, this is WordLevel"),
