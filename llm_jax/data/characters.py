@@ -9,7 +9,6 @@ import numpy as np
 
 BEGIN_SENTENCE, END_SENTENCE, BEGIN_WORD, END_WORD, PADDING = range(256, 261)
 BEGIN, END = "<S>", "</S>"  # tokens that stand for the ends themselves
-NUM_CHARACTERS = 262  # 0 is no token; every id is one higher than its byte
 
 
 def character_ids(token: str, size: int = 50) -> np.ndarray:

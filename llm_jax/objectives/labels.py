@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.nn.weights import wide
-from llm_jax.objectives.objective import Batch, Prepared
+from llm_jax.objectives.objective import IGNORED, Batch, Prepared
 
 KINDS = ("classification", "regression", "multi_label", "tokens", "span", "choice")
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "segment_ids")
-IGNORED = -100  # a label that does not count, as in torch and transformers
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 Batch = Mapping[str, jax.Array]
+IGNORED = -100  # a label that does not count, as in torch and transformers
 
 
 class Prepared(NamedTuple):

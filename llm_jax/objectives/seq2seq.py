@@ -13,8 +13,7 @@ import jax.numpy as jnp
 
 from llm_jax.objectives import spans
 from llm_jax.objectives.cross_entropy import cross_entropy_sums
-from llm_jax.objectives.objective import Batch, Prepared
-from llm_jax.objectives.spans import IGNORED
+from llm_jax.objectives.objective import IGNORED, Batch, Prepared
 
 TASKS = ("pairs", "spans", "prefix")
 

@@ -9,7 +9,7 @@ Source: Raffel et al. 2020, sections 3.1.4 and 3.2.1, https://arxiv.org/abs/1910
 import jax
 import jax.numpy as jnp
 
-IGNORED = -100  # a label that does not count, as in torch and transformers
+from llm_jax.objectives.objective import IGNORED
 
 
 def sizes(length: int, noise_density: float, mean_span: float) -> tuple[int, int]:
