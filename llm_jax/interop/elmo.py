@@ -167,7 +167,7 @@ def write(folder: epath.PathLike, config: ElmoConfig, params: Any, dtype: Any = 
         rest = [r for r in table_of if r not in joined]
         fused = {r.ours for r in joined}
         kept = {p: x for p, x in paths.flatten(params) if p not in fused}
-        for name, array in names.write_params(_nested(kept), rest, rows, dtype):
+        for name, array in names.write_params(paths.nested(kept.items()), rest, rows, dtype):
             f.create_dataset(name, data=array)
         flat = dict(paths.flatten(params))
         for rule in joined:  # input above recurrent
@@ -177,14 +177,3 @@ def write(folder: epath.PathLike, config: ElmoConfig, params: Any, dtype: Any = 
             array = np.concatenate(parts)
             f.create_dataset(name, data=array if dtype is None else array.astype(np.dtype(dtype)))
     (folder / "options.json").write_text(json.dumps(options_of(config), indent=2) + "\n")
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, last = path.split("/")
-        here = out
-        for name in parents:
-            here = here.setdefault(name, {})
-        here[last] = value
-    return out

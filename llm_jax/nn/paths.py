@@ -37,6 +37,18 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tup
     return [(path_string(k), v) for k, v in jax.tree_util.tree_flatten_with_path(tree, is_leaf)[0]]
 
 
+def nested(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Undoes `flatten` where every key was a dict's: dicts in dicts from `(path, leaf)`."""
+    out: dict[str, Any] = {}
+    for path, leaf in items:
+        *folders, name = path.split("/")
+        tree = out
+        for key in folders:
+            tree = tree.setdefault(key, {})
+        tree[name] = leaf
+    return out
+
+
 def map_with_path(fn: Callable[..., Any], tree: Any, *rest: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
     """`jax.tree.map` whose function takes the path string first."""
     return jax.tree_util.tree_map_with_path(lambda k, *v: fn(path_string(k), *v), tree, *rest, is_leaf=is_leaf)

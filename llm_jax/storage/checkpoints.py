@@ -7,7 +7,7 @@ the run used, unless they differ.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -237,7 +237,7 @@ class Checkpoints:
         step, run, structure = self.read_run(step)
         stored = self.stored_shapes(step)
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        everything = _nested((p, jax.ShapeDtypeStruct(*x, sharding=device)) for p, x in stored.items())
+        everything = paths.nested((p, jax.ShapeDtypeStruct(*x, sharding=device)) for p, x in stored.items())
         prefix = "average" if average else "params"
         if prefix not in everything:
             raise CheckpointError(f"checkpoint {step} of {self.folder} holds no moving average")
@@ -271,12 +271,12 @@ class Checkpoints:
         arrays = []
         with ocp.PyTreeCheckpointer() as reader:
             for turn in turns:
-                part = _nested(turn)
+                part = paths.nested(turn)
                 places = ocp.checkpoint_utils.construct_restore_args(part)
                 args = ocp.args.PyTreeRestore(part, restore_args=places, partial_restore=True)
                 got = reader.restore(self._item(step, "state"), args=args)
                 arrays += paths.flatten(jax.block_until_ready(got))  # until then its copy on the host lives on
-        return _nested(arrays)
+        return paths.nested(arrays)
 
     @staticmethod
     def _as_params(tree: Any, structure: dict[str, Any]) -> Any:
@@ -296,19 +296,7 @@ class Checkpoints:
 
 def dict_of(tree: Any) -> Any:
     """Structured nodes as plain dicts of their leaves, the way array files hold them."""
-    return _nested(paths.flatten(tree))
-
-
-def _nested(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Dicts in dicts from (path, leaf)."""
-    out: dict[str, Any] = {}
-    for path, leaf in items:
-        *folders, name = path.split("/")
-        tree = out
-        for key in folders:
-            tree = tree.setdefault(key, {})
-        tree[name] = leaf
-    return out
+    return paths.nested(paths.flatten(tree))
 
 
 def _quality(metrics: dict[str, float]) -> float:
