@@ -25,6 +25,11 @@ MODELS: dict[str, Any] = {
     "gpt2": GPTConfig(**GPT),
     "gpt1": GPTConfig(**GPT, norm="post", activation="gelu", hidden_dim=10),
     "gpt_untied_padded": GPTConfig(**GPT, tied=False, vocab_pad_multiple=8),
+    **{f"gpt_{kind}": GPTConfig(**GPT, positions=kind, max_distance=20) for kind in ("sinusoidal", "alibi", "t5")},
+    **{
+        f"gpt_{kind}": GPTConfig(**GPT, positions=kind, max_distance=3)
+        for kind in ("rotary", "shaw", "xlnet", "deberta")
+    },
     "llama": LlamaConfig(**LLAMA),
     "llama3_scaling": LlamaConfig(**LLAMA, rope_scaling=RotaryScaling("llama3", 4.0, original_length=8)),
     "mistral": LlamaConfig(**LLAMA, window=3, tied=False),

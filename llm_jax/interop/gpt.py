@@ -55,6 +55,8 @@ def config_from_hf(c: dict[str, Any]) -> GPTConfig:
 
 def config_to_hf(config: GPTConfig) -> dict[str, Any]:
     """The contents of `config.json`."""
+    if config.positions != "learned":
+        raise InteropError(f"GPT's format has learned positions and not positions={config.positions!r}")
     first = config.norm == "post"
     theirs = {v: k for k, v in reversed(ACTIVATIONS.items())}
     if first and config.hidden_dim not in (None, 4 * config.model_dim):

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from llm_jax.nn.attention import Attention, AttentionConfig, Mask, dropout
+from llm_jax.nn.attend import Mask
+from llm_jax.nn.attention import Attention, AttentionConfig, dropout
 from llm_jax.nn.cache import Cache, LayerCache
 from llm_jax.nn.execution import Execution
 from llm_jax.nn.feed_forward import ACTIVATIONS, FeedForward
@@ -72,6 +73,7 @@ class Shared(struct.PyTreeNode):
       bias_BNTS: added to the scores of self-attention.
       source_BSD: what cross-attention looks at; None where the cache has it.
       source_mask: which of that is real.
+      distances_PD: table of distances (DeBERTa).
     """
 
     mask: Mask
@@ -80,6 +82,7 @@ class Shared(struct.PyTreeNode):
     bias_BNTS: jax.Array | None = None
     source_BSD: jax.Array | None = None
     source_mask: Mask | None = None
+    distances_PD: jax.Array | None = None
 
 
 class Block(nn.Module):
@@ -105,7 +108,10 @@ class Block(nn.Module):
             return (x if c.norm == "pre" else around(x)), *rest
 
         attention = Attention(a, self.execution, name="attention")
-        attend = lambda y: attention(y, s.mask, s.rotary, cache, s.slots_BT, train, self.output_attentions, s.bias_BNTS)
+        attend = lambda y: attention(
+            *(y, s.mask, s.rotary, cache, s.slots_BT, train, self.output_attentions, s.bias_BNTS),
+            distances_PD=s.distances_PD,
+        )
         x, cache, shown = add(x, "attention_norm", attend)
         if c.cross:
             cross = Attention(a, self.execution, name="cross_attention")

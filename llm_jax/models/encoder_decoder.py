@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from llm_jax.models import frame
 from llm_jax.models.block import BlockConfig, Shared, blocks, per_layer
 from llm_jax.models.output import Output
-from llm_jax.nn.attention import Mask
+from llm_jax.nn.attend import Mask
 from llm_jax.nn.cache import Cache
 from llm_jax.nn.output import Head
 

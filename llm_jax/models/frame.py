@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.models.output import Output
-from llm_jax.nn.attention import Mask
+from llm_jax.nn.attend import Mask
 from llm_jax.nn.cache import Cache
 from llm_jax.nn.output import Head
 

@@ -1,14 +1,16 @@
-"""GPT-1 and GPT-2.
+"""GPT-1 and GPT-2, and the same with every other encoding of positions (`configs/positions.py` compares them).
 
 Sources: Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training" (post-norm); Radford et
 al. 2019, "Language Models are Unsupervised Multitask Learners" (pre-norm, residual projections initialised smaller).
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from llm_jax.models import frame
@@ -20,6 +22,12 @@ from llm_jax.nn.embedding import Embedding
 from llm_jax.nn.execution import Execution
 from llm_jax.nn.norms import LayerNorm
 from llm_jax.nn.output import OutputLayer
+from llm_jax.nn.positions import rotary_frequencies, rotary_tables, sinusoids
+from llm_jax.nn.relative import RelativeBias, distances
+from llm_jax.nn.relative_scores import KINDS, RelativeConfig
+
+TABLES = ("learned", "sinusoidal")  # a row a position: none behind `context_length`
+POSITIONS = (*TABLES, "rotary", "alibi", "t5", *KINDS, "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +36,7 @@ class GPTConfig:
 
     Attributes:
       vocab_size: V.
-      context_length: learned positions, tokens.
+      context_length: learned positions, tokens; with other positions the longest sequence.
       model_dim: D.
       num_layers: L.
       num_heads: N.
@@ -37,6 +45,9 @@ class GPTConfig:
       activation: of the feed-forward.
       norm_eps: of the layer norms.
       tied: output layer shares the token table.
+      positions: `learned`; `sinusoidal` (with token rows times sqrt(D), as in 2017), `rotary`, `alibi`, `t5` (32
+        buckets), `shaw`, `xlnet`, `deberta` or `none`.
+      max_distance: distances from here on are one to T5's, Shaw's and DeBERTa's positions.
       dropout: rate on residual branches.
       embed_dropout: rate on embeddings; None takes `dropout`.
       attention_dropout: rate on attention weights.
@@ -54,6 +65,8 @@ class GPTConfig:
     activation: str = "gelu_tanh"
     norm_eps: float = 1e-5
     tied: bool = True
+    positions: str = "learned"
+    max_distance: int = 128
     dropout: float = 0.0
     embed_dropout: float | None = None
     attention_dropout: float = 0.0
@@ -62,16 +75,21 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         """Checks sizes and mode strings."""
+        if self.positions not in POSITIONS:
+            raise ValueError(f"positions={self.positions!r} is none of {', '.join(POSITIONS)}")
         _ = self.block
 
     @property
     def block(self) -> BlockConfig:
         """The layers; in `pre` the kernels that write into the residual stream start smaller."""
         out_std = self.init_std / math.sqrt(2 * self.num_layers) if self.norm == "pre" else self.init_std
+        attention = AttentionConfig.with_biases(
+            self.model_dim, self.num_heads, self.attention_dropout, self.init_std, out_std
+        )
+        if self.positions in KINDS:
+            attention = dataclasses.replace(attention, relative=RelativeConfig(self.positions, self.max_distance))
         return BlockConfig(
-            attention=AttentionConfig.with_biases(
-                self.model_dim, self.num_heads, self.attention_dropout, self.init_std, out_std
-            ),
+            attention=dataclasses.replace(attention, alibi=self.positions == "alibi"),
             hidden_dim=self.hidden_dim or 4 * self.model_dim,
             activation=self.activation,
             norm=self.norm,
@@ -85,13 +103,13 @@ class GPTConfig:
 
     def init_cache(self, batch: int, size: int, dtype: Any = "float32") -> Cache:
         """An empty cache."""
-        if size > self.context_length:
-            raise ValueError(f"a cache of {size} exceeds the {self.context_length} learned positions")
+        if size > self.context_length and self.positions in TABLES:
+            raise ValueError(f"a cache of {size} exceeds the {self.context_length} {self.positions} positions")
         return init_cache(self.num_layers, batch, size, self.num_heads, self.model_dim // self.num_heads, dtype)
 
 
 class GPT(nn.Module):
-    """A decoder with learned positions."""
+    """A decoder."""
 
     config: GPTConfig
     execution: Execution = Execution()
@@ -114,14 +132,29 @@ class GPT(nn.Module):
         frame.check_call(self, input_ids, attention_mask, token_type_ids, train)
         inputs = frame.prepare(input_ids, attention_mask, position_ids, segment_ids, cache, c.context_length)
         init = nn.initializers.normal(c.init_std)
-        tokens = Embedding(c.vocab_size, c.model_dim, c.vocab_pad_multiple, table_init=init, name="embed")
-        places = Embedding(c.context_length, c.model_dim, vocab_axis=None, table_init=init, name="positions")
-        dtype = self.execution.dtype
-        x = tokens(input_ids, dtype) + places(inputs.positions_BT, dtype)
+        scaled = c.positions == "sinusoidal"
+        tokens = Embedding(c.vocab_size, c.model_dim, c.vocab_pad_multiple, scaled, table_init=init, name="embed")
+        table = functools.partial(Embedding, features=c.model_dim, vocab_axis=None, table_init=init, name="positions")
+        shared, dtype = Shared(inputs.mask, inputs.slots_BT), self.execution.dtype
+        x = tokens(input_ids, dtype)
+        if c.positions == "learned":
+            x = x + table(c.context_length)(inputs.positions_BT, dtype)
+        elif c.positions == "sinusoidal":
+            x = x + jnp.asarray(sinusoids(c.context_length, c.model_dim), x.dtype)[inputs.positions_BT]
+        elif c.positions == "rotary":
+            freq, factor = rotary_frequencies(c.model_dim // c.num_heads, 10000.0)
+            wide = jnp.promote_types(jnp.float32, x.dtype)
+            shared = shared.replace(rotary=rotary_tables(inputs.positions_BT, freq, factor, wide))
+        elif c.positions == "t5":
+            bias = RelativeBias(c.num_heads, 32, c.max_distance, False, c.init_std, name="positions")
+            shared = shared.replace(bias_BNTS=bias(distances(inputs.mask, cache is not None)))
+        elif c.positions == "deberta":
+            rows = jnp.arange(2 * c.max_distance)
+            shared = shared.replace(distances_PD=table(2 * c.max_distance)(rows, dtype))
         x = dropout(self, x, c.dropout if c.embed_dropout is None else c.embed_dropout, train)
         x = first = self.execution.constrain(x, ("batch", "length", "embed"))
         stack = blocks(c.block, c.num_layers, self.execution, output_hidden_states, output_attentions, "decoder")
-        x, outputs = stack(x, per_layer(cache), (Shared(inputs.mask, inputs.slots_BT),), train)
+        x, outputs = stack(x, per_layer(cache), (shared,), train)
         if c.norm == "pre":
             x = LayerNorm(c.norm_eps, name="final_norm")(x)
         if c.tied:

@@ -17,7 +17,8 @@ from llm_jax.models import heads
 from llm_jax.models.frame import check_call
 from llm_jax.models.output import Output
 from llm_jax.nn import weights
-from llm_jax.nn.attention import AttentionConfig, Mask, dropout
+from llm_jax.nn.attend import Mask
+from llm_jax.nn.attention import AttentionConfig, dropout
 from llm_jax.nn.embedding import Embedding
 from llm_jax.nn.execution import Execution
 from llm_jax.nn.feed_forward import ACTIVATIONS, FeedForward

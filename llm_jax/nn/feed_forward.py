@@ -10,11 +10,11 @@ import functools
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.nn import ports
+from llm_jax.nn.attend import drop
 from llm_jax.nn.linear import Linear
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -29,8 +29,7 @@ def dropped(function: Callable[..., jax.Array], rate: float, key: jax.Array) -> 
     """`function` with dropout on what it returns, the same at every call."""
 
     def run(*inputs: jax.Array) -> jax.Array:
-        y = function(*inputs)
-        return jnp.where(jax.random.bernoulli(key, 1 - rate, y.shape), y / (1 - rate), 0).astype(y.dtype)
+        return drop(function(*inputs), rate, key)
 
     return run
 

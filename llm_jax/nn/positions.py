@@ -23,6 +23,12 @@ def sinusoids(length: int, features: int) -> np.ndarray:
     return table.astype(np.float32)
 
 
+def sinusoid_halves(distances: np.ndarray, features: int) -> np.ndarray:
+    """`[*distances.shape, features]` float64 of any distances: the sines, then the cosines (Transformer-XL's order)."""
+    angle = distances[..., None] / 10000 ** (np.arange(0, features, 2) / features)
+    return np.concatenate([np.sin(angle), np.cos(angle)], axis=-1)
+
+
 @dataclasses.dataclass(frozen=True)
 class RotaryScaling:
     """How a checkpoint stretches its rotary frequencies past the length it was trained on.

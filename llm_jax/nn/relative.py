@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 
 from llm_jax.nn import weights
-from llm_jax.nn.attention import Mask
+from llm_jax.nn.attend import Mask
 
 
 def bucket_table(num_buckets: int, max_distance: int) -> np.ndarray:
@@ -29,6 +29,12 @@ def distances(mask: Mask, cached: bool) -> jax.Array:
         return mask.distance()
     t, s = mask.q_positions_BT.shape[1], mask.k_positions_BS.shape[1]
     return (jnp.arange(t)[:, None] - jnp.arange(s)[None, :])[None]
+
+
+def shift(x_BNTP: jax.Array, keys: int) -> jax.Array:
+    """Entry (i, j) from column T - i + j, which holds distance i - j, with i counted behind S - T older keys."""
+    b, n, t, p = x_BNTP.shape
+    return x_BNTP.reshape(b, n, p, t)[:, :, 1:].reshape(b, n, t, p - 1)[..., :keys]
 
 
 class RelativeBias(nn.Module):

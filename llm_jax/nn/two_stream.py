@@ -18,9 +18,12 @@ from flax import linen as nn
 from flax import struct
 
 from llm_jax.nn import weights
-from llm_jax.nn.attention import AttentionConfig, Mask, attend, attention_weights
+from llm_jax.nn.attend import Mask, attend, attention_weights
+from llm_jax.nn.attention import AttentionConfig
 from llm_jax.nn.execution import Execution
 from llm_jax.nn.linear import Linear
+from llm_jax.nn.positions import sinusoid_halves
+from llm_jax.nn.relative import shift
 
 
 class Relations(struct.PyTreeNode):
@@ -46,15 +49,8 @@ def distance_encodings(queries: int, keys: int, features: int, clamp: int | None
     """`[G, keys + queries, features]` float64: sines, then cosines."""
     distance = np.arange(keys, -queries, -1, dtype=np.float64)
     distance = distance if clamp is None else np.clip(distance, -clamp, clamp)
-    angle = distance[:, None] / (10000 ** (np.arange(0, features, 2) / features))[None, :]
-    both = [angle, -angle] if backwards else [angle]
-    return np.stack([np.concatenate([np.sin(a), np.cos(a)], axis=-1) for a in both])
-
-
-def shift(x_BNTP: jax.Array, keys: int) -> jax.Array:
-    """Entry (i, j) from column T - i + j, which holds distance i - j, with i counted behind S - T older keys."""
-    b, n, t, p = x_BNTP.shape
-    return x_BNTP.reshape(b, n, p, t)[:, :, 1:].reshape(b, n, t, p - 1)[..., :keys]
+    both = [distance, -distance] if backwards else [distance]
+    return np.stack([sinusoid_halves(d, features) for d in both])
 
 
 class TwoStreamAttention(nn.Module):

@@ -48,7 +48,12 @@ def test_unsupported_features(values, message):
 
 
 @pytest.mark.parametrize(
-    "changes, message", [({"hidden_dim": 50}, "no hidden_dim"), ({"activation": "gelu"}, "exact gelu")]
+    "changes, message",
+    [
+        ({"hidden_dim": 50}, "no hidden_dim"),
+        ({"activation": "gelu"}, "exact gelu"),
+        ({"positions": "alibi"}, "learned positions and not positions='alibi'"),
+    ],
 )
 def test_what_gpt1_cannot_say(changes, message):
     with pytest.raises(InteropError, match=message):

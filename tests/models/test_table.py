@@ -132,7 +132,10 @@ def count(config):
     if hasattr(c, "norm"):
         f = c.hidden_dim or 4 * d
         layer = 4 * (d * d + d) + (d * f + f) + (f * d + d) + 2 * 2 * d
-        return tables + c.context_length * d + c.num_layers * layer + (2 * d if c.norm == "pre" else 0)
+        m, h = c.max_distance, d // c.num_heads
+        layer += {"shaw": 2 * (2 * m + 1) * h, "xlnet": d * d + 2 * d, "deberta": 2 * d * d}.get(c.positions, 0)
+        once = {"learned": c.context_length * d, "t5": 32 * c.num_heads, "deberta": 2 * m * d}.get(c.positions, 0)
+        return tables + once + c.num_layers * layer + (2 * d if c.norm == "pre" else 0)
     h, f = c.head_dim or d // c.num_heads, c.hidden_dim
     q, kv = c.num_heads * h, c.num_kv_heads * h
     layer = d * q + 2 * d * kv + q * d + 3 * d * f + 2 * d

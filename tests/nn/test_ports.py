@@ -9,7 +9,8 @@ import pytest
 from tiny_models import random_params
 
 from llm_jax.nn import ports, weights
-from llm_jax.nn.attention import Attention, AttentionConfig, Mask
+from llm_jax.nn.attend import Mask
+from llm_jax.nn.attention import Attention, AttentionConfig
 from llm_jax.nn.feed_forward import FeedForward
 from llm_jax.nn.stack import Stack, unstack
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from tiny_models import random_params
 
-from llm_jax.nn.attention import Mask
+from llm_jax.nn.attend import Mask
 from llm_jax.nn.relative import RelativeBias, bucket_table, distances
 
 

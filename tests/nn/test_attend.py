@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.ad_checkpoint import print_saved_residuals
 
-from llm_jax.nn.attention import AttentionConfig, Mask, attend, attention_weights
+from llm_jax.nn.attend import Mask, attend, attention_weights
+from llm_jax.nn.attention import AttentionConfig
 from llm_jax.nn.positions import alibi_slopes
 
 B, T, S, H = 2, 7, 9, 4
@@ -165,7 +166,7 @@ def test_where_the_kernel_of_cudnn_runs(length, width, dtype, runs, monkeypatch)
     """Read off the program lowered for CUDA, which needs no GPU."""
     versions = type("Versions", (), {"cudnn_get_version": staticmethod(lambda: 91000)})
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.cuda_versions", versions)
-    monkeypatch.setattr("llm_jax.nn.attention._cudnn_runs", lambda: True)
+    monkeypatch.setattr("llm_jax.nn.attend._cudnn_runs", lambda: True)
     at = jnp.broadcast_to(jnp.arange(length), (2, length))
     x = jax.ShapeDtypeStruct((2, length, 4, width), dtype)
 
