@@ -291,7 +291,8 @@ def completions(state: DecodeState) -> list[Completion]:
 @functools.partial(jax.jit, static_argnums=0)
 def sequence_logprobs(model: Any, params: Any, ids_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
     """Log-probability of every token given those before it, `[B, T - 1]`, zero where the mask is off."""
-    out = model.apply({"params": params}, ids_BT[:, :-1], attention_mask=mask_BT[:, :-1])
+    order = {"left_to_right": True} if prefill.reads_any_order(model) else {}
+    out = model.apply({"params": params}, ids_BT[:, :-1], attention_mask=mask_BT[:, :-1], **order)
     logp = jax.nn.log_softmax(out.logits, axis=-1)
     own = jnp.take_along_axis(logp, ids_BT[:, 1:, None], axis=-1)[:, :, 0]
     return jnp.where(mask_BT[:, 1:], own, 0.0)

@@ -27,10 +27,15 @@ def check_generates(model: Any) -> None:
       ValueError: naming the model.
     """
     config = model.config
-    if not getattr(config, "causal", True):
+    if not getattr(config, "causal", True) and not reads_any_order(model):
         raise ValueError(f"{type(model).__name__} sees both sides and cannot generate; see decoding.masked")
     if not getattr(config, "decoder", True):
         raise ValueError(f"this {type(model).__name__} is an encoder alone and cannot generate")
+
+
+def reads_any_order(model: Any) -> bool:
+    """Whether the model reads from left to right where it is asked to, and in other orders else (XLNet)."""
+    return getattr(model.config, "any_order", False) and model.config.head == "lm"
 
 
 def serving(params: Any) -> Any:

@@ -82,9 +82,8 @@ class ElmoConfig:
         """The module."""
         return Elmo(self, execution)
 
-    def init_cache(self, batch: int, size: int = 0, dtype: Any = "float32") -> "ElmoState":
-        """The states before a text; `size` is not used, an LSTM remembers no positions."""
-        del size
+    def init_carry(self, batch: int, dtype: Any = "float32") -> "ElmoState":
+        """The states before a text."""
         layer = lambda: LstmState.zeros(batch, self.hidden_dim, self.model_dim, jnp.dtype(dtype))
         layers = lambda: tuple(layer() for _ in range(self.num_layers))
         return ElmoState(layers(), layers())
@@ -197,7 +196,7 @@ class Elmo(nn.Module):
         real = jnp.any(input_ids > 0, axis=-1) if attention_mask is None else attention_mask.astype(bool)
         words = _Words(c, self.execution.dtype, name="words")(input_ids)
         words = self.execution.constrain(words, ("batch", "length", "embed"))
-        states = c.init_cache(b, dtype=words.dtype) if cache is None else cache
+        states = c.init_carry(b, words.dtype) if cache is None else cache
         adds = [jnp.float32(c.residual and i > 0) for i in range(c.num_layers)]
         outputs, ends = [], []
         for name, before in zip(DIRECTIONS, (states.forward, states.backward), strict=True):

@@ -21,7 +21,7 @@ class Output(struct.PyTreeNode):
       attentions: L arrays `[B, N, T, S]`.
       pooler_output: `[B, D]`, encoders only.
       pair_logits: float32 `[B, 2]` of next-sentence or sentence-order prediction.
-      cache: the updated cache, of the type that the config's `init_cache` returns.
+      cache: the updated cache, of the type that the config's `init_cache` or `init_carry` returns.
       cross_attentions: L arrays `[B, N, T, S]` of an encoder-decoder, S positions of the source.
       encoder: what its encoder returned.
     """

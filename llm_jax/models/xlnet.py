@@ -10,23 +10,25 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import struct
 
-from llm_jax.models import heads
-from llm_jax.models.frame import check_call
+from llm_jax.models import frame, heads
 from llm_jax.models.output import Output
 from llm_jax.nn import weights
 from llm_jax.nn.attend import Mask
 from llm_jax.nn.attention import AttentionConfig, dropout
+from llm_jax.nn.cache import Cache, init_cache
 from llm_jax.nn.embedding import Embedding
 from llm_jax.nn.execution import Execution
 from llm_jax.nn.feed_forward import ACTIVATIONS, FeedForward
 from llm_jax.nn.linear import Linear
 from llm_jax.nn.norms import LayerNorm
 from llm_jax.nn.output import MASKED, padded_size
+from llm_jax.nn.positions import sinusoid_halves
 from llm_jax.nn.stack import Stack
-from llm_jax.nn.two_stream import Relations, TwoStreamAttention, distance_encodings
+from llm_jax.nn.two_stream import PlacedCache, Relations, TwoStreamAttention, distance_encodings
 
 HEADS = ("none", "lm", "classification", "tokens", "span", "choice")
 
@@ -37,6 +39,7 @@ class XLNetConfig:
 
     Attributes:
       vocab_size: V.
+      context_length: longest row in training and generation, tokens; the positions themselves go on.
       model_dim: D.
       num_layers: L.
       num_heads: N.
@@ -58,6 +61,7 @@ class XLNetConfig:
     """
 
     vocab_size: int = 32000
+    context_length: int = 512
     model_dim: int = 768
     num_layers: int = 12
     num_heads: int = 12
@@ -78,6 +82,7 @@ class XLNetConfig:
     vocab_pad_multiple: int = 1
 
     causal: ClassVar[bool] = False
+    any_order: ClassVar[bool] = True  # and so from left to right, where a call asks for it
 
     def __post_init__(self) -> None:
         """Checks sizes and names."""
@@ -105,9 +110,13 @@ class XLNetConfig:
         """The module."""
         return XLNet(self, execution)
 
-    def init_cache(self, batch: int, size: int = 0, dtype: Any = "float32") -> "Memories":
-        """Empty memories of `memory_length` states a layer; `size` is not used."""
-        del size
+    def init_cache(self, batch: int, size: int, dtype: Any = "float32") -> "Reading":
+        """An empty cache for reading and writing from left to right."""
+        plain = init_cache(self.num_layers, batch, size, self.num_heads, self.attention.head_dim, dtype)
+        return Reading(tuple(PlacedCache(layer) for layer in plain.layers), plain.length_B)
+
+    def init_carry(self, batch: int, dtype: Any = "float32") -> "Memories":
+        """Empty memories of `memory_length` states a layer."""
         zeros = lambda: jnp.zeros((batch, self.memory_length, self.model_dim), dtype)
         return Memories(tuple(zeros() for _ in range(self.num_layers)), jnp.zeros((batch,), jnp.int32))
 
@@ -122,6 +131,21 @@ class Memories(struct.PyTreeNode):
 
     layers: tuple[jax.Array, ...]
     length_B: jax.Array
+
+
+class Reading(Cache):
+    """What reading from left to right remembers; `layers` are `PlacedCache`s."""
+
+    @property
+    def size(self) -> int:
+        """S, slots per row."""
+        return self.layers[0].content.k_BKSH.shape[2]
+
+    def rows(self, index: jax.Array) -> "Reading":
+        """The cache whose row i is this one's row `index[i]`."""
+        take = lambda x: jnp.take(x, index, axis=0)
+        layers = tuple(layer.replace(content=jax.tree.map(take, layer.content)) for layer in self.layers)
+        return self.replace(layers=layers, length_B=take(self.length_B))
 
 
 class _Layer(nn.Module):
@@ -139,13 +163,13 @@ class _Layer(nn.Module):
         mlp = FeedForward(c.hidden_dim, c.activation, False, True, c.init_std, dropout=c.dropout, name="mlp")
         norm_1, norm_2 = (LayerNorm(c.norm_eps, name=n) for n in ("attention_norm", "mlp_norm"))
         drop = lambda y: dropout(self, y, c.dropout, train)
-        seen, asked, shown = attention(h, g, memory, relations, train, self.output_attentions)
+        seen, asked, shown, cache = attention(h, g, memory, relations, train, self.output_attentions)
 
         def finish(x, y):
             x = norm_1(x + drop(y))
             return self.execution.constrain(norm_2(x + drop(mlp(x, train))), ("batch", "length", "embed"))
 
-        return (finish(h, seen), None if g is None else finish(g, asked)), (h, shown)
+        return (finish(h, seen), None if g is None else finish(g, asked)), (h, shown, cache)
 
 
 class XLNet(nn.Module):
@@ -163,7 +187,8 @@ class XLNet(nn.Module):
         perm_mask: jax.Array | None = None,
         target_mapping: jax.Array | None = None,
         target_positions: jax.Array | None = None,
-        cache: Memories | None = None,
+        left_to_right: bool = False,
+        cache: Memories | Reading | None = None,
         train: bool = False,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
@@ -177,37 +202,53 @@ class XLNet(nn.Module):
           perm_mask: `[B, T, T]`, 1 = position i may not see position j.
           target_mapping: `[B, K, T]`, one-hot: positions to predict, as in transformers.
           target_positions: `[B, K]`, the same as numbers.
-          cache: memories of the text before.
+          left_to_right: reads as a decoder does: position i sees those up to itself and predicts position i + 1.
+          cache: memories of the text before (`init_carry`), or of a text read from left to right (`init_cache`).
           train: dropout.
           output_hidden_states: returns the content stream of every layer.
           output_attentions: returns its weights.
 
         Returns:
-          `last_hidden_state` is the query stream `[B, K, D]` where there are targets, else the content stream.
+          `last_hidden_state` is the query stream `[B, K, D]` where there are targets (`[B, T, D]` from left to right),
+          else the content stream.
 
         Raises:
-          ValueError: see `frame.check_call`; also on masks of other shapes, and an odd batch where half runs backwards.
+          ValueError: see `frame.check_call`; also on masks of other shapes, an odd batch where half runs backwards, and
+            orders or types for a text that is read from left to right.
         """
         c, dtype = self.config, self.execution.dtype
         rows = input_ids.shape[:-1]
         if c.head == "choice":
             flat: Any = lambda x: None if x is None else x.reshape(-1, x.shape[-1])
             input_ids, attention_mask, token_type_ids = flat(input_ids), flat(attention_mask), flat(token_type_ids)
-        check_call(self, input_ids, attention_mask, None, train)
+        frame.check_call(self, input_ids, attention_mask, None, train)
         b, t = input_ids.shape
+        reading = cache if isinstance(cache, Reading) else None
+        left_to_right |= reading is not None
+        if left_to_right and (c.head != "lm" or c.same_length):
+            raise ValueError("an XLNet reads from left to right with head='lm' and same_length=False only")
+        if left_to_right and any(x is not None for x in (perm_mask, target_mapping, target_positions, token_type_ids)):
+            raise ValueError("left_to_right is an order of its own: no perm_mask, targets or token_type_ids with it")
         if perm_mask is not None and perm_mask.shape != (b, t, t):
             raise ValueError(f"perm_mask must be [{b}, {t}, {t}], got {list(perm_mask.shape)}")
         if target_mapping is not None:
             if target_mapping.ndim != 3 or (target_mapping.shape[0], target_mapping.shape[2]) != (b, t):
                 raise ValueError(f"target_mapping must be [{b}, K, {t}], got {list(target_mapping.shape)}")
             target_positions = jnp.argmax(target_mapping, axis=-1).astype(jnp.int32)
-        backwards = c.both_ways and not self.is_initializing()  # which takes one row
+        backwards = c.both_ways and not left_to_right and not self.is_initializing()  # which takes one row
         if backwards and b % 2:
             raise ValueError(f"both_ways=True needs an even number of rows, got {b}")
-        memory = None if cache is None or c.memory_length == 0 else cache
-        relations = self._relations(
-            input_ids, attention_mask, token_type_ids, perm_mask, target_positions, memory, backwards
-        )
+        memory = cache if isinstance(cache, Memories) and c.memory_length else None
+        if left_to_right:
+            target_positions = jnp.broadcast_to(jnp.arange(1, t + 1, dtype=jnp.int32), (b, t))
+        length_B = None
+        if reading is not None:
+            relations, length_B = self._go_on(input_ids, attention_mask, target_positions, reading)
+        else:
+            relations = self._relations(
+                *(input_ids, attention_mask, token_type_ids, perm_mask, target_positions, memory, backwards),
+                left_to_right,
+            )
 
         init = nn.initializers.normal(c.init_std)
         tokens = Embedding(c.vocab_size, c.model_dim, c.vocab_pad_multiple, table_init=init, name="embed")
@@ -220,24 +261,40 @@ class XLNet(nn.Module):
         relations = relations.replace(encodings_GPD=drop(relations.encodings_GPD.astype(h.dtype)))
         block = functools.partial(_Layer, c, self.execution, output_attentions)
         stack = Stack(block, c.num_layers, None, self.execution, name="encoder")
-        (h, g), outputs = stack((h, g), None if memory is None else memory.layers, (relations,), train)
-        inputs, shown = zip(*outputs, strict=True)
+        before = memory if reading is None else reading
+        (h, g), outputs = stack((h, g), None if before is None else before.layers, (relations,), train)
+        inputs, shown, layers = zip(*outputs, strict=True)
+        if isinstance(cache, Memories):
+            cache = self._remember(cache, inputs)
+        elif reading is not None:
+            cache = Reading(layers, length_B)
         x = drop(h if g is None else g)
         out = Output(
             last_hidden_state=x,
             hidden_states=(first, *inputs[1:], h) if output_hidden_states else None,
             attentions=shown if output_attentions else None,
-            cache=None if cache is None else self._remember(cache, inputs),
+            cache=cache,
         )
         return self._head(out, tokens, rows, attention_mask, train, init)
 
-    def _relations(self, ids, attention_mask, types, perm_mask, targets, memory, backwards) -> Relations:
+    def _go_on(self, ids, attention_mask, targets, reading: Reading) -> tuple[Relations, jax.Array | None]:
+        """Relations to what a cache holds, and its new length."""
+        c = self.config
+        inputs = frame.prepare(ids, attention_mask, None, None, reading, c.context_length)
+        distance = np.arange(reading.size + 1)
+        distance = distance if c.clamp_length is None else np.minimum(distance, c.clamp_length)
+        encodings = jnp.asarray(sinusoid_halves(distance, c.model_dim))[None]
+        return Relations(encodings, inputs.mask, inputs.mask, targets, None, inputs.slots_BT), inputs.length_B
+
+    def _relations(
+        self, ids, attention_mask, types, perm_mask, targets, memory, backwards, left_to_right
+    ) -> Relations:
         c = self.config
         (b, t), m = ids.shape, 0 if memory is None else c.memory_length
         s = m + t
         distance = jnp.arange(t)[:, None] + m - jnp.arange(s)[None, :]
         seen = jnp.ones((b, t, s), bool)
-        if c.causal_mask:
+        if c.causal_mask or left_to_right:
             seen &= (distance >= 0)[None]
             if c.same_length:
                 seen &= (distance <= m)[None]
@@ -254,7 +311,9 @@ class XLNet(nn.Module):
         zeros = jnp.zeros((b, t), jnp.int32)
         mask = lambda allowed, q: Mask(q, jnp.zeros((b, s), jnp.int32), causal=False, allowed_BTS=allowed)
         query = None
-        if targets is not None:
+        if left_to_right:
+            query = mask(asks, zeros)
+        elif targets is not None:
             query = mask(jnp.take_along_axis(asks, targets[:, :, None], axis=1), jnp.zeros_like(targets))
         differ = None
         if types is not None:

@@ -2,7 +2,8 @@
 
 A score is `((q + u) . k + (q + v) . W r(i - j) + (q + s) . e(same segment?)) / sqrt(H)`. The first part is plain
 attention, the rest a bias on it. The content stream sees what a position may see and itself; the query stream, which
-predicts, has queries at chosen positions only and sees not itself.
+predicts, has queries at chosen positions only and sees not itself. Read from left to right every token has a query in
+both: one for itself, one for the position behind it.
 
 Sources: Dai et al. 2019, section 3.3, https://arxiv.org/abs/1901.02860; Yang et al. 2019, sections 2.3 to 2.6,
 https://arxiv.org/abs/1906.08237.
@@ -20,6 +21,7 @@ from flax import struct
 from llm_jax.nn import weights
 from llm_jax.nn.attend import Mask, attend, attention_weights
 from llm_jax.nn.attention import AttentionConfig
+from llm_jax.nn.cache import LayerCache
 from llm_jax.nn.execution import Execution
 from llm_jax.nn.linear import Linear
 from llm_jax.nn.positions import sinusoid_halves
@@ -30,12 +32,13 @@ class Relations(struct.PyTreeNode):
     """Who is where and may see whom, the same for all layers.
 
     Attributes:
-      encodings_GPD: sinusoids of the distances S, S - 1, ..., 1 - T (query minus key); G = 2 where the second half of
-        the rows runs backwards, else 1.
+      encodings_GPD: sinusoids of the distances S, S - 1, ..., 1 - T (query minus key), of 0, 1, ..., S with a cache;
+        G = 2 where the second half of the rows runs backwards, else 1.
       content: mask of the content stream, `[B, T, S]` inside.
       query: mask of the query stream, `[B, K, S]`; None without it.
       targets_BK: positions that the query stream predicts.
       differ_BTS: whether query and key are in different segments; None without segments.
+      slots_BT: cache slots of the new tokens; None without a cache.
     """
 
     encodings_GPD: jax.Array
@@ -43,6 +46,19 @@ class Relations(struct.PyTreeNode):
     query: Mask | None = None
     targets_BK: jax.Array | None = None
     differ_BTS: jax.Array | None = None
+    slots_BT: jax.Array | None = None
+
+
+class PlacedCache(struct.PyTreeNode):
+    """One layer's keys and values of the content, and its kernel's images of the distances 0 to S (None before a call).
+
+    Attributes:
+      content: keys and values.
+      places_PNH: P = S + 1 images.
+    """
+
+    content: LayerCache
+    places_PNH: jax.Array | None = None
 
 
 def distance_encodings(queries: int, keys: int, features: int, clamp: int | None, backwards: bool) -> np.ndarray:
@@ -69,15 +85,16 @@ class TwoStreamAttention(nn.Module):
         self,
         h_BTD: jax.Array,
         g_BKD: jax.Array | None,
-        memory_BMD: jax.Array | None,
+        memory: jax.Array | PlacedCache | None,
         relations: Relations,
         train: bool = False,
         output_attentions: bool = False,
-    ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-        """Attends to the memory and the content.
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array | None, PlacedCache | None]:
+        """Attends to the memory (states of the text before, `[B, M, D]`, or a cache) and the content.
 
         Returns:
-          (content output `[B, T, D]`, query output `[B, K, D]` or None, content weights `[B, N, T, S]` or None).
+          (content output `[B, T, D]`, query output `[B, K, D]` or None, content weights `[B, N, T, S]` or None, the
+          cache or None).
         """
         c = self.config
         init = nn.initializers.normal(c.init_std)
@@ -88,10 +105,21 @@ class TwoStreamAttention(nn.Module):
             linear(width, ("embed", "heads"), name="query"),
             linear(c.model_dim, ("heads", "embed"), name="out"),
         )
-        keys_BSD = h_BTD if memory_BMD is None else jnp.concatenate([memory_BMD.astype(h_BTD.dtype), h_BTD], axis=1)
+        cache = memory if isinstance(memory, PlacedCache) else None
+        keys_BSD = h_BTD
+        if memory is not None and cache is None:
+            keys_BSD = jnp.concatenate([memory.astype(h_BTD.dtype), h_BTD], axis=1)
         k_BSNH = split(linear(width, ("embed", "kv"), name="key")(keys_BSD))
         v_BSNH = split(linear(width, ("embed", "kv"), name="value")(keys_BSD))
-        r_GPNH = split(linear(width, ("embed", "heads"), name="position")(relations.encodings_GPD.astype(h_BTD.dtype)))
+        if cache is not None and cache.places_PNH is not None:
+            r_GPNH = cache.places_PNH[None].astype(h_BTD.dtype)
+        else:
+            position = linear(width, ("embed", "heads"), name="position")
+            r_GPNH = split(position(relations.encodings_GPD.astype(h_BTD.dtype)))
+        if cache is not None:
+            written = cache.content.write(k_BSNH, v_BSNH, relations.slots_BT)
+            k_BSNH, v_BSNH = written.read(h_BTD.dtype)
+            cache = PlacedCache(written, r_GPNH[0].astype(written.k_BKSH.dtype))
         vector = lambda name: weights.parameter(self, name, init, (c.num_heads, c.head_dim), ("heads", None))
         content, place, segment = (
             vector(n).astype(h_BTD.dtype) for n in ("content_bias", "position_bias", "segment_bias")
@@ -100,15 +128,20 @@ class TwoStreamAttention(nn.Module):
         segments = segments.astype(h_BTD.dtype)
         plus = lambda q, bias: q + jnp.broadcast_to(bias, q.shape)
         scale = 1 / math.sqrt(c.head_dim)
-        t, s = h_BTD.shape[1], keys_BSD.shape[1]
+        t, s = h_BTD.shape[1], k_BSNH.shape[1]
 
-        def look(x: jax.Array, mask: Mask, targets_BK: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        def look(
+            x: jax.Array, mask: Mask, targets_BK: jax.Array | None, ahead: int
+        ) -> tuple[jax.Array, jax.Array | None]:
             q = split(query(x))
             groups = plus(q, place).reshape(r_GPNH.shape[0], -1, *q.shape[1:])
             by_distance = jnp.einsum("gbtnh,gpnh->gbntp", groups, r_GPNH).reshape(
                 q.shape[0], c.num_heads, q.shape[1], -1
             )
-            if targets_BK is None:
+            if cache is not None:
+                column = jnp.clip(mask.distance() + ahead, 0, s)
+                bias = jnp.take_along_axis(by_distance, column[:, None], axis=-1)
+            elif targets_BK is None:
                 bias = shift(by_distance, s)
             else:
                 column = t - targets_BK[:, :, None] + jnp.arange(s)[None, None, :]
@@ -132,8 +165,8 @@ class TwoStreamAttention(nn.Module):
             shown = attention_weights(q, k_BSNH, mask, scale=scale, bias_BNTS=bias) if output_attentions else None
             return out(y.reshape(*y.shape[:2], width)), shown
 
-        h, shown = look(h_BTD, relations.content, None)
+        h, shown = look(h_BTD, relations.content, None, 0)
         g = None
         if g_BKD is not None and relations.query is not None:
-            g, _ = look(g_BKD, relations.query, relations.targets_BK)
-        return h, g, shown
+            g, _ = look(g_BKD, relations.query, relations.targets_BK, 1)
+        return h, g, shown, cache

@@ -164,7 +164,7 @@ def _train(config, workdir, params, adapt, tokenizer, encode, kind, restore_step
             fresh = weights.split_axes(model.init(init_key, np.zeros(example.shape, example.dtype))["params"])[0]
         else:
             fresh = adapt(given)
-        carry = config.model.init_cache(c.batch_size) if carries(config.objective) else None
+        carry = config.model.init_carry(c.batch_size) if carries(config.objective) else None
         return init_state(fresh, tx, step_key, precision, c.trainable, c.ema > 0, carry)
 
     if config.optimizer.decay != OptimizerConfig.decay:  # the default names what most trees have, not all

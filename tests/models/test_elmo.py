@@ -71,7 +71,7 @@ def test_equals_the_original_on_the_fixture(shared_data, tmp_path):
     run = jax.jit(lambda p, ids, state: model.apply({"params": p}, ids, cache=state))
     seen = 0
     for number, sentences in enumerate(json.loads((folder / "lm_embeddings_sentences.json").read_text())):
-        state = config.init_cache(1)
+        state = config.init_carry(1)
         with h5py.File(folder / f"lm_embeddings_{number}.hdf5") as file:
             for k, sentence in enumerate(sentences):
                 ids = characters.batch([sentence.split()])

@@ -119,14 +119,14 @@ def test_a_memory_is_the_text_before():
     config = dataclasses.replace(TINY, causal_mask=True, memory_length=8)
     run = jax.jit(lambda p, ids, c: config.make().apply({"params": p}, ids, cache=c))
     whole = run(params_of(), IDS, None).logits
-    cache = config.init_cache(2)
+    cache = config.init_carry(2)
     first = run(params_of(), IDS[:, :3], cache)
     second = run(params_of(), IDS[:, 3:6], first.cache)
     third = run(params_of(), IDS[:, 6:], second.cache)
     close(np.concatenate([x.logits for x in (first, second, third)], axis=1), whole)
     assert second.cache.length_B.tolist() == [6, 6] and third.cache.length_B.tolist() == [8, 8]
     short = dataclasses.replace(config, memory_length=2)
-    cache = short.init_cache(2).replace(length_B=np.array([2, 2]))
+    cache = short.init_carry(2).replace(length_B=np.array([2, 2]))
     cache = cache.replace(layers=tuple(m[:, -2:] for m in second.cache.layers))
     run = jax.jit(lambda p, ids, c: short.make().apply({"params": p}, ids, cache=c))
     again = run(params_of(), IDS[:, 6:], cache)
@@ -138,7 +138,7 @@ def test_memories_are_not_differentiated_and_rows_have_their_own():
     model = config.make()
 
     def after(params):
-        cache = model.apply({"params": params}, IDS, cache=config.init_cache(2)).cache
+        cache = model.apply({"params": params}, IDS, cache=config.init_carry(2)).cache
         return sum(jnp.sum(m) for m in cache.layers), cache
 
     (_, cache), grads = jax.jit(jax.value_and_grad(after, has_aux=True))(params_of())
@@ -167,9 +167,79 @@ def test_distances_by_hand():
     assert np.asarray(shift(jnp.asarray(x), 3))[0, 0].tolist() == [[1, 0, -1], [2, 1, 0]]
 
 
+LENGTHS = np.array([T, 5])
+REAL = np.arange(T) < LENGTHS[:, None]
+
+
+@functools.cache
+def read():
+    """Rows of 8 and 5 tokens read from left to right: at once, and a ragged prompt of 3, then one token a time."""
+    config = dataclasses.replace(TINY, both_ways=True, clamp_length=6)  # both_ways is for orders of two directions
+    model = config.make()
+    left = np.zeros((2, PAD + T), np.int32), np.zeros((2, PAD + T), bool)
+    for b, n in enumerate(LENGTHS):
+        left[0][b, -n:], left[1][b, -n:] = IDS[b, :n], True
+    ids, real = left
+
+    @jax.jit
+    def run(params):
+        apply = lambda *a, p=params, **kw: model.apply({"params": p}, *a, **kw)
+        whole = apply(IDS, left_to_right=True)
+        by_table = lambda t: apply(IDS, p={**params, "embed": {"embedding": t}}, left_to_right=True).last_hidden_state
+        seen = jax.jacobian(lambda t: by_table(t)[0].sum(-1))(params["embed"]["embedding"])
+        # the order of the permutations that is left to right: position i is predicted from those before it
+        order = dict(perm_mask=np.triu(np.ones((2, T, T))), target_positions=np.tile(np.arange(1, T), (2, 1)))
+        permuted = dataclasses.replace(config, both_ways=False).make().apply({"params": params}, IDS, **order)
+        first = PAD + T - LENGTHS.max() + 3
+        out = apply(ids[:, :first], real[:, :first], cache=config.init_cache(2, T + 1))
+        steps, cache = [out.logits], out.cache
+        for t in range(first, PAD + T):
+            out = apply(ids[:, t : t + 1], real[:, t : t + 1], cache=cache)
+            steps, cache = [*steps, out.logits], out.cache
+        return dict(
+            whole=whole.logits,
+            seen=jnp.abs(seen).sum(-1),
+            permuted=permuted.logits,
+            steps=jnp.concatenate(steps, axis=1),
+            length=cache.length_B,
+            left=apply(ids, real, left_to_right=True).logits,
+            right=apply(np.where(REAL, IDS, 7), REAL, left_to_right=True).logits,
+        )
+
+    return jax.device_get(run(params_of()))
+
+
+def test_left_to_right_is_an_order():
+    r = read()
+    close(r["permuted"], r["whole"][:, :-1])
+    for t in range(T):
+        for j in range(T):
+            assert (r["seen"][t, IDS[0, j]] > 1e-7) == (j <= t), (t, j)
+
+
+def test_decoding_equals_one_pass():
+    r = read()
+    for b, n in enumerate(LENGTHS):
+        for name in ("steps", "left"):
+            close(r[name][b, -n:], r["whole"][b, :n], err_msg=name)
+        close(r["right"][b, :n], r["whole"][b, :n])
+    assert r["length"].tolist() == LENGTHS.tolist()
+
+
+def test_the_scanned_form_decodes_too():
+    def run(params):
+        cache = TINY.init_cache(2, T)
+        out = TINY.make().apply({"params": params}, IDS[:, :4], cache=cache)
+        return TINY.make().apply({"params": params}, IDS[:, 4:], cache=out.cache).logits
+
+    close(jax.jit(run)(params_of()), jax.jit(lambda p: run(unstack(p)))(params_of()))
+
+
 @pytest.mark.parametrize(
     "changes, call, words",
     [
+        ({}, dict(left_to_right=True, perm_mask=PERM), "left_to_right is an order of its own: no perm_mask, targets"),
+        ({"head": "tokens"}, dict(left_to_right=True), "reads from left to right with head='lm'"),
         ({}, dict(perm_mask=PERM[:, :3]), r"perm_mask must be \[2, 8, 8\], got \[2, 3, 8\]"),
         ({}, dict(target_mapping=np.ones((2, 3, 4))), r"target_mapping must be \[2, K, 8\], got \[2, 3, 4\]"),
         ({}, dict(attention_mask=np.ones(8)), r"attention_mask must be \[B, T\]"),

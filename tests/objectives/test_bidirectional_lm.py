@@ -78,7 +78,7 @@ def test_states_run_on_and_are_reset(accumulation):
     objective = BidirectionalLM(carry=True).for_run(1, CONFIG, None)
     tx = optax.sgd(0.0)
     step = jax.jit(make_train_step(CONFIG.make(), objective, tx, StepConfig(accumulation=accumulation)))
-    state = init_state(PARAMS, tx, jax.random.key(0), carry=CONFIG.init_cache(4))
+    state = init_state(PARAMS, tx, jax.random.key(0), carry=CONFIG.init_carry(4))
     for start in (0, 4, 8):
         state, metrics = step(state, batch(start))
     run = jax.jit(lambda p, ids, c: CONFIG.make().apply({"params": p}, ids, cache=c).cache)

@@ -86,7 +86,7 @@ def test_memories_run_on(accumulation):
     objective = PermutationLM(carry=True).for_run(1, config, None)
     params, tx = model_params(config), optax.sgd(0.0)
     step = jax.jit(make_train_step(config.make(), objective, tx, StepConfig(accumulation=accumulation)))
-    state = init_state(params, tx, KEY, carry=config.init_cache(4))
+    state = init_state(params, tx, KEY, carry=config.init_carry(4))
     batches = [{"input_ids": IDS[i : i + 4], "continues": np.full(4, i > 0)} for i in (0, 4)]
     state, _ = step(state, batches[0])
     assert state.carry.length_B.tolist() == [10] * 4

@@ -109,7 +109,7 @@ TX = make_optimizer(OptimizerConfig(learning_rate=1e-2, schedule="constant", eps
 
 
 def init(params, name):
-    carry = MODELS_HERE[name].init_cache(ROWS) if name == "xlnet" else None
+    carry = MODELS_HERE[name].init_carry(ROWS) if name == "xlnet" else None
     return init_state(params, TX, jax.random.key(3), carry=carry)
 
 
