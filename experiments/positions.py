@@ -29,7 +29,7 @@ ROWS = flags.DEFINE_integer("rows", 64, "Held-out rows of that length.", lower_b
 
 def loss_by_position(trained: Any, config: Any, rows: np.ndarray) -> np.ndarray:
     """Mean loss, in nats, of the token at each position of `rows` `[R, T + 1]`, as far as the positions go."""
-    from llm_jax.decoding.generate import sequence_logprobs
+    from llm_jax.decoding.likelihood import sequence_logprobs
 
     length = rows.shape[1] - 1
     if config.model.positions == "learned":

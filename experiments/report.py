@@ -14,6 +14,7 @@ from llm_jax.decoding.masked import fill
 from llm_jax.decoding.sampling import SamplingConfig
 from llm_jax.objectives.causal_lm import CausalLM
 from llm_jax.objectives.masked_lm import MaskedLM
+from llm_jax.objectives.permutation_lm import PermutationLM
 from llm_jax.objectives.seq2seq import Seq2Seq
 from llm_jax.training.run import RunConfig, Trained
 
@@ -68,7 +69,7 @@ def _marks() -> tuple[str, str]:
 
 def samples(trained: Trained, count: int, config: RunConfig) -> list[str]:
     """What the model says, in the way of its objective; nothing for one that says nothing."""
-    ways = {CausalLM: continuations, MaskedLM: fillings, Seq2Seq: answers}
+    ways = {CausalLM: continuations, PermutationLM: continuations, MaskedLM: fillings, Seq2Seq: answers}
     say = ways.get(type(config.objective))
     return [] if say is None else say(trained, count, config)
 

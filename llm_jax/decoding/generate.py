@@ -4,7 +4,6 @@ The loop runs on unstacked parameters: scanning would copy every layer's weights
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -286,22 +285,3 @@ def completions(state: DecodeState) -> list[Completion]:
     return [
         Completion(tokens[i, :n].tolist(), logprobs[i, :n].tolist(), REASONS[reason[i]]) for i, n in enumerate(count)
     ]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def sequence_logprobs(model: Any, params: Any, ids_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
-    """Log-probability of every token given those before it, `[B, T - 1]`, zero where the mask is off."""
-    order = {"left_to_right": True} if prefill.reads_any_order(model) else {}
-    out = model.apply({"params": params}, ids_BT[:, :-1], attention_mask=mask_BT[:, :-1], **order)
-    logp = jax.nn.log_softmax(out.logits, axis=-1)
-    own = jnp.take_along_axis(logp, ids_BT[:, 1:, None], axis=-1)[:, :, 0]
-    return jnp.where(mask_BT[:, 1:], own, 0.0)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def target_logprobs(model: Any, params: Any, source_BS: jax.Array, target_BT: jax.Array) -> jax.Array:
-    """Log-probability of every token of a target given its source and those before it, `[B, T]`."""
-    first = jnp.full_like(target_BT[:, :1], model.config.start_id)
-    out = model.apply({"params": params}, source_BS, jnp.concatenate([first, target_BT[:, :-1]], axis=1))
-    logp = jax.nn.log_softmax(out.logits, axis=-1)
-    return jnp.take_along_axis(logp, target_BT[:, :, None], axis=-1)[:, :, 0]

@@ -38,6 +38,17 @@ def reads_any_order(model: Any) -> bool:
     return getattr(model.config, "any_order", False) and model.config.head == "lm"
 
 
+def order(model: Any) -> dict[str, bool]:
+    """What a call says beside the ids so that each position predicts the next token."""
+    return {"left_to_right": True} if reads_any_order(model) else {}
+
+
+def beginning(tokenizer: Any) -> list[int]:
+    """What a decoder reads before a text: the bos token, or the end of the text before, or nothing."""
+    first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    return [] if first is None else [first]
+
+
 def serving(params: Any) -> Any:
     """Unstacked parameters; on a CPU kernels transposed also, where decoding is then up to twice as fast."""
     turn = lambda x: weights.Transposed(x.T) if isinstance(x, jax.Array) and x.ndim == 2 and _on_cpu(x) else x

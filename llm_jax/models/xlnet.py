@@ -286,9 +286,7 @@ class XLNet(nn.Module):
         encodings = jnp.asarray(sinusoid_halves(distance, c.model_dim))[None]
         return Relations(encodings, inputs.mask, inputs.mask, targets, None, inputs.slots_BT), inputs.length_B
 
-    def _relations(
-        self, ids, attention_mask, types, perm_mask, targets, memory, backwards, left_to_right
-    ) -> Relations:
+    def _relations(self, ids, attention_mask, types, perm_mask, targets, memory, backwards, left_to_right) -> Relations:
         c = self.config
         (b, t), m = ids.shape, 0 if memory is None else c.memory_length
         s = m + t

@@ -17,6 +17,7 @@ from llm_jax.data.masked import PAIRS, FramedRows, Frames, MaskCopies, PairRows
 from llm_jax.data.streams import CharacterRows, Streams
 from llm_jax.objectives import spans
 from llm_jax.objectives.bidirectional_lm import BidirectionalLM
+from llm_jax.objectives.causal_lm import CausalLM
 from llm_jax.objectives.masked_lm import MaskedLM
 from llm_jax.objectives.permutation_lm import PermutationLM
 from llm_jax.objectives.seq2seq import Seq2Seq
@@ -207,6 +208,27 @@ def _maker(config: Any, tokenizer: tokenizers.Tokenizer) -> Any:
         return rows
 
     return stream
+
+
+def rows_of_model(config: Any, tokenizer: tokenizers.Tokenizer, store: tokens.TokenStore, length: int) -> Any:
+    """The objective that a model is made for, and a text's rows for it; not for encoder-decoders.
+
+    Args:
+      config: the model's.
+      tokenizer: its tokenizer.
+      store: the text.
+      length: tokens a row.
+    """
+    if hasattr(config, "max_characters"):
+        objective: Any = BidirectionalLM()
+        rows: Any = CharacterRows(packing.StreamRows(store, length), tokenizer, config.max_characters)
+    elif getattr(config, "any_order", False):
+        objective, rows = PermutationLM(), packing.PlainRows(store, length)
+    elif getattr(config, "causal", True):
+        objective, rows = CausalLM(), packing.StreamRows(store, length)
+    else:
+        objective, rows = MaskedLM(pair=0.0), FramedRows(store, length, Frames.of(tokenizer))
+    return objective.for_run(1, config, tokenizer.role("mask")), rows
 
 
 def _labels(config: Any, rows: Any) -> np.ndarray:

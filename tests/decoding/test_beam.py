@@ -11,12 +11,14 @@ from tiny_models import ENCODER_DECODERS, MODELS, model_params
 
 from llm_jax.decoding.beam import BeamConfig, BeamSearch
 from llm_jax.decoding.generate import Generator
+from llm_jax.models.xlnet import XLNetConfig
 
 V, T, END = 5, 4, 2
 PROMPT = [3, 1, 4]
 TINY = {
     "gpt2": dataclasses.replace(MODELS["gpt2"], vocab_size=V),
     "t5": dataclasses.replace(ENCODER_DECODERS["t5"], vocab_size=V),
+    "xlnet": XLNetConfig(vocab_size=V, model_dim=12, num_layers=2, num_heads=3, hidden_dim=10),
 }
 
 
@@ -37,7 +39,8 @@ def every_sequence(name):
         out = jax.jit(lambda p: model.apply({"params": p}, source, target).logits)(params)
     else:
         ids = np.concatenate([np.tile(PROMPT, (len(whole), 1)), whole[:, :-1]], axis=1)
-        out = jax.jit(lambda p: model.apply({"params": p}, ids).logits[:, len(PROMPT) - 1 :])(params)
+        order = {"left_to_right": True} if name == "xlnet" else {}
+        out = jax.jit(lambda p: model.apply({"params": p}, ids, **order).logits[:, len(PROMPT) - 1 :])(params)
     logp = np.take_along_axis(np.asarray(jax.nn.log_softmax(out)), whole[..., None], 2)[..., 0].astype(np.float64)
     found = {}
     for tokens, row in zip(whole.tolist(), logp, strict=True):

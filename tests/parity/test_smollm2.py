@@ -13,7 +13,8 @@ from loading import peak_of_loading
 from tiny_models import noise
 
 from llm_jax import interop
-from llm_jax.decoding.generate import Generator, sequence_logprobs
+from llm_jax.decoding.generate import Generator
+from llm_jax.decoding.likelihood import sequence_logprobs
 from llm_jax.models.llama import LlamaConfig
 
 # the opening of Darwin's "On the Origin of Species", 1859
