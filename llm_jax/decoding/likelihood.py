@@ -78,14 +78,14 @@ def of_text(model: Any, params: Any, tokenizer: Tokenizer, text: str) -> np.ndar
         spelled = np.stack([character_ids(tokenizer.token(i), config.max_characters) for i in ids])
         return np.asarray(both_ways_logprobs(model, params, np.asarray([ids]), spelled[None]))[0]
     if getattr(config, "causal", True) or prefill.reads_any_order(model):
-        ids = np.asarray([_some(prefill.beginning(tokenizer) + tokenizer.encode(text), text, 2)])
-        return np.asarray(sequence_logprobs(model, params, ids, np.ones_like(ids)))[0]
+        row = np.asarray([_some(prefill.beginning(tokenizer) + tokenizer.encode(text), text, 2)])
+        return np.asarray(sequence_logprobs(model, params, row, np.ones_like(row)))[0]
     mask = tokenizer.role("mask")
     if mask is None:
         raise ValueError("the tokenizer has no mask token")
-    ids = tokenizer.batch([text])["input_ids"][0]
-    places = _some(np.flatnonzero(~tokenizer.is_special()[ids]), text, 1)
-    return pseudo_logprobs(model, params, ids, places, mask)
+    framed = tokenizer.batch([text])["input_ids"][0]
+    places = _some(np.flatnonzero(~tokenizer.is_special()[framed]), text, 1)
+    return pseudo_logprobs(model, params, framed, places, mask)
 
 
 def _some(ids: Any, text: str, least: int) -> Any:

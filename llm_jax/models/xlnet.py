@@ -113,7 +113,7 @@ class XLNetConfig:
     def init_cache(self, batch: int, size: int, dtype: Any = "float32") -> "Reading":
         """An empty cache for reading and writing from left to right."""
         plain = init_cache(self.num_layers, batch, size, self.num_heads, self.attention.head_dim, dtype)
-        return Reading(tuple(PlacedCache(layer) for layer in plain.layers), plain.length_B)
+        return Reading(tuple(PlacedCache(layer) for layer in plain.layers), plain.length_B)  # type: ignore[arg-type]
 
     def init_carry(self, batch: int, dtype: Any = "float32") -> "Memories":
         """Empty memories of `memory_length` states a layer."""
@@ -134,7 +134,9 @@ class Memories(struct.PyTreeNode):
 
 
 class Reading(Cache):
-    """What reading from left to right remembers; `layers` are `PlacedCache`s."""
+    """What reading from left to right remembers."""
+
+    layers: tuple[PlacedCache, ...]  # type: ignore[assignment]
 
     @property
     def size(self) -> int:
@@ -241,7 +243,7 @@ class XLNet(nn.Module):
         memory = cache if isinstance(cache, Memories) and c.memory_length else None
         if left_to_right:
             target_positions = jnp.broadcast_to(jnp.arange(1, t + 1, dtype=jnp.int32), (b, t))
-        length_B = None
+        length_B: Any = None
         if reading is not None:
             relations, length_B = self._go_on(input_ids, attention_mask, target_positions, reading)
         else:

@@ -107,7 +107,7 @@ class TwoStreamAttention(nn.Module):
         )
         cache = memory if isinstance(memory, PlacedCache) else None
         keys_BSD = h_BTD
-        if memory is not None and cache is None:
+        if memory is not None and not isinstance(memory, PlacedCache):
             keys_BSD = jnp.concatenate([memory.astype(h_BTD.dtype), h_BTD], axis=1)
         k_BSNH = split(linear(width, ("embed", "kv"), name="key")(keys_BSD))
         v_BSNH = split(linear(width, ("embed", "kv"), name="value")(keys_BSD))
@@ -117,6 +117,7 @@ class TwoStreamAttention(nn.Module):
             position = linear(width, ("embed", "heads"), name="position")
             r_GPNH = split(position(relations.encodings_GPD.astype(h_BTD.dtype)))
         if cache is not None:
+            assert relations.slots_BT is not None
             written = cache.content.write(k_BSNH, v_BSNH, relations.slots_BT)
             k_BSNH, v_BSNH = written.read(h_BTD.dtype)
             cache = PlacedCache(written, r_GPNH[0].astype(written.k_BKSH.dtype))
