@@ -3,7 +3,8 @@
 The rules are those of transformers' `generate(num_beams=...)`: of the 2 W best continuations those among the first W
 that end are kept with their normalised scores, the W best that go on go on, and a prompt is done by one of three
 rules. A sequence's score is its log-probability divided by a penalty of its *generated* length, its end included.
-The source of an encoder-decoder is read once and its keys stand once, whatever W is.
+The source of an encoder-decoder is read once and its keys stand once, whatever W is; beams that change places move no
+keys (`nn.cache`).
 
 Sources: Sutskever et al. 2014, https://arxiv.org/abs/1409.3215; Wu et al. 2016, section 7 (the penalty), Vaswani et al.
 2017, section 6.1 (W = 4, a = 0.6), https://arxiv.org/abs/1609.08144, https://arxiv.org/abs/1706.03762.
@@ -19,6 +20,7 @@ import numpy as np
 from flax import struct
 
 from llm_jax.decoding import prefill
+from llm_jax.decoding.top import top_k
 from llm_jax.nn.cache import Cache
 
 NOTHING = -1e9  # score of a beam that holds nothing, as in transformers
@@ -148,26 +150,28 @@ class BeamSearch:
         self.context_length = context_length or model.config.context_length
         self._search = jax.jit(self._run, static_argnums=(3, 4))
 
-    def _logprobs(self, logits: jax.Array, step: jax.Array, limit: jax.Array) -> jax.Array:
-        """`[rows, V]` after bans and forced tokens."""
+    def _best(self, logits: jax.Array, count: int, step: jax.Array, limit: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Log-probabilities and tokens, `[rows, count]`, of each row's best, after bans and forced tokens."""
         c = self.config
-        logp = prefill.ban(jax.nn.log_softmax(logits, axis=-1), self.banned)
+        total = jax.nn.logsumexp(logits, axis=-1)
+        logits = prefill.ban(logits, self.banned)
         if c.min_new_tokens and self.stop_tokens:
-            logp = jnp.where(step < c.min_new_tokens, prefill.ban(logp, self.stop_tokens), logp)
+            logits = jnp.where(step < c.min_new_tokens, prefill.ban(logits, self.stop_tokens), logits)
         for forced, when in ((c.first_token, step == 0), (c.last_token, step == limit - 1)):
             if forced is not None:  # transformers gives it log-probability 0
-                only = jnp.full_like(logp, -jnp.inf).at[:, forced].set(0.0)
-                logp = jnp.where(when, only, logp)
-        return logp
+                only = jnp.full_like(logits, -jnp.inf).at[:, forced].set(total)
+                logits = jnp.where(when, only, logits)
+        best, token = top_k(logits, count)
+        return best - total[:, None], token
 
     def _select(self, state: _State, logits: jax.Array, limit: jax.Array) -> tuple[_State, jax.Array]:
-        """Chooses continuations: the state with the next tokens, and the rows that they go on from."""
+        """Chooses continuations: the state with the next tokens, and the beams that they go on from, `[B, W]`."""
         c = self.config
         b, w, _ = state.running.tokens.shape
-        logp = self._logprobs(logits, state.step, limit).reshape(b, w, -1)
-        keep = min(w * (1 + max(1, len(self.stop_tokens))), w * logp.shape[-1])
-        each = min(keep, logp.shape[-1])  # the best of every beam hold the best of all
-        score, token = jax.lax.top_k(logp, each)
+        entries = logits.shape[-1]
+        keep = min(w * (1 + max(1, len(self.stop_tokens))), w * entries)
+        each = min(keep, entries)  # the best of every beam hold the best of all
+        score, token = (x.reshape(b, w, each) for x in self._best(logits, each, state.step, limit))
         score = (score + state.running.score[:, :, None]).reshape(b, -1)
         score, index = jax.lax.top_k(score, keep)
         beam, token = index // each, jnp.take_along_axis(token.reshape(b, -1), index, axis=1)
@@ -201,7 +205,7 @@ class BeamSearch:
             step=length,
             stuck=jnp.all(ends),
         )
-        return new, (jnp.arange(b)[:, None] * w + parent).reshape(-1)
+        return new, parent
 
     def _goes_on(self, state: _State) -> jax.Array:
         full = jnp.all(state.ended.length > 0) & (self.config.early_stopping is True)
@@ -223,13 +227,13 @@ class BeamSearch:
             stuck=jnp.bool_(False),
         )
         state, _ = self._select(state, logits[each], limit)
-        state = state.replace(cache=cache.rows(each))
+        state = state.replace(cache=cache.widen(w))
 
         def one(state):
             token = state.token_BW.reshape(-1, 1)
             logits, cache = prefill.go_on(self.model, params, token, jnp.ones_like(token, bool), state.cache)
-            state, rows = self._select(state, logits, limit)
-            return state.replace(cache=cache.rows(rows))
+            state, parent = self._select(state, logits, limit)
+            return state.replace(cache=cache.follow(parent))
 
         return jax.lax.while_loop(self._goes_on, one, state).ended
 

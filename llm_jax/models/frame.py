@@ -9,7 +9,7 @@ import numpy as np
 
 from llm_jax.models.output import Output
 from llm_jax.nn.attend import Mask
-from llm_jax.nn.cache import Cache
+from llm_jax.nn.cache import Cache, joined
 from llm_jax.nn.output import Head
 
 
@@ -22,12 +22,18 @@ class Inputs:
       mask: who may look where.
       slots_BT: cache slots of the new tokens, None without a cache.
       length_B: the cache's new length, None without a cache.
+      cache: the cache itself.
     """
 
     positions_BT: jax.Array
     mask: Mask
     slots_BT: jax.Array | None
     length_B: jax.Array | None
+    cache: Cache | None = None
+
+    def remember(self, layers: Any) -> Any:
+        """The cache with what the layers hold now, None without one."""
+        return None if self.cache is None else self.cache.replace(layers=layers, length_B=self.length_B)
 
 
 def _is_known(x: Any) -> bool:
@@ -129,9 +135,11 @@ def prepare(
             _check_room(cache, attention_mask, t)
         order = cache.positions_of(real)
         length_B = cache.length_B + jnp.sum(real, axis=1, dtype=jnp.int32)
-        mask = Mask(order, cache.key_positions(length_B), window=window)
-        slots = jnp.where(real, order % cache.size, cache.size)
-        return Inputs(jnp.maximum(order, 0) if position_ids is None else position_ids, mask, slots, length_B)
+        rows = b // cache.num_beams
+        at = joined(order, rows), joined(cache.key_positions(length_B), rows)
+        mask = Mask(*at, window=window, allowed_BTS=cache.own_BTS(t))
+        places = jnp.maximum(order, 0) if position_ids is None else position_ids
+        return Inputs(places, mask, cache.slots_of(order, real), length_B, cache)
     index = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
     ordered = attention_mask is None and segment_ids is None
     mask = Mask(index, jnp.where(real, index, -1), segment_ids, segment_ids, causal, window, ordered)
@@ -151,5 +159,5 @@ def finish(h_BTD: jax.Array, first_BTD: jax.Array, outputs: Any, head: Head | No
         head=head,
         hidden_states=None if hidden[0] is None else (first_BTD, *hidden[:-1], h_BTD),
         attentions=None if attentions[0] is None else attentions,
-        cache=None if inputs.length_B is None else Cache(tuple(own for own, _ in caches), inputs.length_B),
+        cache=inputs.remember(tuple(own for own, _ in caches)),
     )

@@ -19,7 +19,7 @@ from llm_jax.models.output import Output
 from llm_jax.nn import weights
 from llm_jax.nn.attend import Mask
 from llm_jax.nn.attention import AttentionConfig, dropout
-from llm_jax.nn.cache import Cache, init_cache
+from llm_jax.nn.cache import Cache, LayerCache, init_cache
 from llm_jax.nn.embedding import Embedding
 from llm_jax.nn.execution import Execution
 from llm_jax.nn.feed_forward import ACTIVATIONS, FeedForward
@@ -139,15 +139,13 @@ class Reading(Cache):
     layers: tuple[PlacedCache, ...]  # type: ignore[assignment]
 
     @property
-    def size(self) -> int:
-        """S, slots per row."""
-        return self.layers[0].content.k_BKSH.shape[2]
+    def content(self) -> tuple[LayerCache, ...]:
+        """Keys and values, one entry a layer."""
+        return tuple(layer.content for layer in self.layers)
 
-    def rows(self, index: jax.Array) -> "Reading":
-        """The cache whose row i is this one's row `index[i]`."""
-        take = lambda x: jnp.take(x, index, axis=0)
-        layers = tuple(layer.replace(content=jax.tree.map(take, layer.content)) for layer in self.layers)
-        return self.replace(layers=layers, length_B=take(self.length_B))
+    def with_content(self, content: tuple[LayerCache, ...]) -> "Reading":
+        """The same with other keys and values."""
+        return self.replace(layers=tuple(a.replace(content=b) for a, b in zip(self.layers, content, strict=True)))
 
 
 class _Layer(nn.Module):
@@ -243,9 +241,9 @@ class XLNet(nn.Module):
         memory = cache if isinstance(cache, Memories) and c.memory_length else None
         if left_to_right:
             target_positions = jnp.broadcast_to(jnp.arange(1, t + 1, dtype=jnp.int32), (b, t))
-        length_B: Any = None
         if reading is not None:
-            relations, length_B = self._go_on(input_ids, attention_mask, target_positions, reading)
+            inputs = frame.prepare(input_ids, attention_mask, None, None, reading, c.context_length)
+            relations = self._reading_on(inputs, target_positions, reading.size)
         else:
             relations = self._relations(
                 *(input_ids, attention_mask, token_type_ids, perm_mask, target_positions, memory, backwards),
@@ -265,28 +263,26 @@ class XLNet(nn.Module):
         stack = Stack(block, c.num_layers, None, self.execution, name="encoder")
         before = memory if reading is None else reading
         (h, g), outputs = stack((h, g), None if before is None else before.layers, (relations,), train)
-        inputs, shown, layers = zip(*outputs, strict=True)
+        states, shown, layers = zip(*outputs, strict=True)
         if isinstance(cache, Memories):
-            cache = self._remember(cache, inputs)
+            cache = self._remember(cache, states)
         elif reading is not None:
-            cache = Reading(layers, length_B)
+            cache = inputs.remember(layers)
         x = drop(h if g is None else g)
         out = Output(
             last_hidden_state=x,
-            hidden_states=(first, *inputs[1:], h) if output_hidden_states else None,
+            hidden_states=(first, *states[1:], h) if output_hidden_states else None,
             attentions=shown if output_attentions else None,
             cache=cache,
         )
         return self._head(out, tokens, rows, attention_mask, train, init)
 
-    def _go_on(self, ids, attention_mask, targets, reading: Reading) -> tuple[Relations, jax.Array | None]:
-        """Relations to what a cache holds, and its new length."""
-        c = self.config
-        inputs = frame.prepare(ids, attention_mask, None, None, reading, c.context_length)
-        distance = np.arange(reading.size + 1)
+    def _reading_on(self, inputs: frame.Inputs, targets: Any, size: int) -> Relations:
+        """Relations to what a cache of `size` slots holds."""
+        c, distance = self.config, np.arange(size + 1)
         distance = distance if c.clamp_length is None else np.minimum(distance, c.clamp_length)
         encodings = jnp.asarray(sinusoid_halves(distance, c.model_dim))[None]
-        return Relations(encodings, inputs.mask, inputs.mask, targets, None, inputs.slots_BT), inputs.length_B
+        return Relations(encodings, inputs.mask, inputs.mask, targets, None, inputs.slots_BT)
 
     def _relations(self, ids, attention_mask, types, perm_mask, targets, memory, backwards, left_to_right) -> Relations:
         c = self.config

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.nn import ports, positions
 from llm_jax.nn.attend import Mask, attend, attention_weights, drop
-from llm_jax.nn.cache import LayerCache
+from llm_jax.nn.cache import LayerCache, joined
 from llm_jax.nn.execution import Execution
 from llm_jax.nn.linear import Linear
 from llm_jax.nn.norms import RMSNorm
@@ -97,12 +97,6 @@ class AttentionConfig:
         return 1 / math.sqrt(parts * self.head_dim) if self.scaled else 1.0
 
 
-def _per_source(q_BTNH: jax.Array, rows: int) -> jax.Array:
-    """Consecutive rows that look at one row of keys as more queries of that row."""
-    b, t, n, h = q_BTNH.shape
-    return q_BTNH.reshape(rows, b // rows * t, n, h)
-
-
 class Attention(nn.Module):
     """Self-attention, or cross-attention to a source, with an optional cache."""
 
@@ -163,7 +157,7 @@ class Attention(nn.Module):
             k_BSKH, v_BSKH = cache.read(q_BTNH.dtype)
         elif source_BSD is not None:
             cache = LayerCache.holding(k_BSKH, v_BSKH)
-        q_BTNH = _per_source(q_BTNH, k_BSKH.shape[0])
+        q_BTNH = joined(q_BTNH, k_BSKH.shape[0])  # rows that look at one row of keys are more queries of it
         places, cached = None, cache is not None
         if c.relative is not None:
             places = RelativeScores(c.relative, c.num_heads, c.head_dim, c.init_std, name="relative")

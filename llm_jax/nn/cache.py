@@ -3,11 +3,20 @@
 Row b holds `length_B[b]` tokens; the token at position p sits in slot `p % size`, whatever padding the prompt had,
 so ragged batches need no further bookkeeping, and a full cache goes on as a sliding window, one token at a time: of
 several at once the first would no longer see what the last overwrite. Passed in, returned, never mutated.
+
+The W beams of a search share a row: each has a region of S slots of its own, where it writes, and a table says in whose
+region the token at each of its positions lies. So beams that change places copy nothing but the table: attention sees
+all regions and hides what is another's.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+
+
+def joined(x_RT: jax.Array, rows: int) -> jax.Array:
+    """Consecutive rows as one: `[R, T, ...]` to `[rows, R / rows * T, ...]`."""
+    return x_RT.reshape(rows, -1, *x_RT.shape[2:])
 
 
 class LayerCache(struct.PyTreeNode):
@@ -25,9 +34,14 @@ class LayerCache(struct.PyTreeNode):
         return cls(k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2))
 
     def write(self, k_BTKH: jax.Array, v_BTKH: jax.Array, slots_BT: jax.Array) -> "LayerCache":
-        """Stores new entries; slot S and above drops the entry (padding)."""
-        rows = jnp.arange(k_BTKH.shape[0])[:, None]
-        put = lambda old, new: old.at[rows, :, slots_BT].set(new.astype(old.dtype), mode="drop", unique_indices=True)
+        """Stores new entries, of beams several rows in a row; a slot behind the last drops the entry (padding)."""
+        count = self.k_BKSH.shape[0]
+        rows, slots = jnp.arange(count)[:, None], joined(slots_BT, count)
+
+        def put(old: jax.Array, new: jax.Array) -> jax.Array:
+            new = joined(new, count).astype(old.dtype)
+            return old.at[rows, :, slots].set(new, mode="drop", unique_indices=True)
+
         return LayerCache(put(self.k_BKSH, k_BTKH), put(self.v_BKSH, v_BTKH))
 
     def read(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
@@ -40,26 +54,66 @@ class Cache(struct.PyTreeNode):
 
     Attributes:
       layers: one entry a layer.
-      length_B: tokens seen so far, int32.
+      length_B: tokens seen so far, int32; of every beam.
       cross: of an encoder-decoder, one entry a layer: keys and values of the source, computed by the first call; None
-        before it. They may have fewer rows than `layers`: each then serves several in a row (beams).
+        before it. They may have fewer rows than `layers`: each then serves several in a row.
       source_BS: real tokens of the source, bool.
+      beams_BWS: int32, the beam in whose region the token at each position of each beam lies; None without beams.
     """
 
     layers: tuple[LayerCache, ...]
     length_B: jax.Array
     cross: tuple[LayerCache, ...] | None = None
     source_BS: jax.Array | None = None
+    beams_BWS: jax.Array | None = None
+
+    @property
+    def content(self) -> tuple[LayerCache, ...]:
+        """Keys and values, one entry a layer."""
+        return self.layers
+
+    def with_content(self, content: tuple[LayerCache, ...]) -> "Cache":
+        """The same with other keys and values."""
+        return self.replace(layers=content)
+
+    @property
+    def num_beams(self) -> int:
+        """W, 1 without beams."""
+        return 1 if self.beams_BWS is None else self.beams_BWS.shape[1]
 
     @property
     def size(self) -> int:
-        """S, slots per row."""
-        return self.layers[0].k_BKSH.shape[2]
+        """S, slots per row or beam."""
+        return self.content[0].k_BKSH.shape[2] // self.num_beams
 
-    def rows(self, index: jax.Array) -> "Cache":
-        """The cache whose row i is this one's row `index[i]`; the source's rows stay."""
-        take = lambda x: jnp.take(x, index, axis=0)
-        return self.replace(layers=jax.tree.map(take, self.layers), length_B=take(self.length_B))
+    def widen(self, beams: int) -> "Cache":
+        """For `beams` beams a row that go on from what the row holds, which is not copied."""
+        (rows, _, size, _) = self.content[0].k_BKSH.shape
+        pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, (beams - 1) * size), (0, 0)))
+        table = jnp.zeros((rows, beams, size), jnp.int32)
+        wide = self.with_content(jax.tree.map(pad, self.content))
+        wide = wide.replace(length_B=jnp.repeat(self.length_B, beams), beams_BWS=table)
+        return wide.follow(jnp.zeros((rows, beams), jnp.int32))
+
+    def follow(self, parent_BW: jax.Array) -> "Cache":
+        """Beam w goes on from where beam `parent_BW[:, w]` is; its next token will lie in its own region."""
+        assert self.beams_BWS is not None
+        table = jnp.take_along_axis(self.beams_BWS, parent_BW[:, :, None], axis=1)
+        new = (self.length_B % self.size).reshape(*parent_BW.shape, 1) == jnp.arange(self.size)[None, None, :]
+        return self.replace(beams_BWS=jnp.where(new, jnp.arange(self.num_beams)[None, :, None], table))
+
+    def slots_of(self, positions_RT: jax.Array, real_RT: jax.Array) -> jax.Array:
+        """Where tokens are written; behind the last slot where they are padding."""
+        region = jnp.arange(positions_RT.shape[0])[:, None] % self.num_beams * self.size
+        return jnp.where(real_RT, region + positions_RT % self.size, self.num_beams * self.size)
+
+    def own_BTS(self, steps: int) -> jax.Array | None:
+        """`[B, W * steps, W * S]`: which slots hold a beam's own past; None without beams."""
+        if self.beams_BWS is None:
+            return None
+        b, w, s = self.beams_BWS.shape
+        own = self.beams_BWS[:, :, None, :] == jnp.arange(w)[None, None, :, None]
+        return jnp.repeat(own.reshape(b, w, w * s), steps, axis=1)
 
     def positions_of(self, mask_BT: jax.Array) -> jax.Array:
         """Positions of the next tokens; where the mask is false the value is meaningless."""

@@ -21,7 +21,7 @@ from flax import struct
 from llm_jax.nn import weights
 from llm_jax.nn.attend import Mask, attend, attention_weights
 from llm_jax.nn.attention import AttentionConfig
-from llm_jax.nn.cache import LayerCache
+from llm_jax.nn.cache import LayerCache, joined
 from llm_jax.nn.execution import Execution
 from llm_jax.nn.linear import Linear
 from llm_jax.nn.positions import sinusoid_halves
@@ -134,13 +134,13 @@ class TwoStreamAttention(nn.Module):
         def look(
             x: jax.Array, mask: Mask, targets_BK: jax.Array | None, ahead: int
         ) -> tuple[jax.Array, jax.Array | None]:
-            q = split(query(x))
+            q = joined(split(query(x)), k_BSNH.shape[0])
             groups = plus(q, place).reshape(r_GPNH.shape[0], -1, *q.shape[1:])
             by_distance = jnp.einsum("gbtnh,gpnh->gbntp", groups, r_GPNH).reshape(
                 q.shape[0], c.num_heads, q.shape[1], -1
             )
             if cache is not None:
-                column = jnp.clip(mask.distance() + ahead, 0, s)
+                column = jnp.clip(mask.distance() + ahead, 0, r_GPNH.shape[1] - 1)
                 bias = jnp.take_along_axis(by_distance, column[:, None], axis=-1)
             elif targets_BK is None:
                 bias = shift(by_distance, s)
@@ -164,7 +164,7 @@ class TwoStreamAttention(nn.Module):
                 dropout_key=self.make_rng("dropout") if train and c.dropout > 0 else None,
             )
             shown = attention_weights(q, k_BSNH, mask, scale=scale, bias_BNTS=bias) if output_attentions else None
-            return out(y.reshape(*y.shape[:2], width)), shown
+            return out(y.reshape(*x.shape[:2], width)), shown
 
         h, shown = look(h_BTD, relations.content, None, 0)
         g = None
