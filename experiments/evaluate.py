@@ -86,7 +86,7 @@ def main() -> None:
                 model,
                 params,
                 np.asarray([tokenizer.encode_source(source.strip())]),
-                np.asarray([tokenizer.encode_source(target.strip())]),
+                np.asarray([tokenizer.target.encode_source(target.strip())]),
             )[0]
         elif causal:
             ids = encode(text, 2)

@@ -30,6 +30,7 @@ FAMILIES = {
     **dict.fromkeys(bert.TABLE, bert),
     "marian": marian,
     "t5": t5,
+    "mt5": t5,
     "xlnet": xlnet,
 }
 WRITERS: dict[str, Any] = {
@@ -126,7 +127,9 @@ def _find(path: epath.PathLike) -> epath.Path:
         raise InteropError(f"no folder {path}; to fetch it from the hub: pip install 'llm_jax[hub]'") from e
     try:
         fetch = lambda *more: epath.Path(
-            huggingface_hub.snapshot_download(str(path), allow_patterns=["*.json", "*.jinja", *more])
+            huggingface_hub.snapshot_download(
+                str(path), allow_patterns=["*.json", "*.jinja", "*.spm", "spiece.model", *more]
+            )
         )
         got = fetch("*.safetensors")
         return got if any(got.glob("*.safetensors")) else fetch(flax_msgpack.FILE)
@@ -207,10 +210,10 @@ def _load_huggingface(path, dtype, execution, place, head, labels):
         fresh = {p: x for p, x in flat if family.is_new(p)}
     model = config.make(execution)
     rules = _with_their_spelling(rules, family.root(config), source)
-    params = _read(source, rules, model, ignored, str(path), dtype, place, fresh)
-    tokenizer = tokenizers.load(path) if (path / "tokenizer.json").exists() else None
+    tokenizer = tokenizers.load(path) if tokenizers.exists(path) else None
     if tokenizer is not None:
         tokenizer.token_types = getattr(config, "num_token_types", 0) > 1
+    params = _read(source, rules, model, ignored, str(path), dtype, place, fresh)
     return Pretrained(model, params, tokenizer, config)
 
 
@@ -238,14 +241,13 @@ def _load_own(path, dtype, execution, place, average):
     checkpoints = Checkpoints(path / "checkpoints", read_only=True)
     put = None if place is None else lambda shapes: place(shapes, axes)
     params, _ = checkpoints.restore_params(average=average, cast=dtype, place=put)
-    has_tokenizer = (path / "tokenizer.json").exists()
-    return Pretrained(model, params, tokenizers.load(path) if has_tokenizer else None, config)
+    return Pretrained(model, params, tokenizers.load(path) if tokenizers.exists(path) else None, config)
 
 
 def save(
     path: epath.PathLike, model: Any, params: Any, tokenizer: tokenizers.Tokenizer | None = None, dtype: Any = None
 ) -> None:
-    """Writes a folder that `transformers` loads: config.json, model*.safetensors, tokenizer.json; ELMo's own for ELMo.
+    """Writes a folder that `transformers` loads: config, model*.safetensors, tokenizer files; ELMo's own for ELMo.
 
     Structured weights (LoRA, quantized) are written as the dense matrices they stand for.
 
