@@ -21,6 +21,7 @@ from llm_jax.nn.execution import Execution
 from llm_jax.nn.stack import stack
 from llm_jax.storage import flax_msgpack
 from llm_jax.storage.gguf import GgufFile
+from llm_jax.storage.onnx import OnnxFile
 from llm_jax.storage.safetensors import TensorFolder, write_folder
 
 FAMILIES = {
@@ -80,7 +81,8 @@ def load(
 ) -> Pretrained:
     """Loads a Hugging Face folder, a `.gguf` file, a work directory of ours, ELMo's files, or a repository of the hub.
 
-    Loading streams tensor by tensor; nothing is unpickled.
+    Loading streams tensor by tensor; nothing is unpickled. A folder without safetensors may hold an `.onnx` file, whose
+    weights are read dequantized.
 
     Args:
       path: where; `org/name` is fetched with `huggingface_hub` if no such folder exists.
@@ -187,11 +189,7 @@ def _load_huggingface(path, dtype, execution, place, head, labels):
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise InteropError(f"{file} lacks or misstates {e}") from e
-    pickles = sorted(p.name for suffix in PICKLES for p in path.glob(f"*{suffix}"))
-    tensors, old = any(path.glob("*.safetensors")), (path / flax_msgpack.FILE).exists()
-    if pickles and not tensors and not old:
-        raise InteropError(f"{path} holds pickles only ({pickles[0]}), which are never read: convert to safetensors")
-    source = flax_msgpack.read(path) if old and not tensors else TensorFolder(path)
+    source = _tensors(path)
     if hasattr(family, "fit"):
         config = family.fit(config, source.keys())
     rules, ignored, fresh = family.rules(config), lambda n: family.ignored(config, n), None
@@ -215,6 +213,24 @@ def _load_huggingface(path, dtype, execution, place, head, labels):
         tokenizer.token_types = getattr(config, "num_token_types", 0) > 1
     params = _read(source, rules, model, ignored, str(path), dtype, place, fresh)
     return Pretrained(model, params, tokenizer, config)
+
+
+def _tensors(path):
+    """Their tensors by name: safetensors, or else an old Flax file, or else an ONNX graph; never a pickle."""
+    if not any(path.glob("*.safetensors")):
+        if (path / flax_msgpack.FILE).exists():
+            return flax_msgpack.read(path)
+        graphs = sorted(p.name for p in path.glob("*.onnx"))
+        if len(graphs) > 1:
+            raise InteropError(f"{path} holds {', '.join(graphs)}: leave the one that is to be read")
+        if graphs:
+            return OnnxFile(path / graphs[0])
+        pickles = sorted(p.name for suffix in PICKLES for p in path.glob(f"*{suffix}"))
+        if pickles:
+            raise InteropError(
+                f"{path} holds pickles only ({pickles[0]}), which are never read: convert to safetensors"
+            )
+    return TensorFolder(path)
 
 
 def _with_their_spelling(rules, root, source):
