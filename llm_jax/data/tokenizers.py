@@ -1,4 +1,4 @@
-"""Tokenizers: load, train, save, and watch BPE learn. The work is done by the `tokenizers` library.
+"""Tokenizers: load, train, save, and watch BPE learn. The work is done by the `tokenizers` library, or `sentencepiece`.
 
 Sources: Sennrich et al. 2016 (BPE), https://arxiv.org/abs/1508.07909; Schuster and Nakajima 2012 (WordPiece); Kudo
 2018 (Unigram), https://arxiv.org/abs/1804.10959.
@@ -14,10 +14,13 @@ import tokenizers
 from etils import epath
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-# how BERT's and RoBERTa's vocabularies spell them
+from llm_jax.data import sentencepiece
+from llm_jax.data.sentencepiece import FILE, MARIAN, SentencePiece, TokenizerError, read_json
+
+# how BERT's, XLNet's and RoBERTa's vocabularies spell them
 ROLES = {
-    "cls": ("[CLS]", "<s>"),
-    "sep": ("[SEP]", "</s>"),
+    "cls": ("[CLS]", "<cls>", "<s>"),
+    "sep": ("[SEP]", "<sep>", "</s>"),
     "mask": ("[MASK]", "<mask>"),
     "pad": ("[PAD]", "<pad>"),
     "unk": ("[UNK]", "<unk>"),
@@ -27,12 +30,8 @@ KINDS = ("bpe", "wordpiece", "unigram", "char", "word")
 END_OF_TEXT = "<|endoftext|>"
 
 
-class TokenizerError(ValueError):
-    """A tokenizer that cannot be read or does not fit."""
-
-
 class Tokenizer:
-    """A `tokenizers.Tokenizer` with the special ids that models need.
+    """A `tokenizers.Tokenizer`, or SentencePiece models, with the special ids that models need.
 
     Attributes:
       backend: the library's tokenizer.
@@ -40,11 +39,12 @@ class Tokenizer:
       eos_ids: ids that end a text; the first separates packed documents.
       chat_template: jinja2 source, or None.
       token_types: whether `batch` says which text of a pair a token belongs to.
+      target: what encodes the targets of an encoder-decoder: itself, but for Marian.
     """
 
     def __init__(
         self,
-        backend: tokenizers.Tokenizer,
+        backend: tokenizers.Tokenizer | SentencePiece,
         bos_id: int | None = None,
         eos_ids: Sequence[int] = (),
         chat_template: str | None = None,
@@ -55,6 +55,7 @@ class Tokenizer:
         self.eos_ids = tuple(eos_ids)
         self.chat_template = chat_template
         self.token_types = True
+        self.target = self
 
     @property
     def vocab_size(self) -> int:
@@ -161,11 +162,16 @@ class Tokenizer:
         return "" if index is None else self.token(index)
 
     def save(self, folder: epath.PathLike) -> None:
-        """Writes `tokenizer.json` and what we need beside it."""
+        """Writes `tokenizer.json` or SentencePiece's files, and what we need beside it."""
         folder = epath.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(self.backend.to_str())
         extra: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        if isinstance(self.backend, SentencePiece):
+            extra = dict(self.backend.settings)
+            self.backend.save(folder)
+        else:
+            (folder / FILE).write_text(self.backend.to_str())
+            (folder / MARIAN[0]).unlink(missing_ok=True)  # an older one would be read in its place
         if self.bos_id is not None:
             extra["bos_token"] = self.token(self.bos_id)
         if self.eos_ids:
@@ -180,26 +186,25 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_text(json.dumps(extra, indent=2) + "\n")
 
 
+def exists(folder: epath.PathLike) -> bool:
+    """Whether a folder holds a tokenizer that `load` reads."""
+    folder = epath.Path(folder)
+    return (folder / FILE).exists() or sentencepiece.exists(folder)
+
+
 def load(path: epath.PathLike) -> Tokenizer:
-    """Reads a `tokenizer.json`, or the folder around it with its `tokenizer_config.json`.
+    """Reads a `tokenizer.json`, or the folder around it or SentencePiece's files with its `tokenizer_config.json`.
 
     Raises:
       TokenizerError: if there is none, or it cannot be parsed.
     """
     path = epath.Path(path)
-    file = path / "tokenizer.json" if path.is_dir() else path
-    if not file.exists():
-        raise TokenizerError(f"no tokenizer at {file}")
-    try:
-        backend = tokenizers.Tokenizer.from_str(file.read_text())
-    except Exception as e:
-        raise TokenizerError(f"{file} is no tokenizer.json: {e}") from e
-    backend.no_padding()
-    backend.no_truncation()
-    extra = file.parent / "tokenizer_config.json"
-    settings = _read_json(extra) if extra.exists() else {}
-    generation = file.parent / "generation_config.json"
-    named = _read_json(generation).get("eos_token_id") if generation.exists() else None
+    file = path / FILE if path.is_dir() else path
+    read = lambda name: read_json(file.parent / name) if (file.parent / name).exists() else {}
+    settings, named = read("tokenizer_config.json"), read("generation_config.json").get("eos_token_id")
+    backend, target = _backends(file, path.is_dir() and sentencepiece.exists(path), settings)
+    if isinstance(backend, SentencePiece):
+        settings = backend.settings
 
     def index(name: str) -> int | None:
         value = settings.get(name)
@@ -216,17 +221,26 @@ def load(path: epath.PathLike) -> Tokenizer:
     beside = file.parent / "chat_template.jinja"
     if template is None and beside.exists():
         template = beside.read_text()
-    return Tokenizer(backend, index("bos_token"), list(dict.fromkeys(i for i in eos if i is not None)), template)
+    rest = (index("bos_token"), list(dict.fromkeys(i for i in eos if i is not None)), template)
+    tokenizer = Tokenizer(backend, *rest)
+    if target is not backend:
+        tokenizer.target = Tokenizer(target, *rest)
+    return tokenizer
 
 
-def _read_json(file: epath.Path) -> dict[str, Any]:
+def _backends(file: epath.Path, pieces: bool, settings: dict[str, Any]) -> tuple[Any, Any]:
+    """What encodes sources and what encodes targets."""
+    if pieces:
+        return sentencepiece.read(file.parent, settings)
+    if not file.exists():
+        raise TokenizerError(f"no tokenizer at {file}")
     try:
-        values = json.loads(file.read_text())
-    except ValueError as e:
-        raise TokenizerError(f"{file} is no JSON: {e}") from e
-    if not isinstance(values, dict):
-        raise TokenizerError(f"{file} holds no JSON object")
-    return values
+        backend = tokenizers.Tokenizer.from_str(file.read_text())
+    except Exception as e:
+        raise TokenizerError(f"{file} is no tokenizer.json: {e}") from e
+    backend.no_padding()
+    backend.no_truncation()
+    return backend, backend
 
 
 def train(texts: Iterable[str], kind: str, vocab_size: int, special: Sequence[str] = (END_OF_TEXT,)) -> Tokenizer:

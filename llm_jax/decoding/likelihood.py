@@ -69,8 +69,8 @@ def of_text(model: Any, params: Any, tokenizer: Tokenizer, text: str) -> np.ndar
         source, bar, target = text.partition("|||")
         if not bar or not source.strip() or not target.strip():
             raise ValueError(f"{text!r} is no 'SOURCE ||| TARGET', which an encoder-decoder scores")
-        sides = (np.asarray([tokenizer.encode_source(side.strip())]) for side in (source, target))
-        return np.asarray(target_logprobs(model, params, *sides))[0]
+        sides = tokenizer.encode_source(source.strip()), tokenizer.target.encode_source(target.strip())
+        return np.asarray(target_logprobs(model, params, *(np.asarray([ids]) for ids in sides)))[0]
     if hasattr(config, "max_characters"):
         if not config.vocab_size or tokenizer.separator is None:
             raise ValueError("this ELMo has no output layer (vocab_size=0) or its tokenizer no end of text")

@@ -21,6 +21,7 @@ from llm_jax.nn.execution import Execution
 from llm_jax.nn.stack import stack
 from llm_jax.storage import flax_msgpack
 from llm_jax.storage.gguf import GgufFile
+from llm_jax.storage.onnx import OnnxFile
 from llm_jax.storage.safetensors import TensorFolder, write_folder
 
 FAMILIES = {
@@ -30,6 +31,7 @@ FAMILIES = {
     **dict.fromkeys(bert.TABLE, bert),
     "marian": marian,
     "t5": t5,
+    "mt5": t5,
     "xlnet": xlnet,
 }
 WRITERS: dict[str, Any] = {
@@ -79,7 +81,8 @@ def load(
 ) -> Pretrained:
     """Loads a Hugging Face folder, a `.gguf` file, a work directory of ours, ELMo's files, or a repository of the hub.
 
-    Loading streams tensor by tensor; nothing is unpickled.
+    Loading streams tensor by tensor; nothing is unpickled. A folder without safetensors may hold an `.onnx` file, whose
+    weights are read dequantized.
 
     Args:
       path: where; `org/name` is fetched with `huggingface_hub` if no such folder exists.
@@ -126,7 +129,9 @@ def _find(path: epath.PathLike) -> epath.Path:
         raise InteropError(f"no folder {path}; to fetch it from the hub: pip install 'llm_jax[hub]'") from e
     try:
         fetch = lambda *more: epath.Path(
-            huggingface_hub.snapshot_download(str(path), allow_patterns=["*.json", "*.jinja", *more])
+            huggingface_hub.snapshot_download(
+                str(path), allow_patterns=["*.json", "*.jinja", "*.spm", "spiece.model", *more]
+            )
         )
         got = fetch("*.safetensors")
         return got if any(got.glob("*.safetensors")) else fetch(flax_msgpack.FILE)
@@ -184,11 +189,7 @@ def _load_huggingface(path, dtype, execution, place, head, labels):
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise InteropError(f"{file} lacks or misstates {e}") from e
-    pickles = sorted(p.name for suffix in PICKLES for p in path.glob(f"*{suffix}"))
-    tensors, old = any(path.glob("*.safetensors")), (path / flax_msgpack.FILE).exists()
-    if pickles and not tensors and not old:
-        raise InteropError(f"{path} holds pickles only ({pickles[0]}), which are never read: convert to safetensors")
-    source = flax_msgpack.read(path) if old and not tensors else TensorFolder(path)
+    source = _tensors(path)
     if hasattr(family, "fit"):
         config = family.fit(config, source.keys())
     rules, ignored, fresh = family.rules(config), lambda n: family.ignored(config, n), None
@@ -207,11 +208,29 @@ def _load_huggingface(path, dtype, execution, place, head, labels):
         fresh = {p: x for p, x in flat if family.is_new(p)}
     model = config.make(execution)
     rules = _with_their_spelling(rules, family.root(config), source)
-    params = _read(source, rules, model, ignored, str(path), dtype, place, fresh)
-    tokenizer = tokenizers.load(path) if (path / "tokenizer.json").exists() else None
+    tokenizer = tokenizers.load(path) if tokenizers.exists(path) else None
     if tokenizer is not None:
         tokenizer.token_types = getattr(config, "num_token_types", 0) > 1
+    params = _read(source, rules, model, ignored, str(path), dtype, place, fresh)
     return Pretrained(model, params, tokenizer, config)
+
+
+def _tensors(path):
+    """Their tensors by name: safetensors, or else an old Flax file, or else an ONNX graph; never a pickle."""
+    if not any(path.glob("*.safetensors")):
+        if (path / flax_msgpack.FILE).exists():
+            return flax_msgpack.read(path)
+        graphs = sorted(p.name for p in path.glob("*.onnx"))
+        if len(graphs) > 1:
+            raise InteropError(f"{path} holds {', '.join(graphs)}: leave the one that is to be read")
+        if graphs:
+            return OnnxFile(path / graphs[0])
+        pickles = sorted(p.name for suffix in PICKLES for p in path.glob(f"*{suffix}"))
+        if pickles:
+            raise InteropError(
+                f"{path} holds pickles only ({pickles[0]}), which are never read: convert to safetensors"
+            )
+    return TensorFolder(path)
 
 
 def _with_their_spelling(rules, root, source):
@@ -238,14 +257,13 @@ def _load_own(path, dtype, execution, place, average):
     checkpoints = Checkpoints(path / "checkpoints", read_only=True)
     put = None if place is None else lambda shapes: place(shapes, axes)
     params, _ = checkpoints.restore_params(average=average, cast=dtype, place=put)
-    has_tokenizer = (path / "tokenizer.json").exists()
-    return Pretrained(model, params, tokenizers.load(path) if has_tokenizer else None, config)
+    return Pretrained(model, params, tokenizers.load(path) if tokenizers.exists(path) else None, config)
 
 
 def save(
     path: epath.PathLike, model: Any, params: Any, tokenizer: tokenizers.Tokenizer | None = None, dtype: Any = None
 ) -> None:
-    """Writes a folder that `transformers` loads: config.json, model*.safetensors, tokenizer.json; ELMo's own for ELMo.
+    """Writes a folder that `transformers` loads: config, model*.safetensors, tokenizer files; ELMo's own for ELMo.
 
     Structured weights (LoRA, quantized) are written as the dense matrices they stand for.
 

@@ -1,4 +1,4 @@
-"""T5 in Hugging Face's names."""
+"""T5 and mT5 in Hugging Face's names."""
 
 import dataclasses
 from collections.abc import Collection
@@ -46,7 +46,7 @@ PARTS = {
 def config_from_hf(c: dict[str, Any]) -> T5Config:
     """From the contents of `config.json`."""
     refuse_unknown(c, {*FIELDS.values(), *READ})
-    name = (c.get("architectures") or ["T5ForConditionalGeneration"])[0]
+    name = (c.get("architectures") or ["T5ForConditionalGeneration"])[0].removeprefix("M")
     if name not in CLASSES:
         raise InteropError(f"architectures {name!r} is not supported; there are {', '.join(CLASSES)}")
     kind, _, rest = c.get("feed_forward_proj", "relu").rpartition("-")
@@ -62,7 +62,7 @@ def config_from_hf(c: dict[str, Any]) -> T5Config:
         "activation": ACTIVATIONS[activation],
         "gated": kind == "gated",
         "tied": tied,
-        "scale_output": c.get("scale_decoder_outputs", tied),
+        "scale_output": c.get("scale_decoder_outputs", tied and c.get("model_type") != "mt5"),
         "decoder": name != "T5EncoderModel",
         "start_id": c.get("decoder_start_token_id") or 0,
         "banned_ids": banned(c),

@@ -124,7 +124,7 @@ def get_tokenizer(config: Any, workdir: epath.Path) -> tokenizers.Tokenizer:
     size, objective = config.model.vocab_size, config.objective
     if config.data.tokenizer is not None:
         tokenizer = tokenizers.load(config.data.tokenizer)
-    elif (workdir / "tokenizer.json").exists() and has_checkpoint(workdir):
+    elif tokenizers.exists(workdir) and has_checkpoint(workdir):
         tokenizer = tokenizers.load(workdir)
     else:
         kind = config.data.tokenizer_kind
@@ -136,7 +136,8 @@ def get_tokenizer(config: Any, workdir: epath.Path) -> tokenizers.Tokenizer:
             missing = size - free - tokenizer.vocab_size
             names = [f"<unused_{i}>" for i in range(missing)]
             names += [f"<extra_id_{i}>" for i in reversed(range(free))]
-            tokenizer.backend.add_special_tokens(names)
+            backend: Any = tokenizer.backend
+            backend.add_special_tokens(names)
     tokens.check_vocabulary(tokenizer, size)
     return tokenizer
 

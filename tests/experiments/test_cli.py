@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from binaries import binary, call
-from tiny_models import noise
+from pieces import marian_folder
+from tiny_models import ENCODER_DECODERS, noise
 
 from experiments import cli, report
 from experiments.configs import demo
@@ -24,7 +25,7 @@ from experiments.configs import finetune as finetune_experiment
 from llm_jax import interop
 from llm_jax.data import tokenizers
 from llm_jax.decoding.beam import BeamConfig, BeamSearch
-from llm_jax.decoding.generate import Generator
+from llm_jax.decoding.generate import Completion, Generator
 from llm_jax.delta.lora import LoraConfig
 from llm_jax.models.llama import LlamaConfig
 from llm_jax.models.t5 import T5Config
@@ -344,6 +345,42 @@ def test_evaluate_a_pair(translator, capsys):
     for flag, words in (("--sentence=abc", "is no 'SOURCE ||| TARGET'"), ("--next=abc", "is an encoder-decoder: give")):
         with pytest.raises(ValueError, match=words):
             call("evaluate", f"--model={translator}", flag)
+
+
+def test_marians_sources_and_targets_reach_the_model_by_their_own_models(tmp_path, capsys, monkeypatch):
+    _, vocab = marian_folder(tmp_path / "pieces")
+    tokenizer = tokenizers.load(tmp_path / "pieces")
+    config = dataclasses.replace(ENCODER_DECODERS["marian"], vocab_size=len(vocab))
+    interop.save(tmp_path / "hf", config.make(), noise(config.make(), 0.3), tokenizer)
+    loaded = interop.load(tmp_path / "hf")
+    interop.save_own(tmp_path / "own", loaded.model, loaded.params, loaded.tokenizer)
+    seen = []
+
+    class Recorder:
+        """Takes the sources down, and answers each with itself."""
+
+        def __init__(self, model, params, eos_ids, sampling):
+            assert eos_ids == (0,)
+
+        def generate(self, batch, *args, **options):
+            seen.extend(batch)
+            return [Completion(ids, [0.0] * len(ids), "stop") for ids in batch]
+
+    def score(model, params, source, target):
+        seen.append((source.tolist(), target.tolist()))
+        return np.array([[-1.0, -2.0]])
+
+    monkeypatch.setattr("llm_jax.decoding.generate.Generator", Recorder)
+    monkeypatch.setattr("llm_jax.decoding.generate.target_logprobs", score)
+    text, coded = "the usage of it", ">>fra<< the usage"
+    assert tokenizer.encode_source(text) != tokenizer.target.encode_source(text)
+    for folder in (tmp_path / "hf", tmp_path / "own"):
+        call("generate", f"--model={folder}", f"--prompt={text}\n{coded}")
+        assert capsys.readouterr().out == f"{text}\n{coded}\n"
+        call("evaluate", f"--model={folder}", f"--sentence={text} ||| {text}")
+        assert capsys.readouterr().out.startswith("log p = -3.000 (2 tokens")
+    sources = [tokenizer.encode_source(t) for t in (text, coded)]
+    assert seen == [*sources, ([sources[0]], [tokenizer.target.encode_source(text)])] * 2
 
 
 def test_chat_goes_on_turn_by_turn(folder, tmp_path, capsys, monkeypatch):

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from graphs import Graph
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from loading import peak_of_loading
-from tiny_models import abstract, noise
+from tiny_models import ENCODERS, abstract, noise
 
 from llm_jax import interop
 from llm_jax.compress.quantize import quantize
@@ -271,6 +272,36 @@ def test_pickles_are_refused_unread(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
+@pytest.mark.parametrize("form", ["matmul", "static", "dynamic"])
+def test_onnx_folders(form, tmp_path):
+    """What an exported graph holds, its matrices nameless, is the model; quantized, it is the dequantized one."""
+    config = dataclasses.replace(ENCODERS["distilbert"], head="tokens", labels=("a", "b", "c"), head_dropout=None)
+    model = config.make()
+    interop.save(tmp_path, model, noise(model, 0.3))
+    tensors = {n: np.array(a) for n, a in TensorFolder(tmp_path).items()}
+    (tmp_path / "model.safetensors").unlink()
+    graph = Graph()
+    for name, array in tensors.items():
+        stem = name.removesuffix(".weight")
+        if "embeddings.weight" in name:
+            graph.table(name, array, form)
+        elif name.endswith(".weight") and array.ndim == 2:
+            graph.linear(stem, array, tensors[f"{stem}.bias"], form)
+        elif array.ndim == 1 and tensors.get(f"{name.removesuffix('.bias')}.weight", array).ndim == 1:  # a norm's
+            graph.plain(name, array)
+    assert graph.weights.keys() == tensors.keys()
+    graph.write(tmp_path / "tagger.onnx")
+    loaded = interop.load(tmp_path)
+    assert dataclasses.replace(loaded.config, tied=config.tied) == config
+    write_folder(tmp_path / "plain", graph.weights.items())
+    shutil.copy(tmp_path / "config.json", tmp_path / "plain")
+    bitwise(loaded.params, interop.load(tmp_path / "plain").params)
+    graph.write(tmp_path / "other.onnx")
+    one_line(InteropError, "holds other.onnx, tagger.onnx: leave the one", lambda: interop.load(tmp_path))
+    write_folder(tmp_path, tensors.items())
+    bitwise(interop.load(tmp_path).params, noise(model, 0.3))  # safetensors go before
+
+
 def test_wrong_work_directories(workdir):
     (workdir / "config.json").write_text('{"model": {"family": "rnn"}}')
     one_line(InteropError, "is no work directory of ours: model.family='rnn'", lambda: interop.load(workdir))
@@ -288,7 +319,7 @@ def test_the_hub_is_asked_for_repositories_only(monkeypatch, tmp_path):
 def test_families_are_what_the_readme_says():
     decoders = {"gpt2", "openai-gpt", "llama", "mistral", "qwen2", "qwen3"}
     encoders = {"bert", "roberta", "distilbert", "albert"}
-    assert set(pretrained.FAMILIES) == decoders | encoders | {"marian", "t5", "xlnet"}
+    assert set(pretrained.FAMILIES) == decoders | encoders | {"marian", "t5", "mt5", "xlnet"}
 
 
 def test_a_model_that_cannot_be_written(tmp_path):
