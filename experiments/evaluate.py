@@ -38,7 +38,7 @@ def main() -> None:
     from llm_jax.data.masked import FramedRows, Frames
     from llm_jax.decoding.generate import sequence_logprobs, target_logprobs
     from llm_jax.decoding.masked import pseudo_logprobs
-    from llm_jax.decoding.prefill import is_encoder_decoder
+    from llm_jax.decoding.prefill import check_generates, is_encoder_decoder
     from llm_jax.objectives.causal_lm import CausalLM
     from llm_jax.objectives.masked_lm import MaskedLM
     from llm_jax.training.run import evaluate_rows
@@ -53,6 +53,8 @@ def main() -> None:
     causal, apart = getattr(loaded.config, "causal", True), is_encoder_decoder(model)
     if apart and (SOURCE.value or NEXT.value):
         raise ValueError(f"{MODEL.value} is an encoder-decoder: give --sentence='SOURCE ||| TARGET'")
+    if causal:
+        check_generates(model)
     mask = tokenizer.role("mask")
     front = [tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id]
 

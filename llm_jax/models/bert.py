@@ -25,7 +25,6 @@ from llm_jax.nn.execution import Execution
 from llm_jax.nn.feed_forward import ACTIVATIONS
 from llm_jax.nn.linear import Linear
 from llm_jax.nn.norms import LayerNorm
-from llm_jax.nn.output import MASKED
 
 POOLERS = {"tanh": jnp.tanh, "relu": jax.nn.relu}
 
@@ -85,8 +84,7 @@ class BertConfig:
 
     def __post_init__(self) -> None:
         """Checks sizes and names."""
-        if self.head not in heads.HEADS:
-            raise ValueError(f"head={self.head!r} is none of {', '.join(heads.HEADS)}")
+        heads.check(self.head, heads.HEADS)
         if self.pooler is not None and self.pooler not in POOLERS:
             raise ValueError(f"pooler={self.pooler!r} is none of {', '.join(POOLERS)}, None")
         if self.head in heads.POOLED and self.pooler is None:
@@ -197,10 +195,6 @@ class Bert(nn.Module):
         elif c.head not in ("none", "masked_lm"):
             usual = 0.0 if c.head == "span" else c.dropout
             rate = usual if c.head_dropout is None else c.head_dropout
-            logits = heads.label_logits(self, c.head, out, rate, train, init)
-            if c.head == "choice":
-                logits = logits.reshape(rows)
-            elif c.head == "span" and attention_mask is not None:  # no answer begins or ends in padding
-                logits = jnp.where(attention_mask[..., None] > 0, logits, MASKED)
-            out = out.replace(logits=logits)
+            logits = heads.label_logits(self, out, rate, train, init, attention_mask)
+            out = out.replace(logits=logits.reshape(rows) if c.head == "choice" else logits)
         return out
