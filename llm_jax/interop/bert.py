@@ -18,6 +18,8 @@ CLASSES = {
     "span": "ForQuestionAnswering",
     "choice": "ForMultipleChoice",
 }
+# the class of a causal masked_lm; the other two have none
+DECODERS = {"bert": "BertLMHeadModel", "roberta": "RobertaForCausalLM"}
 
 
 class Names(NamedTuple):
@@ -143,7 +145,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # fields that must hold what this library computes
 FIXED = {
-    "is_decoder": (False, None),
     "add_cross_attention": (False, None),
     "position_embedding_type": ("absolute", None),
     "sinusoidal_pos_embds": (False, None),
@@ -152,6 +153,7 @@ FIXED = {
     "hidden_activation": (None,),
 }
 READ = (
+    "is_decoder",
     "qa_dropout",
     "max_position_embeddings",
     "pad_token_id",
@@ -190,7 +192,13 @@ def config_from_hf(c: dict[str, Any]) -> BertConfig:
     activation = values.pop("activation", "gelu")
     if activation not in ACTIVATIONS:
         raise InteropError(f"activation {activation!r} is not supported; there are {', '.join(ACTIVATIONS)}")
-    head = heads.of(c, {ours: names.title + theirs for ours, theirs in CLASSES.items()}, "none")
+    classes = {ours: names.title + theirs for ours, theirs in CLASSES.items()}
+    head = heads.of(c, classes, "none", {DECODERS[kind]: "masked_lm"} if kind in DECODERS else {})
+    causal = bool(c.get("is_decoder"))
+    if causal and (kind not in DECODERS or head not in ("none", "masked_lm")):
+        raise InteropError(
+            f"is_decoder=True is not supported with {classes[head]}, only with {', '.join(DECODERS.values())}"
+        )
     offset = c.get("pad_token_id", 1) + 1 if kind == "roberta" else 0
     if kind == "distilbert":
         values |= {"num_token_types": 0, "norm_eps": 1e-12}
@@ -201,6 +209,7 @@ def config_from_hf(c: dict[str, Any]) -> BertConfig:
         "head": head,
         "labels": heads.labels_of(c),
         "pooler": _pooler(kind, head),
+        "causal": causal,
     }
     if head == "span":  # only DistilBERT drops there
         values["head_dropout"] = c.get("qa_dropout", 0.1) if kind == "distilbert" else None
@@ -224,7 +233,8 @@ def _pooler(kind: str, head: str) -> str | None:
 def fit(config: BertConfig, tensors: Collection[str]) -> BertConfig:
     """What a file holds beyond or without what its class says: a pair head, no pooler."""
     names = TABLE[model_type(config)]
-    if config.head == "masked_lm" and names.pair is not None and f"{names.pair}.weight" in tensors:
+    pair = None if config.causal else names.pair
+    if config.head == "masked_lm" and pair is not None and f"{pair}.weight" in tensors:
         return dataclasses.replace(config, head="pretraining", pooler="tanh")
     if config.head == "none" and names.pooler is not None:
         stem = names.pooler.removeprefix(f"{names.root}.")
@@ -254,6 +264,8 @@ def model_type(config: BertConfig) -> str:
         raise InteropError("DistilBERT's format has norm_eps=1e-12 and no position_offset")
     if config.head == "pretraining" and TABLE[kind].pair is None:
         raise InteropError(f"{TABLE[kind].title}'s format has no sentence-pair head")
+    if config.causal and kind not in DECODERS:
+        raise InteropError(f"{TABLE[kind].title}'s format has no is_decoder=True; there are {', '.join(DECODERS)}")
     if config.head in ("classification", "choice") and config.pooler != _pooler(kind, config.head):
         raise InteropError(f"{TABLE[kind].title}'s format pools with {_pooler(kind, config.head)}")
     return kind
@@ -270,12 +282,14 @@ def config_to_hf(config: BertConfig) -> dict[str, Any]:
         out |= {"qa_dropout": config.head_dropout or 0.0} if kind == "distilbert" else {}
     elif kind in ("distilbert", "albert") and config.head_dropout is None:
         out[_fields(kind)["head_dropout"]] = config.dropout
+    name = DECODERS[kind] if config.causal and config.head == "masked_lm" else TABLE[kind].title + CLASSES[config.head]
     out |= {
         "model_type": kind,
-        "architectures": [TABLE[kind].title + CLASSES[config.head]],
+        "architectures": [name],
         "max_position_embeddings": config.context_length + config.position_offset,
         **heads.labels_to_hf(config),
     }
+    out |= {"is_decoder": True} if config.causal else {}
     return out | ({"pad_token_id": config.position_offset - 1} if kind == "roberta" else {})
 
 
