@@ -50,6 +50,8 @@ def main() -> None:
     predicts = getattr(loaded.config, "causal", True) or prefill.reads_any_order(model)
     if prefill.is_encoder_decoder(model) and (SOURCE.value or NEXT.value):
         raise ValueError(f"{MODEL.value} is an encoder-decoder: give --sentence='SOURCE ||| TARGET'")
+    if predicts:
+        prefill.check_generates(model)
     results: dict[str, object] = {}
     if SOURCE.value:
         store = tokens.build(SOURCE.value, tokenizer, CACHE.value, text_field=TEXT_FIELD.value)["train"]

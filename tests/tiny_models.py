@@ -20,6 +20,7 @@ LLAMA = dict(
     vocab_size=V, context_length=CONTEXT, model_dim=12, num_layers=2, num_heads=6, num_kv_heads=2, hidden_dim=10,
     rope_theta=100.0,
 )  # fmt: skip
+BERT = dict(vocab_size=V, context_length=CONTEXT, model_dim=12, num_layers=3, num_heads=3, hidden_dim=10)
 
 MODELS: dict[str, Any] = {
     "gpt2": GPTConfig(**GPT),
@@ -35,9 +36,9 @@ MODELS: dict[str, Any] = {
     "mistral": LlamaConfig(**LLAMA, window=3, tied=False),
     "qwen2": LlamaConfig(**LLAMA, qkv_bias=True, vocab_pad_multiple=8),
     "qwen3": LlamaConfig(**LLAMA, qk_norm=True, head_dim=4, out_bias=True, mlp_bias=True),
+    "bert_decoder": BertConfig(**BERT, head="masked_lm", pooler=None, causal=True, position_offset=2),
 }
 
-BERT = dict(vocab_size=V, context_length=CONTEXT, model_dim=12, num_layers=3, num_heads=3, hidden_dim=10)
 ENCODERS: dict[str, BertConfig] = {
     "bert": BertConfig(**BERT),
     "roberta": BertConfig(**BERT, num_token_types=1, position_offset=2, head="masked_lm", pooler=None),
@@ -67,6 +68,17 @@ def abstract(module: Any, *inputs: Any) -> tuple[Any, Any]:
 def padded_rows(config: Any) -> int:
     """Rows of the token table."""
     return -(-config.vocab_size // config.vocab_pad_multiple) * config.vocab_pad_multiple
+
+
+def count_bert(c: BertConfig) -> int:
+    """Parameters in closed form: ALBERT's V E + E D for the tables, and G layers in the place of L."""
+    d, f, e, rows = c.model_dim, c.hidden_dim, c.embedding_dim or c.model_dim, padded_rows(c)
+    tables = (rows + c.context_length + c.position_offset + c.num_token_types) * e + 2 * e
+    tables += e * d + d if c.embedding_dim else 0
+    layer = 4 * (d * d + d) + (d * f + f) + (f * d + d) + 2 * 2 * d
+    head = d * e + e + 2 * e + rows + (0 if c.tied else rows * e)
+    pair = 2 * d + 2 if c.head == "pretraining" else 0
+    return tables + (c.num_groups or c.num_layers) * layer + head + pair + (d * d + d if c.pooler else 0)
 
 
 def random_params(module: Any, *inputs: Any, seed: int = 0, dtype: str = "float32", std: float = 0.3) -> Any:

@@ -78,6 +78,7 @@ def of_text(model: Any, params: Any, tokenizer: Tokenizer, text: str) -> np.ndar
         spelled = np.stack([character_ids(tokenizer.token(i), config.max_characters) for i in ids])
         return np.asarray(both_ways_logprobs(model, params, np.asarray([ids]), spelled[None]))[0]
     if getattr(config, "causal", True) or prefill.reads_any_order(model):
+        prefill.check_generates(model)
         row = np.asarray([_some(prefill.beginning(tokenizer) + tokenizer.encode(text), text, 2)])
         return np.asarray(sequence_logprobs(model, params, row, np.ones_like(row)))[0]
     mask = tokenizer.role("mask")

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm_jax.models import heads
 from llm_jax.nn import paths, weights
 from llm_jax.nn.cache import Cache
 from llm_jax.nn.stack import unstack
@@ -21,7 +22,7 @@ def is_encoder_decoder(model: Any) -> bool:
 
 
 def check_generates(model: Any) -> None:
-    """Refuses models without a decoder.
+    """Refuses models without a decoder, or whose head predicts no tokens.
 
     Raises:
       ValueError: naming the model.
@@ -31,6 +32,10 @@ def check_generates(model: Any) -> None:
         raise ValueError(f"{type(model).__name__} sees both sides and cannot generate; see decoding.masked")
     if not getattr(config, "decoder", True):
         raise ValueError(f"this {type(model).__name__} is an encoder alone and cannot generate")
+    if getattr(config, "head", "lm") not in heads.LANGUAGE:
+        raise ValueError(
+            f"this {type(model).__name__} has head={config.head!r} and cannot generate: load it with head='lm'"
+        )
 
 
 def reads_any_order(model: Any) -> bool:
@@ -149,8 +154,7 @@ def go_on(model: Any, params: Any, ids_BT: jax.Array, mask_BT: jax.Array, cache:
         out = model.apply({"params": params}, ids_BT, attention_mask=mask_BT, cache=cache)
     h = out.head_input
     if h.shape[1] > 1:
-        last = h.shape[1] - 1 - jnp.argmax(mask_BT[:, ::-1], axis=1)
-        h = jnp.take_along_axis(h, last[:, None, None], axis=1)
+        return out.head.logits(heads.last_states(h, mask_BT)), out.cache
     return out.head.logits(h[:, 0]), out.cache
 
 

@@ -5,7 +5,8 @@ from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from llm_jax import config as configs
-from llm_jax.interop.names import ACTIVATIONS, InteropError, Rule, refuse_unknown
+from llm_jax.interop import heads
+from llm_jax.interop.names import ACTIVATIONS, InteropError, Rule, linear, refuse_unknown, without
 from llm_jax.models.bert import BertConfig
 
 CLASSES = {
@@ -17,6 +18,8 @@ CLASSES = {
     "span": "ForQuestionAnswering",
     "choice": "ForMultipleChoice",
 }
+# the class of a causal masked_lm; the other two have none
+DECODERS = {"bert": "BertLMHeadModel", "roberta": "RobertaForCausalLM"}
 
 
 class Names(NamedTuple):
@@ -142,7 +145,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # fields that must hold what this library computes
 FIXED = {
-    "is_decoder": (False, None),
     "add_cross_attention": (False, None),
     "position_embedding_type": ("absolute", None),
     "sinusoidal_pos_embds": (False, None),
@@ -151,6 +153,7 @@ FIXED = {
     "hidden_activation": (None,),
 }
 READ = (
+    "is_decoder",
     "qa_dropout",
     "max_position_embeddings",
     "pad_token_id",
@@ -176,14 +179,6 @@ def _fields(kind: str) -> dict[str, str]:
     return {"distilbert": DISTIL_FIELDS, "albert": ALBERT_FIELDS}.get(kind, FIELDS)
 
 
-def _head_of(c: dict[str, Any], title: str) -> str:
-    names = c.get("architectures") or [f"{title}Model"]
-    known = {f"{title}{theirs}": ours for ours, theirs in CLASSES.items()}
-    if names[0] not in known:
-        raise InteropError(f"architectures {names[0]!r} is not supported; there are {', '.join(known)}")
-    return known[names[0]]
-
-
 def config_from_hf(c: dict[str, Any]) -> BertConfig:
     """From the contents of `config.json`."""
     kind = c["model_type"]
@@ -197,18 +192,24 @@ def config_from_hf(c: dict[str, Any]) -> BertConfig:
     activation = values.pop("activation", "gelu")
     if activation not in ACTIVATIONS:
         raise InteropError(f"activation {activation!r} is not supported; there are {', '.join(ACTIVATIONS)}")
-    head = _head_of(c, names.title)
+    classes = {ours: names.title + theirs for ours, theirs in CLASSES.items()}
+    head = heads.of(c, classes, "none", {DECODERS[kind]: "masked_lm"} if kind in DECODERS else {})
+    causal = bool(c.get("is_decoder"))
+    if causal and (kind not in DECODERS or head not in ("none", "masked_lm")):
+        raise InteropError(
+            f"is_decoder=True is not supported with {classes[head]}, only with {', '.join(DECODERS.values())}"
+        )
     offset = c.get("pad_token_id", 1) + 1 if kind == "roberta" else 0
     if kind == "distilbert":
         values |= {"num_token_types": 0, "norm_eps": 1e-12}
-    labels = c.get("id2label") or {i: f"LABEL_{i}" for i in range(c.get("num_labels", 2))}
     values |= {
         "activation": ACTIVATIONS[activation],
         "context_length": c.get("max_position_embeddings", 512) - offset,
         "position_offset": offset,
         "head": head,
-        "labels": [str(labels[k]) for k in sorted(labels, key=int)],
+        "labels": heads.labels_of(c),
         "pooler": _pooler(kind, head),
+        "causal": causal,
     }
     if head == "span":  # only DistilBERT drops there
         values["head_dropout"] = c.get("qa_dropout", 0.1) if kind == "distilbert" else None
@@ -223,11 +224,6 @@ def with_head(config: BertConfig, head: str, labels: Sequence[str]) -> BertConfi
     return dataclasses.replace(config, head=head, labels=labels, pooler=_pooler(model_type(config), head))
 
 
-def is_new(path: str) -> bool:
-    """Whether our parameter belongs to a head, which a file of the bare encoder or of another head lacks."""
-    return path.split("/")[0] in ("classifier", "pooler", "head", "pair")
-
-
 def _pooler(kind: str, head: str) -> str | None:
     if head in ("classification", "choice"):
         return "relu" if kind == "distilbert" else "tanh"
@@ -237,7 +233,8 @@ def _pooler(kind: str, head: str) -> str | None:
 def fit(config: BertConfig, tensors: Collection[str]) -> BertConfig:
     """What a file holds beyond or without what its class says: a pair head, no pooler."""
     names = TABLE[model_type(config)]
-    if config.head == "masked_lm" and names.pair is not None and f"{names.pair}.weight" in tensors:
+    pair = None if config.causal else names.pair
+    if config.head == "masked_lm" and pair is not None and f"{pair}.weight" in tensors:
         return dataclasses.replace(config, head="pretraining", pooler="tanh")
     if config.head == "none" and names.pooler is not None:
         stem = names.pooler.removeprefix(f"{names.root}.")
@@ -267,6 +264,8 @@ def model_type(config: BertConfig) -> str:
         raise InteropError("DistilBERT's format has norm_eps=1e-12 and no position_offset")
     if config.head == "pretraining" and TABLE[kind].pair is None:
         raise InteropError(f"{TABLE[kind].title}'s format has no sentence-pair head")
+    if config.causal and kind not in DECODERS:
+        raise InteropError(f"{TABLE[kind].title}'s format has no is_decoder=True; there are {', '.join(DECODERS)}")
     if config.head in ("classification", "choice") and config.pooler != _pooler(kind, config.head):
         raise InteropError(f"{TABLE[kind].title}'s format pools with {_pooler(kind, config.head)}")
     return kind
@@ -283,13 +282,14 @@ def config_to_hf(config: BertConfig) -> dict[str, Any]:
         out |= {"qa_dropout": config.head_dropout or 0.0} if kind == "distilbert" else {}
     elif kind in ("distilbert", "albert") and config.head_dropout is None:
         out[_fields(kind)["head_dropout"]] = config.dropout
+    name = DECODERS[kind] if config.causal and config.head == "masked_lm" else TABLE[kind].title + CLASSES[config.head]
     out |= {
         "model_type": kind,
-        "architectures": [TABLE[kind].title + CLASSES[config.head]],
+        "architectures": [name],
         "max_position_embeddings": config.context_length + config.position_offset,
-        "id2label": {str(i): name for i, name in enumerate(config.labels)},
-        "label2id": {name: i for i, name in enumerate(config.labels)},
+        **heads.labels_to_hf(config),
     }
+    out |= {"is_decoder": True} if config.causal else {}
     return out | ({"pad_token_id": config.position_offset - 1} if kind == "roberta" else {})
 
 
@@ -302,51 +302,41 @@ def rules(config: BertConfig) -> list[Rule]:
     """Where everything is; their kernels are `[out, in]`."""
     kind = model_type(config)
     names = TABLE[kind]
+    norm = lambda ours, theirs: [Rule(f"{ours}/scale", f"{theirs}.weight"), Rule(f"{ours}/bias", f"{theirs}.bias")]
     out = []
-
-    def linear(ours: str, theirs: str) -> None:
-        out.append(Rule(f"{ours}/kernel", f"{theirs}.weight", transposed=True))
-        out.append(Rule(f"{ours}/bias", f"{theirs}.bias"))
-
-    def norm(ours: str, theirs: str) -> None:
-        out.append(Rule(f"{ours}/scale", f"{theirs}.weight"))
-        out.append(Rule(f"{ours}/bias", f"{theirs}.bias"))
-
     tables = {"embed": "word", "positions": "position"} | (
         {"token_types": "token_type"} if config.num_token_types else {}
     )
     for ours, theirs in tables.items():
         out.append(Rule(f"{ours}/embedding", f"{names.root}.embeddings.{theirs}_embeddings.weight"))
-    norm("embed_norm", f"{names.root}.embeddings.LayerNorm")
+    out += norm("embed_norm", f"{names.root}.embeddings.LayerNorm")
     if config.embedding_dim is not None:
-        linear("embed_projection", f"{names.root}.encoder.embedding_hidden_mapping_in")
+        out += linear("embed_projection", f"{names.root}.encoder.embedding_hidden_mapping_in")
     for ours, theirs in names.inside.items():
-        (norm if ours.endswith("_norm") else linear)(f"encoder/layers/{ours}", f"{names.layer}.{theirs}")
+        out += (norm if ours.endswith("_norm") else linear)(f"encoder/layers/{ours}", f"{names.layer}.{theirs}")
     if config.pooler is not None:
         own = names.classifier_pooler
         stands_apart = config.head == "classification" or (config.head == "choice" and kind == "distilbert")
         place = own if own is not None and stands_apart else names.pooler
         if place is None:
             raise InteropError(f"{names.title}'s format has no pooler with head={config.head!r}")
-        linear("pooler", place)
+        out += linear("pooler", place)
     if config.head in ("masked_lm", "pretraining"):
         transform, its_norm, bias = names.transform
-        linear("head/transform", transform)
-        norm("head/norm", its_norm)
+        out += linear("head/transform", transform)
+        out += norm("head/norm", its_norm)
         out.append(Rule("head/bias" if config.tied else "head/output/bias", bias))
         if not config.tied:
             out.append(Rule("head/output/kernel", f"{names.decoder}.weight", transposed=True))
     if config.head == "pretraining":
         assert names.pair is not None  # model_type has seen to it
-        linear("pair", names.pair)
+        out += linear("pair", names.pair)
     elif config.head in ("classification", "tokens", "choice"):
         apart = kind == "roberta" and config.head == "classification"
-        linear("classifier", "classifier.out_proj" if apart else "classifier")
+        out += linear("classifier", "classifier.out_proj" if apart else "classifier")
     elif config.head == "span":
-        linear("classifier", "qa_outputs")
-    if config.head == "none":  # their headless classes leave the prefix out
-        out = [dataclasses.replace(r, theirs=r.theirs.removeprefix(f"{names.root}.")) for r in out]
-    return out
+        out += linear("classifier", "qa_outputs")
+    return without(f"{names.root}.", out) if config.head == "none" else out  # so do their headless classes
 
 
 def ignored(config: BertConfig, name: str) -> bool:

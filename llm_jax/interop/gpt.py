@@ -3,11 +3,12 @@
 from typing import Any
 
 from llm_jax import config as configs
-from llm_jax.interop.names import ACTIVATIONS, InteropError, Rule, refuse_unknown
+from llm_jax.interop import heads
+from llm_jax.interop.names import ACTIVATIONS, InteropError, Rule, refuse_unknown, without
 from llm_jax.models.gpt import GPTConfig
 
 # read below; the summary_* fields are of a head that is not here, n_ctx is n_positions again
-READ = frozenset(
+READ = frozenset(heads.READ) | frozenset(
     """
     scale_attn_by_inverse_layer_idx reorder_and_upcast_attn add_cross_attention scale_attn_weights afn
     activation_function vocab_size n_positions n_embd n_layer n_head n_inner layer_norm_epsilon tie_word_embeddings
@@ -15,6 +16,23 @@ READ = frozenset(
     summary_first_dropout summary_proj_to_labels n_special predict_special_tokens gradient_checkpointing
     """.split()  # noqa: SIM905
 )
+
+
+# ours -> theirs
+CLASSES = {
+    "gpt2": {
+        "none": "GPT2Model",
+        "lm": "GPT2LMHeadModel",
+        "classification": "GPT2ForSequenceClassification",
+        "tokens": "GPT2ForTokenClassification",
+        "span": "GPT2ForQuestionAnswering",
+    },
+    "openai-gpt": {
+        "none": "OpenAIGPTModel",
+        "lm": "OpenAIGPTLMHeadModel",
+        "classification": "OpenAIGPTForSequenceClassification",
+    },
+}
 
 
 def _activation(name: str) -> str:
@@ -48,6 +66,7 @@ def config_from_hf(c: dict[str, Any]) -> GPTConfig:
         dropout=c.get("resid_pdrop", 0.1),
         embed_dropout=None if c.get("embd_pdrop", 0.1) == c.get("resid_pdrop", 0.1) else c.get("embd_pdrop", 0.1),
         attention_dropout=c.get("attn_pdrop", 0.1),
+        **heads.on_decoder(c, CLASSES[c["model_type"]]),
         init_std=c.get("initializer_range", 0.02),
     )
     return configs.from_dict(GPTConfig, values)  # checks types: JSON may hold anything
@@ -64,9 +83,9 @@ def config_to_hf(config: GPTConfig) -> dict[str, Any]:
     name = theirs[config.activation]
     if first and config.activation == "gelu":
         raise InteropError("GPT-1's format has no exact gelu")
+    kind = "openai-gpt" if first else "gpt2"
     return {
-        "model_type": "openai-gpt" if first else "gpt2",
-        "architectures": ["OpenAIGPTLMHeadModel" if first else "GPT2LMHeadModel"],
+        "model_type": kind,
         "vocab_size": config.vocab_size,
         "n_positions": config.context_length,
         "n_embd": config.model_dim,
@@ -80,6 +99,7 @@ def config_to_hf(config: GPTConfig) -> dict[str, Any]:
         "embd_pdrop": config.dropout if config.embed_dropout is None else config.embed_dropout,
         "attn_pdrop": config.attention_dropout,
         "initializer_range": config.init_std,
+        **heads.on_decoder_to_hf(config, CLASSES[kind]),
     }
 
 
@@ -109,11 +129,11 @@ def rules(config: GPTConfig) -> list[Rule]:
         out.append(Rule(f"{ours}/mlp_norm/{kind}", f"{theirs}.ln_2.{their}"))
         if not first:
             out.append(Rule(f"final_norm/{kind}", f"transformer.ln_f.{their}"))
-    if not config.tied:
-        out.append(Rule("head/kernel", "lm_head.weight", transposed=True))
-    return out
+    out += heads.rules_on_decoder(config, tokens="classifier")
+    return without("transformer.", out) if config.head == "none" else out  # so do their headless classes
 
 
 def ignored(config: GPTConfig, name: str) -> bool:
-    """Their tensors without a counterpart: mask buffers, the tied head."""
-    return name.endswith((".attn.bias", ".attn.masked_bias")) or (config.tied and name == "lm_head.weight")
+    """Their tensors without a counterpart: mask buffers, an output layer that is tied or unused."""
+    spare = config.tied or config.head != "lm"
+    return name.endswith((".attn.bias", ".attn.masked_bias")) or (spare and name == "lm_head.weight")

@@ -3,12 +3,13 @@
 from typing import Any
 
 from llm_jax import config as configs
-from llm_jax.interop.names import ACTIVATIONS, InteropError, Rule, refuse_unknown
+from llm_jax.interop import heads
+from llm_jax.interop.names import ACTIVATIONS, InteropError, Rule, refuse_unknown, without
 from llm_jax.models.llama import LlamaConfig
 from llm_jax.nn.positions import RotaryScaling
 
 # read below; is_llama_config says nothing about the model
-READ = frozenset(
+READ = frozenset(heads.READ) | frozenset(
     """
     vocab_size max_position_embeddings hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads head_dim hidden_act rms_norm_eps tie_word_embeddings rope_theta rope_scaling rope_parameters
@@ -16,7 +17,19 @@ READ = frozenset(
     pretraining_tp attention_dropout initializer_range is_llama_config
     """.split()  # noqa: SIM905
 )
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+MODEL_TYPES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+# ours -> theirs, behind the title of the family
+CLASSES = {
+    "none": "Model",
+    "lm": "ForCausalLM",
+    "classification": "ForSequenceClassification",
+    "tokens": "ForTokenClassification",
+    "span": "ForQuestionAnswering",
+}
+
+
+def _classes(kind: str) -> dict[str, str]:
+    return {ours: MODEL_TYPES[kind] + theirs for ours, theirs in CLASSES.items()}
 
 
 def _scaling(rope: dict[str, Any], context: int) -> RotaryScaling | None:
@@ -82,6 +95,7 @@ def config_from_hf(c: dict[str, Any]) -> LlamaConfig:
         qk_norm=kind == "qwen3",
         window=window,
         attention_dropout=c.get("attention_dropout", 0.0),
+        **heads.on_decoder(c, _classes(kind)),
         init_std=c.get("initializer_range", 0.02),
     )
     return configs.from_dict(LlamaConfig, values)  # checks types: JSON may hold anything
@@ -110,10 +124,8 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
     """The contents of `config.json`."""
     kind = model_type(config)
     theirs = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
-    classes = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
     out = {
         "model_type": kind,
-        "architectures": [f"{classes[kind]}ForCausalLM"],
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.context_length,
         "hidden_size": config.model_dim,
@@ -128,6 +140,7 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "attention_dropout": config.attention_dropout,
         "initializer_range": config.init_std,
+        **heads.on_decoder_to_hf(config, _classes(kind)),
     }
     if kind in ("llama", "qwen3"):
         out["attention_bias"] = config.qkv_bias
@@ -153,15 +166,15 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
 
 
 def root(config: LlamaConfig) -> str:
-    """What their classes with a head put before the names of the rest."""
-    del config
-    return "model."
+    """What their classes with a head put before the names of the rest: spans of all but Mistral keep an old name."""
+    return "transformer." if config.head == "span" and model_type(config) != "mistral" else "model."
 
 
 def rules(config: LlamaConfig) -> list[Rule]:
     """Where everything is; their kernels are `[out, in]`."""
-    ours, theirs = "decoder/layers", "model.layers.{l}"
-    out = [Rule("embed/embedding", "model.embed_tokens.weight"), Rule("final_norm/scale", "model.norm.weight")]
+    prefix = root(config)
+    ours, theirs = "decoder/layers", f"{prefix}layers.{{l}}"
+    out = [Rule("embed/embedding", f"{prefix}embed_tokens.weight"), Rule("final_norm/scale", f"{prefix}norm.weight")]
     out.append(Rule(f"{ours}/attention_norm/scale", f"{theirs}.input_layernorm.weight"))
     out.append(Rule(f"{ours}/mlp_norm/scale", f"{theirs}.post_attention_layernorm.weight"))
     attention = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
@@ -174,11 +187,11 @@ def rules(config: LlamaConfig) -> list[Rule]:
         out += [
             Rule(f"{ours}/attention/{a}_norm/scale", f"{theirs}.self_attn.{a[0]}_norm.weight") for a in ("query", "key")
         ]
-    if not config.tied:
-        out.append(Rule("head/kernel", "lm_head.weight", transposed=True))
-    return out
+    out += heads.rules_on_decoder(config, tokens="score")
+    return without(prefix, out) if config.head == "none" else out  # so do their headless classes
 
 
 def ignored(config: LlamaConfig, name: str) -> bool:
-    """Their tensors without a counterpart."""
-    return name.endswith("rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight")
+    """Their tensors without a counterpart: buffers, an output layer that is tied or unused."""
+    spare = config.tied or config.head != "lm"
+    return name.endswith("rotary_emb.inv_freq") or (spare and name == "lm_head.weight")

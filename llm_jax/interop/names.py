@@ -98,6 +98,17 @@ class Rule:
     backward: Callable[[np.ndarray], np.ndarray] | None = None
 
 
+def linear(ours: str, theirs: str, bias: bool = True) -> list[Rule]:
+    """The rules of a linear layer; their kernel is `[out, in]`."""
+    kernel = Rule(f"{ours}/kernel", f"{theirs}.weight", transposed=True)
+    return [kernel, Rule(f"{ours}/bias", f"{theirs}.bias")] if bias else [kernel]
+
+
+def without(prefix: str, rules: Sequence[Rule]) -> list[Rule]:
+    """The same rules where their names leave a prefix out."""
+    return [dataclasses.replace(r, theirs=r.theirs.removeprefix(prefix)) for r in rules]
+
+
 def _get(source: Mapping[str, np.ndarray], rule: Rule, layer: int | None) -> np.ndarray:
     name = rule.theirs.format(l=layer)
     array = source[name]

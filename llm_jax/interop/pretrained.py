@@ -1,6 +1,7 @@
 """One call to load whatever a path holds, one to write it back as a Hugging Face folder."""
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from llm_jax.data import tokenizers
-from llm_jax.interop import bert, elmo, gpt, llama, marian, names, t5, xlnet
+from llm_jax.interop import bert, elmo, gpt, heads, llama, marian, names, t5, xlnet
 from llm_jax.interop import gguf as gguf_names
 from llm_jax.interop.names import InteropError
 from llm_jax.models import registry
@@ -90,8 +91,8 @@ def load(
       execution: how the model runs.
       place: `(abstract params, logical axes) -> shardings` (a plan's `param_shardings`); one device by default.
       average: the moving average (`training.ema`) of a work directory, in the place of the last parameters.
-      head: of an encoder's Hugging Face folder: another head than its own (`models.heads.HEADS`); what the folder lacks
-        of it is initialised.
+      head: of a Hugging Face folder: another head than its own (see the model's config); what the folder lacks of it is
+        initialised.
       labels: names of that head's classes.
 
     Raises:
@@ -192,22 +193,23 @@ def _load_huggingface(path, dtype, execution, place, head, labels):
     source = _tensors(path)
     if hasattr(family, "fit"):
         config = family.fit(config, source.keys())
-    rules, ignored, fresh = family.rules(config), lambda n: family.ignored(config, n), None
+    root = family.root(config)
+    rules, ignored, fresh = family.rules(config), functools.partial(family.ignored, config), None
     if head is not None or labels:
-        if not hasattr(family, "with_head"):
+        if not hasattr(config, "head"):
             raise InteropError(f"{path}: a {kind} model takes no other head")
-        own = rules
+        own, its_ignored = rules, ignored
         try:
-            config = family.with_head(config, head or config.head, labels)
+            config = getattr(family, "with_head", _with_head)(config, head or config.head, labels)
         except ValueError as e:
             raise InteropError(f"{path}: {e}") from e
-        rules = family.rules(config)
+        rules = _under(root, family.root(config), family.rules(config))
         spare = {r.theirs for r in own} - {r.theirs for r in rules}
-        ignored = lambda n: n in spare or family.ignored(config, n)
+        ignored = lambda n: n in spare or its_ignored(n) or family.ignored(config, n)
         flat = paths.flatten(_initial(config))
-        fresh = {p: x for p, x in flat if family.is_new(p)}
+        fresh = {p: x for p, x in flat if _of_a_head(p)}
     model = config.make(execution)
-    rules = _with_their_spelling(rules, family.root(config), source)
+    rules = _with_their_spelling(rules, root, source)
     tokenizer = tokenizers.load(path) if tokenizers.exists(path) else None
     if tokenizer is not None:
         tokenizer.token_types = getattr(config, "num_token_types", 0) > 1
@@ -231,6 +233,20 @@ def _tensors(path):
                 f"{path} holds pickles only ({pickles[0]}), which are never read: convert to safetensors"
             )
     return TensorFolder(path)
+
+
+def _with_head(config, head, labels):
+    return dataclasses.replace(config, head=head, labels=tuple(labels) or config.labels)
+
+
+def _of_a_head(path):
+    return path.split("/")[0] in heads.PARTS
+
+
+def _under(root, other, rules):
+    """The rules of a class that puts `other` before the names of the model, for a file that has `root` there."""
+    rename = lambda r: r if _of_a_head(r.ours) else dataclasses.replace(r, theirs=root + r.theirs.removeprefix(other))
+    return rules if root == other else [rename(r) for r in rules]
 
 
 def _with_their_spelling(rules, root, source):
@@ -289,7 +305,9 @@ def save(
     floating = [x.dtype for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
     theirs["dtype"] = theirs["torch_dtype"] = jnp.dtype(dtype or floating[0]).name
     if tokenizer is not None:
-        theirs |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.eos_ids) or None}
+        ends = list(tokenizer.eos_ids)
+        theirs["bos_token_id"] = tokenizer.bos_id
+        theirs["eos_token_id"] = ends if len(ends) > 1 else ends[0] if ends else theirs.get("eos_token_id")
     real = dict.fromkeys(PADDED, config.vocab_size)
     write_folder(path, names.write_params(stack(params), family.rules(config), real, dtype))
     folder = epath.Path(path)

@@ -1,11 +1,10 @@
 """XLNet in Hugging Face's names."""
 
-import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 from llm_jax import config as configs
-from llm_jax.interop.names import ACTIVATIONS, InteropError, Rule, refuse_unknown
+from llm_jax.interop import heads
+from llm_jax.interop.names import ACTIVATIONS, InteropError, Rule, linear, refuse_unknown, without
 from llm_jax.models.xlnet import XLNetConfig
 
 CLASSES = {
@@ -65,10 +64,7 @@ def config_from_hf(c: dict[str, Any]) -> XLNetConfig:
     for field, allowed in FIXED.items():
         if c.get(field) not in allowed:
             raise InteropError(f"{field}={c[field]!r} is not supported, only {allowed[0]!r}")
-    name = (c.get("architectures") or ["XLNetModel"])[0]
-    known = {theirs: ours for ours, theirs in CLASSES.items()}
-    if name not in known:
-        raise InteropError(f"architectures {name!r} is not supported; there are {', '.join(known)}")
+    head = heads.of(c, CLASSES, "none")
     values = {**DEFAULTS, **{ours: c[theirs] for ours, theirs in FIELDS.items() if theirs in c}}
     activation, kind, clamp = c.get("ff_activation", "gelu"), c.get("attn_type", "bi"), c.get("clamp_len", -1)
     if activation not in ACTIVATIONS:
@@ -77,15 +73,14 @@ def config_from_hf(c: dict[str, Any]) -> XLNetConfig:
         raise InteropError(f"attn_type={kind!r} is neither bi nor uni")
     if c.get("d_head") not in (None, values["model_dim"] // values["num_heads"]):
         raise InteropError(f"d_head={c['d_head']} is not d_model / n_head: not supported")
-    labels = c.get("id2label") or {i: f"LABEL_{i}" for i in range(c.get("num_labels", 2))}
     values |= {
         "activation": ACTIVATIONS[activation],
         "causal_mask": kind == "uni",
         "clamp_length": clamp if clamp and clamp > 0 else None,
         "memory_length": values["memory_length"] or 0,
         "reuse_length": values["reuse_length"] or None,
-        "head": known[name],
-        "labels": [str(labels[k]) for k in sorted(labels, key=int)],
+        "head": head,
+        "labels": heads.labels_of(c),
     }
     return configs.from_dict(XLNetConfig, values)
 
@@ -101,19 +96,8 @@ def config_to_hf(config: XLNetConfig) -> dict[str, Any]:
         "attn_type": "uni" if config.causal_mask else "bi",
         "clamp_len": -1 if config.clamp_length is None else config.clamp_length,
         "d_head": config.model_dim // config.num_heads,
-        "id2label": {str(i): name for i, name in enumerate(config.labels)},
-        "label2id": {name: i for i, name in enumerate(config.labels)},
+        **heads.labels_to_hf(config),
     }
-
-
-def with_head(config: XLNetConfig, head: str, labels: Sequence[str]) -> XLNetConfig:
-    """The same model under another head."""
-    return dataclasses.replace(config, head=head, labels=tuple(labels) or config.labels)
-
-
-def is_new(path: str) -> bool:
-    """Whether our parameter belongs to a head, which a file of the bare model or of another head lacks."""
-    return path.split("/")[0] in ("classifier", "pooler", "logits_bias")
 
 
 def root(config: XLNetConfig) -> str:
@@ -141,26 +125,17 @@ def rules(config: XLNetConfig) -> list[Rule]:
         out.append(Rule(f"{ours}/attention/{name}/kernel", f"{theirs}.rel_attn.{their}", forward=there, backward=again))
     for name, their in VECTORS.items():
         out.append(Rule(f"{ours}/attention/{name}", f"{theirs}.rel_attn.{their}"))
-
-    def linear(ours: str, theirs: str) -> None:
-        out.append(Rule(f"{ours}/kernel", f"{theirs}.weight", transposed=True))
-        out.append(Rule(f"{ours}/bias", f"{theirs}.bias"))
-
     for norm, their in (("attention_norm", "rel_attn.layer_norm"), ("mlp_norm", "ff.layer_norm")):
         out.append(Rule(f"{ours}/{norm}/scale", f"{theirs}.{their}.weight"))
         out.append(Rule(f"{ours}/{norm}/bias", f"{theirs}.{their}.bias"))
-    linear(f"{ours}/mlp/up", f"{theirs}.ff.layer_1")
-    linear(f"{ours}/mlp/down", f"{theirs}.ff.layer_2")
+    out += linear(f"{ours}/mlp/up", f"{theirs}.ff.layer_1") + linear(f"{ours}/mlp/down", f"{theirs}.ff.layer_2")
     if config.head == "lm":
         out.append(Rule("logits_bias", "lm_loss.bias"))
     elif config.head in ("classification", "choice"):
-        linear("pooler", "sequence_summary.summary")
-        linear("classifier", "logits_proj")
+        out += linear("pooler", "sequence_summary.summary") + linear("classifier", "logits_proj")
     elif config.head != "none":
-        linear("classifier", "classifier" if config.head == "tokens" else "qa_outputs")
-    if config.head == "none":  # their headless class leaves the prefix out
-        out = [dataclasses.replace(r, theirs=r.theirs.removeprefix("transformer.")) for r in out]
-    return out
+        out += linear("classifier", "classifier" if config.head == "tokens" else "qa_outputs")
+    return without("transformer.", out) if config.head == "none" else out  # so does their headless class
 
 
 def ignored(config: XLNetConfig, name: str) -> bool:

@@ -9,23 +9,23 @@ https://arxiv.org/abs/1907.11692; Sanh et al. 2019 (DistilBERT), https://arxiv.o
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from llm_jax.models import frame, heads
-from llm_jax.models.block import BlockConfig, Shared, blocks
+from llm_jax.models.block import BlockConfig, Shared, blocks, per_layer
 from llm_jax.models.output import Output
 from llm_jax.nn import weights
 from llm_jax.nn.attention import AttentionConfig, dropout
+from llm_jax.nn.cache import Cache, init_cache
 from llm_jax.nn.embedding import Embedding
 from llm_jax.nn.execution import Execution
 from llm_jax.nn.feed_forward import ACTIVATIONS
 from llm_jax.nn.linear import Linear
 from llm_jax.nn.norms import LayerNorm
-from llm_jax.nn.output import MASKED
 
 POOLERS = {"tanh": jnp.tanh, "relu": jax.nn.relu}
 
@@ -52,6 +52,8 @@ class BertConfig:
       labels: names of the classes (classification, tokens); one class is regression.
       pooler: activation of the pooler (the first token's state through one layer), None for none.
       tied: output layer shares the token table.
+      causal: a token sees none behind it: a decoder (`BertLMHeadModel` without cross-attention), whose head is
+        `masked_lm` or `none`.
       dropout: rate on embeddings and residual branches.
       attention_dropout: rate on attention weights.
       head_dropout: rate before a classifier; None takes `dropout`, and none before spans.
@@ -75,22 +77,22 @@ class BertConfig:
     labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
     pooler: str | None = "tanh"
     tied: bool = True
+    causal: bool = False
     dropout: float = 0.1
     attention_dropout: float = 0.1
     head_dropout: float | None = None
     init_std: float = 0.02
     vocab_pad_multiple: int = 1
 
-    causal: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         """Checks sizes and names."""
-        if self.head not in heads.HEADS:
-            raise ValueError(f"head={self.head!r} is none of {', '.join(heads.HEADS)}")
+        heads.check(self.head, heads.HEADS)
         if self.pooler is not None and self.pooler not in POOLERS:
             raise ValueError(f"pooler={self.pooler!r} is none of {', '.join(POOLERS)}, None")
         if self.head in heads.POOLED and self.pooler is None:
             raise ValueError(f"head={self.head!r} needs a pooler")
+        if self.causal and self.head not in ("none", "masked_lm"):
+            raise ValueError(f"causal=True takes head='masked_lm' or 'none', not {self.head!r}")
         if self.num_groups is not None and not 1 <= self.num_groups <= self.num_layers:
             raise ValueError(f"num_groups={self.num_groups} must lie in 1..num_layers={self.num_layers}")
         _ = self.block
@@ -118,9 +120,15 @@ class BertConfig:
         """The module."""
         return Bert(self, execution)
 
+    def init_cache(self, batch: int, size: int, dtype: Any = "float32") -> Cache:
+        """An empty cache of a decoder."""
+        if size > self.context_length:
+            raise ValueError(f"a cache of {size} exceeds the {self.context_length} learned positions")
+        return init_cache(self.num_layers, batch, size, self.num_heads, self.model_dim // self.num_heads, dtype)
+
 
 class Bert(nn.Module):
-    """A bidirectional encoder."""
+    """A bidirectional encoder, or where its config is `causal` a decoder."""
 
     config: BertConfig
     execution: Execution = Execution()
@@ -133,12 +141,12 @@ class Bert(nn.Module):
         token_type_ids: jax.Array | None = None,
         position_ids: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
-        cache: None = None,
+        cache: Cache | None = None,
         train: bool = False,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> Output:
-        """See `models.frame.prepare`; `train=True` needs a `dropout` key, and there is no cache.
+        """See `models.frame.prepare`; `train=True` needs a `dropout` key.
 
         Args:
           input_ids: `[B, T]`; with the `choice` head `[B, choices, T]` (one row each also), masks and types alike.
@@ -146,14 +154,14 @@ class Bert(nn.Module):
           token_type_ids: which sentence of a pair a token belongs to; zeros by default.
           position_ids: overrides the positions, which count real tokens from 0 (before `position_offset`).
           segment_ids: documents of a packed row.
-          cache: None.
+          cache: what a decoder has read before.
           train: dropout.
           output_hidden_states: returns every layer's output.
           output_attentions: returns the attention weights.
         """
         c, dtype = self.config, self.execution.dtype
-        if cache is not None:
-            raise ValueError("Bert is no decoder and takes no cache")
+        if cache is not None and not c.causal:
+            raise ValueError("this Bert is no decoder and takes no cache")
         rows = input_ids.shape[:-1]
         if c.head == "choice":
             flat: Any = lambda x: None if x is None else x.reshape(-1, x.shape[-1])
@@ -161,7 +169,7 @@ class Bert(nn.Module):
             position_ids, segment_ids = flat(position_ids), flat(segment_ids)
         frame.check_call(self, input_ids, attention_mask, token_type_ids, train, c.num_token_types)
         inputs = frame.prepare(
-            input_ids, attention_mask, position_ids, segment_ids, None, c.context_length, causal=False
+            input_ids, attention_mask, position_ids, segment_ids, cache, c.context_length, causal=c.causal
         )
         init = nn.initializers.normal(c.init_std)
         width = c.embedding_dim or c.model_dim
@@ -180,7 +188,7 @@ class Bert(nn.Module):
         stack = blocks(
             *(c.block, c.num_layers, self.execution, output_hidden_states, output_attentions, "encoder", c.num_groups)
         )
-        x, outputs = stack(x, None, (Shared(inputs.mask),), train)
+        x, outputs = stack(x, per_layer(cache), (Shared(inputs.mask, inputs.slots_BT),), train)
         out = frame.finish(x, first, outputs, None, inputs)
         pooled: Any = None
         if c.pooler is not None:
@@ -197,10 +205,6 @@ class Bert(nn.Module):
         elif c.head not in ("none", "masked_lm"):
             usual = 0.0 if c.head == "span" else c.dropout
             rate = usual if c.head_dropout is None else c.head_dropout
-            logits = heads.label_logits(self, c.head, out, rate, train, init)
-            if c.head == "choice":
-                logits = logits.reshape(rows)
-            elif c.head == "span" and attention_mask is not None:  # no answer begins or ends in padding
-                logits = jnp.where(attention_mask[..., None] > 0, logits, MASKED)
-            out = out.replace(logits=logits)
+            logits = heads.label_logits(self, out, rate, train, init, attention_mask)
+            out = out.replace(logits=logits.reshape(rows) if c.head == "choice" else logits)
         return out

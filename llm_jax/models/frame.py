@@ -36,7 +36,7 @@ class Inputs:
         return None if self.cache is None else self.cache.replace(layers=layers, length_B=self.length_B)
 
 
-def _is_known(x: Any) -> bool:
+def is_known(x: Any) -> bool:
     """Whether values can be looked at: no tracer, all here."""
     return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
 
@@ -57,7 +57,7 @@ def check_call(
     """
     if token_type_ids is not None and num_token_types == 0:
         raise ValueError(f"{type(module).__name__} has no token types; leave token_type_ids=None")
-    if token_type_ids is not None and _is_known(token_type_ids) and token_type_ids.size:
+    if token_type_ids is not None and is_known(token_type_ids) and token_type_ids.size:
         low, high = int(np.asarray(token_type_ids).min()), int(np.asarray(token_type_ids).max())
         if low < 0 or high >= num_token_types:
             raise ValueError(f"token_type_ids hold {low if low < 0 else high}; the model has {num_token_types} types")
@@ -82,7 +82,7 @@ def _segment_positions(segment_ids: jax.Array) -> jax.Array:
 
 def _check_room(cache: Cache, attention_mask: Any, t: int) -> None:
     """Refuses several tokens at once that would go around the cache; where values are traced nothing is checked."""
-    if not _is_known(cache.length_B) or not _is_known(attention_mask):
+    if not is_known(cache.length_B) or not is_known(attention_mask):
         return
     held = np.asarray(cache.length_B)
     real = np.full(held.shape, t) if attention_mask is None else np.asarray(attention_mask).astype(bool).sum(1)

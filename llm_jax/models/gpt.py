@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from llm_jax.models import frame
+from llm_jax.models import frame, heads
 from llm_jax.models.block import BlockConfig, Shared, blocks, per_layer
 from llm_jax.models.output import Output
 from llm_jax.nn.attention import AttentionConfig, dropout
@@ -52,6 +52,11 @@ class GPTConfig:
       embed_dropout: rate on embeddings; None takes `dropout`.
       attention_dropout: rate on attention weights.
       init_std: of all matrices; residual projections take init_std / sqrt(2 L) in `pre`.
+      head: `none`, `lm`, `classification` (of each row's last real token), `tokens` or `span` (extractive question
+        answering).
+      labels: names of the classes (classification, tokens); one class is regression.
+      head_dropout: rate before the classes of tokens.
+      pad_id: what padding holds; read by classification alone, where there is no attention_mask.
       vocab_pad_multiple: token rows are padded to this multiple.
     """
 
@@ -71,13 +76,23 @@ class GPTConfig:
     embed_dropout: float | None = None
     attention_dropout: float = 0.0
     init_std: float = 0.02
+    head: str = "lm"
+    labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
+    head_dropout: float = 0.1
+    pad_id: int | None = None
     vocab_pad_multiple: int = 1
 
     def __post_init__(self) -> None:
         """Checks sizes and mode strings."""
         if self.positions not in POSITIONS:
             raise ValueError(f"positions={self.positions!r} is none of {', '.join(POSITIONS)}")
+        heads.check(self.head, heads.DECODER_HEADS)
         _ = self.block
+
+    @property
+    def num_labels(self) -> int:
+        """Classes."""
+        return len(self.labels)
 
     @property
     def block(self) -> BlockConfig:
@@ -157,8 +172,10 @@ class GPT(nn.Module):
         x, outputs = stack(x, per_layer(cache), (shared,), train)
         if c.norm == "pre":
             x = LayerNorm(c.norm_eps, name="final_norm")(x)
-        if c.tied:
+        head: Any = None
+        if c.head == "lm" and c.tied:
             head = tokens.head()
-        else:
+        elif c.head == "lm":
             head = OutputLayer(c.vocab_size, c.vocab_pad_multiple, kernel_init=init, name="head")(x)
-        return frame.finish(x, first, outputs, head, inputs)
+        out = frame.finish(x, first, outputs, head, inputs)
+        return heads.on_decoder(self, out, input_ids, attention_mask, train, init)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from llm_jax.models import frame
+from llm_jax.models import frame, heads
 from llm_jax.models.block import BlockConfig, Shared, blocks, per_layer
 from llm_jax.models.output import Output
 from llm_jax.nn import positions
@@ -51,6 +51,11 @@ class LlamaConfig:
       window: sliding-window width (Mistral), None for full attention.
       attention_dropout: rate on attention weights.
       init_std: of all matrices.
+      head: `none`, `lm`, `classification` (of each row's last real token), `tokens` or `span` (extractive question
+        answering).
+      labels: names of the classes (classification, tokens); one class is regression.
+      head_dropout: rate before the classes of tokens.
+      pad_id: what padding holds; read by classification alone, where there is no attention_mask.
       vocab_pad_multiple: token rows are padded to this multiple.
     """
 
@@ -74,15 +79,25 @@ class LlamaConfig:
     window: int | None = None
     attention_dropout: float = 0.0
     init_std: float = 0.02
+    head: str = "lm"
+    labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
+    head_dropout: float = 0.1
+    pad_id: int | None = None
     vocab_pad_multiple: int = 1
 
     def __post_init__(self) -> None:
         """Checks sizes and names."""
+        heads.check(self.head, heads.DECODER_HEADS)
         if self.head_dim is None and self.model_dim % self.num_heads:
             raise ValueError(f"model_dim={self.model_dim} is not a multiple of num_heads={self.num_heads}")
         _ = self.block
         if self.window is not None and self.window < 1:
             raise ValueError(f"window={self.window} must be at least 1, or None")
+
+    @property
+    def num_labels(self) -> int:
+        """Classes."""
+        return len(self.labels)
 
     @property
     def attention(self) -> AttentionConfig:
@@ -153,8 +168,10 @@ class Llama(nn.Module):
         stack = blocks(c.block, c.num_layers, self.execution, output_hidden_states, output_attentions, "decoder")
         x, outputs = stack(x, per_layer(cache), (Shared(inputs.mask, inputs.slots_BT, rotary),), train)
         x = RMSNorm(c.norm_eps, name="final_norm")(x)
-        if c.tied:
+        head: Any = None
+        if c.head == "lm" and c.tied:
             head = tokens.head()
-        else:
+        elif c.head == "lm":
             head = OutputLayer(c.vocab_size, c.vocab_pad_multiple, kernel_init=init, name="head")(x)
-        return frame.finish(x, first, outputs, head, inputs)
+        out = frame.finish(x, first, outputs, head, inputs)
+        return heads.on_decoder(self, out, input_ids, attention_mask, train, init)

@@ -19,7 +19,7 @@ class Output(struct.PyTreeNode):
       head_input_BTE: what `head` multiplies; None where that is `last_hidden_state`.
       hidden_states: L + 1 arrays `[B, T, D]`: the embeddings, then every layer's output, the last one normalised.
       attentions: L arrays `[B, N, T, S]`.
-      pooler_output: `[B, D]`, encoders only.
+      pooler_output: `[B, D]`, what stands for a row: encoders, and decoders with classes.
       pair_logits: float32 `[B, 2]` of next-sentence or sentence-order prediction.
       cache: the updated cache, of the type that the config's `init_cache` or `init_carry` returns.
       cross_attentions: L arrays `[B, N, T, S]` of an encoder-decoder, S positions of the source.

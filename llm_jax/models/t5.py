@@ -11,9 +11,10 @@ import dataclasses
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
-from llm_jax.models import encoder_decoder, frame
+from llm_jax.models import encoder_decoder, frame, heads
 from llm_jax.models.block import BlockConfig
 from llm_jax.models.encoder_decoder import Call, Parts
 from llm_jax.models.output import Output
@@ -21,6 +22,7 @@ from llm_jax.nn.attention import AttentionConfig, dropout
 from llm_jax.nn.cache import Cache, init_cache
 from llm_jax.nn.embedding import Embedding
 from llm_jax.nn.execution import Execution
+from llm_jax.nn.linear import Linear
 from llm_jax.nn.norms import RMSNorm
 from llm_jax.nn.output import OutputLayer
 from llm_jax.nn.relative import RelativeBias, distances
@@ -47,9 +49,14 @@ class T5Config:
       tied: output layer shares the token table (1.0).
       scale_output: the last state is divided by sqrt(D) before the output layer (1.0).
       decoder: False leaves the encoder alone.
+      head: `none`, `lm` (where there is a decoder), `classification` (the decoder reads the source again, until its
+        last `end_id`), `tokens` (of the encoder alone) or `span` (extractive question answering, by the decoder too).
+      labels: names of the classes (classification, tokens); one class is regression.
+      head_dropout: rate before a classifier's layers.
       dropout: one rate for embeddings, weights, feed-forward, residual sums and the last states.
       init_factor: multiplies the paper's initial standard deviations.
       start_id: what the decoder reads first (the padding).
+      end_id: what ends a source; read by classification alone.
       banned_ids: entries that are never generated.
       vocab_pad_multiple: token rows are padded to this multiple.
     """
@@ -70,9 +77,13 @@ class T5Config:
     tied: bool = True
     scale_output: bool = True
     decoder: bool = True
+    head: str = "lm"
+    labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
+    head_dropout: float = 0.0
     dropout: float = 0.1
     init_factor: float = 1.0
     start_id: int = 0
+    end_id: int = 1
     banned_ids: tuple[int, ...] = ()
     vocab_pad_multiple: int = 1
 
@@ -84,7 +95,15 @@ class T5Config:
             raise ValueError(f"num_buckets={self.num_buckets} must be a multiple of 4")
         if self.max_distance <= self.num_buckets // 2:
             raise ValueError(f"max_distance={self.max_distance} must exceed num_buckets / 2 = {self.num_buckets // 2}")
+        heads.check(self.head, heads.DECODER_HEADS)
+        if self.decoder is (self.head == "tokens") and self.head in ("classification", "tokens", "span"):
+            raise ValueError(f"head={self.head!r} needs decoder={not self.decoder}")
         _ = self.block
+
+    @property
+    def num_labels(self) -> int:
+        """Classes."""
+        return len(self.labels)
 
     @property
     def depth(self) -> tuple[int, int]:
@@ -148,10 +167,23 @@ class T5(nn.Module):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> Output:
-        """See `encoder_decoder.Call` for the arguments; `train=True` needs a `dropout` key."""
+        """See `encoder_decoder.Call` for the arguments; `train=True` needs a `dropout` key.
+
+        With the heads `classification` and `span` the decoder's input is the source, shifted by one.
+
+        Raises:
+          ValueError: also where a row has no `end_id` for classification (seen outside of `jit` only).
+        """
         c = self.config
         if not c.decoder and (decoder_input_ids is not None or cache is not None):
             raise ValueError("this T5 is an encoder alone: it takes no decoder_input_ids and no cache")
+        if c.head in ("classification", "span"):
+            if input_ids is None or any(x is not None for x in (decoder_input_ids, decoder_attention_mask, cache)):
+                raise ValueError(
+                    f"a T5 with head={c.head!r} feeds its decoder the source: give input_ids and their mask"
+                )
+            frame.check_call(self, input_ids, attention_mask, None, train)
+            decoder_input_ids, decoder_attention_mask = self._shifted(input_ids, attention_mask), attention_mask
         init = nn.initializers.normal(c.init_factor)
         tokens = Embedding(c.vocab_size, c.model_dim, c.vocab_pad_multiple, table_init=init, name="embed")
 
@@ -163,6 +195,8 @@ class T5(nn.Module):
             return table(distances(inputs.mask, cached))
 
         def head(y: jax.Array) -> Any:
+            if c.head != "lm":
+                return None
             if c.tied:
                 return tokens.head()
             own = nn.initializers.normal(
@@ -187,7 +221,34 @@ class T5(nn.Module):
             *(output_hidden_states, output_attentions),
         )
         out = encoder_decoder.run(self, call, parts)
+        if c.head not in ("none", "lm"):
+            return self._labelled(out, input_ids, attention_mask, train)
         if out.head is None or not c.scale_output or out.last_hidden_state is None:
             return out
         scaled = out.last_hidden_state * c.model_dim**-0.5
         return out.replace(head_input_BTE=scaled, logits=out.head.logits(scaled))
+
+    def _shifted(self, ids: jax.Array, attention_mask: Any) -> jax.Array:
+        """What the decoder reads: the start token in the place before every row's first real one, then the row."""
+        before = jnp.pad(ids[:, :-1], ((0, 0), (1, 0)), constant_values=self.config.start_id)
+        if attention_mask is None:
+            return before
+        real = jnp.pad(attention_mask[:, :-1].astype(bool), ((0, 0), (1, 0)))
+        return jnp.where(real, before, self.config.start_id)
+
+    def _labelled(self, out: Any, ids: Any, attention_mask: Any, train: bool) -> Output:
+        c = self.config
+        # t5x's scale, as for the output layer; transformers' 1.0 makes huge logits of tokens
+        init = nn.initializers.normal(c.init_factor * c.model_dim**-0.5)
+        if c.head == "classification":
+            real = jnp.ones(ids.shape, bool) if attention_mask is None else attention_mask.astype(bool)
+            ends = real & (ids == c.end_id)
+            ended = jnp.any(ends, axis=1, keepdims=True)
+            if frame.is_known(ended) and not self.is_initializing() and not ended.all():
+                row = int(jnp.argmin(ended))
+                raise ValueError(f"row {row} of input_ids has no end_id={c.end_id}, where its classes are read")
+            h_BD = heads.last_states(out.last_hidden_state, jnp.where(ended, ends, real))
+            pool = Linear(c.model_dim, ("embed", "embed"), kernel_init=init, name="pooler")
+            out = out.replace(pooler_output=jnp.tanh(pool(dropout(self, h_BD, c.head_dropout, train))))
+        rate = 0.0 if c.head == "span" else c.head_dropout
+        return out.replace(logits=heads.label_logits(self, out, rate, train, init, attention_mask))

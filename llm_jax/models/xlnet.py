@@ -25,7 +25,7 @@ from llm_jax.nn.execution import Execution
 from llm_jax.nn.feed_forward import ACTIVATIONS, FeedForward
 from llm_jax.nn.linear import Linear
 from llm_jax.nn.norms import LayerNorm
-from llm_jax.nn.output import MASKED, padded_size
+from llm_jax.nn.output import padded_size
 from llm_jax.nn.positions import sinusoid_halves
 from llm_jax.nn.stack import Stack
 from llm_jax.nn.two_stream import PlacedCache, Relations, TwoStreamAttention, distance_encodings
@@ -86,8 +86,7 @@ class XLNetConfig:
 
     def __post_init__(self) -> None:
         """Checks sizes and names."""
-        if self.head not in HEADS:
-            raise ValueError(f"head={self.head!r} is none of {', '.join(HEADS)}")
+        heads.check(self.head, HEADS)
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r} is none of {', '.join(ACTIVATIONS)}")
         if self.memory_length < 0 or (self.reuse_length is not None and self.reuse_length < 1):
@@ -341,9 +340,5 @@ class XLNet(nn.Module):
             pooled = jnp.tanh(Linear(c.model_dim, ("embed", "embed"), kernel_init=init, name="pooler")(x[:, -1]))
             out = out.replace(pooler_output=pooled)
         rate = 0.0 if c.head in ("span", "tokens") else c.head_dropout
-        logits = heads.label_logits(self, c.head, out, rate, train, init)
-        if c.head == "choice":
-            logits = logits.reshape(rows)
-        elif c.head == "span" and attention_mask is not None:  # no answer begins or ends in padding
-            logits = jnp.where(attention_mask[..., None] > 0, logits, MASKED)
-        return out.replace(logits=logits)
+        logits = heads.label_logits(self, out, rate, train, init, attention_mask)
+        return out.replace(logits=logits.reshape(rows) if c.head == "choice" else logits)

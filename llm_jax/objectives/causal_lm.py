@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.objectives.cross_entropy import cross_entropy_sums
-from llm_jax.objectives.objective import Batch, Prepared
+from llm_jax.objectives.objective import Batch, Prepared, check_predicts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +36,14 @@ class CausalLM:
         """Chooses `chunks` where it is 0: 4 on one device, else 1 (each would sum the head's gradient over them).
 
         Raises:
-          ValueError: if the model sees what it must predict.
+          ValueError: if the model sees what it must predict, or has another head.
         """
         del mask_id
         if not getattr(model, "causal", True):
             raise ValueError(f"{type(model).__name__} sees both sides: train it with objective MaskedLM, not CausalLM")
         if getattr(model, "encoder_decoder", False):
             raise ValueError(f"{type(model).__name__} is an encoder-decoder: train it with objective Seq2Seq")
+        check_predicts(self, model)
         return dataclasses.replace(self, chunks=self.chunks or (4 if devices == 1 else 1))
 
     def plain(self) -> "CausalLM":

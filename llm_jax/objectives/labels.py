@@ -39,6 +39,19 @@ class Labels:
         if self.label_smoothing and self.kind in ("span", "regression", "multi_label"):
             raise ValueError(f"kind={self.kind!r} has no label smoothing")
 
+    def for_run(self, devices: int, model: Any, mask_id: int | None) -> "Labels":
+        """Itself.
+
+        Raises:
+          ValueError: if the model has another head.
+        """
+        del devices, mask_id
+        want = "classification" if self.kind in ("regression", "multi_label") else self.kind
+        head = getattr(model, "head", None)
+        if head != want:
+            raise ValueError(f"objective Labels of kind={self.kind!r} needs model.head={want!r}, not {head!r}")
+        return self
+
     @property
     def coefficients(self) -> dict[str, float]:
         """The terms."""

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from llm_jax.models.heads import LANGUAGE
+
 Batch = Mapping[str, jax.Array]
 IGNORED = -100  # a label that does not count, as in torch and transformers
 
@@ -40,6 +42,17 @@ class Objective(Protocol):
     def score(self, output: Any, targets: Any) -> dict[str, jax.Array]:
         """`{term: float32 sum}` of a model's `Output`."""
         ...
+
+
+def check_predicts(objective: Objective, model: Any) -> None:
+    """Refuses a model config whose head predicts no tokens.
+
+    Raises:
+      ValueError: naming the head.
+    """
+    head = getattr(model, "head", "lm")
+    if head not in LANGUAGE:
+        raise ValueError(f"objective {type(objective).__name__} needs model.head='lm', not {head!r}")
 
 
 def total_loss(objective: Objective, scores: Mapping[str, jax.Array], weights: Mapping[str, jax.Array]) -> jax.Array:

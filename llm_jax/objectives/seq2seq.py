@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from llm_jax.objectives import spans
 from llm_jax.objectives.cross_entropy import cross_entropy_sums
-from llm_jax.objectives.objective import IGNORED, Batch, Prepared
+from llm_jax.objectives.objective import IGNORED, Batch, Prepared, check_predicts
 
 TASKS = ("pairs", "spans", "prefix")
 
@@ -62,11 +62,12 @@ class Seq2Seq:
         """Fills in what is left open.
 
         Raises:
-          ValueError: if the model is no encoder-decoder.
+          ValueError: if the model is no encoder-decoder, or has another head.
         """
         del mask_id
         if not getattr(model, "encoder_decoder", False) or not getattr(model, "decoder", True):
             raise ValueError(f"objective Seq2Seq needs an encoder-decoder, not {type(model).__name__}")
+        check_predicts(self, model)
         return dataclasses.replace(
             self,
             start_id=model.start_id if self.start_id < 0 else self.start_id,

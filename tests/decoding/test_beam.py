@@ -116,6 +116,10 @@ def test_options():
             lambda: BeamSearch(dataclasses.replace(TINY["t5"], decoder=False).make(), params_of("t5")),
             "this T5 is an encoder alone and cannot generate",
         ),
+        (
+            lambda: BeamSearch(dataclasses.replace(TINY["t5"], head="span").make(), params_of("t5")),
+            "this T5 has head='span' and cannot generate: load it with head='lm'",
+        ),
     ],
 )
 def test_refused(call, words):

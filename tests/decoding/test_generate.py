@@ -225,6 +225,12 @@ def test_errors(config, arguments, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_head_with_labels_generates_nothing():
+    for config in (dataclasses.replace(GPT, head="tokens"), dataclasses.replace(LLAMA, head="classification")):
+        with pytest.raises(ValueError, match=f"has head='{config.head}' and cannot generate: load it with head='lm'"):
+            generator(config)
+
+
 def test_stop_strings_need_a_decoder():
     with pytest.raises(ValueError, match="stop_strings need decode"):
         generator(LLAMA).generate([[1]], 3, KEY, stop_strings=["a"])

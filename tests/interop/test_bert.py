@@ -1,5 +1,6 @@
 """BERT's kin in Hugging Face's names: configs there and back, names one to one, and what is refused by name."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,10 +10,9 @@ import pytest
 from tiny_models import BERT, ENCODERS, abstract, noise
 
 from llm_jax import interop
-from llm_jax.interop.bert import CLASSES, TABLE, config_from_hf, config_to_hf, fit, ignored, rules
+from llm_jax.interop.bert import CLASSES, DECODERS, TABLE, config_from_hf, config_to_hf, fit, ignored, rules
 from llm_jax.interop.names import InteropError
 from llm_jax.models.bert import BertConfig
-from llm_jax.models.gpt import GPTConfig
 from llm_jax.nn import paths
 from llm_jax.storage.safetensors import TensorFolder, write_folder
 
@@ -47,6 +47,22 @@ def test_configs_round_trip_and_names_are_one_to_one(kind, head):
     assert {r.ours for r in table} == {p for p, _ in paths.flatten(abstract(config.make(), np.zeros((1, 2), int))[0])}
     assert len({r.ours for r in table}) == len({r.theirs for r in table}) == len(table)
     assert not any(ignored(config, r.theirs.format(l=0)) for r in table)
+
+
+@pytest.mark.parametrize("kind, name", DECODERS.items())
+def test_a_decoders_folder_is_a_masked_models_of_another_class(kind, name, tmp_path):
+    config = dataclasses.replace(made(kind, "masked_lm"), causal=True)
+    theirs = json.loads(json.dumps(config_to_hf(config)))
+    assert (theirs["architectures"], theirs["is_decoder"]) == ([name], True) and config_from_hf(theirs) == config
+    assert rules(config) == rules(made(kind, "masked_lm"))
+    assert config_from_hf({**theirs, "is_decoder": False}) == made(kind, "masked_lm")  # theirs sees both sides then
+    params = noise(config.make(), 0.3)
+    interop.save(tmp_path, config.make(), params)
+    loaded = interop.load(tmp_path)
+    assert loaded.config == config
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+    with pytest.raises(InteropError, match="causal=True takes head='masked_lm' or 'none', not 'span'"):
+        interop.load(tmp_path, head="span")
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -105,15 +121,11 @@ def test_another_head_on_the_same_encoder(kind, tmp_path):
     np.testing.assert_array_equal(again.params["pooler"]["kernel"], got["pooler"]["kernel"])
 
 
-def test_only_encoders_folders_take_another_head(tmp_path):
-    model = GPTConfig(31, 16, 12, 1, 2).make()
-    interop.save(tmp_path, model, noise(model, 0.3))
-    with pytest.raises(InteropError, match="a gpt2 model takes no other head"):
-        interop.load(tmp_path, head="classification")
-    with pytest.raises(ValueError, match="head='regression' is none of"):
-        bert = made("bert", "none").make()
-        interop.save(tmp_path / "bert", bert, noise(bert, 0.3))
-        interop.load(tmp_path / "bert", head="regression")
+def test_a_head_that_is_not_there_is_named(tmp_path):
+    bert = made("bert", "none").make()
+    interop.save(tmp_path, bert, noise(bert, 0.3))
+    with pytest.raises(InteropError, match="head='regression' is none of"):
+        interop.load(tmp_path, head="regression")
 
 
 def test_a_file_without_a_pooler():
@@ -128,13 +140,17 @@ BASE = {"model_type": "bert"}
 @pytest.mark.parametrize(
     "values, words",
     [
-        ({"is_decoder": True}, "is_decoder=True is not supported, only False"),
+        (
+            {"is_decoder": True, "architectures": ["BertForMultipleChoice"]},
+            "is_decoder=True is not supported with BertForMultipleChoice, only with BertLMHeadModel, Roberta",
+        ),
+        ({"model_type": "albert", "is_decoder": True}, "is_decoder=True is not supported with AlbertModel"),
         ({"add_cross_attention": True}, "add_cross_attention=True is not supported"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key' is not supported"),
         ({"hidden_act": "mish"}, "activation 'mish' is not supported; there are gelu_new"),
         (
-            {"architectures": ["BertLMHeadModel"]},
-            "architectures 'BertLMHeadModel' is not supported; there are BertModel",
+            {"architectures": ["BertForTheWeather"]},
+            "architectures 'BertForTheWeather' is not supported; there are BertModel",
         ),
         ({"rotary_value": True}, "config.json has rotary_value, which this library does not know"),
         ({"model_type": "albert", "inner_group_num": 2}, "inner_group_num=2 is not supported, only 1"),
@@ -154,6 +170,10 @@ def test_unsupported_fields(values, words):
         ({"num_token_types": 0, "norm_eps": 1e-5, "head": "masked_lm"}, "DistilBERT's format has norm_eps=1e-12"),
         ({"position_offset": 2}, "Roberta's format has no sentence-pair head"),
         ({"head": "classification", "pooler": "relu"}, "Bert's format pools with tanh"),
+        (
+            {"num_token_types": 0, "causal": True, "head": "masked_lm", "pooler": None},
+            "DistilBert's format has no is_decoder=True; there are bert, roberta",
+        ),
     ],
 )
 def test_what_their_formats_cannot_say(changes, words):

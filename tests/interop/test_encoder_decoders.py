@@ -19,7 +19,7 @@ MODELS = {
     "marian": (marian, MARIAN),
     "t5": (t5, ENCODER_DECODERS["t5"]),
     "t5_1.1": (t5, ENCODER_DECODERS["t5_1.1"]),
-    "t5_encoder": (t5, dataclasses.replace(ENCODER_DECODERS["t5"], decoder=False)),
+    "t5_encoder": (t5, dataclasses.replace(ENCODER_DECODERS["t5"], decoder=False, head="none")),
 }
 
 
@@ -70,7 +70,7 @@ def test_copies_and_what_newer_folders_write(tmp_path):
     [
         ("t5", {"feed_forward_proj": "gated-tanh"}, "feed_forward_proj='gated-tanh' is not supported"),
         ("t5", {"feed_forward_proj": "twice-relu"}, "feed_forward_proj='twice-relu' is not supported"),
-        ("t5", {"architectures": ["T5ForTokenClassification"]}, "architectures 'T5ForTokenClassification' is not"),
+        ("t5", {"architectures": ["T5Stack"]}, "architectures 'T5Stack' is not supported"),
         ("t5", {"use_magic": True}, "config.json has use_magic, which this library does not know"),
         ("t5", {"bad_words_ids": [[1, 2]]}, r"bad_words_ids=\[\[1, 2\]\] has sequences of several tokens"),
         ("marian", {"decoder_ffn_dim": 11}, "decoder_ffn_dim=11 differs from encoder_ffn_dim=10"),

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import BERT, ENCODERS, V, abstract, model_params
+from tiny_models import BERT, ENCODERS, V, abstract, count_bert, model_params
 
 from llm_jax.models.bert import BertConfig
 from llm_jax.nn import weights
@@ -65,22 +65,10 @@ def name(request):
     return request.param
 
 
-def count(c):
-    """Parameters in closed form: ALBERT's V E + E D for the tables, and G layers in the place of L."""
-    d, f, e = c.model_dim, c.hidden_dim, c.embedding_dim or c.model_dim
-    rows = -(-c.vocab_size // c.vocab_pad_multiple) * c.vocab_pad_multiple
-    tables = (rows + c.context_length + c.position_offset + c.num_token_types) * e + 2 * e
-    tables += e * d + d if c.embedding_dim else 0
-    layer = 4 * (d * d + d) + (d * f + f) + (f * d + d) + 2 * 2 * d
-    head = d * e + e + 2 * e + rows + (0 if c.tied else rows * e)
-    pair = 2 * d + 2 if c.head == "pretraining" else 0
-    return tables + (c.num_groups or c.num_layers) * layer + head + pair + (d * d + d if c.pooler else 0)
-
-
 def test_sizes_and_axes(name):
     config = ENCODERS[name]
     params, axes = abstract(config.make(), IDS)
-    assert weights.count(params) == count(config)
+    assert weights.count(params) == count_bert(config)
     names = jax.tree.map(tuple, axes, is_leaf=lambda a: isinstance(a, weights.Axes))
     assert names["encoder"]["layers"]["attention"]["query"]["kernel"] == ("layers", "embed", "heads")
 
@@ -213,6 +201,7 @@ def test_calls_refused(changes, call, words):
         ({"pooler": "gelu"}, "pooler='gelu' is none of tanh, relu, None"),
         ({"pooler": None}, "head='pretraining' needs a pooler"),
         ({"num_groups": 4}, r"num_groups=4 must lie in 1..num_layers=3"),
+        ({"causal": True}, "causal=True takes head='masked_lm' or 'none', not 'pretraining'"),
         ({"activation": "swish"}, "activation='swish' is none of"),
     ],
 )

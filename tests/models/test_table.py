@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import CONTEXT, MODELS, V, abstract, model_params
+from tiny_models import CONTEXT, MODELS, V, abstract, count_bert, model_params
 
 from llm_jax.models import frame
 from llm_jax.nn import weights
@@ -129,6 +129,8 @@ def count(config):
     """Parameters in closed form."""
     c, rows = config, -(-config.vocab_size // config.vocab_pad_multiple) * config.vocab_pad_multiple
     d, tables = c.model_dim, rows * c.model_dim * (1 if c.tied else 2)
+    if hasattr(c, "pooler"):
+        return count_bert(c)
     if hasattr(c, "norm"):
         f = c.hidden_dim or 4 * d
         layer = 4 * (d * d + d) + (d * f + f) + (f * d + d) + 2 * 2 * d
@@ -149,7 +151,11 @@ def test_abstract_init_has_the_configs_sizes(name):
     assert weights.count(params) == count(config)
     assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype("float32")}
     names = jax.tree.map(lambda a: tuple(a), axes, is_leaf=lambda a: isinstance(a, weights.Axes))
-    assert names["decoder"]["layers"]["attention"]["query"]["kernel"] == ("layers", "embed", "heads")
+    assert names["encoder" if "encoder" in names else "decoder"]["layers"]["attention"]["query"]["kernel"] == (
+        "layers",
+        "embed",
+        "heads",
+    )
     assert jax.tree.map(lambda x: x.ndim, params) == jax.tree.map(
         len, axes, is_leaf=lambda a: isinstance(a, weights.Axes)
     )

@@ -74,3 +74,8 @@ def test_chunks_are_chosen_only_where_left_open():
 def test_errors(fields, words):
     with pytest.raises(ValueError, match=words):
         CausalLM(**fields)
+
+
+def test_a_head_with_labels_predicts_no_tokens():
+    with pytest.raises(ValueError, match="objective CausalLM needs model.head='lm', not 'tokens'"):
+        CausalLM().for_run(1, GPTConfig(head="tokens"), None)

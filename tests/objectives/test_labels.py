@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from llm_jax.models.gpt import GPTConfig
 from llm_jax.models.output import Output
 from llm_jax.objectives.labels import Labels
 from llm_jax.objectives.objective import total_loss
@@ -119,3 +120,10 @@ def test_numbers_and_several_classes():
 def test_errors(fields, words):
     with pytest.raises(ValueError, match=words):
         Labels(**fields)
+
+
+def test_the_models_head_must_be_the_kinds():
+    for kind in ("classification", "regression", "multi_label"):
+        assert Labels(kind).for_run(1, GPTConfig(head="classification"), None) == Labels(kind)
+    with pytest.raises(ValueError, match="kind='span' needs model.head='span', not 'lm'"):
+        Labels("span").for_run(1, GPTConfig(), None)

@@ -91,6 +91,7 @@ def test_tasks_on_text():
         (lambda: Seq2Seq().prepare(BATCH, KEY), "Seq2Seq needs start_id"),
         (lambda: Seq2Seq().for_run(1, MODELS["gpt2"], None), "needs an encoder-decoder, not GPTConfig"),
         (lambda: Seq2Seq().for_run(1, dataclasses.replace(CONFIG, decoder=False), None), "needs an encoder-decoder"),
+        (lambda: Seq2Seq().for_run(1, dataclasses.replace(CONFIG, head="span"), None), "model.head='lm', not 'span'"),
     ],
 )
 def test_refused(make, words):

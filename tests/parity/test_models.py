@@ -46,6 +46,16 @@ CONFIGS = {
     "mistral": lambda: transformers.MistralConfig(**SMALL, sliding_window=5),
     "qwen2": lambda: transformers.Qwen2Config(**{k: v for k, v in SMALL.items() if k != "head_dim"}),
     "qwen3": lambda: transformers.Qwen3Config(**SMALL),
+    "bert_decoder": lambda: transformers.BertConfig(
+        vocab_size=61,
+        hidden_size=36,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        intermediate_size=50,
+        max_position_embeddings=32,
+        is_decoder=True,
+        pad_token_id=None,  # torch gives padding rows no gradient
+    ),
 }
 
 
