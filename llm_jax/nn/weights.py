@@ -120,7 +120,7 @@ def wide(x: jax.Array) -> jax.Array:
 # The plain product ---------------------------------------------------------------------------------------
 
 
-FEW_ROWS = 16
+FEW_ROWS = 64
 
 
 def _contract(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
