@@ -87,8 +87,8 @@ def load(
       execution: how the model runs.
       place: `(abstract params, logical axes) -> shardings` (a plan's `param_shardings`); one device by default.
       average: the moving average (`training.ema`) of a work directory, in the place of the last parameters.
-      head: of an encoder's Hugging Face folder: another head than its own (`models.heads.HEADS`); what the folder lacks
-        of it is initialised.
+      head: of an encoder's Hugging Face folder or ELMo's files: another head than its own (`models.heads.HEADS`); what
+        the folder lacks of it is initialised.
       labels: names of that head's classes.
 
     Raises:
@@ -100,7 +100,7 @@ def load(
     if average and not (found / "checkpoints").exists():
         raise InteropError(f"{path} is no work directory of ours and holds no moving average")
     if (head is not None or labels) and (found.is_file() or (found / "checkpoints").exists()):
-        raise InteropError(f"{path} is no Hugging Face folder: only those take another head")
+        raise InteropError(f"{path} is no Hugging Face folder: only those take another head (experiments.convert)")
     if found.is_file():
         return _load_gguf(found, dtype, execution, place)
     if (found / "checkpoints").exists():
@@ -108,9 +108,15 @@ def load(
     originals = None if (found / "config.json").exists() else elmo.find(found)
     if originals is not None:
         config, tensors = elmo.read(*originals)
+        fresh = None
+        if head is not None or labels:
+            config = elmo.with_head(config, head or "classification", labels)
+            fresh = elmo.fresh(config)
         model = config.make(execution)
-        params = _read(tensors, elmo.rules(config), model, lambda name: False, str(path), dtype, place)
-        return Pretrained(model, params, None, config)
+        ignored = lambda name: fresh is not None and name.startswith("softmax/")
+        params = _read(tensors, elmo.rules(config), model, ignored, str(path), dtype, place, fresh)
+        words = tokenizers.load(found) if (found / "tokenizer.json").exists() else tokenizers.blanks()
+        return Pretrained(model, params, words, config)
     return _load_huggingface(found, dtype, execution, place, head, labels)
 
 

@@ -77,6 +77,7 @@ class XLNetConfig:
     vocab_pad_multiple: int = 1
 
     causal: ClassVar[bool] = False
+    pads_left: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Checks sizes and names."""

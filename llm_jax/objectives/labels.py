@@ -39,6 +39,37 @@ class Labels:
         if self.label_smoothing and self.kind in ("span", "regression", "multi_label"):
             raise ValueError(f"kind={self.kind!r} has no label smoothing")
 
+    def for_run(self, devices: int, model: Any, mask_id: int | None) -> "Labels":
+        """Checks that the model's head gives what is scored.
+
+        Raises:
+          ValueError: if it does not.
+        """
+        del devices, mask_id
+        head = getattr(model, "head", "none")
+        if head != self.head:
+            raise ValueError(
+                f"objective Labels(kind={self.kind!r}) needs a model with head={self.head!r}, not {head!r}"
+            )
+        numbers = self.kind == "regression"
+        if self.kind in ("classification", "regression") and (model.num_labels == 1) != numbers:
+            raise ValueError(f"kind={self.kind!r} needs {'one label' if numbers else 'labels'}, not {model.labels}")
+        return self
+
+    def plain(self) -> "Labels":
+        """The same without smoothing, for evaluation."""
+        return dataclasses.replace(self, label_smoothing=0.0)
+
+    @property
+    def head(self) -> str:
+        """Which of `models.heads.HEADS` gives the logits."""
+        return "classification" if self.kind in ("regression", "multi_label") else self.kind
+
+    @property
+    def unit(self) -> str:
+        """What the loss is, for plots."""
+        return "squared error" if self.kind == "regression" else "cross-entropy (nats per label)"
+
     @property
     def coefficients(self) -> dict[str, float]:
         """The terms."""
@@ -66,6 +97,8 @@ class Labels:
         else:
             total = jnp.sum(labels != IGNORED, dtype=jnp.float32)
             totals = {"label": total, "accuracy": total}
+        if "attention_mask" in inputs:
+            totals["tokens"] = jnp.sum(inputs["attention_mask"], dtype=jnp.float32)
         return Prepared(inputs, (labels, counted), totals)
 
     def _cross_entropy(self, logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
