@@ -11,6 +11,8 @@ and its choices with tabs between. Words to tag stand between blanks.
 """
 
 import json
+import pathlib
+import sys
 from typing import Any
 
 from absl import flags
@@ -40,8 +42,11 @@ def given() -> list[tuple[str, ...]]:
     if not texts and (pairs or choices):
         raise ValueError("--text_pair and --choice belong to --text")
     if FILE.value is not None:
-        with open(0 if FILE.value == "-" else FILE.value, encoding="utf-8") as f:
-            return [tuple(line.split("\t")) for line in f.read().splitlines() if line.strip()]
+        text = sys.stdin.read() if FILE.value == "-" else pathlib.Path(FILE.value).read_text(encoding="utf-8")
+        lines = [tuple(line.split("\t")) for line in text.splitlines() if line.strip()]
+        if not lines:
+            raise ValueError(f"--file={FILE.value} holds no input")
+        return lines
     if not texts:
         if question is None or context is None:
             raise ValueError("--question and --context need each other")

@@ -280,7 +280,7 @@ def documents(
         that every line of a file matches whole.
 
     Raises:
-      CorpusError: if there is no file, or no document in them, a record lacks the group's field, or `layout` is unknown.
+      CorpusError: if there is no file, or no document in them, a record lacks the group's field, or `layout` is none.
     """
     field, _, pattern = (group or "").partition(":")
     if layout is not None and layout not in LAYOUTS:

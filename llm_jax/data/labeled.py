@@ -127,9 +127,9 @@ def read(
 
 
 def names_of(examples: Sequence[Example], kind: str, fields: Sequence[str]) -> tuple[str, ...]:
-    """The labels, sorted, whole numbers by value; a number's field; nothing for spans."""
+    """The labels, sorted, whole numbers by value; a number's field; the ends of a span."""
     if kind == "span":
-        return ()
+        return "start", "end"
     if kind == "regression":
         return (fields[-1],)
     found = {label for e in examples for label in (e.label if kind == "tokens" else [e.label])}

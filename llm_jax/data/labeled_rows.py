@@ -132,14 +132,13 @@ class Encoder:
 
 
 def _first_pieces(words: Sequence[str], spans: Sequence[tuple[int, int] | None]) -> list[int | None]:
-    """The first piece of every word of the words joined by blanks; a piece may begin with the blank before its word."""
+    """The first piece of every word of the words joined by blanks; the blank before it is its own."""
     starts = [0, *itertools.accumulate(len(w) + 1 for w in words)]
     found: dict[int, int] = {}
-    for i, (begin, end) in ((i, s) for i, s in enumerate(spans) if s is not None):
-        word = bisect.bisect_right(starts, begin) - 1
-        begin += begin == starts[word] + len(words[word])
-        if begin < end:
-            found.setdefault(bisect.bisect_right(starts, begin) - 1, i)
+    for i, span in enumerate(spans):
+        if span is not None:
+            word = bisect.bisect_right(starts, span[0]) - 1
+            found.setdefault(word + (span[0] == starts[word] + len(words[word])), i)
     return [found.get(i) for i in range(len(words))]
 
 

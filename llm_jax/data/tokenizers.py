@@ -199,7 +199,8 @@ class Tokenizer:
         if self.role("mask") is not None:  # the parts of a masked model's vocabulary
             parts = {name: self.role(name) for name in ROLES}
             extra |= {f"{name}_token": self.token(index) for name, index in parts.items() if index is not None}
-            extra |= {} if self.token_types else {"model_input_names": ["input_ids", "attention_mask"]}
+            types = ["token_type_ids"] if self.token_types else []  # which transformers 5 leaves out by default
+            extra["model_input_names"] = ["input_ids", *types, "attention_mask"]
         if self.chat_template is not None:
             extra["chat_template"] = self.chat_template
         (folder / "tokenizer_config.json").write_text(json.dumps(extra, indent=2) + "\n")

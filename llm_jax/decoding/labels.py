@@ -65,6 +65,8 @@ def predict(
     for given, pieces in zip(inputs, encoded, strict=True):
         if not pieces or not all(len(p.ids) for p in pieces):
             raise ValueError(f"{given[0]!r} has no token, or leaves its context no room in {encoder.length}")
+    if not inputs:
+        return []
     size = max(len(p.ids) for pieces in encoded for p in pieces)
     run = jax.jit(lambda params, batch: weights.wide(model.apply({"params": params}, **batch).logits))
     out: list[dict[str, Any]] = []

@@ -115,8 +115,7 @@ def load(
         model = config.make(execution)
         ignored = lambda name: fresh is not None and name.startswith("softmax/")
         params = _read(tensors, elmo.rules(config), model, ignored, str(path), dtype, place, fresh)
-        words = tokenizers.load(found) if (found / "tokenizer.json").exists() else tokenizers.blanks()
-        return Pretrained(model, params, words, config)
+        return Pretrained(model, params, _tokenizer(found, config) or tokenizers.blanks(), config)
     return _load_huggingface(found, dtype, execution, place, head, labels)
 
 
@@ -214,10 +213,15 @@ def _load_huggingface(path, dtype, execution, place, head, labels):
     model = config.make(execution)
     rules = _with_their_spelling(rules, family.root(config), source)
     params = _read(source, rules, model, ignored, str(path), dtype, place, fresh)
-    tokenizer = tokenizers.load(path) if (path / "tokenizer.json").exists() else None
-    if tokenizer is not None:
-        tokenizer.token_types = getattr(config, "num_token_types", 0) > 1
-    return Pretrained(model, params, tokenizer, config)
+    return Pretrained(model, params, _tokenizer(path, config), config)
+
+
+def _tokenizer(path, config):
+    if not (path / "tokenizer.json").exists():
+        return None
+    tokenizer = tokenizers.load(path)
+    tokenizer.token_types = getattr(config, "num_token_types", 0) > 1
+    return tokenizer
 
 
 def _with_their_spelling(rules, root, source):
@@ -244,8 +248,7 @@ def _load_own(path, dtype, execution, place, average):
     checkpoints = Checkpoints(path / "checkpoints", read_only=True)
     put = None if place is None else lambda shapes: place(shapes, axes)
     params, _ = checkpoints.restore_params(average=average, cast=dtype, place=put)
-    has_tokenizer = (path / "tokenizer.json").exists()
-    return Pretrained(model, params, tokenizers.load(path) if has_tokenizer else None, config)
+    return Pretrained(model, params, _tokenizer(path, config), config)
 
 
 def save(
