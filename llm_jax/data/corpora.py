@@ -1,4 +1,4 @@
-"""Documents from files: text, folders, globs, JSON lines (plain, gzip, zstd), Parquet, and an embedded corpus.
+"""Documents from files: text, folders, globs, JSON lines, tables, CoNLL (plain, gzip, zstd), Parquet, and `stdlib`.
 
 The embedded corpus `stdlib` is the Python standard library's own sources, which are on every machine.
 """
@@ -19,6 +19,8 @@ from etils import epath
 log = logging.getLogger(__name__)
 
 TEXT = (".txt", ".md", ".py", ".rst")
+LAYOUTS = ("tsv", "jsonl", "conll", "conllu")  # of records, where a file's name does not tell
+CONLLU = ("ID", "FORM", "LEMMA", "UPOS", "XPOS", "FEATS", "HEAD", "DEPREL", "DEPS", "MISC")
 SKIPPED = ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3")
 
 
@@ -33,7 +35,7 @@ class Document:
     Attributes:
       name: where it came from, `path` or `path:line`.
       text: its text; for records of another shape, the empty string.
-      record: the JSON object of a structured row (instructions, chats, pairs), else None.
+      record: the fields of a structured row (JSON object, line of a table; columns of a CoNLL sentence), else None.
       group: documents of one group are held out together; None for a group of its own.
     """
 
@@ -69,7 +71,7 @@ def find_files(source: str) -> list[epath.Path]:
             raise CorpusError(f"no corpus at {part!r}: give a file, a folder, a glob, or 'stdlib'")
     if not files:
         raise CorpusError(
-            f"{source!r} matches no readable file (.txt .md .py .rst .tsv .jsonl[.gz|.zst] .parquet [.gz])"
+            f"{source!r} matches no readable file (.txt .md .py .rst .tsv .conll[u] .jsonl[.gz|.zst] .parquet [.gz])"
         )
     return sorted(set(files), key=str)
 
@@ -97,8 +99,9 @@ def _kind(path: epath.Path) -> str | None:
         return "jsonl"
     if name.endswith(".parquet"):
         return "parquet"
-    if name.endswith(".tsv"):
-        return "tsv"
+    for kind in ("tsv", "conll", "conllu"):
+        if name.endswith(f".{kind}"):
+            return kind
     return "text" if name.endswith(TEXT) else None
 
 
@@ -142,9 +145,11 @@ class BadRows:
             log.warning("skipping bad row %s: %s", name, why)
 
 
-def read_file(path: epath.Path, bad: BadRows, text_field: str = "text") -> Iterator[Document]:
+def read_file(
+    path: epath.Path, bad: BadRows, text_field: str = "text", layout: str | None = None
+) -> Iterator[Document]:
     """Documents of one file; a text file is one document."""
-    kind = _kind(path) or "text"
+    kind = layout or _kind(path) or "text"
     if kind == "parquet":
         yield from _parquet(path, bad, text_field)
         return
@@ -154,8 +159,11 @@ def read_file(path: epath.Path, bad: BadRows, text_field: str = "text") -> Itera
         if text.strip():
             yield Document(str(path), text)
         return
-    if kind == "tsv":
-        yield from _tsv(path, data, bad, text_field)
+    if kind in ("tsv", "conll", "conllu"):
+        yield from _tsv(path, data, bad, text_field) if kind == "tsv" else _conll(path, data, bad, kind == "conllu")
+        return
+    if kind != "jsonl":
+        yield from _matches(path, data, bad, text_field, kind)
         return
     for number, line in enumerate(data.split(b"\n"), 1):
         if not line.strip():
@@ -174,9 +182,13 @@ def read_file(path: epath.Path, bad: BadRows, text_field: str = "text") -> Itera
             yield Document(name, "", row)
 
 
+def _lines(data: bytes) -> list[str]:
+    return data.decode("utf-8", errors="replace").replace("\r\n", "\n").split("\n")
+
+
 def _tsv(path: epath.Path, data: bytes, bad: BadRows, text_field: str) -> Iterator[Document]:
     """A table with tabs whose first line names the fields; nothing is quoted."""
-    lines = data.decode("utf-8", errors="replace").replace("\r\n", "\n").split("\n")
+    lines = _lines(data)
     names = lines[0].split("\t")
     for number, line in enumerate(lines[1:], 2):
         values = line.split("\t")
@@ -185,6 +197,44 @@ def _tsv(path: epath.Path, data: bytes, bad: BadRows, text_field: str) -> Iterat
             yield Document(f"{path}:{number}", row.get(text_field, ""), row)
         elif line.strip():
             bad.add(f"{path}:{number}", f"{len(values)} fields, the first line names {len(names)}")
+
+
+def _matches(path: epath.Path, data: bytes, bad: BadRows, text_field: str, pattern: str) -> Iterator[Document]:
+    """Lines that a regular expression takes apart into named groups."""
+    for number, line in enumerate(_lines(data), 1):
+        match = re.fullmatch(pattern, line)
+        if match is not None:
+            yield Document(f"{path}:{number}", match.groupdict().get(text_field) or "", match.groupdict())
+        elif line.strip():
+            bad.add(f"{path}:{number}", f"does not match {pattern}")
+
+
+def _conll(path: epath.Path, data: bytes, bad: BadRows, universal: bool) -> Iterator[Document]:
+    """Sentences, a word a line and a blank line between; columns stand between tabs, or blanks where there is no tab.
+
+    The record holds a list a column: by its name in CoNLL-U (whose comments, multiword tokens and empty nodes are left
+    out), else by its number, from "1". The text is the words with blanks between.
+    """
+    rows: list[list[str]] = []
+    first = 1
+    for number, line in enumerate([*_lines(data), ""], 1):
+        if universal and line.startswith("#"):
+            continue
+        if line.strip():
+            row = line.split("\t") if "\t" in line else line.split()
+            first = first if rows else number
+            rows += [row] if not universal or row[0].isdecimal() else []
+            continue
+        sentence, rows, name = rows, [], f"{path}:{first}"
+        if not sentence or sentence[0][0] == "-DOCSTART-":
+            continue
+        widths = {len(row) for row in sentence}
+        if len(widths) > 1 or (universal and widths != {len(CONLLU)}):
+            bad.add(name, f"lines of {' and '.join(map(str, sorted(widths)))} columns in one sentence")
+            continue
+        names = CONLLU if universal else [str(i + 1) for i in range(widths.pop())]
+        record = dict(zip(names, map(list, zip(*sentence, strict=True)), strict=True))
+        yield Document(name, " ".join(record["FORM" if universal else "1"]), record)
 
 
 def _parquet(path: epath.Path, bad: BadRows, text_field: str) -> Iterator[Document]:
@@ -212,7 +262,11 @@ def _parquet(path: epath.Path, bad: BadRows, text_field: str) -> Iterator[Docume
 
 
 def documents(
-    source: str, bad: BadRows | None = None, text_field: str = "text", group: str | None = None
+    source: str,
+    bad: BadRows | None = None,
+    text_field: str = "text",
+    group: str | None = None,
+    layout: str | None = None,
 ) -> Iterator[Document]:
     """All documents of a source, in the order of the sorted file names.
 
@@ -222,15 +276,26 @@ def documents(
       text_field: field of JSON rows and tables that holds the text.
       group: `field` or `field:REGEX` of JSON rows and tables: rows that agree in its value, or in what the expression
         finds there, are one group.
+      layout: of all files, whatever their names end in: one of `LAYOUTS`, or a regular expression with named groups
+        that every line of a file matches whole.
 
     Raises:
-      CorpusError: if there is no file, or no document in them, or a record lacks the group's field.
+      CorpusError: if there is no file, or no document in them, a record lacks the group's field, or `layout` is none.
     """
     field, _, pattern = (group or "").partition(":")
+    if layout is not None and layout not in LAYOUTS:
+        try:
+            named = re.compile(layout).groupindex
+        except re.error as e:
+            raise CorpusError(f"data.layout={layout!r} is no regular expression: {e}") from e
+        if not named:
+            raise CorpusError(
+                f"data.layout={layout!r} is none of {', '.join(LAYOUTS)} and has no named group (?P<...>)"
+            )
     bad = BadRows() if bad is None else bad
     found = False
     for path in find_files(source):
-        for document in read_file(path, bad, text_field):
+        for document in read_file(path, bad, text_field, layout):
             found = True
             yield _grouped(document, field, pattern) if field else document
     if bad.count:

@@ -102,14 +102,7 @@ class Tokenizer:
         Raises:
           TokenizerError: if there are no texts, or not as many of both.
         """
-        if not texts or (pairs is not None and len(pairs) != len(texts)):
-            raise TokenizerError(f"{len(texts)} texts and {len(pairs or ())} second ones make no batch")
-        if length is not None:
-            self.backend.enable_truncation(length, strategy="longest_first")
-        try:
-            rows = self.backend.encode_batch(list(texts if pairs is None else zip(texts, pairs, strict=True)))
-        finally:
-            self.backend.no_truncation()
+        rows = self.encodings(texts, pairs, length)
         pad, size = self.role("pad") or 0, max(len(row.ids) for row in rows)
         fill = lambda values, rest: np.array([[*v, *[rest] * (size - len(v))] for v in values], np.int32)
         out = {
@@ -118,6 +111,38 @@ class Tokenizer:
         }
         types = fill([r.type_ids for r in rows], 0)
         return {**out, "token_type_ids": types} if types.any() and self.token_types else out
+
+    def encodings(
+        self,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None = None,
+        length: int | None = None,
+        strategy: str = "longest_first",
+    ) -> list[Any]:
+        """The library's rows of the same: ids between special tokens, and where in the texts each comes from.
+
+        Args:
+          texts: first (or only) texts.
+          pairs: second texts, as many.
+          length: tokens a row at most.
+          strategy: which text loses its end: `longest_first` or `only_second`.
+
+        Raises:
+          TokenizerError: if there are no texts, or not as many of both.
+        """
+        if not texts or (pairs is not None and len(pairs) != len(texts)):
+            raise TokenizerError(f"{len(texts)} texts and {len(pairs or ())} second ones make no batch")
+        if length is not None:
+            self.backend.enable_truncation(length, strategy=strategy)
+        try:
+            return self.backend.encode_batch(list(texts if pairs is None else zip(texts, pairs, strict=True)))
+        finally:
+            self.backend.no_truncation()
+
+    def words(self, text: str) -> list[str]:
+        """The text as the tokenizer first cuts it, before it looks anything up."""
+        before = getattr(self.backend, "pre_tokenizer", None)  # SentencePiece's cut nowhere
+        return text.split() if before is None else [word for word, _ in before.pre_tokenize_str(text)]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of ids."""
@@ -180,7 +205,8 @@ class Tokenizer:
         if self.role("mask") is not None:  # the parts of a masked model's vocabulary
             parts = {name: self.role(name) for name in ROLES}
             extra |= {f"{name}_token": self.token(index) for name, index in parts.items() if index is not None}
-            extra |= {} if self.token_types else {"model_input_names": ["input_ids", "attention_mask"]}
+            types = ["token_type_ids"] if self.token_types else []  # which transformers 5 leaves out by default
+            extra["model_input_names"] = ["input_ids", *types, "attention_mask"]
         if self.chat_template is not None:
             extra["chat_template"] = self.chat_template
         (folder / "tokenizer_config.json").write_text(json.dumps(extra, indent=2) + "\n")
@@ -226,6 +252,13 @@ def load(path: epath.PathLike) -> Tokenizer:
     if target is not backend:
         tokenizer.target = Tokenizer(target, *rest)
     return tokenizer
+
+
+def blanks() -> Tokenizer:
+    """Cuts at blanks and knows no word: for models that spell words themselves."""
+    backend = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return Tokenizer(backend)
 
 
 def _backends(file: epath.Path, pieces: bool, settings: dict[str, Any]) -> tuple[Any, Any]:

@@ -3,8 +3,9 @@
 Source: the layout that https://github.com/allenai/bilm-tf writes.
 """
 
+import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from llm_jax import config as configs
 from llm_jax.interop import names
 from llm_jax.interop.names import InteropError, Rule
 from llm_jax.models.elmo import DIRECTIONS, ElmoConfig
-from llm_jax.nn import paths
+from llm_jax.nn import paths, weights
 from llm_jax.nn.stack import stack
 
 OPTIONS, WEIGHTS = "*options.json", "*weights.hdf5"
@@ -38,6 +39,9 @@ INERT = (
     *("all_clip_norm_val", "batch_size", "n_epochs", "n_gpus", "n_negative_samples_batch", "n_train_tokens"),
     *("unroll_steps", "share_embedding_softmax", "sample_softmax", "bidirectional"),
 )
+
+# our parameters of a head with labels, which no file of theirs has
+HEAD = ("mix/weights", "mix/gamma", "classifier/kernel", "classifier/bias")
 
 
 def find(folder: epath.Path) -> tuple[epath.Path, epath.Path] | None:
@@ -119,7 +123,24 @@ def rules(config: ElmoConfig) -> list[Rule]:
     if c.vocab_size:
         out.append(Rule("head/kernel", "softmax/W", transposed=True))
         out.append(Rule("head/bias", "softmax/b"))
-    return out
+    return out + ([] if c.head == "none" else [Rule(name, name) for name in HEAD])
+
+
+def with_head(config: ElmoConfig, head: str, labels: Sequence[str]) -> ElmoConfig:
+    """The same features under a head with labels: without the words' output layer and without dropout inside."""
+    labels = tuple(labels) or config.labels
+    return dataclasses.replace(config, head=head, labels=labels, vocab_size=0, dropout=0.0)
+
+
+def fresh(config: ElmoConfig) -> dict[str, jax.Array]:
+    """First values, from key 0, of what no file holds: the mix and the classifier."""
+
+    def init() -> dict[str, jax.Array]:  # what is not returned is not computed
+        ids = np.zeros((1, 2), np.int32)
+        params = weights.split_axes(config.make().init(jax.random.key(0), ids)["params"])[0]
+        return {p: x for p, x in paths.flatten(params) if p in HEAD}
+
+    return jax.jit(init)()
 
 
 def read(options: epath.Path, file: epath.Path) -> tuple[ElmoConfig, dict[str, np.ndarray]]:
@@ -147,8 +168,11 @@ def write(folder: epath.PathLike, config: ElmoConfig, params: Any, dtype: Any = 
     """Writes `options.json` and `weights.hdf5`.
 
     Raises:
-      InteropError: if a parameter has no place, the row of id 0 is not zero, or h5py is not installed.
+      InteropError: if a parameter has no place (that of a head with labels has none), the row of id 0 is not zero, or
+        h5py is not installed.
     """
+    if config.head != "none":
+        raise InteropError(f"ELMo's format has no place for head={config.head!r}: keep the work directory")
     try:
         import h5py
     except ImportError as e:

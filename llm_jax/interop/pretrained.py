@@ -91,8 +91,8 @@ def load(
       execution: how the model runs.
       place: `(abstract params, logical axes) -> shardings` (a plan's `param_shardings`); one device by default.
       average: the moving average (`training.ema`) of a work directory, in the place of the last parameters.
-      head: of a Hugging Face folder: another head than its own (see the model's config); what the folder lacks of it is
-        initialised.
+      head: of a Hugging Face folder or ELMo's files: another head than its own (see the model's config); what is missing
+        there of it is initialised.
       labels: names of that head's classes.
 
     Raises:
@@ -104,7 +104,7 @@ def load(
     if average and not (found / "checkpoints").exists():
         raise InteropError(f"{path} is no work directory of ours and holds no moving average")
     if (head is not None or labels) and (found.is_file() or (found / "checkpoints").exists()):
-        raise InteropError(f"{path} is no Hugging Face folder: only those take another head")
+        raise InteropError(f"{path} is no Hugging Face folder: only those take another head (experiments.convert)")
     if found.is_file():
         return _load_gguf(found, dtype, execution, place)
     if (found / "checkpoints").exists():
@@ -112,9 +112,14 @@ def load(
     originals = None if (found / "config.json").exists() else elmo.find(found)
     if originals is not None:
         config, tensors = elmo.read(*originals)
+        fresh = None
+        if head is not None or labels:
+            config = elmo.with_head(config, head or "classification", labels)
+            fresh = elmo.fresh(config)
         model = config.make(execution)
-        params = _read(tensors, elmo.rules(config), model, lambda name: False, str(path), dtype, place)
-        return Pretrained(model, params, None, config)
+        ignored = lambda name: fresh is not None and name.startswith("softmax/")
+        params = _read(tensors, elmo.rules(config), model, ignored, str(path), dtype, place, fresh)
+        return Pretrained(model, params, _tokenizer(found, config) or tokenizers.blanks(), config)
     return _load_huggingface(found, dtype, execution, place, head, labels)
 
 
@@ -210,11 +215,17 @@ def _load_huggingface(path, dtype, execution, place, head, labels):
         fresh = {p: x for p, x in flat if _of_a_head(p)}
     model = config.make(execution)
     rules = _with_their_spelling(rules, root, source)
-    tokenizer = tokenizers.load(path) if tokenizers.exists(path) else None
-    if tokenizer is not None:
-        tokenizer.token_types = getattr(config, "num_token_types", 0) > 1
+    tokenizer = _tokenizer(path, config)
     params = _read(source, rules, model, ignored, str(path), dtype, place, fresh)
     return Pretrained(model, params, tokenizer, config)
+
+
+def _tokenizer(path, config):
+    if not tokenizers.exists(path):
+        return None
+    tokenizer = tokenizers.load(path)
+    tokenizer.token_types = getattr(config, "num_token_types", 0) > 1
+    return tokenizer
 
 
 def _tensors(path):
@@ -273,7 +284,7 @@ def _load_own(path, dtype, execution, place, average):
     checkpoints = Checkpoints(path / "checkpoints", read_only=True)
     put = None if place is None else lambda shapes: place(shapes, axes)
     params, _ = checkpoints.restore_params(average=average, cast=dtype, place=put)
-    return Pretrained(model, params, tokenizers.load(path) if tokenizers.exists(path) else None, config)
+    return Pretrained(model, params, _tokenizer(path, config), config)
 
 
 def save(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
+from llm_jax.models import heads
 from llm_jax.models.output import Output
 from llm_jax.nn import weights
 from llm_jax.nn.attention import dropout
@@ -25,6 +26,7 @@ from llm_jax.nn.stack import Stack
 
 ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh}
 DIRECTIONS = ("forward", "backward")
+HEADS = ("none", "classification", "tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,11 @@ class ElmoConfig:
       projection_clip: bound on the outputs, None for none.
       dropout: rate on the inputs of every layer and on the last outputs.
       vocab_pad_multiple: output columns are padded to this multiple.
+      head: `none` (language model or features), `classification` (of the mean of the words' mixes) or `tokens` (of
+        every word's mix).
+      labels: names of the classes; one class is regression.
+      head_dropout: rate on what the classifier reads.
+      mix_norm: the layers are normalised before they are mixed (see `ScalarMix`).
     """
 
     vocab_size: int = 0
@@ -66,6 +73,10 @@ class ElmoConfig:
     projection_clip: float | None = 3.0
     dropout: float = 0.1
     vocab_pad_multiple: int = 1
+    head: str = "none"
+    labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
+    head_dropout: float = 0.5
+    mix_norm: bool = False
 
     causal: ClassVar[bool] = False
 
@@ -73,10 +84,19 @@ class ElmoConfig:
         """Checks sizes and names."""
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r} is none of {', '.join(ACTIVATIONS)}")
+        if self.head not in HEADS:
+            raise ValueError(f"head={self.head!r} is none of {', '.join(HEADS)}")
+        if self.head != "none" and self.vocab_size:
+            raise ValueError(f"head={self.head!r} takes the place of the words' output layer: set vocab_size=0")
         if len(self.widths) != len(self.filters) or not self.widths:
             raise ValueError(f"widths={self.widths} and filters={self.filters} must name as many")
         if max(self.widths) > self.max_characters:
             raise ValueError(f"widths={self.widths} exceed max_characters={self.max_characters}")
+
+    @property
+    def num_labels(self) -> int:
+        """Classes."""
+        return len(self.labels)
 
     def make(self, execution: Execution = Execution()) -> "Elmo":
         """The module."""
@@ -175,7 +195,8 @@ class Elmo(nn.Module):
 
         Returns:
           `hidden_states`: the words twice, then every layer, forward and backward side by side, `[B, T, 2 P]`;
-          `head_input` is the last of them; `cache` the states after the last tokens read.
+          `head_input` is the last of them; `cache` the states after the last tokens read. With a head of labels
+          `last_hidden_state` is the mix, `pooler_output` its mean over the words between the ends of a sentence.
 
         Raises:
           ValueError: on ids that are no [B, T, M] integers, a mask of another shape, or a key that disagrees with
@@ -211,12 +232,24 @@ class Elmo(nn.Module):
         if c.vocab_size:
             layer = OutputLayer(c.vocab_size, c.vocab_pad_multiple, True, nn.initializers.lecun_normal(), name="head")
             head = layer(words)
-        return Output(
+        out = Output(
             last_hidden_state=last,
             head=head,
             hidden_states=(jnp.concatenate([words, words], axis=-1), *hidden),
             cache=ElmoState(*ends),
         )
+        return out if c.head == "none" else self._labels(out, real, train)
+
+    def _labels(self, out: Output, real: jax.Array, train: bool) -> Output:
+        c = self.config
+        mix = ScalarMix(c.num_layers + 1, c.mix_norm, name="mix")(out.hidden_states or (), real)
+        edge = jnp.zeros_like(real[:, :1])
+        inner = real & jnp.concatenate([edge, real[:, :-1]], axis=1) & jnp.concatenate([real[:, 1:], edge], axis=1)
+        w_BT1 = inner.astype(mix.dtype)[..., None]
+        mean = jnp.sum(mix * w_BT1, axis=1) / jnp.maximum(jnp.sum(w_BT1, axis=1), 1)
+        out = out.replace(last_hidden_state=mix, pooler_output=mean)
+        init = nn.initializers.normal(0.02)
+        return out.replace(logits=heads.label_logits(self, out, c.head_dropout, train, init))
 
 
 class ScalarMix(nn.Module):

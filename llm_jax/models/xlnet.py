@@ -83,6 +83,7 @@ class XLNetConfig:
 
     causal: ClassVar[bool] = False
     any_order: ClassVar[bool] = True  # and so from left to right, where a call asks for it
+    pads_left: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Checks sizes and names."""

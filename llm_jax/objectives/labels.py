@@ -40,17 +40,33 @@ class Labels:
             raise ValueError(f"kind={self.kind!r} has no label smoothing")
 
     def for_run(self, devices: int, model: Any, mask_id: int | None) -> "Labels":
-        """Itself.
+        """Checks that the model's head gives what is scored.
 
         Raises:
-          ValueError: if the model has another head.
+          ValueError: if it does not.
         """
         del devices, mask_id
-        want = "classification" if self.kind in ("regression", "multi_label") else self.kind
-        head = getattr(model, "head", None)
-        if head != want:
-            raise ValueError(f"objective Labels of kind={self.kind!r} needs model.head={want!r}, not {head!r}")
+        head = getattr(model, "head", "none")
+        if head != self.head:
+            raise ValueError(f"objective Labels(kind={self.kind!r}) needs model.head={self.head!r}, not {head!r}")
+        numbers = self.kind == "regression"
+        if self.kind in ("classification", "regression") and (model.num_labels == 1) != numbers:
+            raise ValueError(f"kind={self.kind!r} needs {'one label' if numbers else 'labels'}, not {model.labels}")
         return self
+
+    def plain(self) -> "Labels":
+        """The same without smoothing, for evaluation."""
+        return dataclasses.replace(self, label_smoothing=0.0)
+
+    @property
+    def head(self) -> str:
+        """Which of `models.heads.HEADS` gives the logits."""
+        return "classification" if self.kind in ("regression", "multi_label") else self.kind
+
+    @property
+    def unit(self) -> str:
+        """What the loss is, for plots."""
+        return "squared error" if self.kind == "regression" else "cross-entropy (nats per label)"
 
     @property
     def coefficients(self) -> dict[str, float]:
@@ -79,6 +95,8 @@ class Labels:
         else:
             total = jnp.sum(labels != IGNORED, dtype=jnp.float32)
             totals = {"label": total, "accuracy": total}
+        if "attention_mask" in inputs:
+            totals["tokens"] = jnp.sum(inputs["attention_mask"], dtype=jnp.float32)
         return Prepared(inputs, (labels, counted), totals)
 
     def _cross_entropy(self, logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,4 @@
-"""Fine-tuning a loaded model: wholly, or with LoRA over a float or an int8 base."""
+"""Fine-tuning a loaded model: wholly, by pattern, or with LoRA over a float or an int8 base; on text, chats, labels."""
 
 import dataclasses
 from typing import Any
@@ -8,13 +8,18 @@ from etils import epath
 
 from llm_jax import config as configs
 from llm_jax.compress import quantize
-from llm_jax.data import chat
+from llm_jax.data import chat, labeled
 from llm_jax.delta.lora import TRAINABLE, LoraConfig, attach, merge
-from llm_jax.interop import Pretrained
+from llm_jax.interop import Pretrained, pretrained
+from llm_jax.models.elmo import ElmoConfig
 from llm_jax.models.llama import LlamaConfig
 from llm_jax.nn import weights
+from llm_jax.objectives.labels import Labels
+from llm_jax.training.rows import read_labeled
 from llm_jax.training.run import RunConfig, Trained, train
 from llm_jax.training.trainable import partition
+
+HEAD = ("classifier", "pooler", "mix")  # what a head with labels adds; it trains beside LoRA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +27,10 @@ class FinetuneConfig:
     """A fine-tuning run.
 
     Attributes:
-      run: data, objective, optimizer, plan and training; its model is replaced by the loaded one.
-      lora: where LoRA goes; None trains what `run.training.trainable` chooses, or everything.
+      run: data, objective, optimizer, plan and training; its model is replaced by the loaded one, which has a head for
+        the data's labels where the objective is `Labels`.
+      lora: where LoRA goes; None trains what `run.training.trainable` chooses, or everything. A head with labels trains
+        beside it.
       base: `float` or `int8` (kernels under LoRA are quantized).
       format: `text` (plain text) or `chat` (chats and instructions; the loss falls on the assistant's turns only).
     """
@@ -41,6 +48,8 @@ class FinetuneConfig:
             raise ValueError(f"format={self.format!r} is neither text nor chat")
         if self.base == "int8" and self.lora is None:
             raise ValueError("a quantized base cannot train whole; give it LoRA")
+        if self.format == "chat" and isinstance(self.run.objective, Labels):
+            raise ValueError("format='chat' has no labels: leave format, or take another objective")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -73,6 +82,20 @@ class Finetuned:
         return ", ".join(f"{k} {v:,} bytes" for k, v in self.bytes.items())
 
 
+def load(path: str, config: FinetuneConfig) -> Pretrained:
+    """The model at a path, in float32; with a head for the labels of the training part where the objective is `Labels`.
+
+    Raises:
+      InteropError, CorpusError: one line.
+    """
+    objective = config.run.objective
+    if not isinstance(objective, Labels):
+        return pretrained.load(path, dtype="float32")
+    examples, _ = read_labeled(config.run.data, objective)
+    labels = () if objective.kind == "choice" else labeled.names_of(examples, objective.kind, config.run.data.fields)
+    return pretrained.load(path, dtype="float32", head=objective.head, labels=labels)
+
+
 def adapt(params: Any, config: FinetuneConfig, key: jax.Array) -> Any:
     """The parameters as they will train: quantized where asked for, with LoRA attached."""
     if config.lora is None:
@@ -94,7 +117,9 @@ def run(
         raise ValueError("the model has no tokenizer")
     trainable = config.run.training.trainable
     if config.lora is not None:
-        trainable = TRAINABLE if trainable is None else trainable
+        head = HEAD if isinstance(config.run.objective, Labels) else ()
+        beside = tuple(f"{name}/*" for name in head if name in loaded.params)
+        trainable = (*TRAINABLE, *beside) if trainable is None else trainable
     training = dataclasses.replace(config.run.training, trainable=trainable)
     chosen = dataclasses.replace(config.run, model=loaded.config, training=training)
     encode = chat.chats(loaded.tokenizer) if config.format == "chat" else None
@@ -110,6 +135,11 @@ def run(
     }
     merged = trained.state.params if config.lora is None else merge(trained.state.params)
     return Finetuned(trained, merged, sizes)
+
+
+def can_save(model_config: Any) -> bool:
+    """Whether some format but ours has a place for the model; ELMo's has none for a head."""
+    return not isinstance(model_config, ElmoConfig) or model_config.head == "none"
 
 
 def can_export(model_config: Any) -> bool:

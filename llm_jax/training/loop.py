@@ -39,7 +39,7 @@ class LoopConfig:
     Attributes:
       steps: optimizer steps of the whole run.
       batch_size: rows per step, over all devices.
-      sequence_length: T, tokens predicted a row.
+      sequence_length: T, tokens predicted a row; of labelled examples the tokens of a row.
       accumulation: micro-batches a step.
       seed: of initialisation, data order and dropout.
       log_every: steps between lines of metrics.
@@ -241,6 +241,7 @@ def run_loop(
     return state, last_eval or evaluate(state)
 
 
+OF_LABELS = ("label", "start")  # terms that predict no token
 NEXT_TOKEN: Mapping[str, float] = types.MappingProxyType({"next_token": 1.0})
 
 
@@ -252,13 +253,14 @@ def summarize(
 ) -> dict[str, float]:
     """Evaluation numbers from summed scores.
 
-    The loss (nats a token), the perplexity of its first term, its terms where there are several, accuracies, and bits
-    per byte of a causal model.
+    The loss (nats a token or a label), the perplexity of its first term where that predicts tokens, its terms where
+    there are several, accuracies, and bits per byte of a causal model.
     """
     mean = {name: value / max(weights[name], 1e-9) for name, value in sums.items()}
     first = next(iter(coefficients))
     out = {"eval/loss": sum(c * mean[name] for name, c in coefficients.items())}
-    out["eval/perplexity"] = math.exp(min(mean[first], 700.0))
+    if first not in OF_LABELS:
+        out["eval/perplexity"] = math.exp(min(mean[first], 700.0))
     several = len(coefficients) > 1
     out |= {f"eval/{name}": value for name, value in mean.items() if several or name not in coefficients}
     if tokens_per_byte and first == "next_token":

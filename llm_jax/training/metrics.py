@@ -7,6 +7,8 @@ from typing import Any
 import jax
 from etils import epath
 
+UNIT = "cross-entropy (nats per token)"
+
 
 class MetricsWriter:
     """Appends to `metrics.jsonl` and TensorBoard; only the first process writes."""
@@ -51,8 +53,8 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
     return rows
 
 
-def plot_loss(workdir: epath.PathLike) -> epath.Path:
-    """Draws training and held-out loss against the step into `loss.png`."""
+def plot_loss(workdir: epath.PathLike, unit: str = UNIT) -> epath.Path:
+    """Draws training and held-out loss, in `unit`, against the step into `loss.png`."""
     from matplotlib.figure import Figure
 
     rows = read_metrics(workdir)
@@ -65,7 +67,7 @@ def plot_loss(workdir: epath.PathLike) -> epath.Path:
     baselines = [r["eval/baseline_loss"] for r in rows if r.get("eval/baseline_loss") is not None]
     if baselines:  # what token frequencies alone give, and a coin where there are pairs
         axes.axhline(baselines[-1], linestyle="--", linewidth=1, color="gray", label="without context")
-    axes.set(xlabel="step", ylabel="cross-entropy (nats per token)", title=epath.Path(workdir).name)
+    axes.set(xlabel="step", ylabel=unit, title=epath.Path(workdir).name)
     axes.grid(alpha=0.3)
     axes.legend()
     path = epath.Path(workdir) / "loss.png"

@@ -11,13 +11,15 @@ import numpy as np
 from etils import epath
 
 from llm_jax import config as configs
-from llm_jax.data import corpora, packing, pairs, tokenizers, tokens
+from llm_jax.data import corpora, labeled, packing, pairs, tokenizers, tokens
+from llm_jax.data.labeled_rows import Encoder, LabeledRows, without_text
 from llm_jax.data.loader import eval_batches
 from llm_jax.data.masked import PAIRS, FramedRows, Frames, MaskCopies, PairRows
 from llm_jax.data.streams import CharacterRows, Streams
 from llm_jax.objectives import spans
 from llm_jax.objectives.bidirectional_lm import BidirectionalLM
 from llm_jax.objectives.causal_lm import CausalLM
+from llm_jax.objectives.labels import Labels
 from llm_jax.objectives.masked_lm import MaskedLM
 from llm_jax.objectives.permutation_lm import PermutationLM
 from llm_jax.objectives.seq2seq import Seq2Seq
@@ -37,6 +39,7 @@ class DataConfig:
       tokenizer: a `tokenizer.json` or a folder with one; None trains one on the training split.
       tokenizer_kind: of the trained one: bpe, wordpiece, unigram, char, word. Its size is the model's vocab_size.
       validation_share: share held out.
+      validation: of labelled examples: the source that is held out, in the place of a share.
       split: `hash` (whole documents) or `tail` (the end of every document).
       packing: `stream` (rows cut anywhere) or `whole` (whole documents side by side, padded).
       segments: stream: attention and labels do not cross documents.
@@ -44,7 +47,10 @@ class DataConfig:
         another document) or `order` (half are swapped).
       mask_copies: of masked models: 0 masks anew at every visit, n gives every row n masks for good.
       text_field: field of JSON rows and Parquet tables.
-      fields: of pairs: the fields of source and target (JSON rows, tables with tabs).
+      fields: of pairs: the fields of source and target (JSON rows, tables with tabs). Of labelled examples: their
+        fields, in the order of `labeled.FIELDS`; columns of a CoNLL file have numbers, of CoNLL-U names.
+      layout: of labelled examples, where the files' names do not end in .tsv, .jsonl, .conll or .conllu: one of these,
+        or a regular expression that takes a line apart into named groups.
       group: field of JSON rows and tables; rows that agree in it are held out together. `field:REGEX` compares only
         what the expression finds in it.
       cache: local folder for tokenized data; None takes the work directory's `tokens`.
@@ -54,6 +60,7 @@ class DataConfig:
     tokenizer: str | None = None
     tokenizer_kind: str = "bpe"
     validation_share: float = 0.02
+    validation: str | None = None
     split: str = "hash"
     packing: str = "stream"
     segments: bool = False
@@ -61,6 +68,7 @@ class DataConfig:
     mask_copies: int = 0
     text_field: str = "text"
     fields: tuple[str, ...] = ()
+    layout: str | None = None
     group: str | None = None
     cache: str | None = None
 
@@ -70,8 +78,6 @@ class DataConfig:
             raise ValueError(f"packing={self.packing!r} is neither stream nor whole")
         if self.pairs not in ("none", *PAIRS):
             raise ValueError(f"pairs={self.pairs!r} is none of none, {', '.join(PAIRS)}")
-        if len(self.fields) not in (0, 2):
-            raise ValueError(f"fields={self.fields} must name a source and a target")
         if self.mask_copies < 0:
             raise ValueError(f"mask_copies={self.mask_copies} must not be negative")
         if not 0 <= self.validation_share < 1:
@@ -85,8 +91,8 @@ class Rows(NamedTuple):
       train: training rows.
       held: held-out rows, or None.
       tokens_per_byte: of the held-out text; 0 where its tokens are not what is predicted.
-      unigram: nats a held-out token under the training part's token frequencies: what knowing no context gives; 0 where
-        only some tokens are trained.
+      unigram: the held-out loss under the training part's frequencies of tokens, or of labels: what knowing no context
+        gives; 0 where only some tokens are trained.
     """
 
     train: Any
@@ -102,12 +108,23 @@ def carries(objective: Any) -> bool:
 
 def in_order(config: Any) -> bool:
     """Whether a batch's rows have their places: they go on from batch to batch, or half of them run backwards."""
-    return carries(config.objective) or getattr(config.model, "both_ways", False)
+    halves = getattr(config.model, "both_ways", False) and not isinstance(config.objective, Labels)
+    return carries(config.objective) or halves
+
+
+def read_labeled(data: DataConfig, objective: Labels) -> tuple[list[labeled.Example], list[labeled.Example]]:
+    """(training, held-out) examples of a run."""
+    share = data.validation_share
+    return labeled.read(data.source, objective.kind, data.fields, data.validation, share, data.layout, data.group)
 
 
 def _texts(config: Any) -> Iterator[str]:
     """What a tokenizer learns from: the training part."""
     data = config.data
+    if isinstance(config.objective, Labels):
+        examples, _ = read_labeled(data, config.objective)
+        join = config.objective.kind == "tokens"
+        return (text for e in examples for text in ([" ".join(e.inputs)] if join else e.inputs))
     read = (d for d in corpora.documents(data.source, text_field=data.text_field, group=data.group))
     if data.fields:
         train = (d for d in read if corpora.split_of(d, data.validation_share) == "train")
@@ -129,7 +146,8 @@ def get_tokenizer(config: Any, workdir: epath.Path) -> tokenizers.Tokenizer:
     else:
         kind = config.data.tokenizer_kind
         log.info("training a %s tokenizer of %d entries", kind, size)
-        special = tokenizers.MASKED_SPECIAL if isinstance(objective, MaskedLM) else (tokenizers.END_OF_TEXT,)
+        framed = isinstance(objective, (MaskedLM, Labels))
+        special = tokenizers.MASKED_SPECIAL if framed else (tokenizers.END_OF_TEXT,)
         free = SENTINELS if isinstance(objective, Seq2Seq) and objective.task == "spans" else 0
         tokenizer = tokenizers.train(_texts(config), kind, size - free, special)
         if free:  # entry V - 1 - i is sentinel i
@@ -150,7 +168,18 @@ def check_objective(config: Any) -> None:
     """
     data, model, objective = config.data, config.model, config.objective
     objective.for_run(1, model, 0)
+    if isinstance(objective, Labels):
+        labeled.check_fields(objective.kind, data.fields)
+        plain = DataConfig()
+        for name in ("packing", "segments", "pairs", "mask_copies", "split"):
+            if getattr(data, name) != getattr(plain, name):
+                raise configs.ConfigError(f"labelled examples are rows of their own: leave data.{name}")
+        return
+    if data.validation is not None or data.layout is not None:
+        raise configs.ConfigError("data.validation and data.layout are of labelled examples: take objective Labels")
     paired = isinstance(objective, Seq2Seq) and objective.task == "pairs"
+    if len(data.fields) not in (0, 2):
+        raise configs.ConfigError(f"data.fields={data.fields} must name a source and a target")
     if bool(data.fields) != paired:
         raise configs.ConfigError("data.fields and objective Seq2Seq(task='pairs') need each other")
     if isinstance(objective, Seq2Seq) and (data.packing != "stream" or data.segments):
@@ -248,11 +277,34 @@ def _labels(config: Any, rows: Any) -> np.ndarray:
     return counts
 
 
+def _labeled_rows(config: Any, tokenizer: tokenizers.Tokenizer) -> Rows:
+    data, objective = config.data, config.objective
+    train, held = read_labeled(data, objective)
+    found = labeled.names_of(train, objective.kind, data.fields)
+    labels = found if objective.kind in ("choice", "regression", "span") else config.model.labels
+    if missing := [label for label in found if label not in labels]:
+        raise configs.ConfigError(
+            f"model.labels={labels} lacks {', '.join(missing)}: set --config.model.labels to {found}"
+        )
+    encoder = Encoder.of(config.model, tokenizer, objective.kind, config.training.sequence_length)
+    rows = LabeledRows(train, encoder, labels, "training part")
+    if not held:
+        log.warning("nothing is evaluated, nothing is held out (data.validation, data.validation_share)")
+        return Rows(rows, None, 0.0, 0.0)
+    own = LabeledRows(held, encoder, labels, "held-out part")
+    loss, share = without_text(rows, own, len(labels))
+    if share:
+        log.info("%d labels; the most frequent one is right in %.1f %% of the held-out part", len(labels), 100 * share)
+    return Rows(rows, own, 0.0, loss)
+
+
 def get_rows(
     config: Any, tokenizer: tokenizers.Tokenizer, workdir: epath.Path, encode: tokens.Encode | None, kind: str
 ) -> Rows:
     """Tokenizes the corpus, or opens the cache, and cuts it into rows."""
     data = config.data
+    if isinstance(config.objective, Labels):
+        return _labeled_rows(config, tokenizer)
     cache = data.cache or workdir / "tokens"
     if "://" in str(cache):
         raise configs.ConfigError(f"tokens are memory-mapped and cannot lie in {cache}: set data.cache=LOCAL_FOLDER")

@@ -22,6 +22,7 @@ from llm_jax.models.gpt import GPTConfig
 from llm_jax.nn import paths, weights
 from llm_jax.objectives.bidirectional_lm import BidirectionalLM
 from llm_jax.objectives.causal_lm import CausalLM
+from llm_jax.objectives.labels import Labels
 from llm_jax.objectives.masked_lm import MaskedLM
 from llm_jax.objectives.permutation_lm import PermutationLM
 from llm_jax.objectives.seq2seq import Seq2Seq
@@ -45,7 +46,7 @@ class RunConfig:
 
     model: Any = GPTConfig()
     data: DataConfig = DataConfig()
-    objective: CausalLM | MaskedLM | Seq2Seq | BidirectionalLM | PermutationLM = CausalLM()
+    objective: CausalLM | MaskedLM | Seq2Seq | BidirectionalLM | PermutationLM | Labels = CausalLM()
     optimizer: OptimizerConfig = OptimizerConfig()
     plan: PlanConfig = PlanConfig()
     training: LoopConfig = LoopConfig()
@@ -247,7 +248,7 @@ def _train(config, workdir, params, adapt, tokenizer, encode, kind, restore_step
         writer.close()
         checkpoints.close()
         if jax.process_index() == 0 and metrics.read_metrics(workdir):
-            metrics.plot_loss(workdir)
+            metrics.plot_loss(workdir, getattr(objective, "unit", metrics.UNIT))
     return Trained(state, config.model.make(), tokenizer, evaluation)
 
 

@@ -1,0 +1,87 @@
+"""Heads with labels on a small pre-trained encoder: sentiment, question types, parts of speech, pairs.
+
+Reproduces: the recipe of Devlin et al. 2019, section 4 and appendix A.3 (a new classifier, everything trained for a
+            few epochs), on sets small enough for two cores, with all-MiniLM-L6-v2 (6 layers, 384 wide) for BERT.
+Command:    TODO
+Cost:       TODO
+Result:     TODO
+"""
+
+from typing import Any, NamedTuple
+
+from experiments import cli
+from llm_jax.delta.lora import LoraConfig
+from llm_jax.objectives.labels import Labels
+from llm_jax.parallel.plan import PlanConfig
+from llm_jax.training.finetune import FinetuneConfig
+from llm_jax.training.loop import LoopConfig
+from llm_jax.training.optimizers import OptimizerConfig
+from llm_jax.training.rows import DataConfig
+from llm_jax.training.run import RunConfig
+
+FOLDER = "../shared/data"
+
+
+class Task(NamedTuple):
+    """What is read, and for how long."""
+
+    kind: str
+    train: str
+    held: str
+    fields: tuple[str, ...]
+    length: int
+    steps: int
+    layout: str | None = None
+
+
+SST2 = Task("classification", "sst2/train.tsv", "sst2/dev.tsv", ("sentence", "label"), 48, 432)
+SICK = ("sick/SICK_train.txt", "sick/SICK_trial.txt")
+TREC = Task(
+    "classification",
+    "trec/TREC.train",
+    "trec/TREC.test",
+    ("text", "label"),
+    24,
+    510,
+    r"(?P<label>\w+):\S+ (?P<text>.*)",
+)
+TASKS = {
+    "sst2": SST2,
+    "sst2_lora": SST2,
+    "sst2_bitfit": SST2,
+    "trec": TREC,
+    "sick": Task("regression", *SICK, ("sentence_A", "sentence_B", "relatedness_score"), 40, 420, "tsv"),
+    "sick_entailment": Task(
+        "classification", *SICK, ("sentence_A", "sentence_B", "entailment_judgment"), 40, 420, "tsv"
+    ),
+    "pos": Task(
+        "tokens", "ud_ewt/en_ewt-ud-train.conllu.gz", "ud_ewt/en_ewt-ud-dev.conllu.gz", ("FORM", "UPOS"), 48, 392
+    ),
+}
+# how they differ from tuning everything
+WAYS: dict[str, dict[str, Any]] = {
+    "sst2_lora": {"rate": 1e-3, "lora": LoraConfig(rank=8)},
+    "sst2_bitfit": {"rate": 2e-3, "trainable": ("bias", "pooler/*", "classifier/*")},
+}
+
+
+def get_config(variant: str = "sst2"):
+    """One of the tasks, tuned whole, with LoRA, or its biases only (BitFit)."""
+    if variant not in TASKS:
+        raise ValueError(f"variant {variant!r} is none of {', '.join(TASKS)}")
+    task, way = TASKS[variant], WAYS.get(variant, {})
+    places = [f"{FOLDER}/{name}" for name in (task.train, task.held)]
+    run = RunConfig(
+        data=DataConfig(places[0], validation=places[1], fields=task.fields, layout=task.layout),
+        objective=Labels(task.kind),
+        optimizer=OptimizerConfig(
+            learning_rate=way.get("rate", 1e-4), schedule="linear", warmup_steps=task.steps // 10, b2=0.999,
+            weight_decay=0.01, final_ratio=0.0,
+        ),
+        plan=PlanConfig(unroll=True),
+        training=LoopConfig(
+            task.steps, 32, task.length, log_every=10, eval_every=-(-task.steps // 4), checkpoint_every=task.steps,
+            trainable=way.get("trainable"),
+        ),
+    )  # fmt: skip
+    return cli.as_config_dict(FinetuneConfig(run=run, lora=way.get("lora")))

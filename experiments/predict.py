@@ -1,0 +1,88 @@
+r"""What a model with labels says: classes, numbers, a tag a word, an answer, a choice.
+
+    python -m experiments.predict --model=runs/sst2/merged --text="a stirring , funny film"
+    python -m experiments.predict --model=runs/sick --text="A man sleeps" --text_pair="Nobody sleeps"
+    python -m experiments.predict --model=runs/pos --text="They saw the saw ."
+    python -m experiments.predict --model=FOLDER --question="Who slept ?" --context="Ann slept ."
+    python -m experiments.predict --model=FOLDER --text="He opened the" --choice="door" --choice="rain"
+
+Lines of --file (- for stdin) hold a text; a pair with a tab between; question and context with a tab between; or a text
+and its choices with tabs between. Words to tag stand between blanks.
+"""
+
+import json
+import pathlib
+import sys
+from typing import Any
+
+from absl import flags
+
+from experiments import cli
+
+MODEL = cli.define_model()
+AVERAGE = cli.define_average()
+TEXTS = flags.DEFINE_multi_string("text", [], "A text, may be repeated.")
+PAIRS = flags.DEFINE_multi_string("text_pair", [], "Second texts, one for every --text.")
+QUESTION = flags.DEFINE_string("question", None, "A question about --context.")
+CONTEXT = flags.DEFINE_string("context", None, "Where the answer stands.")
+CHOICES = flags.DEFINE_multi_string("choice", [], "What may follow --text.")
+FILE = flags.DEFINE_string("file", None, "Inputs, one a line; - reads stdin.")
+JSON = flags.DEFINE_bool("json", False, "Print an object a line, with all probabilities.")
+LENGTH = flags.DEFINE_integer("sequence_length", None, "Tokens a row at most; the model's context by default.")
+BATCH = flags.DEFINE_integer("batch_size", 8, "Rows at once.", lower_bound=1)
+
+
+def given() -> list[tuple[str, ...]]:
+    """The inputs of the flags."""
+    texts, pairs, choices = TEXTS.value, PAIRS.value, CHOICES.value
+    question, context = QUESTION.value, CONTEXT.value
+    ways = [bool(texts), question is not None or context is not None, FILE.value is not None]
+    if sum(ways) != 1:
+        raise ValueError("give one of --text, --question with --context, or --file")
+    if not texts and (pairs or choices):
+        raise ValueError("--text_pair and --choice belong to --text")
+    if FILE.value is not None:
+        text = sys.stdin.read() if FILE.value == "-" else pathlib.Path(FILE.value).read_text(encoding="utf-8")
+        lines = [tuple(line.split("\t")) for line in text.splitlines() if line.strip()]
+        if not lines:
+            raise ValueError(f"--file={FILE.value} holds no input")
+        return lines
+    if not texts:
+        if question is None or context is None:
+            raise ValueError("--question and --context need each other")
+        return [(question, context)]
+    if pairs and (choices or len(pairs) != len(texts)):
+        raise ValueError(
+            f"{len(texts)} --text, {len(pairs)} --text_pair and {len(choices)} --choice do not go together"
+        )
+    return [(a, b) for a, b in zip(texts, pairs, strict=True)] if pairs else [(text, *choices) for text in texts]
+
+
+def line(found: dict[str, Any], words: tuple[str, ...]) -> str:
+    """One answer, readable."""
+    if "value" in found:
+        return f"{found['value']:.4f}"
+    if "tags" in found:
+        return " ".join(f"{w}/{tag or '?'}" for w, tag in zip(words, found["tags"], strict=True))
+    said = next(found[k] for k in ("label", "choice", "answer") if k in found)
+    return f"{said}\t{found['probability']:.4f}"
+
+
+def main() -> None:
+    """Loads, predicts, prints."""
+    from llm_jax import interop
+    from llm_jax.decoding import labels
+
+    inputs = given()
+    loaded = interop.load(cli.find_model(MODEL.value), dtype="float32", average=AVERAGE.value)
+    if loaded.tokenizer is None:
+        raise ValueError(f"{MODEL.value} holds no tokenizer")
+    if labels.kind_of(loaded.config) == "tokens":
+        inputs = [tuple(" ".join(x).split()) for x in inputs]
+    found = labels.predict(loaded.model, loaded.params, loaded.tokenizer, inputs, LENGTH.value, BATCH.value)
+    for words, answer in zip(inputs, found, strict=True):
+        print(json.dumps({"input": list(words), **answer}) if JSON.value else line(answer, words))
+
+
+if __name__ == "__main__":
+    cli.run(main)
