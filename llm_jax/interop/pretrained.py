@@ -91,8 +91,8 @@ def load(
       execution: how the model runs.
       place: `(abstract params, logical axes) -> shardings` (a plan's `param_shardings`); one device by default.
       average: the moving average (`training.ema`) of a work directory, in the place of the last parameters.
-      head: of a Hugging Face folder or ELMo's files: another head than its own (see the model's config); what is missing
-        there of it is initialised.
+      head: of a Hugging Face folder or ELMo's files: another head than its own (see the model's config); what the
+        folder lacks of it is initialised.
       labels: names of that head's classes.
 
     Raises:

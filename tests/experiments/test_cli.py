@@ -371,7 +371,7 @@ def test_marians_sources_and_targets_reach_the_model_by_their_own_models(tmp_pat
         return np.array([[-1.0, -2.0]])
 
     monkeypatch.setattr("llm_jax.decoding.generate.Generator", Recorder)
-    monkeypatch.setattr("llm_jax.decoding.generate.target_logprobs", score)
+    monkeypatch.setattr("llm_jax.decoding.likelihood.target_logprobs", score)
     text, coded = "the usage of it", ">>fra<< the usage"
     assert tokenizer.encode_source(text) != tokenizer.target.encode_source(text)
     for folder in (tmp_path / "hf", tmp_path / "own"):

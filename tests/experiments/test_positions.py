@@ -29,12 +29,13 @@ def test_learned_positions_end_and_others_go_on(tmp_path, capsys):
         f"--workdir={tmp_path / 'runs'}",
         "--kinds=learned,alibi",
         "--factor=3",
+        "--turns=1",
         "--rows=4",
     )
     learned, alibi = json.loads((tmp_path / "runs" / "positions.json").read_text())
-    assert set(learned) == {"positions", "tokens_per_second", "held_out", "1x"}
+    assert set(learned) == {"positions", "gradient_tokens_per_second", "held_out", "1x"}
     assert set(alibi) == {*learned, "2x", "3x"} and alibi["positions"] == "alibi"
     assert all(np.isfinite(v) and v > 0 for row in (learned, alibi) for k, v in row.items() if k != "positions")
     assert (tmp_path / "runs" / "positions.png").stat().st_size > 5000
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["learned", *printed[-3][1:4], "-", "-"] == printed[-3] and printed[-2][0] == "alibi"
+    assert ["learned", *printed[-3][1:3], "-", "-", printed[-3][-1]] == printed[-3] and printed[-2][0] == "alibi"

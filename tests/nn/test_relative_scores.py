@@ -72,7 +72,7 @@ def test_attention_is_xlnets_with_one_stream():
     relations = Relations(jax.numpy.asarray(distance_encodings(T, T, d, None, False)), MASK)
     own = {name: params[name] for name in ("query", "key", "value", "out")}
     rest = {**params["relative"], "segment_bias": np.zeros((N, H)), "segments": np.zeros((2, N, H))}
-    theirs, _, _ = TwoStreamAttention(attention.config).apply({"params": own | rest}, x, None, None, relations)
+    theirs, *_ = TwoStreamAttention(attention.config).apply({"params": own | rest}, x, None, None, relations)
     np.testing.assert_allclose(attention.apply({"params": params}, x, MASK)[0], theirs, atol=1e-5)
 
 

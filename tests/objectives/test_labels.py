@@ -124,6 +124,7 @@ def test_errors(fields, words):
 
 def test_the_models_head_must_be_the_kinds():
     for kind in ("classification", "regression", "multi_label"):
-        assert Labels(kind).for_run(1, GPTConfig(head="classification"), None) == Labels(kind)
+        labels = ("one",) if kind == "regression" else ("one", "two")
+        assert Labels(kind).for_run(1, GPTConfig(head="classification", labels=labels), None) == Labels(kind)
     with pytest.raises(ValueError, match="kind='span' needs model.head='span', not 'lm'"):
         Labels("span").for_run(1, GPTConfig(), None)
