@@ -126,5 +126,5 @@ def test_the_models_head_must_be_the_kinds():
     for kind in ("classification", "regression", "multi_label"):
         labels = ("one",) if kind == "regression" else ("one", "two")
         assert Labels(kind).for_run(1, GPTConfig(head="classification", labels=labels), None) == Labels(kind)
-    with pytest.raises(ValueError, match="kind='span' needs model.head='span', not 'lm'"):
+    with pytest.raises(ValueError, match="needs model.head='span', not 'lm'"):
         Labels("span").for_run(1, GPTConfig(), None)
