@@ -57,16 +57,20 @@ TASKS = {
     "pos": Task(
         "tokens", "ud_ewt/en_ewt-ud-train.conllu.gz", "ud_ewt/en_ewt-ud-dev.conllu.gz", ("FORM", "UPOS"), 48, 392
     ),
+    "elmo_frozen": TREC,
+    "elmo_whole": TREC,
 }
 # how they differ from tuning everything
 WAYS: dict[str, dict[str, Any]] = {
     "sst2_lora": {"rate": 1e-3, "lora": LoraConfig(rank=8)},
+    "elmo_frozen": {"rate": 1e-2, "trainable": ("mix/*", "classifier/*")},
+    "elmo_whole": {"rate": 1e-3},
     "sst2_bitfit": {"rate": 2e-3, "trainable": ("bias", "pooler/*", "classifier/*")},
 }
 
 
 def get_config(variant: str = "sst2"):
-    """One of the tasks, tuned whole, with LoRA, or its biases only (BitFit)."""
+    """One of the tasks, tuned whole, with LoRA, by its biases (BitFit), or (ELMo) by the mix of its layers only."""
     if variant not in TASKS:
         raise ValueError(f"variant {variant!r} is none of {', '.join(TASKS)}")
     task, way = TASKS[variant], WAYS.get(variant, {})
