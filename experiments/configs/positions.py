@@ -28,7 +28,8 @@ def get_config(variant: str = "learned"):
             optimizer=OptimizerConfig(name="muon", learning_rate=2e-2, warmup_steps=20, weight_decay=0.1),
             plan=PlanConfig(unroll=True),
             training=LoopConfig(
-                steps=400, batch_size=16, sequence_length=128, eval_every=400, checkpoint_every=200, log_every=20
+                steps=200, batch_size=16, sequence_length=128, eval_every=200, checkpoint_every=200, log_every=20,
+                eval_batches=40
             ),
         )
     )  # fmt: skip
