@@ -56,14 +56,20 @@ def _text(value: Any, field: str) -> str:
     return value
 
 
+def _name(value: Any, field: str) -> str:
+    if isinstance(value, (list, dict)) or value is None or not str(value).strip():
+        raise ValueError(f"field {field!r} holds no label")
+    return str(value).strip()
+
+
 def _parse(record: Mapping[str, Any], kind: str, fields: Sequence[str]) -> tuple[tuple[str, ...], Any]:
     """(inputs, label) of a record; raises ValueError saying why there are none."""
     values = [_value(record, f) for f in fields]
     if kind == "tokens":
-        words, tags = ([_text(x, f) for x in v] if isinstance(v, list) else [] for v, f in zip(values, fields))  # noqa: B905
+        words, tags = (v if isinstance(v, list) else [] for v in values)
         if not words or len(words) != len(tags):
             raise ValueError(f"{len(words)} words and {len(tags)} tags")
-        return tuple(words), tags
+        return tuple(_text(w, fields[0]) for w in words), [_name(t, fields[1]) for t in tags]
     if kind == "span":
         context, question = (_text(v, f) for v, f in zip(values[:2], fields[:2], strict=True))
         answer, start = ((v or [None])[0] if isinstance(v, list) else v for v in values[2:])  # the first of several
@@ -74,15 +80,13 @@ def _parse(record: Mapping[str, Any], kind: str, fields: Sequence[str]) -> tuple
             raise ValueError(f"the answer {answer!r} does not stand at character {begin}")
         return (question, context), (begin, begin + len(answer))
     *given, label = values
-    spread = [(x, f) for v, f in zip(given, fields[:-1], strict=True) for x in (v if isinstance(v, list) else [v])]
-    inputs = tuple(_text(x, f) for x, f in spread)
+    several = lambda v: v if isinstance(v, list) and kind == "choice" else [v]
+    inputs = tuple(_text(x, f) for v, f in zip(given, fields[:-1], strict=True) for x in several(v))
     if kind == "regression":
         if not math.isfinite(float(label)):
             raise ValueError(f"{label!r} is no finite number")
         return inputs, float(label)
-    if isinstance(label, (list, dict)) or label is None or not str(label).strip():
-        raise ValueError(f"field {fields[-1]!r} holds no label")
-    return inputs, str(label).strip()
+    return inputs, _name(label, fields[-1])
 
 
 def read(

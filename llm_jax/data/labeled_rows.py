@@ -71,8 +71,14 @@ class Encoder:
         return cls(tokenizer, kind, length, getattr(model, "max_characters", None), types, left)
 
     def __call__(self, inputs: Sequence[tuple[str, ...]]) -> list[list[Pieces]]:
-        """Of every example its pieces, those of every choice; empty where a question leaves its context no room."""
+        """Of every example its pieces, those of every choice; empty where a question leaves its context no room.
+
+        Raises:
+          ValueError: on pairs where words are spelled.
+        """
         if self.max_characters is not None:
+            if self.kind != "tokens" and any(len(x) > 1 for x in inputs):
+                raise ValueError("a model that spells words reads one text at a time, no pairs")
             return [[self._spelled(x)] for x in inputs]
         if self.kind == "choice":
             pairs = [(text, choice) for text, *choices in inputs for choice in choices]

@@ -60,13 +60,14 @@ def predict(
         fits = head == "tokens" or (len(given) in INPUTS[head] and len(given) == len(inputs[0]))
         if not given or not fits or not all(map(str.strip, given)):
             raise ValueError(f"a model with head={head!r} cannot read {given!r}")
+    if not inputs:
+        return []
+    batch_size = min(batch_size, len(inputs))
     encoder = Encoder.of(config, tokenizer, kind, min(length or 512, getattr(config, "context_length", 512)))
     encoded = encoder(inputs)
     for given, pieces in zip(inputs, encoded, strict=True):
         if not pieces or not all(len(p.ids) for p in pieces):
             raise ValueError(f"{given[0]!r} has no token, or leaves its context no room in {encoder.length}")
-    if not inputs:
-        return []
     size = max(len(p.ids) for pieces in encoded for p in pieces)
     run = jax.jit(lambda params, batch: weights.wide(model.apply({"params": params}, **batch).logits))
     out: list[dict[str, Any]] = []
@@ -95,8 +96,7 @@ def _said(
         return _answer(given[1], pieces, _log_softmax(logits, axis=0))
     p = np.exp(_log_softmax(logits))
     if kind == "tokens":
-        best = [None if place is None else int(p[place].argmax()) for place in pieces.places]
-        found = [(None, None) if i is None else (labels[i], float(p[at, i])) for at, i in zip(pieces.places, best)]  # noqa: B905
+        found = [(None, None) if i is None else (labels[p[i].argmax()], float(p[i].max())) for i in pieces.places]
         return {"tags": [tag for tag, _ in found], "probabilities": [q for _, q in found]}
     names = given[1:] if kind == "choice" else labels
     first = {"choice" if kind == "choice" else "label": names[p.argmax()], "probability": float(p.max())}

@@ -127,9 +127,15 @@ def rules(config: ElmoConfig) -> list[Rule]:
 
 
 def with_head(config: ElmoConfig, head: str, labels: Sequence[str]) -> ElmoConfig:
-    """The same features under a head with labels: without the words' output layer and without dropout inside."""
-    labels = tuple(labels) or config.labels
-    return dataclasses.replace(config, head=head, labels=labels, vocab_size=0, dropout=0.0)
+    """The same features under a head with labels: without the words' output layer and without dropout inside.
+
+    Raises:
+      InteropError: if there is no such head.
+    """
+    try:
+        return dataclasses.replace(config, head=head, labels=tuple(labels) or config.labels, vocab_size=0, dropout=0.0)
+    except ValueError as e:
+        raise InteropError(f"ELMo: {e}") from e
 
 
 def fresh(config: ElmoConfig) -> dict[str, jax.Array]:

@@ -38,6 +38,8 @@ LAYOUTS = {
              [(("x",), "True"), (("z",), "3")]),
     "expression": ("a.train", "A:b what is it\nB:c no\n", "classification", ("t", "y"), r"(?P<y>\w+):\S+ (?P<t>.*)",
                    [(("what is it",), "A"), (("no",), "B")]),
+    "words in json": ("a.jsonl", lines([{"w": ["a", "b"], "t": [3, "O"]}]), "tokens", ("w", "t"), None,
+                      [(("a", "b"), ["3", "O"])]),
     "conll": ("a.conll", TAGGED, "tokens", ("1", "2"), None, [(("#one", "x"), ["B", "O"]), (("last",), ["I-B"])]),
     "conllu": ("a.conllu", CONLLU, "tokens", ("FORM", "UPOS"), None,
                [(("I", "do", "n't"), ["PRON", "AUX", "PART"]), (("Yes",), ["INTJ"])]),
@@ -85,6 +87,7 @@ BAD = {
     "words in a text": ("t\ty\nx\ta\n", "tokens", ("t", "y"), "0 words and 0 tags"),
     "a wrong offset": ("c\tq\ta\ts\nAnn\twho\tAnn\t1\n", "span", tuple("cqas"), "'Ann' does not stand at character 1"),
     "a negative offset": ("c\tq\ta\ts\nAnn\twho\tn\t-1\n", "span", tuple("cqas"), "does not stand at character -1"),
+    "a list in the place of a text": ('{"t": ["x", "z"], "y": 1}\n', "classification", ("t", "y"), "holds no text"),
     "no offset": ("c\tq\ta\ts\nAnn\twho\tn\tx\n", "span", tuple("cqas"), "invalid literal for int"),
 }  # fmt: skip
 
@@ -94,7 +97,7 @@ def test_a_row_that_cannot_be_used_is_named(name, tmp_path):
     text, kind, fields, message = BAD[name]
     (tmp_path / "a.tsv").write_text(text)
     with pytest.raises(CorpusError) as e:
-        read(str(tmp_path / "a.tsv"), kind, fields)
+        read(str(tmp_path / "a.tsv"), kind, fields, layout="jsonl" if text.startswith("{") else None)
     assert message in str(e.value) and "1 bad rows" in str(e.value) and "\n" not in str(e.value)
 
 

@@ -120,6 +120,8 @@ def test_words_spelled_between_the_ends_of_a_sentence():
     np.testing.assert_array_equal(row["input_ids"][:5], characters.batch([["Über", "a,b", "c"]], 9)[0])
     assert row["labels"].tolist() == [-100, 0, 1, 0, -100, -100, -100] and row["attention_mask"].sum() == 5
     cut = rows_of("classification", [("a b c d",)], ["X"], ["X", "Y"], 5, elmo, own)[0]
+    with pytest.raises(ValueError, match="reads one text at a time, no pairs"):
+        rows_of("classification", [("a", "b")], ["X"], ["X", "Y"], 5, elmo, own)
     np.testing.assert_array_equal(cut["input_ids"], characters.batch([["a", "b", "c"]], 9)[0])
 
 

@@ -160,6 +160,22 @@ def test_the_mix_by_hand(layer_norm):
         mix.apply({"params": {"weights": scores, "gamma": gamma}}, layers[:3])
 
 
+@pytest.mark.parametrize("head", ["classification", "tokens"])
+def test_heads_by_hand(head):
+    """A linear layer over every word's mix, or over the mean of those between the ends of the sentence."""
+    config = dataclasses.replace(TINY, vocab_size=0, head=head, labels=("a", "b", "c"))
+    params = {
+        **tiny_params(),
+        **{k: v for k, v in random_params(config.make(), IDS).items() if k in ("mix", "classifier")},
+    }
+    params.pop("head")
+    got = jax.jit(lambda p: config.make().apply({"params": p}, IDS))(params)
+    mix = np.asarray(ScalarMix(4).apply({"params": params["mix"]}, tiny_results()["out"].hidden_states, REAL))
+    read = mix if head == "tokens" else np.stack([mix[0, 1:5].mean(0), mix[1, 1:3].mean(0)])
+    close(got.logits, read @ params["classifier"]["kernel"] + params["classifier"]["bias"])
+    assert got.logits.dtype == np.float32 and got.head is None
+
+
 @pytest.mark.parametrize(
     "call, words",
     [
@@ -178,6 +194,8 @@ def test_calls_refused(call, words):
     "fields, words",
     [
         ({"activation": "gelu"}, "activation='gelu' is none of relu, tanh"),
+        ({"head": "span"}, "head='span' is none of none, classification, tokens"),
+        ({"head": "tokens"}, "takes the place of the words' output layer: set vocab_size=0"),
         ({"widths": (1, 2)}, "must name as many"),
         ({"max_characters": 3}, "exceed max_characters=3"),
     ],
@@ -199,6 +217,12 @@ def test_files_that_are_broken_or_unknown(tmp_path):
     loaded = interop.load(tmp_path)
     assert loaded.config == dataclasses.replace(TINY, vocab_pad_multiple=1)
     np.testing.assert_array_equal(loaded.params["head"]["bias"], params["head"]["bias"][:11])
+    tagger = interop.load(tmp_path, head="tokens", labels=("x", "y", "z"))
+    assert tagger.config.labels == ("x", "y", "z") and tagger.params["classifier"]["kernel"].shape == (12, 3)
+    np.testing.assert_array_equal(tagger.params["mix"]["weights"], np.zeros(4))
+    np.testing.assert_array_equal(tagger.params["words"]["projection"]["bias"], params["words"]["projection"]["bias"])
+    with pytest.raises(interop.InteropError, match="ELMo: head='span' is none of none, classification, tokens"):
+        interop.load(tmp_path, head="span")
     options = tmp_path / "options.json"
     contents = json.loads(options.read_text())
     options.write_text(json.dumps({**contents, "lstm": {**contents["lstm"], "peepholes": True}}))
