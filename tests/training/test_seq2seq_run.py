@@ -69,6 +69,7 @@ def test_text_made_into_pairs(task, tmp_path):
     [
         (dict(data=run.DataConfig("x")), r"data.fields and objective Seq2Seq\(task='pairs'\) need each other"),
         (dict(objective=Seq2Seq(task="spans")), r"data.fields and objective Seq2Seq\(task='pairs'\) need each other"),
+        (dict(data=run.DataConfig("x", fields=("en",))), r"data.fields=\('en',\) must name a source and a target"),
         (dict(data=run.DataConfig("x", fields=("a", "b"), packing="whole")), "leave data.packing and data.segments"),
         (dict(data=run.DataConfig("x", fields=("a", "b"), split="tail")), "pairs are held out whole"),
         (dict(model=GPTConfig()), "objective Seq2Seq needs an encoder-decoder, not GPTConfig"),
@@ -80,8 +81,3 @@ def test_what_does_not_fit_together_is_said_at_once(changes, words, tmp_path):
     config = dataclasses.replace(config_of("x", model, Seq2Seq(), fields=("a", "b")), **changes)
     with pytest.raises((configs.ConfigError, ValueError), match=words):
         run.train(config, tmp_path / "run")
-
-
-def test_fields_are_two():
-    with pytest.raises(ValueError, match="must name a source and a target"):
-        run.DataConfig(fields=("en",))
