@@ -127,7 +127,7 @@ def lay_out(
             "model; a sliding window needs rotary positions"
         )
     width = min(bucket(longest), context_length)
-    slots = min(bucket(total if apart else max(total, width)), context_length)
+    slots = min(-(-total // 8) * 8 if apart else bucket(max(total, width)), context_length)  # of an output no bucket
     ids, mask = np.zeros((len(prompts), width), np.int32), np.zeros((len(prompts), width), bool)
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, True

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+FEW_QUERIES = 8  # so many with many keys each are taken one by one on a CPU
 LOWEST = -1e30  # scores of hidden keys; finite, so that a fully hidden row gives zeros and no NaN
 
 
@@ -144,6 +145,15 @@ def _fused(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale):
     return _dense(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale)
 
 
+def _each(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale):
+    """One query after the other: XLA:CPU takes 1.6 ms for 4 queries (beams) and 288 keys at once, 0.6 like this."""
+    out = []
+    for i in range(q_BTNH.shape[1]):
+        bias = None if bias_BNTS is None else bias_BNTS[:, :, i : i + 1]
+        out.append(_dense(q_BTNH[:, i : i + 1], k_BSKH, v_BSKH, mask.slice("q", i, 1), slopes_N, bias, scale))
+    return jnp.concatenate(out, axis=1)
+
+
 def _pad(x, size, axis, value=0):
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % size)
@@ -261,6 +271,10 @@ def attend(
     if q_BTNH.dtype == jnp.float16:  # XLA:CPU has no such product
         reference = jax.checkpoint(lambda *a: _reference(*a, scale, 0.0, None)[0])
         return jax.lax.platform_dependent(*args[:-1], cpu=reference, default=lambda *a: _fused(*a, scale))
+    t, s = q_BTNH.shape[1], k_BSKH.shape[1]
+    if mask is not None and 1 < t <= FEW_QUERIES and s >= 16 * t:
+        each, whole = (functools.partial(f, scale=scale) for f in (_each, _fused))
+        return jax.lax.platform_dependent(*args[:-1], cpu=each, default=whole)
     return _fused(*args)
 
 

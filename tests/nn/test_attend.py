@@ -34,6 +34,16 @@ CASES = {
 SCALE = 1 / math.sqrt(H)
 
 
+def test_few_queries_with_many_keys():
+    """Taken one by one on a CPU: the same."""
+    q, k, v = (RNG.normal(size=(2, n, 4, H)).astype(np.float32) for n in (3, 50, 50))
+    at = np.arange(47, 50, dtype=np.int32), np.arange(50, dtype=np.int32)
+    mask = Mask(*(np.broadcast_to(x, (2, len(x))) for x in at), allowed_BTS=RNG.uniform(size=(2, 3, 50)) > 0.3)
+    bias = RNG.normal(size=(2, 4, 3, 50)).astype(np.float32)
+    run = lambda kind: attend(q, k, v, mask, scale=SCALE, implementation=kind, bias_BNTS=bias)
+    np.testing.assert_allclose(run("fused"), run("reference"), rtol=1e-5, atol=1e-5)
+
+
 def may_look(mask, b, t, s):
     if mask is None:
         return True
