@@ -14,8 +14,8 @@ Result:     nats a token on held-out files, then behind 1, 2 and 3 trained lengt
             alibi       3.569  3.496  3.541  3.516
             rotary      3.587  3.531  3.644  3.665
             none        3.812  3.820  3.926  3.916
-            Tokens/s through a gradient, in turns on idle cores: learned 13,961, sinusoidal 13,527, shaw 7,390, t5 11,364,
-            xlnet 9,989, deberta 8,848, alibi 13,801, rotary 13,480, none 13,711.
+            Tokens/s through a gradient, in turns on idle cores: learned 13,961, sinusoidal 13,527, shaw 7,390, t5
+            11,364, xlnet 9,989, deberta 8,848, alibi 13,801, rotary 13,480, none 13,711.
             What sees distances learns fastest and goes on past the trained length (later tokens know more context, so
             3.5 behind 3.6 is as good as within); T5's buckets and rotary lose a little there, sinusoids most.
 """
