@@ -33,8 +33,8 @@ faster EPYC with AVX-512 the same code has since trained 2.7 times as fast, torc
 - decoding with kernels stored as their transpose (`weights.Transposed`), so that XLA:CPU packs the few rows of the
   activations and not the whole matrix: 61 to 43 ms a token of batch 8; the same for the tied head is included.
 - keys and values stored `[B, K, S, H]`, as the products of attention read them: 43 to 33 ms a token of batch 8.
-- beam search of T5 small, 8 x 4 beams, on the AVX-512 cores: 173 tokens/s with the cache copied in a new order for
-  every token; 161 with a table of ancestors, because XLA:CPU multiplies 4 queries with many keys slowly; 221 with no more
+- beam search of T5 small, 8 x 4 beams, on AVX-512 cores: 173 tokens/s with the cache copied in a new order for
+  every token; 161 with a table of ancestors (XLA:CPU multiplies 4 queries with many keys slowly); 221 with no more
   slots than the output needs; 324 with queries taken one by one, and 239 of these with `FEW_ROWS` at 16 instead of 64
   (the output layer has 32 rows). The best entries by blocks: 1.5 to 0.3 ms for 32 rows of 32,128.
 - glibc's `mmap_max=0` with a large `trim_threshold`: no page faults, but 7.7 in place of 5.1 GB; kept out.
