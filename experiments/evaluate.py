@@ -71,19 +71,18 @@ def main() -> None:
         raise ValueError(f"{MODEL.value} holds no tokenizer")
     if FIELDS.value and not SOURCE.value:
         raise ValueError("--fields names fields of --source")
-    predicts = getattr(loaded.config, "causal", True) or prefill.reads_any_order(model)
     if prefill.is_encoder_decoder(model) and (NEXT.value or (SOURCE.value and not FIELDS.value)):
         raise ValueError(f"{MODEL.value} is an encoder-decoder: give --sentence='SOURCE ||| TARGET'")
-    if predicts and not FIELDS.value:
+    if NEXT.value:
         prefill.check_generates(model)
     results: dict[str, object] = {}
     if FIELDS.value and SOURCE.value:
         results |= on_labels(loaded, SOURCE.value)
     elif SOURCE.value:
-        store = tokens.build(SOURCE.value, tokenizer, CACHE.value, text_field=TEXT_FIELD.value)["train"]
         length = min(LENGTH.value, getattr(loaded.config, "context_length", LENGTH.value))
-        objective, rows = rows_of_model(loaded.config, tokenizer, store, length)
-        step = jax.jit(make_eval_step(model, objective))
+        objective, rows_of = rows_of_model(loaded.config, tokenizer, length)
+        store = tokens.build(SOURCE.value, tokenizer, CACHE.value, text_field=TEXT_FIELD.value)["train"]
+        rows, step = rows_of(store), jax.jit(make_eval_step(model, objective))
         ratio = len(store.ids) / store.text_bytes
         results |= evaluate_rows(
             step, params, rows, BATCH.value, LIMIT.value, lambda b: b, ratio, objective.coefficients
@@ -96,8 +95,6 @@ def main() -> None:
         total = float(logp.sum())
         results["sentences"].append({"text": text, "log_probability": total, "tokens": len(logp)})  # type: ignore[attr-defined]
         print(f"log p = {total:.3f} ({len(logp)} tokens, perplexity {math.exp(-total / len(logp)):.2f}): {text}")
-    if NEXT.value and not predicts:
-        raise ValueError(f"{MODEL.value} sees both sides and has no next token: give --sentence or --source")
     results["next"] = []
     call = functools.partial(model.apply, **prefill.order(model))
     following = jax.jit(lambda params, ids: jax.nn.softmax(call({"params": params}, ids).logits[0, -1]))

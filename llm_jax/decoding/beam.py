@@ -153,15 +153,22 @@ class BeamSearch:
     def _best(self, logits: jax.Array, count: int, step: jax.Array, limit: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Log-probabilities and tokens, `[rows, count]`, of each row's best, after bans and forced tokens."""
         c = self.config
-        total = jax.nn.logsumexp(logits, axis=-1)
-        logits = prefill.ban(logits, self.banned)
+        # by columns, as few rows leave the last product on a CPU; behind the barrier they are not turned round for each
+        # of their three readers
+        logits_VR = jax.lax.optimization_barrier(logits.T)
+        total = jax.nn.logsumexp(logits_VR, axis=0)
+
+        def only(entries: Sequence[int]) -> jax.Array:
+            return jnp.asarray(np.isin(np.arange(logits_VR.shape[0]), entries))[:, None]
+
+        banned = only(self.banned)
         if c.min_new_tokens and self.stop_tokens:
-            logits = jnp.where(step < c.min_new_tokens, prefill.ban(logits, self.stop_tokens), logits)
+            banned |= only(self.stop_tokens) & (step < c.min_new_tokens)
+        logits_VR = jnp.where(banned, -jnp.inf, logits_VR)
         for forced, when in ((c.first_token, step == 0), (c.last_token, step == limit - 1)):
             if forced is not None:  # transformers gives it log-probability 0
-                only = jnp.full_like(logits, -jnp.inf).at[:, forced].set(total)
-                logits = jnp.where(when, only, logits)
-        best, token = top_k(logits, count)
+                logits_VR = jnp.where(when, jnp.where(only([forced]), total, -jnp.inf), logits_VR)
+        best, token = top_k(logits_VR, count)
         return best - total[:, None], token
 
     def _select(self, state: _State, logits: jax.Array, limit: jax.Array) -> tuple[_State, jax.Array]:

@@ -65,20 +65,21 @@ def of_text(model: Any, params: Any, tokenizer: Tokenizer, text: str) -> np.ndar
       ValueError: if the text says nothing, or the model has no such head.
     """
     config = model.config
-    if prefill.is_encoder_decoder(model):
+    if config.reads in ("causal", "any_order", "source"):
+        prefill.check_generates(model)
+    if config.reads == "source":
         source, bar, target = text.partition("|||")
         if not bar or not source.strip() or not target.strip():
             raise ValueError(f"{text!r} is no 'SOURCE ||| TARGET', which an encoder-decoder scores")
         sides = tokenizer.encode_source(source.strip()), tokenizer.target.encode_source(target.strip())
         return np.asarray(target_logprobs(model, params, *(np.asarray([ids]) for ids in sides)))[0]
-    if hasattr(config, "max_characters"):
+    if config.reads == "characters":
         if not config.vocab_size or tokenizer.separator is None:
             raise ValueError("this ELMo has no output layer (vocab_size=0) or its tokenizer no end of text")
         ids = [tokenizer.separator, *_some(tokenizer.encode(text), text, 1), tokenizer.separator]
         spelled = np.stack([character_ids(tokenizer.token(i), config.max_characters) for i in ids])
         return np.asarray(both_ways_logprobs(model, params, np.asarray([ids]), spelled[None]))[0]
-    if getattr(config, "causal", True) or prefill.reads_any_order(model):
-        prefill.check_generates(model)
+    if config.reads != "both_sides":
         row = np.asarray([_some(prefill.beginning(tokenizer) + tokenizer.encode(text), text, 2)])
         return np.asarray(sequence_logprobs(model, params, row, np.ones_like(row)))[0]
     mask = tokenizer.role("mask")

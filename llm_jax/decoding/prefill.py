@@ -18,7 +18,7 @@ from llm_jax.nn.stack import unstack
 
 def is_encoder_decoder(model: Any) -> bool:
     """Whether the prompt is a source and not a beginning."""
-    return getattr(model.config, "encoder_decoder", False)
+    return model.config.reads == "source"
 
 
 def check_generates(model: Any) -> None:
@@ -28,7 +28,7 @@ def check_generates(model: Any) -> None:
       ValueError: naming the model.
     """
     config = model.config
-    if not getattr(config, "causal", True) and not reads_any_order(model):
+    if config.reads not in ("causal", "any_order", "source"):
         raise ValueError(f"{type(model).__name__} sees both sides and cannot generate; see decoding.masked")
     if not getattr(config, "decoder", True):
         raise ValueError(f"this {type(model).__name__} is an encoder alone and cannot generate")
@@ -38,14 +38,9 @@ def check_generates(model: Any) -> None:
         )
 
 
-def reads_any_order(model: Any) -> bool:
-    """Whether the model reads from left to right where it is asked to, and in other orders else (XLNet)."""
-    return getattr(model.config, "any_order", False) and model.config.head == "lm"
-
-
 def order(model: Any) -> dict[str, bool]:
     """What a call says beside the ids so that each position predicts the next token."""
-    return {"left_to_right": True} if reads_any_order(model) else {}
+    return {"left_to_right": True} if model.config.reads == "any_order" else {}
 
 
 def beginning(tokenizer: Any) -> list[int]:
@@ -168,4 +163,4 @@ def told(model: Any, ids_BT: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, 
 
 def ban(logits_BV: jax.Array, ids: Sequence[int]) -> jax.Array:
     """Logits where some entries cannot be chosen."""
-    return logits_BV.at[:, np.asarray(ids, np.int32)].set(-jnp.inf) if ids else logits_BV
+    return jnp.where(np.isin(np.arange(logits_BV.shape[-1]), ids), -jnp.inf, logits_BV) if ids else logits_BV

@@ -1,4 +1,4 @@
-"""The largest entries of long rows."""
+"""The largest entries of long columns."""
 
 import jax
 import jax.numpy as jnp
@@ -6,17 +6,20 @@ import jax.numpy as jnp
 BLOCK = 128  # entries whose maximum is looked at first
 
 
-def top_k(x_RV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """What `jax.lax.top_k` gives, `[R, k]` values and indices, with one pass over rows that are long beside k.
+def top_k(x_VR: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k largest entries of each column and their indices, `[R, k]`: `jax.lax.top_k(x_VR.T, k)`.
 
-    The k largest lie in the k blocks with the largest maxima; only those are sorted. On two cores 32 rows of 32,128
-    take 0.3 ms in the place of 1.5.
+    The k largest lie in the k blocks with the largest maxima; only those are sorted.
     """
-    rows, size = x_RV.shape
+    size, rows = x_VR.shape
     if size < 4 * k * BLOCK:
-        return jax.lax.top_k(x_RV, k)
-    padded = jnp.pad(x_RV, ((0, 0), (0, -size % BLOCK)), constant_values=-jnp.inf).reshape(rows, -1, BLOCK)
-    blocks = jnp.sort(jax.lax.top_k(jnp.max(padded, axis=-1), k)[1], axis=-1)  # in order, so that ties are
-    found = jnp.take_along_axis(padded, blocks[:, :, None], axis=1).reshape(rows, -1)
-    values, place = jax.lax.top_k(found, k)
-    return values, jnp.take_along_axis(blocks, place // BLOCK, axis=1) * BLOCK + place % BLOCK
+        return jax.lax.top_k(x_VR.T, k)
+    even = size // BLOCK * BLOCK
+    largest = jnp.max(x_VR[:even].reshape(-1, BLOCK, rows), axis=1)
+    if even < size:
+        largest = jnp.concatenate([largest, jnp.max(x_VR[even:], axis=0, keepdims=True)])
+    blocks = jnp.sort(jax.lax.top_k(largest.T, k)[1], axis=-1)  # in order, so that ties are
+    index = (blocks[:, :, None] * BLOCK + jnp.arange(BLOCK)[None, None, :]).reshape(rows, -1)
+    found = x_VR[jnp.minimum(index, size - 1), jnp.arange(rows)[:, None]]
+    values, place = jax.lax.top_k(jnp.where(index < size, found, -jnp.inf), k)
+    return values, jnp.take_along_axis(index, place, axis=1)

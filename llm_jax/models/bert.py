@@ -98,6 +98,11 @@ class BertConfig:
         _ = self.block
 
     @property
+    def reads(self) -> str:
+        """What a token sees of a text."""
+        return "causal" if self.causal else "both_sides"
+
+    @property
     def num_labels(self) -> int:
         """Classes."""
         return len(self.labels)

@@ -78,7 +78,7 @@ class ElmoConfig:
     head_dropout: float = 0.5
     mix_norm: bool = False
 
-    causal: ClassVar[bool] = False
+    reads: ClassVar[str] = "characters"
 
     def __post_init__(self) -> None:
         """Checks sizes and names."""

@@ -7,7 +7,7 @@ al. 2019, "Language Models are Unsupervised Multitask Learners" (pre-norm, resid
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +81,8 @@ class GPTConfig:
     head_dropout: float = 0.1
     pad_id: int | None = None
     vocab_pad_multiple: int = 1
+
+    reads: ClassVar[str] = "causal"
 
     def __post_init__(self) -> None:
         """Checks sizes and mode strings."""

@@ -6,7 +6,7 @@ https://arxiv.org/abs/2407.10671, https://arxiv.org/abs/2505.09388.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +84,8 @@ class LlamaConfig:
     head_dropout: float = 0.1
     pad_id: int | None = None
     vocab_pad_multiple: int = 1
+
+    reads: ClassVar[str] = "causal"
 
     def __post_init__(self) -> None:
         """Checks sizes and names."""

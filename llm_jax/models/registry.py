@@ -1,4 +1,9 @@
-"""Families by name, so that a config file or a checkpoint can say which model it holds."""
+"""Families by name, so that a config file or a checkpoint can say which model it holds.
+
+What a family's tokens see of a text its config says as `reads`; objectives, rows and decoding ask for nothing else:
+`causal` (those before), `both_sides`, `any_order` (those before in any order asked for), `characters` (words by their
+characters, in both directions), `source` (an encoder-decoder: a source, and of the target those before).
+"""
 
 from typing import Any
 

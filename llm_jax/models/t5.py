@@ -87,7 +87,7 @@ class T5Config:
     banned_ids: tuple[int, ...] = ()
     vocab_pad_multiple: int = 1
 
-    encoder_decoder: ClassVar[bool] = True
+    reads: ClassVar[str] = "source"
 
     def __post_init__(self) -> None:
         """Checks sizes and names."""

@@ -81,8 +81,7 @@ class XLNetConfig:
     init_std: float = 0.02
     vocab_pad_multiple: int = 1
 
-    causal: ClassVar[bool] = False
-    any_order: ClassVar[bool] = True  # and so from left to right, where a call asks for it
+    reads: ClassVar[str] = "any_order"  # and so from left to right, where a call asks for it
     pads_left: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

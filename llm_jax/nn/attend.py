@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-FEW_QUERIES = 8  # so many with many keys each are taken one by one on a CPU
+FEW_QUERIES = 16  # so many to one head of many keys are the second operand of their product on a CPU
 LOWEST = -1e30  # scores of hidden keys; finite, so that a fully hidden row gives zeros and no NaN
 
 
@@ -69,13 +69,46 @@ class Mask(struct.PyTreeNode):
         return self.replace(**new, ordered=False)
 
 
-def _scores(q_BTNH, k_BSKH, mask, slopes_N, bias_BNTS, scale):
+class _Plain:
+    """The two products of attention as XLA likes them."""
+
+    @staticmethod
+    def scores(q_BTKGH, k_BSKH, dtype):
+        """`[B, K, G, T, S]`."""
+        return jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=dtype)
+
+    @staticmethod
+    def values(w_BKGTS, v_BSKH):
+        """`[B, T, K, G, H]`."""
+        return jnp.einsum("bkgts,bskh->btkgh", w_BKGTS, v_BSKH)
+
+
+class _Few:
+    """The same for few queries on a CPU: its products rewrite one operand first, and here that is the small one."""
+
+    @staticmethod
+    def scores(q_BTKGH, k_BSKH, dtype):
+        """`[B, K, G, T, S]`."""
+        b, t, k, g, h = q_BTKGH.shape
+        rows = q_BTKGH.transpose(0, 2, 3, 1, 4).reshape(b, k, g * t, h)
+        product = jnp.einsum("bskh,bkrh->bksr", k_BSKH, rows, preferred_element_type=dtype)
+        return jax.lax.optimization_barrier(product).swapaxes(2, 3).reshape(b, k, g, t, -1)
+
+    @staticmethod
+    def values(w_BKGTS, v_BSKH):
+        """`[B, T, K, G, H]`."""
+        b, k, g, t, s = w_BKGTS.shape
+        product = jnp.einsum("bkrs,bskh->bkrh", w_BKGTS.reshape(b, k, g * t, s), v_BSKH)
+        return jax.lax.optimization_barrier(product).reshape(b, k, g, t, -1).transpose(0, 3, 1, 2, 4)
+
+
+def _scores(q_BTNH, k_BSKH, mask, slopes_N, bias_BNTS, scale, products=_Plain):
     """Float32 scores `[B, K, N/K, T, S]`, hidden ones at LOWEST, and the dense mask."""
     b, t, n, h = q_BTNH.shape
     k = k_BSKH.shape[2]
     q_BTKGH = (q_BTNH * jnp.asarray(scale, q_BTNH.dtype)).reshape(b, t, k, n // k, h)
     wide = jnp.promote_types(jnp.float32, q_BTNH.dtype)
-    s = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=wide)
+    s = products.scores(q_BTKGH, k_BSKH, wide)
     grouped = lambda x_BNTS: x_BNTS.reshape(x_BNTS.shape[0], k, n // k, *x_BNTS.shape[2:])
     if slopes_N is not None:
         bias = -slopes_N[None, :, None, None] * mask.distance()[:, None].astype(wide)
@@ -92,13 +125,13 @@ def drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
-def _reference(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale, rate, key):
-    s, seen = _scores(q_BTNH, k_BSKH, mask, slopes_N, bias_BNTS, scale)
+def _reference(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale, rate=0.0, key=None, products=_Plain):
+    s, seen = _scores(q_BTNH, k_BSKH, mask, slopes_N, bias_BNTS, scale, products)
     w = jax.nn.softmax(s, axis=-1)
     if seen is not None:
         w = jnp.where(seen, w, 0)
     dropped = w if key is None else drop(w, rate, key)
-    out = jnp.einsum("bkgts,bskh->btkgh", dropped.astype(v_BSKH.dtype), v_BSKH)
+    out = products.values(dropped.astype(v_BSKH.dtype), v_BSKH)
     b, k, g, t, size = w.shape
     return out.reshape(q_BTNH.shape), w.reshape(b, k * g, t, size)
 
@@ -145,13 +178,10 @@ def _fused(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale):
     return _dense(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale)
 
 
-def _each(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale):
-    """One query after the other: XLA:CPU takes 1.6 ms for 4 queries (beams) and 288 keys at once, 0.6 like this."""
-    out = []
-    for i in range(q_BTNH.shape[1]):
-        bias = None if bias_BNTS is None else bias_BNTS[:, :, i : i + 1]
-        out.append(_dense(q_BTNH[:, i : i + 1], k_BSKH, v_BSKH, mask.slice("q", i, 1), slopes_N, bias, scale))
-    return jnp.concatenate(out, axis=1)
+@functools.partial(jax.checkpoint, static_argnums=(6,))
+def _few(*args):
+    """4 queries (beams) and 288 keys of 8 x 8 heads on two cores: 0.4 ms in the place of 0.9, one by one 1.3."""
+    return _reference(*args, products=_Few)[0]
 
 
 def _pad(x, size, axis, value=0):
@@ -269,12 +299,12 @@ def attend(
     if dropout_key is not None:
         raise ValueError("fused attention has no dropout; use reference or chunked, or dropout_rate=0")
     if q_BTNH.dtype == jnp.float16:  # XLA:CPU has no such product
-        reference = jax.checkpoint(lambda *a: _reference(*a, scale, 0.0, None)[0])
+        reference = jax.checkpoint(lambda *a: _reference(*a, scale)[0])
         return jax.lax.platform_dependent(*args[:-1], cpu=reference, default=lambda *a: _fused(*a, scale))
-    t, s = q_BTNH.shape[1], k_BSKH.shape[1]
-    if mask is not None and 1 < t <= FEW_QUERIES and s >= 16 * t:
-        each, whole = (functools.partial(f, scale=scale) for f in (_each, _fused))
-        return jax.lax.platform_dependent(*args[:-1], cpu=each, default=whole)
+    queries = q_BTNH.shape[1] * (q_BTNH.shape[2] // k_BSKH.shape[2])  # to one head of keys
+    if 1 < queries <= FEW_QUERIES and k_BSKH.shape[1] >= 4 * queries:
+        few, whole = ((lambda *a, f=f: f(*a, scale)) for f in (_few, _fused))
+        return jax.lax.platform_dependent(*args[:-1], cpu=few, default=whole)
     return _fused(*args)
 
 
@@ -288,4 +318,4 @@ def attention_weights(
     bias_BNTS: jax.Array | None = None,
 ) -> jax.Array:
     """The softmax weights `[B, N, T, S]` (without dropout) that `attend` uses."""
-    return _reference(q_BTNH, k_BSKH, k_BSKH, mask, slopes_N, bias_BNTS, scale, 0.0, None)[1]
+    return _reference(q_BTNH, k_BSKH, k_BSKH, mask, slopes_N, bias_BNTS, scale)[1]

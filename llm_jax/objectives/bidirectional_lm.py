@@ -67,7 +67,7 @@ class BidirectionalLM:
           ValueError: if the model is no ELMo with an output layer.
         """
         del devices, mask_id
-        if not hasattr(model, "max_characters") or not model.vocab_size:
+        if model.reads != "characters" or not model.vocab_size:
             raise ValueError("objective BidirectionalLM needs an ElmoConfig with vocab_size")
         if self.samples > model.vocab_size:
             raise ValueError(f"samples={self.samples} exceed the vocabulary of {model.vocab_size}")

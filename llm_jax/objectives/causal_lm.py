@@ -9,6 +9,14 @@ import jax.numpy as jnp
 from llm_jax.objectives.cross_entropy import cross_entropy_sums
 from llm_jax.objectives.objective import Batch, Prepared, check_predicts
 
+# objectives of models that are not causal, by what these read (`models/registry.py`)
+INSTEAD = {
+    "both_sides": "MaskedLM",
+    "any_order": "PermutationLM",
+    "characters": "BidirectionalLM",
+    "source": "Seq2Seq",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class CausalLM:
@@ -18,7 +26,7 @@ class CausalLM:
       z_loss: coefficient of the mean squared log-partition.
       label_smoothing: mass moved from the label to all entries evenly.
       chunks: the length is cut into this many, and the logits of one exist at once; 0 leaves it to
-        `for_devices`.
+        `for_run`.
     """
 
     z_loss: float = 0.0
@@ -39,10 +47,8 @@ class CausalLM:
           ValueError: if the model sees what it must predict, or has another head.
         """
         del mask_id
-        if not getattr(model, "causal", True):
-            raise ValueError(f"{type(model).__name__} sees both sides: train it with objective MaskedLM, not CausalLM")
-        if getattr(model, "encoder_decoder", False):
-            raise ValueError(f"{type(model).__name__} is an encoder-decoder: train it with objective Seq2Seq")
+        if model.reads != "causal":
+            raise ValueError(f"{type(model).__name__} is not causal: train it with objective {INSTEAD[model.reads]}")
         check_predicts(self, model)
         return dataclasses.replace(self, chunks=self.chunks or (4 if devices == 1 else 1))
 

@@ -82,7 +82,7 @@ class MaskedLM:
           ValueError: if the model has no masked-LM head, or the tokenizer no mask token.
         """
         del devices
-        if getattr(model, "head", None) not in ("masked_lm", "pretraining") or model.causal:
+        if model.reads != "both_sides" or model.head not in ("masked_lm", "pretraining"):
             raise ValueError("objective MaskedLM needs an encoder with model.head='masked_lm' or 'pretraining'")
         if self.mask_id < 0 and mask_id is None:
             raise ValueError("the tokenizer has no mask token ([MASK] or <mask>): set objective.mask_id")

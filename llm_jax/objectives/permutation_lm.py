@@ -66,7 +66,7 @@ class PermutationLM:
           ValueError: if the model is no XLNet with a language-model head, or lacks the memory that is carried.
         """
         del devices, mask_id
-        if not hasattr(model, "memory_length") or model.head != "lm":
+        if model.reads != "any_order" or model.head != "lm":
             raise ValueError("objective PermutationLM needs an XLNetConfig with head='lm'")
         if self.carry and not model.memory_length:
             raise ValueError("objective.carry needs model.memory_length above 0")

@@ -65,7 +65,7 @@ class Seq2Seq:
           ValueError: if the model is no encoder-decoder, or has another head.
         """
         del mask_id
-        if not getattr(model, "encoder_decoder", False) or not getattr(model, "decoder", True):
+        if model.reads != "source" or not getattr(model, "decoder", True):
             raise ValueError(f"objective Seq2Seq needs an encoder-decoder, not {type(model).__name__}")
         check_predicts(self, model)
         return dataclasses.replace(

@@ -2,12 +2,12 @@
 
 import os
 import struct
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from llm_jax.storage.lazy import LazyTensors
 from llm_jax.storage.safetensors import StorageError, open_for
 
 _SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # value type: bytes
@@ -74,7 +74,7 @@ def _check_header(path: str) -> None:
                 raise StorageError(f"{path} is damaged: a tensor of {total} numbers, type {kind}, at {offset}")
 
 
-class GgufFile(Mapping[str, np.ndarray]):
+class GgufFile(LazyTensors):
     """Tensors by name, float32 (float16 and bfloat16 stay), dequantized when asked for.
 
     Attributes:
@@ -96,7 +96,7 @@ class GgufFile(Mapping[str, np.ndarray]):
         try:
             self._file = open_for(self, path)
             reader = gguf.GGUFReader(path)  # let go afterwards: it keeps two arrays for every entry of the vocabulary
-            self._tensors = {
+            self._entries = {
                 t.name: (t.tensor_type, t.data.dtype, int(t.data_offset), t.data.shape, tuple(t.shape.tolist()))
                 for t in reader.tensors
             }
@@ -107,11 +107,7 @@ class GgufFile(Mapping[str, np.ndarray]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape in row-major order, `[out, in]` for matrices."""
-        return self._tensors[name][-1][::-1]
-
-    def __contains__(self, name: object) -> bool:
-        """Whether there is such a tensor; the mapping's own would dequantize it."""
-        return name in self._tensors
+        return self._entries[name][-1][::-1]
 
     def __getitem__(self, name: str) -> np.ndarray:
         """The dequantized tensor.
@@ -119,18 +115,10 @@ class GgufFile(Mapping[str, np.ndarray]):
         Raises:
           StorageError: if its quantization type is unknown.
         """
-        kind, dtype, offset, shape, _ = self._tensors[name]
+        kind, dtype, offset, shape, _ = self._entries[name]
         try:
             stored = np.memmap(self._file, dtype, "r", offset, shape)  # a map of its own: its pages go with the array
             data = self._dequantize(stored, kind)
         except Exception as e:
             raise StorageError(f"{name} has type {kind.name}, which cannot be read: {e}") from e
         return data.reshape(self.shape(name))
-
-    def __iter__(self) -> Iterator[str]:
-        """Names."""
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        """Number of tensors."""
-        return len(self._tensors)

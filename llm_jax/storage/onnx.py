@@ -9,12 +9,13 @@ Source: the ONNX operators, https://onnx.ai/onnx/operators/; onnxruntime's quant
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
+from llm_jax.storage.lazy import LazyTensors
 from llm_jax.storage.safetensors import StorageError
 
 _NAMED = re.compile(r"\w+(\.\w+)+")
@@ -31,7 +32,7 @@ class _Entry(NamedTuple):
     turned: bool = False
 
 
-class OnnxFile(Mapping[str, np.ndarray]):
+class OnnxFile(LazyTensors):
     """Weights by name, dequantized to float32 when asked for; floating ones as they are.
 
     A matrix whose name the graph does not tell keeps the one it has there.
@@ -78,18 +79,6 @@ class OnnxFile(Mapping[str, np.ndarray]):
             steps = array.astype(np.int32) - zero.astype(np.int32).reshape(shape)
             array = steps.astype(np.float32) * scale.astype(np.float32).reshape(shape)
         return array.T if entry.turned else array
-
-    def __contains__(self, name: object) -> bool:
-        """Whether there is such a weight; the mapping's own would dequantize it."""
-        return name in self._entries
-
-    def __iter__(self) -> Iterator[str]:
-        """Names."""
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        """Number of weights."""
-        return len(self._entries)
 
 
 class _Graph:

@@ -7,7 +7,7 @@ used, and nothing stays in memory when its view is dropped.
 import json
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 import ml_dtypes
@@ -15,6 +15,8 @@ import numpy as np
 import safetensors
 from etils import epath
 from safetensors.numpy import save_file
+
+from llm_jax.storage.lazy import LazyTensors
 
 DTYPES: dict[str, Any] = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -30,7 +32,7 @@ class StorageError(ValueError):
     """A file that cannot be read as what it claims to be."""
 
 
-class TensorFolder(Mapping[str, np.ndarray]):
+class TensorFolder(LazyTensors):
     """All tensors of one file, or of every `*.safetensors` in a folder, as read-only views."""
 
     def __init__(self, path: epath.PathLike) -> None:
@@ -67,18 +69,6 @@ class TensorFolder(Mapping[str, np.ndarray]):
         if 0 in shape:  # which cannot be mapped
             return np.zeros(shape, dtype)
         return np.memmap(file, dtype, "r", offset, shape)
-
-    def __contains__(self, name: object) -> bool:
-        """Whether there is such a tensor; the mapping's own would map it."""
-        return name in self._entries
-
-    def __iter__(self) -> Iterator[str]:
-        """Names."""
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        """Number of tensors."""
-        return len(self._entries)
 
 
 def open_for(owner: object, path: str) -> BinaryIO:

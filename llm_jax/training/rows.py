@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -240,25 +240,28 @@ def _maker(config: Any, tokenizer: tokenizers.Tokenizer) -> Any:
     return stream
 
 
-def rows_of_model(config: Any, tokenizer: tokenizers.Tokenizer, store: tokens.TokenStore, length: int) -> Any:
-    """The objective that a model is made for, and a text's rows for it; not for encoder-decoders.
+def rows_of_model(config: Any, tokenizer: tokenizers.Tokenizer, length: int) -> Any:
+    """The objective that a model is made for, and `store -> rows` of a text for it; not for encoder-decoders.
 
     Args:
       config: the model's.
       tokenizer: its tokenizer.
-      store: the text.
       length: tokens a row.
+
+    Raises:
+      ValueError: if the model's head predicts no tokens.
     """
-    if hasattr(config, "max_characters"):
-        objective: Any = BidirectionalLM()
-        rows: Any = CharacterRows(packing.StreamRows(store, length), tokenizer, config.max_characters)
-    elif getattr(config, "any_order", False):
-        objective, rows = PermutationLM(), packing.PlainRows(store, length)
-    elif getattr(config, "causal", True):
-        objective, rows = CausalLM(), packing.StreamRows(store, length)
-    else:
-        objective, rows = MaskedLM(pair=0.0), FramedRows(store, length, Frames.of(tokenizer))
-    return objective.for_run(1, config, tokenizer.role("mask")), rows
+    made: dict[str, tuple[Any, Callable[[tokens.TokenStore], Any]]] = {
+        "causal": (CausalLM(), lambda store: packing.StreamRows(store, length)),
+        "both_sides": (MaskedLM(pair=0.0), lambda store: FramedRows(store, length, Frames.of(tokenizer))),
+        "any_order": (PermutationLM(), lambda store: packing.PlainRows(store, length)),
+        "characters": (
+            BidirectionalLM(),
+            lambda store: CharacterRows(packing.StreamRows(store, length), tokenizer, config.max_characters),
+        ),
+    }
+    objective, rows_of = made[config.reads]
+    return objective.for_run(1, config, tokenizer.role("mask")), rows_of
 
 
 def _labels(config: Any, rows: Any) -> np.ndarray:

@@ -19,6 +19,7 @@ from llm_jax.nn.execution import Execution
 from llm_jax.nn.stack import stack, unstack
 from llm_jax.objectives.bidirectional_lm import BidirectionalLM
 from llm_jax.objectives.causal_lm import CausalLM
+from llm_jax.objectives.labels import Labels
 from llm_jax.objectives.masked_lm import MaskedLM
 from llm_jax.objectives.objective import total_loss
 from llm_jax.objectives.permutation_lm import PermutationLM
@@ -54,6 +55,24 @@ ROWS = {
     "elmo": Row(
         ELMO, BidirectionalLM(), {"input_ids": IDS, "character_ids": RNG.integers(1, 261, (2, 9, 6), dtype=np.int32)}
     ),
+}
+
+
+def with_labels(name, kind, **fields):
+    """The family's row with a head of that kind in the place of its language model's."""
+    config = dataclasses.replace(ROWS[name].config, head=kind, **fields)
+    labels = {"classification": [0, 1], "tokens": IDS % 2, "span": [[0, 3], [2, 8]]}[kind]
+    inputs = ROWS[name].batch.get("character_ids", IDS)
+    return Row(config, Labels(kind), {"input_ids": inputs, "labels": np.array(labels)})
+
+
+ROWS |= {
+    "gpt, classes": with_labels("gpt", "classification"),
+    "llama, tags": with_labels("llama", "tokens", head_dropout=0.0),
+    "bert, spans": with_labels("bert", "span", head_dropout=0.0),
+    "t5, tags": with_labels("t5", "tokens", head_dropout=0.0, decoder=False),
+    "xlnet, classes": with_labels("xlnet", "classification", head_dropout=0.0),
+    "elmo, tags": with_labels("elmo", "tokens", head_dropout=0.0, vocab_size=0),
 }
 
 
@@ -103,12 +122,14 @@ def test_shapes_are_known_before_anything_is_computed(name):
 
 def test_its_own_objective_reaches_every_parameter(name):
     value, grads = plain(name)
-    assert 0.5 * np.log(V) < value < 3 * np.log(V)  # a new model knows nothing
-    expected = {"gpt": set(), "bert": {"pooler", "pair"}, "albert": {"pooler", "pair"}}.get(name, set())
+    kind = getattr(ROWS[name].objective, "kind", None)
+    choices = {None: V, "span": IDS.shape[1]}.get(kind, 2)
+    assert 0.5 * np.log(choices) < value < 3 * np.log(choices)  # a new model knows nothing
+    expected = dict.fromkeys(("bert", "albert"), {"pooler", "pair"}) | {"bert, spans": {"pooler"}, "xlnet, classes": {"query"}}
     silent = {p.split("/")[0] for p, g in paths.flatten(grads) if not np.any(g) and not p.endswith("key/bias")}
-    if name == "xlnet":  # what only a second segment would use
+    if name.startswith("xlnet"):  # what only a second segment would use
         silent -= {"encoder"}
-    assert silent <= expected, silent
+    assert silent <= expected.get(name, set()), silent
 
 
 def test_recomputation_and_unrolling_change_nothing(name):

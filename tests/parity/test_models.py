@@ -28,6 +28,10 @@ LLAMA3 = {
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 100.0}
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
 GPT = dict(vocab_size=61, n_positions=32, n_embd=36, n_layer=3, n_head=3)
+BERT = dict(
+    vocab_size=61, hidden_size=36, num_hidden_layers=3, num_attention_heads=3, intermediate_size=50,
+    max_position_embeddings=32, is_decoder=True,
+)  # fmt: skip
 
 CONFIGS = {
     "gpt2": lambda: transformers.GPT2Config(**GPT),
@@ -46,16 +50,8 @@ CONFIGS = {
     "mistral": lambda: transformers.MistralConfig(**SMALL, sliding_window=5),
     "qwen2": lambda: transformers.Qwen2Config(**{k: v for k, v in SMALL.items() if k != "head_dim"}),
     "qwen3": lambda: transformers.Qwen3Config(**SMALL),
-    "bert_decoder": lambda: transformers.BertConfig(
-        vocab_size=61,
-        hidden_size=36,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        intermediate_size=50,
-        max_position_embeddings=32,
-        is_decoder=True,
-        pad_token_id=None,  # torch gives padding rows no gradient
-    ),
+    "bert_decoder": lambda: transformers.BertConfig(**BERT, pad_token_id=None),  # torch gives padding no gradient
+    "roberta_decoder": lambda: transformers.RobertaConfig(**BERT, pad_token_id=1),
 }
 
 
@@ -76,7 +72,7 @@ def test_equals_transformers(name, precision, tmp_path, monkeypatch):
     with jax.enable_x64(precision == "fp64"):
         ours = interop.load(tmp_path / "in")
         rng = np.random.default_rng(0)
-        ids = rng.integers(0, 61, (2, 14))
+        ids = rng.integers(2, 61, (2, 14))
         mask = np.ones((2, 14), np.int64)
         mask[1, 11:] = 0
         labels = np.where(mask, ids, -100)
@@ -126,7 +122,7 @@ def test_export_loads_in_transformers(name, tmp_path):
         tmp_path / "out", attn_implementation="eager", output_loading_info=True
     )
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
-    ids = torch.arange(20)[None]
+    ids = torch.arange(2, 22)[None]
     with torch.no_grad():
         torch.testing.assert_close(again.eval()(ids).logits, theirs(ids).logits, rtol=1e-6, atol=1e-6)
     assert type(again) is type(theirs)

@@ -64,7 +64,7 @@ def test_full_sentences_with_dynamic_span_masks(corpus, tmp_path):
 @pytest.mark.parametrize(
     "model, objective, words",
     [
-        (BertConfig(**SIZES), CausalLM(), "sees both sides: train it with objective MaskedLM"),
+        (BertConfig(**SIZES), CausalLM(), "is not causal: train it with objective MaskedLM"),
         (GPTConfig(120, 24, 24, 2, 2), MaskedLM(), "needs an encoder with model.head="),
         (BertConfig(**SIZES, head="tokens"), MaskedLM(), "needs an encoder with model.head="),
     ],

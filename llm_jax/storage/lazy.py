@@ -1,0 +1,27 @@
+"""What every file of tensors is here: a mapping that reads a tensor when it is asked for."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+
+class LazyTensors(Mapping[str, np.ndarray]):
+    """Tensors by name; a subclass fills `_entries` and says in `__getitem__` how one is read.
+
+    Names, number and membership read nothing (`Mapping` alone would read a tensor to learn whether it is there).
+    """
+
+    _entries: dict[str, Any]
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is such a tensor."""
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        """Names."""
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        """Number of tensors."""
+        return len(self._entries)
