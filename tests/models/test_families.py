@@ -125,7 +125,8 @@ def test_its_own_objective_reaches_every_parameter(name):
     kind = getattr(ROWS[name].objective, "kind", None)
     choices = {None: V, "span": IDS.shape[1]}.get(kind, 2)
     assert 0.5 * np.log(choices) < value < 3 * np.log(choices)  # a new model knows nothing
-    expected = dict.fromkeys(("bert", "albert"), {"pooler", "pair"}) | {"bert, spans": {"pooler"}, "xlnet, classes": {"query"}}
+    expected = dict.fromkeys(("bert", "albert"), {"pooler", "pair"})
+    expected |= {"bert, spans": {"pooler"}, "xlnet, classes": {"query"}}
     silent = {p.split("/")[0] for p, g in paths.flatten(grads) if not np.any(g) and not p.endswith("key/bias")}
     if name.startswith("xlnet"):  # what only a second segment would use
         silent -= {"encoder"}
