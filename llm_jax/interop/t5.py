@@ -97,16 +97,17 @@ def with_head(config: T5Config, head: str, labels: Sequence[str]) -> T5Config:
 
 def config_to_hf(config: T5Config) -> dict[str, Any]:
     """The contents of `config.json`."""
-    theirs = {v: k for k, v in reversed(ACTIVATIONS.items())}
+    head, theirs = config.head, {v: k for k, v in reversed(ACTIVATIONS.items())}
     name = "gelu" if config.gated and config.activation == "gelu_tanh" else theirs[config.activation]
     if config.gated and config.activation == "gelu":
         raise InteropError("T5's format has no exact gelu in its gates")
-    if config.tied is not config.scale_output and config.head == "lm":
-        raise InteropError("T5's format scales the output of tied models, and of no others")
+    if config.scale_output and not config.tied and config.head == "lm":
+        raise InteropError("T5's format scales the output of tied models alone")
+    multilingual = config.tied and not config.scale_output and config.head == "lm"  # what only mT5's classes are
     out = {their: getattr(config, ours) for ours, their in FIELDS.items()}
     return out | {
-        "model_type": "t5",
-        "architectures": [CLASSES[config.head] if config.decoder or config.head == "tokens" else ENCODER],
+        "model_type": "mt5" if multilingual else "t5",
+        "architectures": ["M" * multilingual + (CLASSES[head] if config.decoder or head == "tokens" else ENCODER)],
         "num_decoder_layers": config.depth[1],
         "feed_forward_proj": f"gated-{name}" if config.gated else name,
         "tie_word_embeddings": config.tied,

@@ -19,6 +19,7 @@ MODELS = {
     "marian": (marian, MARIAN),
     "t5": (t5, ENCODER_DECODERS["t5"]),
     "t5_1.1": (t5, ENCODER_DECODERS["t5_1.1"]),
+    "mt5_tied": (t5, dataclasses.replace(ENCODER_DECODERS["t5_1.1"], tied=True)),
     "t5_encoder": (t5, dataclasses.replace(ENCODER_DECODERS["t5"], decoder=False, head="none")),
 }
 

@@ -27,6 +27,7 @@ CONFIGS = {
         **T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0
     ),
     "mt5": lambda: transformers.MT5Config(**T5, decoder_start_token_id=0),
+    "mt5_tied": lambda: transformers.MT5Config(**T5, decoder_start_token_id=0),
     "marian": lambda: transformers.MarianConfig(**MARIAN, activation_function="swish", scale_embedding=True),
     "marian_plain": lambda: transformers.MarianConfig(**MARIAN, activation_function="relu"),
 }
@@ -40,7 +41,7 @@ LABELS = np.where(np.arange(T) < np.array([[T], [T - 7]]), RNG.integers(2, 60, (
 def make(name, dtype):
     config = CONFIGS[name]()
     config._attn_implementation = "eager"
-    own = not getattr(config, "scale_decoder_outputs", config.model_type != "mt5")
+    own = name == "mt5" or not getattr(config, "scale_decoder_outputs", True)
 
     def build():
         model = transformers.AutoModelForSeq2SeqLM.from_config(config)
