@@ -93,7 +93,7 @@ def test_what_is_not_supported_is_named(name, changes, words):
     [
         (lambda: marian.config_to_hf(ENCODER_DECODERS["transformer"]), "Marian's format has sinusoids='halves'"),
         (lambda: marian.config_to_hf(ENCODER_DECODERS["transformer_pre"]), "Marian's format has norm='post'"),
-        (lambda: t5.config_to_hf(dataclasses.replace(MODELS["t5"][1], scale_output=False)), "scales the output of"),
+        (lambda: t5.config_to_hf(dataclasses.replace(MODELS["t5"][1], tied=False)), "scales the output of tied"),
         (lambda: t5.config_to_hf(dataclasses.replace(MODELS["t5_1.1"][1], activation="gelu")), "no exact gelu"),
     ],
 )
