@@ -1,5 +1,6 @@
 """Random models of theirs, in either precision, and their gradients through our reader."""
 
+import numpy as np
 import torch
 
 from llm_jax import interop
@@ -34,3 +35,30 @@ def gradients(model, folder):
             p.copy_(torch.zeros_like(p) if p.grad is None else p.grad)
     model.save_pretrained(folder)
     return dict(paths.flatten(interop.load(folder).params))
+
+
+def check_gradients(grads, model, folder, bound, without=()):
+    """Ours equal theirs after a backward pass, path by path, but for `without`, which are no parameters of theirs."""
+    expected, got = gradients(model, folder), dict(paths.flatten(grads))
+    assert got.keys() == expected.keys()
+    for path in got.keys() - set(without):
+        np.testing.assert_allclose(got[path], expected[path], rtol=bound, atol=bound, err_msg=path)
+
+
+def exported(theirs, folder, kind=None):
+    """Their model after a round through ours, read by `kind` (its own class by default) with nothing missing or spare.
+
+    Every tensor of its state is the same.
+    """
+    theirs.save_pretrained(folder / "in")
+    ours = interop.load(folder / "in")
+    interop.save(folder / "out", ours.model, ours.params)
+    again, report = (kind or type(theirs)).from_pretrained(
+        folder / "out", attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    state, wanted = again.state_dict(), theirs.state_dict()
+    assert state.keys() == wanted.keys()
+    for name, tensor in state.items():
+        assert torch.equal(tensor, wanted[name]), name
+    return again.eval()

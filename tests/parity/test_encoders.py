@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from theirs import BOUNDS, DTYPES, gradients, noisy, use_doubles
+from theirs import BOUNDS, DTYPES, check_gradients, exported, noisy, use_doubles
 
 from llm_jax import interop
 from llm_jax.interop.bert import CLASSES, TABLE
-from llm_jax.nn import paths
 from llm_jax.objectives.labels import Labels
 from llm_jax.objectives.masked_lm import MaskedLM, Targets
 from llm_jax.objectives.objective import total_loss
@@ -129,22 +128,10 @@ def test_equals_transformers(kind, head, precision, tmp_path, monkeypatch):
         value, grads = jax.jit(jax.value_and_grad(loss))(ours.params)
         close(value, want.loss.detach())
         want.loss.backward()
-        expected = gradients(theirs, tmp_path / "grads")
-        got = dict(paths.flatten(grads))
-        assert got.keys() == expected.keys()
-        for path, g in got.items():
-            close(g, expected[path], path)
+        check_gradients(grads, theirs, tmp_path / "grads", BOUNDS[precision])
 
 
 @pytest.mark.parametrize("kind, head", CASES)
 def test_export_loads_in_transformers(kind, head, tmp_path):
     theirs = make(kind, head, torch.float32)
-    theirs.save_pretrained(tmp_path / "in")
-    ours = interop.load(tmp_path / "in")
-    interop.save(tmp_path / "out", ours.model, ours.params)
-    again, report = class_of(kind, head).from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not any(report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert again.config.id2label == theirs.config.id2label
-    wanted = theirs.state_dict()
-    for name, tensor in again.state_dict().items():
-        assert torch.equal(tensor, wanted[name]), name
+    assert exported(theirs, tmp_path).config.id2label == theirs.config.id2label

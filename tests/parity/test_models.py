@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from theirs import BOUNDS, DTYPES, gradients, noisy, use_doubles
+from theirs import BOUNDS, DTYPES, check_gradients, exported, noisy, use_doubles
 
 from llm_jax import interop
-from llm_jax.nn import paths
 from llm_jax.objectives.causal_lm import CausalLM
 from llm_jax.objectives.objective import total_loss
 
@@ -105,24 +104,14 @@ def test_equals_transformers(name, precision, tmp_path, monkeypatch):
         value, grads = jax.value_and_grad(loss)(ours.params)
         np.testing.assert_allclose(value, want.loss.item(), **tolerance)
 
-        expected = gradients(theirs, tmp_path / "grads")
-        got = dict(paths.flatten(grads))
-        assert expected.keys() == got.keys()
-        for path, g in got.items():
-            np.testing.assert_allclose(g, expected[path], err_msg=path, **tolerance)
+        check_gradients(grads, theirs, tmp_path / "grads", BOUNDS[precision])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_export_loads_in_transformers(name, tmp_path):
     theirs = make(name, torch.float32)
-    theirs.save_pretrained(tmp_path / "in")
-    ours = interop.load(tmp_path / "in")
-    interop.save(tmp_path / "out", ours.model, ours.params)
-    again, report = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", attn_implementation="eager", output_loading_info=True
-    )
-    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    again = exported(theirs, tmp_path, transformers.AutoModelForCausalLM)
     ids = torch.arange(2, 22)[None]
     with torch.no_grad():
-        torch.testing.assert_close(again.eval()(ids).logits, theirs(ids).logits, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(again(ids).logits, theirs(ids).logits, rtol=1e-6, atol=1e-6)
     assert type(again) is type(theirs)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from theirs import BOUNDS, DTYPES, gradients, noisy, use_doubles
+from theirs import BOUNDS, DTYPES, exported, gradients, noisy, use_doubles
 
 from llm_jax import interop
 from llm_jax.interop.xlnet import CLASSES
@@ -163,12 +163,5 @@ def test_heads_equal_transformers(head, tmp_path):
 @pytest.mark.parametrize("head", CLASSES)
 def test_export_loads_in_transformers(head, tmp_path):
     theirs = make(torch.float32, head, mem_len=7, clamp_len=9)
-    theirs.save_pretrained(tmp_path / "in")
-    ours = interop.load(tmp_path / "in")
-    interop.save(tmp_path / "out", ours.model, ours.params)
-    again, report = type(theirs).from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not any(report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    wanted = theirs.state_dict()
-    for name, tensor in again.state_dict().items():
-        assert torch.equal(tensor, wanted[name]), name
+    again = exported(theirs, tmp_path)
     assert (again.config.mem_len, again.config.clamp_len, again.config.id2label) == (7, 9, theirs.config.id2label)
