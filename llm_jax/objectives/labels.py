@@ -64,7 +64,7 @@ class Labels:
         return "classification" if self.kind in ("regression", "multi_label") else self.kind
 
     @property
-    def unit(self) -> str:
+    def loss_unit(self) -> str:
         """What the loss is, for plots."""
         return "squared error" if self.kind == "regression" else "cross-entropy (nats per label)"
 

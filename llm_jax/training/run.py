@@ -248,7 +248,7 @@ def _train(config, workdir, params, adapt, tokenizer, encode, kind, restore_step
         writer.close()
         checkpoints.close()
         if jax.process_index() == 0 and metrics.read_metrics(workdir):
-            metrics.plot_loss(workdir, getattr(objective, "unit", metrics.UNIT))
+            metrics.plot_loss(workdir, getattr(objective, "loss_unit", metrics.UNIT))
     return Trained(state, config.model.make(), tokenizer, evaluation)
 
 

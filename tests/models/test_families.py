@@ -68,7 +68,6 @@ def with_labels(name, kind, **fields):
 
 ROWS |= {
     "gpt, classes": with_labels("gpt", "classification"),
-    "llama, tags": with_labels("llama", "tokens", head_dropout=0.0),
     "bert, spans": with_labels("bert", "span", head_dropout=0.0),
     "t5, tags": with_labels("t5", "tokens", head_dropout=0.0, decoder=False),
     "xlnet, classes": with_labels("xlnet", "classification", head_dropout=0.0),

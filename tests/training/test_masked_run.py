@@ -12,7 +12,7 @@ from llm_jax.models.gpt import GPTConfig
 from llm_jax.objectives.causal_lm import CausalLM
 from llm_jax.objectives.masked_lm import MaskedLM
 from llm_jax.parallel.plan import PlanConfig
-from llm_jax.training import run
+from llm_jax.training import metrics, run
 from llm_jax.training.loop import LoopConfig
 from llm_jax.training.metrics import read_metrics
 from llm_jax.training.optimizers import OptimizerConfig
@@ -55,9 +55,12 @@ def test_pairs_with_static_masks(corpus, tmp_path):
     assert each[1] == pytest.approx(alone, rel=1e-4)
 
 
-def test_full_sentences_with_dynamic_span_masks(corpus, tmp_path):
+def test_full_sentences_with_dynamic_span_masks(corpus, tmp_path, monkeypatch):
+    units = []
+    monkeypatch.setattr(metrics, "plot_loss", lambda _, unit: units.append(unit))
     model = BertConfig(**SIZES, num_token_types=1, position_offset=2, head="masked_lm", pooler=None)
     trained = run.train(config_of(corpus, model, {}, MaskedLM(unit="spans", pair=0.0), steps=3), tmp_path)
+    assert units == [metrics.UNIT]  # what is masked at once is no unit of the loss
     assert np.isfinite(trained.evaluation["eval/loss"]) and "eval/pair" not in trained.evaluation
 
 
