@@ -159,7 +159,7 @@ class BeamSearch:
         total = jax.nn.logsumexp(logits_VR, axis=0)
 
         def only(entries: Sequence[int]) -> jax.Array:
-            return jnp.asarray(np.isin(np.arange(logits_VR.shape[0]), entries))[:, None]
+            return jnp.asarray(prefill.among(logits_VR.shape[0], entries))[:, None]
 
         banned = only(self.banned)
         if c.min_new_tokens and self.stop_tokens:

@@ -65,7 +65,7 @@ def of_text(model: Any, params: Any, tokenizer: Tokenizer, text: str) -> np.ndar
       ValueError: if the text says nothing, or the model has no such head.
     """
     config = model.config
-    if config.reads in ("causal", "any_order", "source"):
+    if config.reads in prefill.WRITES:
         prefill.check_generates(model)
     if config.reads == "source":
         source, bar, target = text.partition("|||")

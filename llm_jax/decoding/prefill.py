@@ -15,6 +15,8 @@ from llm_jax.nn import paths, weights
 from llm_jax.nn.cache import Cache
 from llm_jax.nn.stack import unstack
 
+WRITES = ("causal", "any_order", "source")  # models that read like this (`config.reads`) write token by token
+
 
 def is_encoder_decoder(model: Any) -> bool:
     """Whether the prompt is a source and not a beginning."""
@@ -28,7 +30,7 @@ def check_generates(model: Any) -> None:
       ValueError: naming the model.
     """
     config = model.config
-    if config.reads not in ("causal", "any_order", "source"):
+    if config.reads not in WRITES:
         raise ValueError(f"{type(model).__name__} sees both sides and cannot generate; see decoding.masked")
     if not getattr(config, "decoder", True):
         raise ValueError(f"this {type(model).__name__} is an encoder alone and cannot generate")
@@ -161,6 +163,11 @@ def told(model: Any, ids_BT: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, 
     return start, jnp.ones_like(start, bool)
 
 
+def among(size: int, ids: Sequence[int]) -> np.ndarray:
+    """`[size]` bool: the entries that `ids` names."""
+    return np.isin(np.arange(size), ids)
+
+
 def ban(logits_BV: jax.Array, ids: Sequence[int]) -> jax.Array:
     """Logits where some entries cannot be chosen."""
-    return jnp.where(np.isin(np.arange(logits_BV.shape[-1]), ids), -jnp.inf, logits_BV) if ids else logits_BV
+    return jnp.where(among(logits_BV.shape[-1], ids), -jnp.inf, logits_BV) if ids else logits_BV
