@@ -312,7 +312,8 @@ class XLNet(nn.Module):
             query = mask(jnp.take_along_axis(asks, targets[:, :, None], axis=1), jnp.zeros_like(targets))
         differ = None
         if types is not None:
-            keys = jnp.concatenate([jnp.zeros((b, m), types.dtype), types], axis=1)
+            types = jnp.asarray(types, jnp.int32)
+            keys = jnp.concatenate([jnp.zeros((b, m), jnp.int32), types], axis=1)
             differ = types[:, :, None] != keys[:, None, :]
         encodings = distance_encodings(t, s, c.model_dim, c.clamp_length, backwards)
         return Relations(jnp.asarray(encodings), mask(asks | itself, zeros), query, targets, differ)

@@ -85,7 +85,7 @@ def corrupt(
     Returns:
       (source, target), of the sizes that `lengths` gives.
     """
-    length = ids_T.shape[0]
+    ids_T, length = jnp.asarray(ids_T), ids_T.shape[0]
     mask_T = noise_mask(key, length, noise_density, mean_span)
     source, target = lengths(length, noise_density, mean_span, end_id is not None)
     return (
