@@ -30,7 +30,8 @@ class Execution:
         dropout.
       dtype: compute dtype of activations and kernels; None keeps that of the parameters.
       constrain: `(x, logical axes) -> x`, pins the sharding of activations.
-      stack_runner: replaces the loop over layers, `(layer, params, carry, per_layer) -> (carry, outputs)`.
+      stack_runner: replaces the loop over layers, `(layer, params, carry, per_layer, context) -> (carry, outputs)`,
+        with `layer(params, index, carry, inputs, context) -> (carry, output, sown)`.
     """
 
     remat: str = "none"

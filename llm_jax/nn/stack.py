@@ -138,7 +138,9 @@ class Stack(nn.Module):
         block = self.make_block(parent=None)
         sowing = self.is_mutable_collection("intermediates") and not self.is_initializing()
 
-        def layer(p: Any, index: Any, carry: Any, inputs: Any) -> tuple[Any, Any, Any]:
+        # what a layer sees beside its parameters and the carry is an argument: a runner may cut it into micro-batches
+        def layer(p: Any, index: Any, carry: Any, inputs: Any, context: Any) -> tuple[Any, Any, Any]:
+            shared, key = context
             rngs = {} if key is None else {"dropout": jax.random.fold_in(key, index)}
             run = lambda **kw: block.apply({"params": p}, carry, inputs, *shared, train=train, rngs=rngs, **kw)
             if not sowing:
@@ -149,10 +151,11 @@ class Stack(nn.Module):
         if self.execution.stack_runner is not None:
             if groups != count or extra is not None:
                 raise ValueError("a stack_runner runs layers with their own parameters: no groups, no per_layer")
-            return self.execution.stack_runner(layer, params, carry, per_layer)
+            return self.execution.stack_runner(layer, params, carry, per_layer, (shared, key))
         run = _unrolled if is_unstacked(params) else _scanned
         group_of = [l * groups // count for l in range(count)]
-        carry, outputs, sown = run(layer, params, extra, group_of, carry, per_layer, self.execution)
+        own = lambda *a: layer(*a, (shared, key))
+        carry, outputs, sown = run(own, params, extra, group_of, carry, per_layer, self.execution)
         if sowing:
             for index, tree in enumerate(sown):
                 self.sow("intermediates", str(index), tree)

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from llm_jax.nn import paths, weights
 from llm_jax.nn.execution import Execution
-from llm_jax.parallel import zero
+from llm_jax.parallel import schedules, zero
 from llm_jax.parallel.mesh import make_mesh
 from llm_jax.parallel.rules import TENSOR_PARALLEL, Rules, logical_axes, place
 
@@ -26,6 +26,10 @@ class PlanConfig:
     Attributes:
       data: devices along the batch; -1 takes all that are left.
       replica: groups of `data` devices that hold whole copies (hybrid ZeRO divides inside a group only).
+      pipe: devices along the layers (pipeline parallelism).
+      schedule: of the pipeline: gpipe, 1f1b, interleaved or zero_bubble.
+      microbatches: micro-batches of the pipeline; 0 takes twice as many as stages.
+      chunks: pieces of layers a device, for schedule=interleaved.
       model: devices along heads, feed-forward and vocabulary (tensor parallelism).
       zero: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters divided over `data`.
       remat: see `nn.Execution`.
@@ -37,6 +41,10 @@ class PlanConfig:
 
     data: int = -1
     replica: int = 1
+    pipe: int = 1
+    schedule: str = "1f1b"
+    microbatches: int = 0
+    chunks: int = 1
     model: int = 1
     zero: int = 0
     remat: str = "none"
@@ -49,10 +57,28 @@ class PlanConfig:
         """Checks ranges."""
         if self.zero not in (0, 1, 2, 3):
             raise ValueError(f"zero={self.zero} is none of 0, 1, 2, 3")
-        for name in ("replica", "model"):
+        for name in ("replica", "pipe", "chunks", "model"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.schedule not in schedules.NAMES:
+            raise ValueError(f"schedule={self.schedule!r} is none of {', '.join(schedules.NAMES)}")
+        if self.pipe > 1:
+            self.make_schedule()
+            if self.unroll:
+                raise ValueError("plan.pipe and plan.unroll exclude each other: stages scan their layers")
+        elif self.microbatches or self.chunks > 1:
+            raise ValueError("plan.microbatches and plan.chunks are of a pipeline: set plan.pipe")
         Execution(remat=self.remat, attention=self.attention)
+
+    def make_schedule(self) -> schedules.Schedule | None:
+        """The pipeline's schedule, None without a pipeline.
+
+        Raises:
+          ValueError: if its numbers do not go together.
+        """
+        if self.pipe == 1:
+            return None
+        return schedules.make(self.schedule, self.pipe, self.microbatches or 2 * self.pipe, self.chunks)
 
 
 class Plan:
@@ -61,6 +87,7 @@ class Plan:
     Attributes:
       config: the config.
       mesh: the devices.
+      schedule: of the pipeline, None without.
       rules: logical to mesh axes, for one model.
       notes: what stays replicated for the whole model, and why.
     """
@@ -71,7 +98,8 @@ class Plan:
         Heads are divided only where the axis divides both query and key heads; otherwise attention is replicated.
         """
         self.config = config
-        sizes = {"replica": config.replica, "data": config.data, "model": config.model}
+        sizes = {"replica": config.replica, "data": config.data, "pipe": config.pipe, "model": config.model}
+        self.schedule = config.make_schedule()
         self.mesh = make_mesh(sizes, devices)
         self.rules: Rules = dict(TENSOR_PARALLEL)
         self.notes: list[str] = []
@@ -106,11 +134,16 @@ class Plan:
 
     def check_batch(self, batch_size: int, accumulation: int = 1) -> None:
         """Raises ValueError where the batch does not divide."""
-        need = self.batch_divisor * accumulation
+        name, parts = "accumulation", accumulation
+        if self.schedule is not None:
+            if accumulation > 1:
+                raise ValueError(f"training.accumulation={accumulation} with plan.pipe: set plan.microbatches")
+            name, parts = "microbatches", self.schedule.micros
+        need = self.batch_divisor * parts
         if batch_size % need:
             raise ValueError(
                 f"training.batch_size={batch_size} does not divide by {need} "
-                f"(data={self.batch_divisor} x accumulation={accumulation})"
+                f"(data={self.batch_divisor} x {name}={parts})"
             )
 
     def execution(self, **changes: Any) -> Execution:
@@ -123,7 +156,9 @@ class Plan:
         """Pins an activation's sharding; dimensions that do not divide stay free."""
         if self.mesh.size == 1:
             return x
-        return jax.lax.with_sharding_constraint(x, self._named(place(P(*axes), x.shape, self.rules, self.mesh).spec))
+        spec = place(P(*axes), x.shape, self.rules, self.mesh).spec
+        inside = jax.sharding.get_abstract_mesh()  # of a pipeline's stage, where `pipe` is manual
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh if inside.empty else inside, spec))
 
     def _named(self, specs: Any) -> Any:
         return jax.tree.map(lambda s: NamedSharding(self.mesh, s), specs, is_leaf=lambda s: isinstance(s, P))
@@ -168,7 +203,7 @@ class Plan:
         is_spec = lambda x: isinstance(x, P)
         specs = jax.tree.leaves(self.specs(params, axes, self.config.zero >= 3), is_leaf=is_spec)
         logical = jax.tree.leaves(names, is_leaf=is_spec)
-        lines = [f"mesh {dict(self.mesh.shape)}, zero {self.config.zero}", *self.notes]
+        lines = [f"mesh { {a: n for a, n in self.mesh.shape.items() if n > 1} }, zero {self.config.zero}", *self.notes]
         for (path, leaf), spec, name in zip(paths.flatten(params), specs, logical, strict=True):
             shard = NamedSharding(self.mesh, spec).shard_shape(tuple(leaf.shape))
             size = weights.bytes_of(jax.ShapeDtypeStruct(shard, leaf.dtype))

@@ -22,7 +22,7 @@ TENSOR_PARALLEL: Rules = {
     "embed": None,
     "norm": None,
     "labels": None,
-    "layers": None,
+    "layers": "pipe",
 }
 
 

@@ -6,18 +6,7 @@ from typing import Any
 import jax
 
 from llm_jax.nn import paths, weights
-
-# dense bf16 peak FLOP/s per chip, from the makers' data sheets
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
+from llm_jax.parallel.chips import chip_of
 
 
 def flops_per_token(params: Any, num_layers: int, length: int, attention_dim: int) -> float:
@@ -36,5 +25,5 @@ def flops_per_token(params: Any, num_layers: int, length: int, attention_dim: in
 
 def peak_flops() -> float | None:
     """Peak of one device of this run, None where unknown (CPUs)."""
-    kind = jax.devices()[0].device_kind
-    return next((peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name)), None)
+    chip = chip_of(jax.devices()[0].device_kind)
+    return None if chip is None else chip.flops

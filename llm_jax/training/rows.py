@@ -136,6 +136,11 @@ def _texts(config: Any) -> Iterator[str]:
     return (tokens.part_of(d, "train", data.validation_share).text for d in documents)
 
 
+def _special(objective: Any) -> tuple[str, ...]:
+    """Special tokens of a tokenizer that is trained for an objective."""
+    return tokenizers.MASKED_SPECIAL if isinstance(objective, (MaskedLM, Labels)) else (tokenizers.END_OF_TEXT,)
+
+
 def get_tokenizer(config: Any, workdir: epath.Path) -> tokenizers.Tokenizer:
     """The run's tokenizer: named, left by an earlier start, or trained on the training split."""
     size, objective = config.model.vocab_size, config.objective
@@ -146,10 +151,8 @@ def get_tokenizer(config: Any, workdir: epath.Path) -> tokenizers.Tokenizer:
     else:
         kind = config.data.tokenizer_kind
         log.info("training a %s tokenizer of %d entries", kind, size)
-        framed = isinstance(objective, (MaskedLM, Labels))
-        special = tokenizers.MASKED_SPECIAL if framed else (tokenizers.END_OF_TEXT,)
         free = SENTINELS if isinstance(objective, Seq2Seq) and objective.task == "spans" else 0
-        tokenizer = tokenizers.train(_texts(config), kind, size - free, special)
+        tokenizer = tokenizers.train(_texts(config), kind, size - free, _special(objective))
         if free:  # entry V - 1 - i is sentinel i
             missing = size - free - tokenizer.vocab_size
             names = [f"<unused_{i}>" for i in range(missing)]
@@ -207,6 +210,25 @@ def _masked(config: Any, tokenizer: tokenizers.Tokenizer, store: tokens.TokenSto
     seed = config.training.seed
     rows = FramedRows(store, length, frames) if kind == "none" else PairRows(store, length, frames, kind, seed)
     return MaskCopies(rows, copies) if copies else rows
+
+
+def example(config: Any) -> dict[str, np.ndarray]:
+    """One training row as the loader hands it on, of no text: for what is compiled without data.
+
+    Raises:
+      ConfigError: for labelled examples, whose rows depend on their labels.
+    """
+    if isinstance(config.objective, Labels):
+        raise configs.ConfigError("rows of labelled examples come from their data: take another objective")
+    check_objective(config)
+    tokenizer = tokenizers.train(["a b"], "word", 16, _special(config.objective))
+    documents = 2 * config.training.batch_size
+    size = 2 * config.training.sequence_length
+    ids = np.zeros(documents * size, np.uint16)
+    halves = np.tile(np.repeat(np.arange(2, dtype=np.uint8), config.training.sequence_length), documents)
+    starts = np.arange(documents + 1) * size
+    weights = halves if config.data.fields else None
+    return dict(_maker(config, tokenizer)(tokens.TokenStore(ids, starts, weights, 0), False)[0])
 
 
 def _maker(config: Any, tokenizer: tokenizers.Tokenizer) -> Any:

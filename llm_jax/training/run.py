@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
@@ -19,7 +18,7 @@ from llm_jax.data import tokenizers, tokens
 from llm_jax.data.loader import Loader, eval_batches
 from llm_jax.models import registry
 from llm_jax.models.gpt import GPTConfig
-from llm_jax.nn import paths, weights
+from llm_jax.nn import weights
 from llm_jax.objectives.bidirectional_lm import BidirectionalLM
 from llm_jax.objectives.causal_lm import CausalLM
 from llm_jax.objectives.labels import Labels
@@ -30,11 +29,10 @@ from llm_jax.parallel.plan import Plan, PlanConfig
 from llm_jax.storage.checkpoints import Checkpoints
 from llm_jax.training import flops, metrics
 from llm_jax.training.loop import NEXT_TOKEN, LoopConfig, run_loop, summarize
-from llm_jax.training.optimizers import OptimizerConfig, make_optimizer
-from llm_jax.training.precision import Precision
-from llm_jax.training.rows import DataConfig, carries, check_objective, get_rows, get_tokenizer, in_order
-from llm_jax.training.state import TrainState, init_state
-from llm_jax.training.step import StepConfig, make_eval_step, make_train_step
+from llm_jax.training.optimizers import OptimizerConfig
+from llm_jax.training.program import build
+from llm_jax.training.rows import DataConfig, check_objective, get_rows, get_tokenizer, in_order
+from llm_jax.training.state import TrainState
 from llm_jax.training.workdir import Workdir
 
 log = logging.getLogger(__name__)
@@ -149,43 +147,20 @@ def _train(config, workdir, params, adapt, tokenizer, encode, kind, restore_step
     tokenizer, rows = _first_process_first(prepare)
     loader = Loader(rows.train, c.batch_size, c.seed, *plan.data_shard(), shuffle=not in_order(config))
 
-    objective = config.objective.for_run(plan.mesh.size, config.model, tokenizer.role("mask"))
-    model = config.model.make(plan.execution())
-    tx = make_optimizer(config.optimizer, c.steps)
-    precision = Precision(config.plan.precision, config.plan.master)
-    example = jax.ShapeDtypeStruct((plan.batch_divisor, c.sequence_length), np.int32)
-    boxed = jax.eval_shape(lambda key, ids: model.init(key, ids)["params"], jax.random.key(0), example)
-    abstract, axes = weights.split_axes(boxed)
-    given = None if params is None else jax.eval_shape(lambda p: p, params)
-    abstract = abstract if given is None else jax.eval_shape(adapt, given)
-
-    def init(key, given):
-        init_key, step_key = jax.random.split(key)
-        if given is None:
-            fresh = weights.split_axes(model.init(init_key, np.zeros(example.shape, example.dtype))["params"])[0]
-        else:
-            fresh = adapt(given)
-        carry = config.model.init_carry(c.batch_size) if carries(config.objective) else None
-        return init_state(fresh, tx, step_key, precision, c.trainable, c.ema > 0, carry)
-
-    if config.optimizer.decay != OptimizerConfig.decay:  # the default names what most trees have, not all
-        paths.select([p for p, _ in paths.flatten(abstract, weights.is_node)], config.optimizer.decay)
-
-    key = jax.random.key(c.seed)
-    shapes = jax.eval_shape(init, key, given)
-    shardings = plan.state_shardings(shapes, axes)
+    program = build(config, plan, tokenizer.role("mask"), params, adapt)
+    objective, shapes, shardings = program.objective, program.shapes, program.shardings
     checkpoints = Checkpoints(workdir / "checkpoints", c.keep_last, c.keep_best)
     for note in plan.notes:
         log.info("%s", note)
     if jax.process_index() == 0:
-        (workdir / "parameters.txt").write_text(plan.describe(shapes.params, axes) + "\n")
+        (workdir / "parameters.txt").write_text(plan.describe(shapes.params, program.axes) + "\n")
     if restore_step is None and checkpoints.latest() is None:
         if _is_gone(params):
             raise ValueError("an earlier run took these parameters over; load the model again")
-        placed = None if params is None else jax.device_put(params, plan.param_shardings(given, axes))
+        placed = None if params is None else jax.device_put(params, plan.param_shardings(program.given, program.axes))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Some donated buffers were not usable")  # those that change their dtype
-            state = jax.jit(init, out_shardings=shardings, donate_argnums=1)(key, placed)
+            state = program.init(jax.random.key(c.seed), placed)
         _release(params)
     else:
         _release(params)
@@ -194,21 +169,10 @@ def _train(config, workdir, params, adapt, tokenizer, encode, kind, restore_step
         loader.restore(restored.run["data"])
         log.info("resuming from step %d", restored.step)
 
-    grads = plan.grad_shardings(abstract, axes)
-    pin = lambda tree: jax.tree.map(
-        lambda g, s: None if g is None else jax.lax.with_sharding_constraint(g, s),
-        tree,
-        grads,
-        is_leaf=lambda x: x is None,
-    )
-    options = StepConfig(c.accumulation, config.optimizer.clip_norm, c.ema, c.trainable, precision, config.plan.unroll)
-    step = make_train_step(model, objective, tx, options, constrain_grads=pin if plan.mesh.size > 1 else lambda g: g)
-    step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     rows_sharding = plan.batch_sharding()
     local = functools.partial(jax.make_array_from_process_local_data, rows_sharding)
     place = lambda batch: {k: local(v) for k, v in batch.items()}
     place_global = lambda batch: jax.device_put(batch, rows_sharding)
-    eval_step = jax.jit(make_eval_step(model, objective.plain(), precision))
     terms = objective.plain().coefficients
     paired = config.data.pairs != "none" and "pair" in terms
     baseline = rows.unigram + (terms["pair"] * math.log(2) if paired else 0.0)
@@ -218,7 +182,7 @@ def _train(config, workdir, params, adapt, tokenizer, encode, kind, restore_step
             return {}
         got = evaluate_rows(
             *(
-                eval_step,
+                program.evaluate,
                 state.params,
                 rows.held,
                 c.batch_size,
@@ -230,17 +194,13 @@ def _train(config, workdir, params, adapt, tokenizer, encode, kind, restore_step
         )
         return {**got, "eval/baseline_loss": baseline} if rows.unigram else got
 
-    size = config.model
-    count = getattr(size, "num_heads", 0)  # an LSTM has none
-    width = count * (getattr(size, "head_dim", None) or size.model_dim // max(count, 1))
-    per_token = flops.flops_per_token(abstract, size.num_layers, c.sequence_length, width)
     peak = flops.peak_flops()
     writer = metrics.MetricsWriter(workdir, int(state.step))
-    log.info("%s parameters in %s", f"{weights.count(abstract):,}", workdir)
+    log.info("%s parameters in %s", f"{weights.count(program.params):,}", workdir)
     try:
         state, evaluation = run_loop(
-            *(state, step, loader, place, checkpoints, writer, c, evaluate, {"config": whole}),
-            flops_per_token=per_token,
+            *(state, program.step, loader, place, checkpoints, writer, c, evaluate, {"config": whole}),
+            flops_per_token=program.flops_per_token,
             peak_flops=None if peak is None else peak * jax.device_count(),
             workdir=workdir,
         )

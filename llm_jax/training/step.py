@@ -7,11 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from llm_jax.nn import weights
 from llm_jax.nn.stack import unstack
 from llm_jax.nn.ties import Ties, expand
 from llm_jax.objectives.objective import Objective, total_loss
+from llm_jax.parallel.schedules import Schedule
+from llm_jax.training.pipelined import make_gradient
 from llm_jax.training.precision import Precision
 from llm_jax.training.state import TrainState
 from llm_jax.training.trainable import combine, partition
@@ -51,6 +54,7 @@ def make_train_step(
     config: StepConfig = StepConfig(),
     ties: Ties | None = None,
     constrain_grads: Callable[[Any], Any] = _same,
+    pipe: tuple[Mesh, Schedule] | None = None,
 ) -> Step:
     """Builds `step(state, batch) -> (state, metrics)`; jit it with the state donated.
 
@@ -65,9 +69,10 @@ def make_train_step(
       config: options.
       ties: shared parameters, expanded before every `apply`.
       constrain_grads: pins the sharding of gradients (ZeRO-2 and 3).
+      pipe: mesh and schedule of a pipeline, whose micro-batches take the place of `accumulation`.
 
     Raises:
-      ValueError: when traced with a batch that does not divide by `accumulation`.
+      ValueError: when traced with a batch that does not divide by its micro-batches.
     """
     precision = config.precision
 
@@ -82,7 +87,7 @@ def make_train_step(
         return total_loss(objective, scores, totals) * scale, (scores, jax.lax.stop_gradient(after))
 
     def step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
-        count = config.accumulation
+        count = config.accumulation if pipe is None else pipe[1].micros
         rows = jax.tree.leaves(batch)[0].shape[0]
         if rows % count:
             raise ValueError(f"a batch of {rows} rows does not divide into {count} micro-batches")
@@ -98,7 +103,7 @@ def make_train_step(
         def micro_keys(index):
             return jax.random.split(jax.random.fold_in(key, index))
 
-        if count == 1:
+        if count == 1 and pipe is None:
             prepare_key, dropout_key = micro_keys(0)
             prepared = objective.prepare(batch, prepare_key)
             totals = prepared.weights
@@ -110,6 +115,16 @@ def make_train_step(
                 jax.tree.map(split, dict(batch)), jnp.arange(count)
             )
             totals = jax.tree.map(lambda w: jnp.sum(w, axis=0), prepared.weights)
+
+        if pipe is not None:
+            if carry is not None:
+                raise ValueError("what runs on from batch to batch (objective.carry) has no place in a pipeline")
+            keys = jax.vmap(lambda i: micro_keys(i)[1])(jnp.arange(count))
+            form = lambda trainable: weights.cast(combine(trainable, frozen), precision.dtype)
+            piped = make_gradient(model, objective, *pipe, form, ties)
+            (loss, scores), grads = piped(trainable, prepared, totals, keys, scale)
+            grads = constrain_grads(grads)
+        elif count > 1:
 
             def one(total, x):
                 index, micro, before = x

@@ -186,11 +186,11 @@ def test_sown_values_come_out_of_both_forms():
 
 
 def test_a_stack_runner_takes_the_place_of_the_loop():
-    def backwards(layer, params, carry, per_layer):
+    def backwards(layer, params, carry, per_layer, context):
         outputs = []
         for index in reversed(range(L)):
             p = jax.tree.map(lambda x: x[index], params)  # noqa: B023
-            carry, out, _ = layer(p, index, carry, per_layer[index])
+            carry, out, _ = layer(p, index, carry, per_layer[index], context)
             outputs.append(out)
         return carry, tuple(outputs)
 

@@ -1,0 +1,118 @@
+"""What a run compiles: its plan, model, initial state and steps, on real devices or on those of a described machine."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from llm_jax.nn import paths, weights
+from llm_jax.objectives.objective import Objective
+from llm_jax.parallel.plan import Plan
+from llm_jax.training import flops
+from llm_jax.training.optimizers import OptimizerConfig, make_optimizer
+from llm_jax.training.precision import Precision
+from llm_jax.training.rows import carries
+from llm_jax.training.state import TrainState, init_state
+from llm_jax.training.step import StepConfig, make_eval_step, make_train_step
+
+
+class Program(NamedTuple):
+    """A run without its data.
+
+    Attributes:
+      objective: as it trains.
+      params: abstract parameters.
+      axes: their logical axes.
+      given: abstract parameters that the run starts from, None for fresh ones.
+      init: jitted `(key, given) -> state`; takes `given` over.
+      shapes: the abstract state.
+      shardings: of the state.
+      step: jitted `(state, batch) -> (state, metrics)`; takes the state over.
+      evaluate: jitted `(params, batch) -> (score sums, weight sums)`.
+      flops_per_token: see `flops.flops_per_token`.
+    """
+
+    objective: Objective
+    params: Any
+    axes: Any
+    given: Any
+    init: Any
+    shapes: TrainState
+    shardings: Any
+    step: Any
+    evaluate: Any
+    flops_per_token: float
+
+
+def build(
+    config: Any,
+    plan: Plan,
+    mask_id: int | None,
+    given: Any = None,
+    adapt: Callable[[Any], Any] = lambda params: params,
+) -> Program:
+    """Everything up to the first compilation.
+
+    Args:
+      config: a `RunConfig`.
+      plan: of the same config, on its devices.
+      mask_id: the tokenizer's mask, None without.
+      given: parameters to start from (abstract will do).
+      adapt: see `run.train`.
+
+    Raises:
+      ValueError: where plan, batch, model, objective or optimizer do not fit together.
+    """
+    c = config.training
+    plan.check_batch(c.batch_size, c.accumulation)
+    objective = config.objective.for_run(plan.mesh.size, config.model, mask_id)
+    model = config.model.make(plan.execution())
+    tx = make_optimizer(config.optimizer, c.steps)
+    precision = Precision(config.plan.precision, config.plan.master)
+    example = jax.ShapeDtypeStruct((plan.batch_divisor, c.sequence_length), np.int32)
+    boxed = jax.eval_shape(lambda key, ids: model.init(key, ids)["params"], jax.random.key(0), example)
+    params, axes = weights.split_axes(boxed)
+    given = None if given is None else jax.eval_shape(lambda p: p, given)
+    params = params if given is None else jax.eval_shape(adapt, given)
+
+    def init(key: jax.Array, given: Any) -> TrainState:
+        init_key, step_key = jax.random.split(key)
+        if given is None:
+            fresh = weights.split_axes(model.init(init_key, np.zeros(example.shape, example.dtype))["params"])[0]
+        else:
+            fresh = adapt(given)
+        carry = config.model.init_carry(c.batch_size) if carries(config.objective) else None
+        return init_state(fresh, tx, step_key, precision, c.trainable, c.ema > 0, carry)
+
+    if config.optimizer.decay != OptimizerConfig.decay:  # the default names what most trees have, not all
+        paths.select([p for p, _ in paths.flatten(params, weights.is_node)], config.optimizer.decay)
+
+    shapes = jax.eval_shape(init, jax.random.key(c.seed), given)
+    shardings = plan.state_shardings(shapes, axes)
+    grads = plan.grad_shardings(params, axes)
+    pin = lambda tree: jax.tree.map(
+        lambda g, s: None if g is None else jax.lax.with_sharding_constraint(g, s),
+        tree,
+        grads,
+        is_leaf=lambda x: x is None,
+    )
+    options = StepConfig(c.accumulation, config.optimizer.clip_norm, c.ema, c.trainable, precision, config.plan.unroll)
+    pin = pin if plan.mesh.size > 1 else lambda g: g
+    pipe = None if plan.schedule is None else (plan.mesh, plan.schedule)
+    step = make_train_step(model, objective, tx, options, constrain_grads=pin, pipe=pipe)
+    size = config.model
+    count = getattr(size, "num_heads", 0)  # an LSTM has none
+    width = count * (getattr(size, "head_dim", None) or size.model_dim // max(count, 1))
+    return Program(
+        objective=objective,
+        params=params,
+        axes=axes,
+        given=given,
+        init=jax.jit(init, out_shardings=shardings, donate_argnums=1),
+        shapes=shapes,
+        shardings=shardings,
+        step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
+        evaluate=jax.jit(make_eval_step(model, objective.plain(), precision)),
+        flops_per_token=flops.flops_per_token(params, size.num_layers, c.sequence_length, width),
+    )

@@ -1,0 +1,98 @@
+"""Schedules against the papers' formulas: idle share, micro-batches held at once, and that nothing runs too early."""
+
+import collections
+
+import pytest
+
+from llm_jax.parallel import schedules
+
+CASES = [
+    (name, p, m, v)
+    for name, v in (("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("zero_bubble", 1))
+    for p in (1, 2, 3, 4, 8)
+    for m in (p, 2 * p, 4 * p)
+]
+
+
+@pytest.mark.parametrize("name, p, m, v", CASES)
+def test_formulas(name, p, m, v):
+    s = schedules.make(name, p, m, v)
+    work = 3 * m if name == "zero_bubble" else 2 * m * v
+    idle = p - 1 if name == "zero_bubble" else 2 * (p - 1)  # ticks of every device
+    assert len(s.ticks) == work + idle
+    assert s.bubble() == pytest.approx(
+        idle / (work + idle)
+    )  # (p - 1) / (v m + p - 1), zero bubble (p - 1) / (3 m + p - 1)
+    held = {
+        "gpipe": [m] * p,
+        "1f1b": [min(p - d, m) for d in range(p)],
+        "zero_bubble": [p] * p,
+        "interleaved": [min(2 * (p - 1 - d) + (v - 1) * p + 1, m * v) for d in range(p)],
+    }
+    assert s.live() == held[name]
+
+
+@pytest.mark.parametrize("name, p, m, v", [*CASES, ("1f1b", 4, 2, 1), ("gpipe", 4, 1, 1), ("zero_bubble", 4, 3, 1)])
+def test_every_item_once_and_after_what_it_needs(name, p, m, v):
+    s = schedules.make(name, p, m, v)
+    when = {}
+    for t, tick in enumerate(s.ticks):
+        for device, item in enumerate(tick):
+            if item is not None:
+                key = (item.kind, item.micro, item.chunk * p + device)
+                assert key not in when
+                when[key] = t
+    kinds = "FBW" if s.splits else "FB"
+    assert collections.Counter(k for k, _, _ in when) == dict.fromkeys(kinds, m * p * v)
+    for (kind, micro, piece), t in when.items():
+        if kind == "F" and piece:
+            assert when["F", micro, piece - 1] < t
+        if kind == "B":
+            assert when["F", micro, piece] < t
+            assert piece == p * v - 1 or when["B", micro, piece + 1] < t
+        if kind == "W":
+            assert when["B", micro, piece] < t
+
+
+def test_time_with_costs():
+    """Backward twice as long: without lockstep as the formulas; in lockstep 1F1B's mixed ticks cost the longer one."""
+    costs = {"F": 1, "B": 2, "W": 1}
+    p, m = 4, 8
+    span = lambda name, v=1, c=costs: schedules.make(name, p, m, v).span(c)
+    assert span("gpipe") == span("1f1b") == 3 * (m + p - 1)
+    assert span("interleaved", 2) == 3 * (2 * m + p - 1)  # of pieces half as large
+    whole = schedules.make("zero_bubble", p, m)
+    assert whole.span({"F": 1, "B": 1, "W": 1}) == 3 * m + p - 1
+    assert schedules.make("gpipe", p, m).lockstep(costs) == 3 * (m + p - 1)
+    assert schedules.make("1f1b", p, m).lockstep(costs) == 40 > 3 * (m + p - 1)
+
+
+def test_what_recomputation_makes_of_zero_bubble():
+    """With stage inputs only, B and W recompute both: five units against four, so it pays where bubbles are large."""
+    for m, pays in ((4, True), (8, False), (32, False)):
+        one = schedules.make("1f1b", 4, m).span({"F": 1, "B": 3})
+        zero = schedules.make("zero_bubble", 4, m).span({"F": 1, "B": 2, "W": 2})
+        assert (zero < one) == pays, (m, zero, one)
+
+
+def test_timeline():
+    assert schedules.timeline(schedules.make("zero_bubble", 2, 2)).splitlines() == [
+        "F0 F1 .  b0 w0 b1 w1",
+        ".  F0 b0 F1 b1 w0 w1",
+    ]
+    assert schedules.timeline(schedules.make("interleaved", 2, 2, 2)).splitlines()[0].startswith("F0a F1a F0b F1b ")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("dapple", 2, 2), "schedule='dapple' is none of gpipe, 1f1b, interleaved, zero_bubble"),
+        (("gpipe", 2, 0), "micro-batches=0 and chunks=1 must be at least 1"),
+        (("1f1b", 2, 4, 2), "schedule=1f1b with chunks=2"),
+        (("interleaved", 2, 4, 1), "schedule=interleaved with chunks=1"),
+        (("interleaved", 4, 6, 2), "divide by pipe=4, not 6: 4 works"),
+    ],
+)
+def test_errors(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        schedules.make(*arguments)
