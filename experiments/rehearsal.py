@@ -1,0 +1,153 @@
+"""What `rehearse` measures: a compiled step's memory, collectives and time bounds, as one dictionary and one table."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from llm_jax.nn import weights
+from llm_jax.parallel import chips, hlo
+from llm_jax.parallel.plan import Plan
+from llm_jax.training import rows
+from llm_jax.training.program import Program, build
+from llm_jax.training.run import RunConfig
+
+GB = 1e9
+
+
+def abstract(config: RunConfig, plan: Plan, program: Program) -> tuple[Any, Any]:
+    """The arguments of the train step, without memory behind them."""
+    state = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), program.shapes, program.shardings
+    )
+    spread, count = plan.batch_sharding(), config.training.batch_size
+    row = {name: np.asarray(value) for name, value in rows.example(config).items()}
+    batch = {k: jax.ShapeDtypeStruct((count, *v.shape), v.dtype, sharding=spread) for k, v in row.items()}
+    return state, batch
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes of one device's shards of an abstract tree."""
+    shards = (
+        jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
+        for x in jax.tree.leaves(tree)
+        if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    )
+    return sum(weights.bytes_of(x) for x in shards)
+
+
+def rehearse(config: RunConfig, topology: str, hlo_file: str | None = None) -> dict[str, Any]:
+    """Compiles the train step for a topology.
+
+    Args:
+      config: the run.
+      topology: as `v5e:16x16`.
+      hlo_file: where the optimized program goes.
+
+    Raises:
+      TopologyError, ValueError: where the topology is unknown or the plan does not fit the model.
+    """
+    chip = chips.CHIPS[chips.split(topology)[0]]
+    devices = chips.describe(topology).devices
+    plan = Plan(config.plan, config.model, devices)
+    program = build(config, plan, 0)
+    state, batch = abstract(config, plan, program)
+    tokens = config.training.batch_size * config.training.sequence_length
+    report: dict[str, Any] = {
+        "topology": topology,
+        "chips": len(devices),
+        "mesh": {a: n for a, n in plan.mesh.shape.items() if n > 1},
+        "parameters": weights.count(program.params),
+        "tokens_per_step": tokens,
+        "tokens_per_chip": tokens / len(devices),
+        "hbm": chip.hbm,
+        "state": {
+            "parameters": bytes_per_device(state.params),
+            "optimizer": bytes_per_device((state.opt_state, state.master, state.average)),
+        },
+        "model_flops": program.flops_per_token * tokens,
+    }
+    lowered = program.step.lower(state, batch)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        return {**report, "fits": False, "compiler": str(e)}
+    text = compiled.as_text()
+    if hlo_file:
+        with open(hlo_file, "w") as f:
+            f.write(text)
+    return {**report, **measure(text, compiled.memory_analysis(), plan, chip, report)}
+
+
+def measure(text: str, memory: Any, plan: Plan, chip: chips.Chip, report: dict[str, Any]) -> dict[str, Any]:
+    """What the compiled program says of itself."""
+    parsed = hlo.parse(text)
+    found = hlo.collectives(parsed)
+    compute = parsed.cycles() / chip.clock
+    moving = [c.sent(0) / chip.links for c in found]
+    hidden = [min(t, c.times * c.cover / chip.clock) for t, c in zip(moving, found, strict=True)]
+    step = compute + sum(moving) - sum(hidden)
+    ideal = report["model_flops"] / (report["chips"] * chip.flops)
+    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return {
+        "fits": True,
+        "memory": {
+            "arguments": memory.argument_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+            "code": memory.generated_code_size_in_bytes,
+            "peak": peak + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
+        },
+        "collectives": [
+            {"kind": kind, "axes": axes, **row} for (kind, axes), row in hlo.table(found, plan.mesh).items()
+        ],
+        "compute_seconds": compute,
+        "moving_seconds": sum(moving),
+        "hidden": sum(hidden) / max(sum(moving), 1e-30),
+        "step_seconds": step,
+        "tokens_per_second": report["tokens_per_step"] / step,
+        "mfu": ideal / step,
+        "mfu_bound": ideal / compute if compute else 0.0,
+    }
+
+
+def table(r: dict[str, Any]) -> str:
+    """A report to read."""
+    lines = [
+        f"{r['topology']}: {r['chips']} chips, mesh {r['mesh']}, {r['parameters'] / GB:.2f} B parameters, "
+        f"{r['tokens_per_chip']:,.0f} tokens a chip a step",
+        f"held a chip: parameters {r['state']['parameters'] / GB:.2f} GB, "
+        f"optimizer {r['state']['optimizer'] / GB:.2f} GB of {r['hbm'] / GB:.1f} GB",
+    ]
+    if not r["fits"]:
+        reason = next((x for x in r["compiler"].splitlines() if "exceed" in x.lower() or "ran out" in x.lower()), "")
+        return "\n".join([*lines, f"does not fit: {reason.strip()}", *_largest(r["compiler"]), ADVICE])
+    m = r["memory"]
+    lines.append(
+        f"fits: {m['peak'] / GB:.2f} GB a chip (arguments {m['arguments'] / GB:.2f}, temporaries "
+        f"{m['temporaries'] / GB:.2f}, code {m['code'] / GB:.2f})"
+    )
+    lines.append(f"{'collective':<20}{'axes':<14}{'runs':>8}{'GB':>10}{'GB sent':>10}")
+    for row in sorted(r["collectives"], key=lambda row: -row["sent"]):
+        lines.append(
+            f"{row['kind']:<20}{row['axes']:<14}{row['calls']:>8,}{row['bytes'] / GB:>10.3f}{row['sent'] / GB:>10.3f}"
+        )
+    lines.append(
+        f"predicted step {r['step_seconds']:.3f} s: computing {r['compute_seconds']:.3f}, moving "
+        f"{r['moving_seconds']:.3f} of which {r['hidden']:.0%} behind computing"
+    )
+    lines.append(
+        f"{r['tokens_per_second']:,.0f} tokens/s, MFU {r['mfu']:.2f}, at most {r['mfu_bound']:.2f} were nothing moved"
+    )
+    return "\n".join(lines)
+
+
+ADVICE = "try: plan.zero=3, plan.remat=full, a smaller training.batch_size, training.accumulation, plan.model=2"
+
+
+def _largest(text: str) -> list[str]:
+    """The largest buffers that the compiler's refusal names."""
+    wanted = ("Size:", "Operator:", "Shape:")
+    found = [line.strip() for line in text.splitlines() if line.strip().startswith(wanted)]
+    return [f"  {line}" for line in found[:9]]
