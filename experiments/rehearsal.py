@@ -7,6 +7,7 @@ import numpy as np
 
 from llm_jax.nn import weights
 from llm_jax.parallel import chips, hlo
+from llm_jax.parallel.pipeline import branch_shares
 from llm_jax.parallel.plan import Plan
 from llm_jax.training import rows
 from llm_jax.training.program import Program, build
@@ -84,8 +85,9 @@ def rehearse(config: RunConfig, topology: str, hlo_file: str | None = None) -> d
 def measure(text: str, memory: Any, plan: Plan, chip: chips.Chip, report: dict[str, Any]) -> dict[str, Any]:
     """What the compiled program says of itself."""
     parsed = hlo.parse(text)
-    found = hlo.collectives(parsed)
-    compute = parsed.cycles() / chip.clock
+    branches = () if plan.schedule is None else branch_shares(plan.schedule)
+    found = hlo.collectives(parsed, branches)
+    compute = parsed.cycles(branches) / chip.clock
     moving = [c.sent(0) / chip.links for c in found]
     hidden = [min(t, c.times * c.cover / chip.clock) for t, c in zip(moving, found, strict=True)]
     step = compute + sum(moving) - sum(hidden)
@@ -130,9 +132,8 @@ def table(r: dict[str, Any]) -> str:
     )
     lines.append(f"{'collective':<20}{'axes':<14}{'runs':>8}{'GB':>10}{'GB sent':>10}")
     for row in sorted(r["collectives"], key=lambda row: -row["sent"]):
-        lines.append(
-            f"{row['kind']:<20}{row['axes']:<14}{row['calls']:>8,}{row['bytes'] / GB:>10.3f}{row['sent'] / GB:>10.3f}"
-        )
+        size, sent = row["bytes"] / GB, row["sent"] / GB
+        lines.append(f"{row['kind']:<20}{row['axes']:<14}{row['calls']:>8,.0f}{size:>10.3f}{sent:>10.3f}")
     lines.append(
         f"predicted step {r['step_seconds']:.3f} s: computing {r['compute_seconds']:.3f}, moving "
         f"{r['moving_seconds']:.3f} of which {r['hidden']:.0%} behind computing"

@@ -119,7 +119,8 @@ def two_steps(plan_config, name, accumulation, devices=None):
     objective, batches = TASKS.get(name, (CausalLM(z_loss=1e-2), BATCHES))
     pin = pin if plan.mesh.size > 1 else lambda g: g
     pipe = None if plan.schedule is None else (plan.mesh, plan.schedule)
-    step = make_train_step(model, objective, TX, options, constrain_grads=pin, pipe=pipe)
+    gather = lambda tree: plan.gather(tree, axes)
+    step = make_train_step(model, objective, TX, options, constrain_grads=pin, pipe=pipe, gather=gather)
     step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     state = jax.device_put(start(name).replace(key=jax.random.key(3)), shardings)
     metrics = []

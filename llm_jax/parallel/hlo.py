@@ -65,20 +65,32 @@ class Program:
     computations: dict[str, dict[str, Instruction]]
     entry: str
 
-    def calls(self) -> dict[str, int]:
-        """How often each computation runs in one call of the program; of two branches both are counted."""
-        times = dict.fromkeys(self.computations, 0)
-        times[self.entry] = 1
+    def calls(self, branches: Sequence[float] = ()) -> dict[str, float]:
+        """How often each computation runs in one call of the program.
+
+        Args:
+          branches: how often each branch of a conditional with as many branches is taken, of one time that it is
+            asked; of other conditionals every branch counts as taken.
+        """
+        times = dict.fromkeys(self.computations, 0.0)
+        times[self.entry] = 1.0
         for name in self._callers_first():
             for instruction in self.computations[name].values():
-                often = self.trips(instruction) if instruction.opcode == "while" else 1
-                for callee in instruction.callees:
-                    times[callee] += times[name] * often
+                callees = instruction.callees
+                often = [self.trips(instruction) if instruction.opcode == "while" else 1.0] * len(callees)
+                if instruction.opcode == "conditional" and len(callees) == len(branches):
+                    often = list(branches)
+                for callee, n in zip(callees, often, strict=True):
+                    times[callee] += times[name] * n
         return times
 
-    def cycles(self) -> int:
-        """Cycles that a TPU's compiler estimates for all that computes, loops included; collectives not."""
-        times = self.calls()
+    def cycles(self, branches: Sequence[float] = ()) -> float:
+        """Cycles that a TPU's compiler estimates for all that computes, loops included; collectives not.
+
+        Args:
+          branches: see `calls`.
+        """
+        times = self.calls(branches)
         fused = {
             c for body in self.computations.values() for i in body.values() if i.opcode == "fusion" for c in i.callees
         }
@@ -200,7 +212,7 @@ class Collective:
     kind: str
     size: int
     groups: tuple[tuple[int, ...], ...]
-    times: int
+    times: float
     asynchronous: bool
     cover: int
     where: str
@@ -290,14 +302,18 @@ def _covers(program: Program) -> dict[str, int]:
     return covers
 
 
-def collectives(text: str | Program) -> list[Collective]:
+def collectives(text: str | Program, branches: Sequence[float] = ()) -> list[Collective]:
     """All collectives of an optimized program, in the order of the text.
+
+    Args:
+      text: `compiled.as_text()`, or what `parse` made of it.
+      branches: see `Program.calls`.
 
     A TPU's compiler writes one that runs behind others as a chain: a fusion that starts it, fusions that compute and
     carry it on, a fusion that ends it, each with the collective in its body. Those are one.
     """
     program = parse(text) if isinstance(text, str) else text
-    times, covers = program.calls(), _covers(program)
+    times, covers = program.calls(branches), _covers(program)
     found = []
     seen = set()
     for name, computation in program.computations.items():

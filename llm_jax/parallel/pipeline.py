@@ -138,6 +138,13 @@ def tables(schedule: Schedule) -> dict[str, np.ndarray]:
     return out
 
 
+def branch_shares(schedule: Schedule) -> list[float]:
+    """How often a device takes each of a tick's branches, of all ticks; of the device that does most."""
+    op = tables(schedule)["op"]
+    counts = [[(op[:, d] == i).mean() for i in range(7)] for d in range(schedule.stages)]
+    return [float(x) for x in min(counts, key=lambda row: row[0] + row[4])]
+
+
 def slots(schedule: Schedule, table: Mapping[str, np.ndarray]) -> tuple[int, int]:
     """Places a chunk for inputs and for gradients, so that micro-batch i can live at i modulo their number."""
     end = 3 if schedule.splits else 2

@@ -178,6 +178,10 @@ class Plan:
         specs = jax.tree.unflatten(jax.tree.structure(params), flat)
         return zero.divide_tree(specs, params, names, self.mesh, "data") if divided else specs
 
+    def gather(self, params: Any, axes: Any) -> Any:
+        """Parameters that compute, without ZeRO's division (inside `jit`)."""
+        return jax.tree.map(jax.lax.with_sharding_constraint, params, self._named(self.specs(params, axes, False)))
+
     def param_shardings(self, params: Any, axes: Any) -> Any:
         """Shardings that parameters are stored in."""
         return self._named(self.specs(params, axes, self.config.zero >= 3))

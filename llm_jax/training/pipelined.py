@@ -23,6 +23,7 @@ def make_gradient(
     schedule: Schedule,
     form: Callable[[Any], Any],
     ties: Ties | None = None,
+    gather: Callable[[Any], Any] = lambda params: params,
 ) -> Gradient:
     """Builds `(trainable, prepared, totals, keys, scale) -> ((loss, scores), gradients)`.
 
@@ -35,6 +36,7 @@ def make_gradient(
       schedule: what happens when.
       form: the parameters that compute, of those that train (joined with what is frozen, cast).
       ties: shared parameters.
+      gather: undoes ZeRO's division of the parameters, once a step: a tick's branches must not.
     """
 
     def running(runner: Any) -> Any:
@@ -51,7 +53,7 @@ def make_gradient(
         params = expand(params, ties) if ties else params
         _, join = pipeline.divide(params)
         leaves, pull = jax.vjp(floats, trainable)
-        params = join(leaves)
+        params = gather(join(leaves))
         layers, path = pipeline.split_layers(params)
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), layers)
         outer = pipeline.put(params, path, None)

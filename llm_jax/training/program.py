@@ -100,7 +100,8 @@ def build(
     options = StepConfig(c.accumulation, config.optimizer.clip_norm, c.ema, c.trainable, precision, config.plan.unroll)
     pin = pin if plan.mesh.size > 1 else lambda g: g
     pipe = None if plan.schedule is None else (plan.mesh, plan.schedule)
-    step = make_train_step(model, objective, tx, options, constrain_grads=pin, pipe=pipe)
+    gather = lambda tree: plan.gather(tree, axes)
+    step = make_train_step(model, objective, tx, options, constrain_grads=pin, pipe=pipe, gather=gather)
     size = config.model
     count = getattr(size, "num_heads", 0)  # an LSTM has none
     width = count * (getattr(size, "head_dim", None) or size.model_dim // max(count, 1))

@@ -55,6 +55,7 @@ def make_train_step(
     ties: Ties | None = None,
     constrain_grads: Callable[[Any], Any] = _same,
     pipe: tuple[Mesh, Schedule] | None = None,
+    gather: Callable[[Any], Any] = _same,
 ) -> Step:
     """Builds `step(state, batch) -> (state, metrics)`; jit it with the state donated.
 
@@ -70,6 +71,7 @@ def make_train_step(
       ties: shared parameters, expanded before every `apply`.
       constrain_grads: pins the sharding of gradients (ZeRO-2 and 3).
       pipe: mesh and schedule of a pipeline, whose micro-batches take the place of `accumulation`.
+      gather: of a pipeline: undoes ZeRO's division of the parameters that compute.
 
     Raises:
       ValueError: when traced with a batch that does not divide by its micro-batches.
@@ -121,7 +123,7 @@ def make_train_step(
                 raise ValueError("what runs on from batch to batch (objective.carry) has no place in a pipeline")
             keys = jax.vmap(lambda i: micro_keys(i)[1])(jnp.arange(count))
             form = lambda trainable: weights.cast(combine(trainable, frozen), precision.dtype)
-            piped = make_gradient(model, objective, *pipe, form, ties)
+            piped = make_gradient(model, objective, *pipe, form, ties, gather)
             (loss, scores), grads = piped(trainable, prepared, totals, keys, scale)
             grads = constrain_grads(grads)
         elif count > 1:
