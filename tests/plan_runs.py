@@ -46,6 +46,9 @@ MODELS_HERE = {  # sizes that 8 devices divide, but for what a row is about
         vocab_size=V, model_dim=16, num_layers=2, num_heads=4, hidden_dim=24, dropout=0.0, vocab_pad_multiple=8,
         memory_length=6,
     ),
+    "xlnet_alone": XLNetConfig(
+        vocab_size=V, model_dim=16, num_layers=2, num_heads=4, hidden_dim=24, dropout=0.1, vocab_pad_multiple=8
+    ),
 }  # fmt: skip
 RNG = np.random.default_rng(0)
 BATCHES = [
@@ -89,6 +92,7 @@ TASKS = {  # objective and batches, where they are not a decoder's
     "t5": (Seq2Seq(start_id=0, label_smoothing=0.1), PAIRS),
     "transformer": (Seq2Seq(start_id=0), PAIRS),
     "xlnet": (PermutationLM(carry=True), PLAIN),
+    "xlnet_alone": (PermutationLM(), [{k: v for k, v in batch.items() if k != "continues"} for batch in PLAIN]),
 }
 TX = make_optimizer(OptimizerConfig(learning_rate=1e-2, schedule="constant", eps=1e-3), 2)
 

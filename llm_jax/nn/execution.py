@@ -30,8 +30,7 @@ class Execution:
         dropout.
       dtype: compute dtype of activations and kernels; None keeps that of the parameters.
       constrain: `(x, logical axes) -> x`, pins the sharding of activations.
-      stack_runner: replaces the loop over layers, `(layer, params, carry, per_layer, context) -> (carry, outputs)`,
-        with `layer(params, index, carry, inputs, context) -> (carry, output, sown)`.
+      stack_runner: replaces the loop over layers: `stack.Call -> (carry, outputs)`.
     """
 
     remat: str = "none"

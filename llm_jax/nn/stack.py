@@ -9,7 +9,7 @@ unrolled. `stack` and `unstack` convert.
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +82,28 @@ def _join(each: Any) -> Any:
     return jax.tree.map(lambda *x: jnp.stack(x), *each)
 
 
+class Call(NamedTuple):
+    """What a stack hands to a runner in the place of its loop.
+
+    Attributes:
+      path: of the stack; its parameters are below it, at `layers`.
+      layer: `(params, index, carry, inputs, context) -> (carry, output, sown)`.
+      params: the parameter sets, stacked or unstacked.
+      group_of: which of them each layer has.
+      carry: what flows from layer to layer.
+      per_layer: per-layer inputs or None.
+      context: what all layers see, dropout's key included.
+    """
+
+    path: tuple[str, ...]
+    layer: Callable[..., tuple[Any, Any, Any]]
+    params: Any
+    group_of: tuple[int, ...]
+    carry: Any
+    per_layer: Any
+    context: Any
+
+
 class Stack(nn.Module):
     """Runs `num_layers` blocks made by `make_block`.
 
@@ -124,7 +146,7 @@ class Stack(nn.Module):
           (last carry, tuple of per-layer outputs, or None where blocks return None).
 
         Raises:
-          ValueError: if the parameters hold another number of layers, or a stack runner meets shared layers.
+          ValueError: if the parameters hold another number of layers, or a stack runner meets layers that differ.
         """
         count, groups = self.num_layers, self.num_groups or self.num_layers
         if self.is_initializing():
@@ -148,12 +170,13 @@ class Stack(nn.Module):
             (carry, out), sown = run(mutable=["intermediates"])
             return carry, out, sown.get("intermediates", {})
 
-        if self.execution.stack_runner is not None:
-            if groups != count or extra is not None:
-                raise ValueError("a stack_runner runs layers with their own parameters: no groups, no per_layer")
-            return self.execution.stack_runner(layer, params, carry, per_layer, (shared, key))
-        run = _unrolled if is_unstacked(params) else _scanned
         group_of = [l * groups // count for l in range(count)]
+        if self.execution.stack_runner is not None:
+            if extra is not None:
+                raise ValueError("a stack_runner runs layers that share their structure: no per_layer")
+            call = Call(self.path, layer, params, tuple(group_of), carry, per_layer, (shared, key))
+            return self.execution.stack_runner(call)
+        run = _unrolled if is_unstacked(params) else _scanned
         own = lambda *a: layer(*a, (shared, key))
         carry, outputs, sown = run(own, params, extra, group_of, carry, per_layer, self.execution)
         if sowing:

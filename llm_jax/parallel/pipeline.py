@@ -13,7 +13,7 @@ Sources: see `schedules`.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,10 +22,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from llm_jax.nn.stack import Call
 from llm_jax.parallel.schedules import Schedule
 
 Tree = Any
-Layer = Callable[..., tuple[Any, Any, Any]]
 
 
 class PipelineError(ValueError):
@@ -49,67 +49,77 @@ class Cut(NamedTuple):
         """Layers a piece."""
         return -(-self.layers // self.pieces)
 
+    def pieces_of(self, x: jax.Array, devices: int) -> jax.Array:
+        """`[L, ...]` as `[p, v, each, ...]`: device d has pieces d, d + p, ..."""
+        pad = self.each * self.pieces - self.layers
+        x = jnp.pad(x, [(0, pad), *[(0, 0)] * (x.ndim - 1)]) if pad else x
+        return x.reshape(-1, devices, self.each, *x.shape[1:]).swapaxes(0, 1)
 
-def split_layers(params: Tree) -> tuple[Tree, tuple[str, ...]]:
-    """(the stack's parameters, where they are).
+    def whole(self, x: jax.Array) -> jax.Array:
+        """Undoes `pieces_of`."""
+        return x.swapaxes(0, 1).reshape(self.each * self.pieces, *x.shape[3:])[: self.layers]
+
+
+def stacks(params: Tree) -> dict[tuple[str, ...], Tree]:
+    """Every stack's parameters by its path.
 
     Raises:
-      PipelineError: if there is not exactly one stack, its layers are unstacked, or some have parameters of their own.
+      PipelineError: if there is none, layers are unstacked, or some have parameters of their own.
     """
-    found: list[tuple[str, ...]] = []
+    found: dict[tuple[str, ...], Tree] = {}
 
     def visit(tree: Tree, path: tuple[str, ...]) -> None:
         if isinstance(tree, Mapping):
             for key, value in tree.items():
                 if key == "per_layer":
-                    raise PipelineError("plan.pipe: layers with parameters of their own (per_layer) share one stack")
-                found.append((*path, key)) if key == "layers" else visit(value, (*path, key))
+                    raise PipelineError("plan.pipe: layers with parameters of their own (per_layer) are no stages")
+                if key != "layers":
+                    visit(value, (*path, key))
+                elif isinstance(value, Mapping) and "0" in value:
+                    raise PipelineError("plan.pipe: layers that differ cannot be stages; stack them")
+                else:
+                    found[path] = value
 
     visit(params, ())
-    if len(found) != 1:
-        raise PipelineError(f"plan.pipe: this schedule needs one stack of layers, the model has {len(found)}")
-    layers = functools.reduce(lambda tree, key: tree[key], found[0], params)
-    if isinstance(layers, Mapping) and "0" in layers:
-        raise PipelineError("plan.pipe: layers that differ cannot be stages; stack them")
-    return layers, found[0]
+    if not found:
+        raise PipelineError("plan.pipe: the model has no stack of layers to cut into stages")
+    return found
 
 
-def put(params: Tree, path: tuple[str, ...], layers: Tree) -> Tree:
-    """`params` with other layers at the path."""
-    if not path:
-        return layers
-    return {**params, path[0]: put(params[path[0]], path[1:], layers)}
+def put(params: Tree, layers: Mapping[tuple[str, ...], Tree]) -> Tree:
+    """`params` with other layers in the stacks at these paths."""
+    for path, value in layers.items():
+        params = _put(params, (*path, "layers"), value)
+    return params
 
 
-def taking(kept: list[Any]) -> Callable[..., tuple[Any, Any]]:
-    """A stack runner that keeps `(layer, carry, context)` and runs nothing."""
+def _put(params: Tree, path: tuple[str, ...], value: Tree) -> Tree:
+    return value if not path else {**params, path[0]: _put(params[path[0]], path[1:], value)}
 
-    def run(layer: Layer, params: Tree, carry: Any, per_layer: Any, context: Any) -> tuple[Any, Any]:
-        if per_layer is not None:
+
+def taking(kept: list[Call], results: Sequence[Any] = ()) -> Callable[[Call], tuple[Any, Any]]:
+    """A stack runner that gives the first stacks their results and keeps the other calls, running nothing."""
+    done = list(results)
+
+    def run(call: Call) -> tuple[Any, Any]:
+        if call.per_layer is not None:
             raise PipelineError("plan.pipe: a cache or memories have no place in a pipeline")
-        kept.append((layer, carry, context))
-        return carry, _outputs(layer, params, carry, context)
+        if done:
+            return done.pop(0), _outputs(call)
+        kept.append(call)
+        return call.carry, _outputs(call)
 
     return run
 
 
-def giving(result: Any) -> Callable[..., tuple[Any, Any]]:
-    """A stack runner that runs nothing and returns `result`."""
-
-    def run(layer: Layer, params: Tree, carry: Any, per_layer: Any, context: Any) -> tuple[Any, Any]:
-        return result, _outputs(layer, params, carry, context)
-
-    return run
-
-
-def _outputs(layer: Layer, params: Tree, carry: Any, context: Any) -> Any:
+def _outputs(call: Call) -> Any:
     """What the layers would return beside the carry; not-a-number in every place, so that nobody can use it."""
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params)
-    shapes = jax.eval_shape(lambda p, c, s: layer(p, 0, c, None, s)[1], one, carry, context)
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), call.params)
+    shapes = jax.eval_shape(lambda p, c, s: call.layer(p, 0, c, None, s)[1], one, call.carry, call.context)
     if shapes is None:
         return None
     bad = lambda x: jnp.full(x.shape, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 0, x.dtype)
-    return tuple(jax.tree.map(bad, shapes) for _ in range(jax.tree.leaves(params)[0].shape[0]))
+    return tuple(jax.tree.map(bad, shapes) for _ in call.group_of)
 
 
 def tables(schedule: Schedule) -> dict[str, np.ndarray]:
@@ -185,6 +195,69 @@ def divide(tree: Tree) -> tuple[list[Any], Callable[[list[Any]], Tree]]:
     return [x for c, x in zip(chosen, leaves, strict=True) if c], join
 
 
+def _stage(layer: Callable[..., Any], cut: Cut, own: Tree, x: Any, context: Any, piece: jax.Array) -> Any:
+    """The layers of one piece, each recomputed in the backward."""
+
+    def one(carry: Any, item: Any) -> tuple[Any, None]:
+        own, i = item
+        after = layer(own, i, carry, context)
+        if cut.layers < cut.each * cut.pieces:
+            after = jax.tree.map(lambda a, b: jnp.where(i < cut.layers, a, b), after, carry)
+        return after, None
+
+    indices = piece * cut.each + jnp.arange(cut.each)
+    return jax.lax.scan(jax.checkpoint(one, prevent_cse=False), x, (own, indices))[0]
+
+
+def forward(
+    mesh: Mesh,
+    cut: Cut,
+    layer: Callable[[Tree, Any, Any, Any], Any],
+    layers: Tree,
+    inputs: Tree,
+    contexts: Tree,
+) -> Tree:
+    """GPipe's forward of one stack, whose backward is autodiff's: for models of several stacks.
+
+    Args:
+      mesh: with the axis `pipe`.
+      cut: into as many pieces as the axis has devices.
+      layer: see `run`.
+      layers: stacked, `[L, ...]`.
+      inputs: what flows into the first layer, `[M, ...]`.
+      contexts: what all layers of a micro-batch see, `[M, ...]`.
+
+    Returns:
+      What flows out of the last layer, `[M, ...]`.
+    """
+    p, micros = cut.pieces, jax.tree.leaves(inputs)[0].shape[0]
+
+    def local(parts: Tree, inputs: Tree, contexts: Tree) -> Tree:
+        device = jax.lax.axis_index("pipe")
+        own = jax.tree.map(lambda x: x[0, 0], parts)
+        pick = lambda tree, i: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
+        run = jax.checkpoint(lambda own, x, context: _stage(layer, cut, own, x, context, device), prevent_cse=False)
+
+        def tick(state: Any, t: jax.Array) -> tuple[Any, Any]:
+            micro = jnp.clip(t - device, 0, micros - 1)
+            x = jax.tree.map(lambda a, b: jnp.where(device == 0, a, b), pick(inputs, micro), state)
+            y = run(own, x, pick(contexts, micro))
+            pairs = [(i, i + 1) for i in range(p - 1)]
+            return jax.tree.map(lambda a: jax.lax.ppermute(a, "pipe", pairs), y), y
+
+        start = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), inputs)
+        _, out = jax.lax.scan(tick, start, jnp.arange(micros + p - 1))
+        return jax.tree.map(lambda y: y[None, p - 1 :], out)  # where the last device has them
+
+    parts = jax.tree.map(lambda x: cut.pieces_of(x, p), layers)
+    on = lambda tree, spec: jax.tree.map(lambda _: spec, tree)
+    specs = on(parts, P("pipe")), on(inputs, P()), on(contexts, P())
+    run = jax.shard_map(
+        local, mesh=mesh, in_specs=specs, out_specs=on(inputs, P("pipe")), axis_names={"pipe"}, check_vma=False
+    )
+    return jax.tree.map(lambda y: y[-1], run(parts, inputs, contexts))
+
+
 def run(
     schedule: Schedule,
     mesh: Mesh,
@@ -218,14 +291,6 @@ def run(
     p, v = schedule.stages, schedule.chunks
     table = tables(schedule)
     keeps, keeps_back = slots(schedule, table)
-    pad = cut.each * cut.pieces - cut.layers
-
-    def pieces(x: jax.Array) -> jax.Array:  # [L, ...] -> [p, v, each, ...]
-        x = jnp.pad(x, [(0, pad), *[(0, 0)] * (x.ndim - 1)]) if pad else x
-        return x.reshape(v, p, cut.each, *x.shape[1:]).swapaxes(0, 1)
-
-    def whole(x: jax.Array) -> jax.Array:  # and back
-        return x.swapaxes(0, 1).reshape(cut.each * cut.pieces, *x.shape[3:])[: cut.layers]
 
     def local(layers: Tree, outer: Tree, inputs: Tree, contexts: Tree, batches: Tree, rows: Mapping[str, Any]) -> Any:
         device = jax.lax.axis_index("pipe")
@@ -235,16 +300,7 @@ def run(
         floats = lambda tree: divide(tree)[0]
 
         def stage(own: Tree, x: Any, context: Any, chunk: jax.Array) -> Any:
-            first = (chunk * p + device) * cut.each
-
-            def one(carry: Any, item: Any) -> tuple[Any, None]:
-                own, i = item
-                after = layer(own, i, carry, context)
-                if pad:
-                    after = jax.tree.map(lambda a, b: jnp.where(i < cut.layers, a, b), after, carry)
-                return after, None
-
-            return jax.lax.scan(jax.checkpoint(one, prevent_cse=False), x, (own, first + jnp.arange(cut.each)))[0]
+            return _stage(layer, cut, own, x, context, chunk * p + device)
 
         def branches(own: Tree, x: Any, dy: Any, context: Any, micro: Any, chunk: jax.Array) -> list[Callable[[], Any]]:
             own_f, own_of = divide(own)
@@ -352,7 +408,7 @@ def run(
     spread = lambda tree: jax.tree.map(lambda _: P("pipe"), tree)
     alike = lambda tree: jax.tree.map(lambda _: P(), tree)
     layers_f, layers_of = divide(layers)
-    parts = jax.tree.map(pieces, layers)
+    parts = jax.tree.map(lambda x: cut.pieces_of(x, p), layers)
     rows = {name: jnp.asarray(x) for name, x in table.items()}
     arguments = (parts, outer, inputs, contexts, batches, rows)
     specs = (spread(parts), *(alike(a) for a in arguments[1:]))
@@ -370,4 +426,4 @@ def run(
         check_vma=False,
     )
     (loss, scores), d_layers, d_outer, d_inputs, d_contexts = run(*arguments)
-    return loss, scores, layers_of([whole(g) for g in d_layers]), outer_of(d_outer), d_inputs, d_contexts
+    return loss, scores, layers_of([cut.whole(g) for g in d_layers]), outer_of(d_outer), d_inputs, d_contexts

@@ -1,19 +1,104 @@
 """The gradient of a step whose layers are stages of a pipeline: the model taken apart, run, put together."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from llm_jax.nn.stack import Call
 from llm_jax.nn.ties import Ties, expand
 from llm_jax.objectives.objective import Objective, Prepared, total_loss
 from llm_jax.parallel import pipeline
 from llm_jax.parallel.schedules import Schedule
 
-Gradient = Callable[..., tuple[tuple[jax.Array, dict[str, jax.Array]], Any]]
+Scored = tuple[jax.Array, dict[str, jax.Array]]  # the loss, and sums of every term
+Micro = tuple[Prepared, jax.Array]  # a micro-batch and its dropout key
+Gradient = Callable[..., tuple[Scored, Any]]
+
+
+class _Parts:
+    """A model around its stacks.
+
+    Attributes:
+      layers: the stacks' parameters by path.
+      outer: all others.
+    """
+
+    def __init__(self, model: Any, loss_of: Callable[[Any, Prepared], Scored], params: Any) -> None:
+        self.model, self.loss_of = model, loss_of
+        self.layers = pipeline.stacks(params)
+        shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+        self.shapes = {path: jax.tree.map(shape, layers) for path, layers in self.layers.items()}
+        self.outer = pipeline.put(params, dict.fromkeys(self.layers))
+        self.calls: list[Call] = []
+
+    def _apply(self, outer: Any, micro: Micro, results: Sequence[Any]) -> Any:
+        self.calls.clear()
+        runner = pipeline.taking(self.calls, results)
+        model = self.model.clone(execution=dataclasses.replace(self.model.execution, stack_runner=runner))
+        variables = {"params": pipeline.put(outer, self.shapes)}
+        return model.apply(variables, **micro[0].inputs, train=True, rngs={"dropout": micro[1]})
+
+    def begin(self, outer: Any, micro: Micro, results: Sequence[Any] = ()) -> tuple[Any, Any]:
+        """(carry, context) of the stack that follows those with results; `calls[0]` is its call."""
+        self._apply(outer, micro, results)
+        if not self.calls:
+            raise pipeline.PipelineError("plan.pipe: the model runs fewer stacks than it has parameters of")
+        return self.calls[0].carry, self.calls[0].context
+
+    def finish(self, outer: Any, results: Sequence[Any], micro: Micro) -> Scored:
+        """The loss behind the last stack."""
+        return self.loss_of(self._apply(outer, micro, results), micro[0])
+
+
+def _run_schedule(parts: _Parts, micros: Any, mesh: Mesh, schedule: Schedule) -> tuple[Scored, Any]:
+    """One stack, any schedule: (scored, gradients of all parameters)."""
+    outer_f, outer_of = pipeline.divide(parts.outer)
+
+    def begin(outer_f: list[jax.Array]) -> tuple[list[jax.Array], Any]:
+        both = jax.vmap(parts.begin, (None, 0))(outer_of(outer_f), micros)
+        return pipeline.divide(both)[0], both
+
+    _, pull, (inputs, contexts) = jax.vjp(begin, outer_f, has_aux=True)
+    call = parts.calls[0]
+    layer = lambda p, i, x, context: call.layer(p, i, x, None, context)[0]
+    finish = lambda outer, carry, micro: parts.finish(outer, [carry], micro)
+    layers, group_of = parts.layers[call.path], jnp.asarray(call.group_of)
+    shared = len(group_of) != jax.tree.leaves(layers)[0].shape[0]  # each stage then has those of its layers
+    cut = pipeline.Cut(len(group_of), schedule.stages * schedule.chunks)
+    loss, scores, d_layers, d_outer, d_inputs, d_contexts = pipeline.run(
+        *(schedule, mesh, cut, layer, finish),
+        *(jax.tree.map(lambda x: x[group_of], layers) if shared else layers, parts.outer, inputs, contexts, micros),
+    )
+    if shared:
+        d_layers = jax.tree.map(lambda g, x: jnp.zeros(x.shape, g.dtype).at[group_of].add(g), d_layers, layers)
+    (d_begin,) = pull([*pipeline.divide(d_inputs)[0], *d_contexts])
+    summed = [a + b.astype(a.dtype) for a, b in zip(pipeline.divide(d_outer)[0], d_begin, strict=True)]
+    return (loss, scores), pipeline.put(outer_of(summed), {call.path: d_layers})
+
+
+def _run_in_sequence(parts: _Parts, micros: Any, mesh: Mesh, stages: int) -> Scored:
+    """Several stacks, one pipeline after the other, differentiable: GPipe."""
+    results: list[Any] = []
+    for _ in parts.layers:
+        begin = lambda micro, results: parts.begin(parts.outer, micro, results)
+        inputs, contexts = jax.vmap(begin)(micros, results)
+        call = parts.calls[0]
+        layer = lambda p, i, x, context, call=call: call.layer(p, i, x, None, context)[0]
+        group_of, layers = jnp.asarray(call.group_of), parts.layers[call.path]
+        if len(group_of) != jax.tree.leaves(layers)[0].shape[0]:
+            layers = jax.tree.map(lambda x: x[group_of], layers)  # noqa: B023
+        cut = pipeline.Cut(len(group_of), stages)
+        results.append(pipeline.forward(mesh, cut, layer, layers, inputs, contexts))
+    if jax.tree.leaves(results[-1])[0].shape[0] % stages == 0:  # the head's work is shared out over the stages
+        spread = NamedSharding(mesh, P("pipe", ("replica", "data")))
+        results[-1] = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spread), results[-1])
+    scored = jax.vmap(lambda results, micro: parts.finish(parts.outer, results, micro))(results, micros)
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0), scored)
 
 
 def make_gradient(
@@ -30,69 +115,41 @@ def make_gradient(
     Equal to accumulation over the same micro-batches with the same keys.
 
     Args:
-      model: a module whose layers are one stack.
+      model: a module whose layers are one stack, or several for GPipe.
       objective: see `objectives.objective`.
       mesh: with the axis `pipe`.
       schedule: what happens when.
       form: the parameters that compute, of those that train (joined with what is frozen, cast).
       ties: shared parameters.
       gather: undoes ZeRO's division of the parameters, once a step: a tick's branches must not.
-    """
 
-    def running(runner: Any) -> Any:
-        return model.clone(execution=dataclasses.replace(model.execution, stack_runner=runner))
+    Raises:
+      PipelineError: when traced with a model that cannot be cut, or several stacks under another schedule.
+    """
+    whole = lambda trainable: expand(form(trainable), ties) if ties else form(trainable)
 
     def gradient(
         trainable: Any, prepared: Prepared, totals: Mapping[str, jax.Array], keys: jax.Array, scale: Any
-    ) -> tuple[tuple[jax.Array, dict[str, jax.Array]], Any]:
-        def floats(trainable: Any) -> list[jax.Array]:
-            params = form(trainable)
-            return pipeline.divide(expand(params, ties) if ties else params)[0]
-
-        params = form(trainable)
-        params = expand(params, ties) if ties else params
-        _, join = pipeline.divide(params)
-        leaves, pull = jax.vjp(floats, trainable)
-        params = gather(join(leaves))
-        layers, path = pipeline.split_layers(params)
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), layers)
-        outer = pipeline.put(params, path, None)
-        kept: list[Any] = []
-
-        def apply(outer: Any, micro: tuple[Prepared, jax.Array], runner: Any) -> Any:
-            params = pipeline.put(outer, path, shapes)
-            rngs = {"dropout": micro[1]}
-            return running(runner).apply({"params": params}, **micro[0].inputs, train=True, rngs=rngs)
-
-        def begin(outer: Any, micro: tuple[Prepared, jax.Array]) -> tuple[Any, Any]:
-            kept.clear()
-            apply(outer, micro, pipeline.taking(kept))
-            return kept[0][1:]
-
-        def finish(outer: Any, carry: Any, micro: tuple[Prepared, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
-            scores = objective.score(apply(outer, micro, pipeline.giving(carry)), micro[0].targets)
+    ) -> tuple[Scored, Any]:
+        def loss_of(output: Any, micro: Prepared) -> Scored:
+            scores = objective.score(output, micro.targets)
             return total_loss(objective, scores, totals) * scale, scores
 
-        outer_f, outer_of = pipeline.divide(outer)
-        micros = (prepared, keys)
-
-        def begin_floats(outer_f: list[jax.Array]) -> tuple[list[jax.Array], Any]:
-            both = jax.vmap(begin, (None, 0))(outer_of(outer_f), micros)
-            return pipeline.divide(both)[0], both
-
-        _, pull_begin, (inputs, contexts) = jax.vjp(begin_floats, outer_f, has_aux=True)
-        layer = kept[0][0]
-        count = jax.tree.leaves(layers)[0].shape[0]
-        cut = pipeline.Cut(count, schedule.stages * schedule.chunks)
-        loss, scores, d_layers, d_outer, d_inputs, d_contexts = pipeline.run(
-            *(schedule, mesh, cut, lambda p, i, x, c: layer(p, i, x, None, c)[0], finish),
-            *(layers, outer, inputs, contexts, micros),
-        )
-        d_inputs = pipeline.divide(d_inputs)[0]
-        (d_begin,) = pull_begin([*d_inputs, *d_contexts])
-        summed = [a + b.astype(a.dtype) for a, b in zip(pipeline.divide(d_outer)[0], d_begin, strict=True)]
-        whole = pipeline.divide(pipeline.put(outer_of(summed), path, d_layers))[0]
-        (grads,) = pull([g.astype(x.dtype) for g, x in zip(whole, leaves, strict=True)])
-        return (loss, scores), jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        leaves, pull = jax.vjp(lambda trainable: pipeline.divide(whole(trainable))[0], trainable)
+        join, micros = pipeline.divide(whole(trainable))[1], (prepared, keys)
+        parts = _Parts(model, loss_of, gather(join(leaves)))
+        if len(parts.layers) == 1:
+            scored, grads = _run_schedule(parts, micros, mesh, schedule)
+            found = pipeline.divide(grads)[0]
+        elif schedule.name == "gpipe":
+            loss = lambda f: _run_in_sequence(_Parts(model, loss_of, gather(join(f))), micros, mesh, schedule.stages)
+            scored, found = jax.value_and_grad(loss, has_aux=True)(leaves)
+        else:
+            raise pipeline.PipelineError(
+                f"plan.schedule={schedule.name} needs one stack of layers, the model has {len(parts.layers)} "
+                f"({', '.join('/'.join(path) for path in parts.layers)}): set plan.schedule=gpipe"
+            )
+        (grads,) = pull([g.astype(x.dtype) for g, x in zip(found, leaves, strict=True)])
+        return scored, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
     return gradient

@@ -13,6 +13,11 @@ ROWS = {  # name: (plan, model); 5 layers are no multiple of 2 or 4, dropout is 
     "gpipe, 5 layers in 2": (PlanConfig(data=4, pipe=2, schedule="gpipe"), "deep"),
     "1f1b, 5 layers in 4, zero 1": (PlanConfig(data=2, pipe=4, schedule="1f1b", zero=1), "deep"),
     "interleaved, tied": (PlanConfig(data=4, pipe=2, schedule="interleaved", chunks=2, microbatches=2), "deep_tied"),
+    "albert, shared layers, zero 2": (PlanConfig(data=4, pipe=2, schedule="1f1b", zero=2), "albert"),
+    "bert, padded rows": (PlanConfig(replica=2, data=2, pipe=2, schedule="zero_bubble", microbatches=2), "bert"),
+    "xlnet, two streams": (PlanConfig(data=2, pipe=2, model=2, schedule="gpipe"), "xlnet_alone"),
+    "t5, two pipelines, zero 3": (PlanConfig(data=4, pipe=2, schedule="gpipe", zero=3), "t5"),
+    "transformer, tensor 2": (PlanConfig(data=2, pipe=2, model=2, schedule="gpipe", microbatches=2), "transformer"),
     "zero bubble, zero 3, tensor 2": (PlanConfig(data=2, pipe=2, model=2, schedule="zero_bubble", zero=3), "deep_tied"),
 }
 
