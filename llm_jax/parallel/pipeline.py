@@ -403,7 +403,8 @@ def run(
         (_, _, d_layers, d_outer, d_inputs, d_contexts, total), _ = jax.lax.scan(tick, start, rows)
         together = lambda tree: jax.tree.map(lambda x: jax.lax.psum(x, "pipe"), tree)
         d_layers = jax.tree.map(lambda x: x[None], d_layers)
-        return total, d_layers, *(together(t) for t in (d_outer, d_inputs, d_contexts))
+        d_inputs = jax.tree.map(lambda x: x[None], d_inputs)  # the first device's are the ones
+        return total, d_layers, together(d_outer), d_inputs, together(d_contexts)
 
     spread = lambda tree: jax.tree.map(lambda _: P("pipe"), tree)
     alike = lambda tree: jax.tree.map(lambda _: P(), tree)
@@ -415,7 +416,7 @@ def run(
     outer_f, outer_of = divide(outer)
     context_f, _ = divide(contexts)
     scores = jax.eval_shape(finish, outer, *(jax.tree.map(lambda x: x[0], t) for t in (inputs, batches)))
-    out_specs = (alike(scores), [P("pipe")] * len(layers_f), alike(outer_f), alike(inputs), alike(context_f))
+    out_specs = (alike(scores), [P("pipe")] * len(layers_f), alike(outer_f), spread(inputs), alike(context_f))
     total_of = lambda total: (jax.tree.map(lambda x: jax.lax.psum(x, "pipe"), total[0]), *total[1:])
     run = jax.shard_map(
         lambda *a: total_of(local(*a)),
@@ -426,4 +427,5 @@ def run(
         check_vma=False,
     )
     (loss, scores), d_layers, d_outer, d_inputs, d_contexts = run(*arguments)
+    d_inputs = jax.tree.map(lambda x: x[0], d_inputs)
     return loss, scores, layers_of([cut.whole(g) for g in d_layers]), outer_of(d_outer), d_inputs, d_contexts

@@ -78,7 +78,12 @@ class PlanConfig:
         """
         if self.pipe == 1:
             return None
-        return schedules.make(self.schedule, self.pipe, self.microbatches or 2 * self.pipe, self.chunks)
+        micros = self.microbatches or 2 * self.pipe
+        if micros < self.pipe:
+            raise ValueError(
+                f"plan.microbatches={micros} leave stages of plan.pipe={self.pipe} idle: take {self.pipe} or more"
+            )
+        return schedules.make(self.schedule, self.pipe, micros, self.chunks)
 
 
 class Plan:
