@@ -27,16 +27,6 @@ def abstract(config: RunConfig, plan: Plan, program: Program) -> tuple[Any, Any]
     return state, batch
 
 
-def bytes_per_device(tree: Any) -> int:
-    """Bytes of one device's shards of an abstract tree."""
-    shards = (
-        jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
-        for x in jax.tree.leaves(tree)
-        if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-    )
-    return sum(weights.bytes_of(x) for x in shards)
-
-
 def rehearse(config: RunConfig, topology: str, hlo_file: str | None = None) -> dict[str, Any]:
     """Compiles the train step for a topology.
 
@@ -62,10 +52,7 @@ def rehearse(config: RunConfig, topology: str, hlo_file: str | None = None) -> d
         "tokens_per_step": tokens,
         "tokens_per_chip": tokens / len(devices),
         "hbm": chip.hbm,
-        "state": {
-            "parameters": bytes_per_device(state.params),
-            "optimizer": bytes_per_device((state.opt_state, state.master, state.average)),
-        },
+        "held": plan.bytes_per_device(program.shapes, program.axes),
         "model_flops": program.flops_per_token * tokens,
     }
     lowered = program.step.lower(state, batch)
@@ -119,8 +106,7 @@ def table(r: dict[str, Any]) -> str:
     lines = [
         f"{r['topology']}: {r['chips']} chips, mesh {r['mesh']}, {r['parameters'] / GB:.2f} B parameters, "
         f"{r['tokens_per_chip']:,.0f} tokens a chip a step",
-        f"held a chip: parameters {r['state']['parameters'] / GB:.2f} GB, "
-        f"optimizer {r['state']['optimizer'] / GB:.2f} GB of {r['hbm'] / GB:.1f} GB",
+        "a chip holds " + ", ".join(f"{k} {v / GB:.2f}" for k, v in r["held"].items()) + f" of {r['hbm'] / GB:.1f} GB",
     ]
     if not r["fits"]:
         reason = next((x for x in r["compiler"].splitlines() if "exceed" in x.lower() or "ran out" in x.lower()), "")

@@ -206,6 +206,29 @@ class Plan:
         rows = jax.tree.map(lambda _: self.batch_sharding().spec, state.carry)
         return self._named(whole.replace(params=stored, carry=rows))
 
+    def bytes_per_device(self, state: Any, axes: Any) -> dict[str, int]:
+        """What one device holds of a state and of the gradients between backward and update, in bytes by kind.
+
+        With `master=in_optimizer` in half precision and Adam these are the terms of the ZeRO paper's table: 2P, 2P and
+        12P undivided.
+
+        Args:
+          state: an abstract `TrainState`.
+          axes: logical axes of its parameters.
+        """
+
+        def held(tree: Any, shardings: Any) -> int:
+            shard = lambda x, s: weights.bytes_of(jax.ShapeDtypeStruct(s.shard_shape(tuple(x.shape)), x.dtype))
+            return sum(jax.tree.leaves(jax.tree.map(shard, tree, shardings)))
+
+        own = self.state_shardings(state, axes)
+        rest = lambda s: (s.opt_state, s.master, s.average)
+        return {
+            "parameters": held(state.params, own.params),
+            "gradients": held(state.params, self.grad_shardings(state.params, axes)),
+            "optimizer": held(rest(state), rest(own)),
+        }
+
     def describe(self, params: Any, axes: Any) -> str:
         """Per parameter: shape, logical axes, mesh axes, bytes per device, and what stays replicated and why."""
         names = logical_axes(params, axes)

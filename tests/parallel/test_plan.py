@@ -10,9 +10,10 @@ from jax.sharding import PartitionSpec as P
 from plan_runs import MODELS_HERE, TX, one_device, start, two_steps
 from tiny_models import abstract
 
-from llm_jax.nn import paths
+from llm_jax.nn import paths, weights
 from llm_jax.parallel.plan import Plan, PlanConfig
 from llm_jax.training.optimizers import NAMES, OptimizerConfig, make_optimizer
+from llm_jax.training.precision import Precision
 from llm_jax.training.state import init_state
 
 ROWS_OF_TABLE = {  # name: (plan, model, accumulation)
@@ -82,6 +83,24 @@ def test_bytes_on_one_device(row):
     counters = sum(x.nbytes for x in jax.tree.leaves(state.opt_state) if x.ndim == 0)
     assert on_one_device(state.params) == 4 * sum(sizes) / (data if config.zero >= 3 else 1)
     assert on_one_device(state.opt_state) - counters == 8 * sum(sizes) / (data if config.zero >= 1 else 1)
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+@pytest.mark.parametrize("zero, bytes_of", [
+    (0, lambda p, n: 16 * p), (1, lambda p, n: 4 * p + 12 * p / n), (2, lambda p, n: 2 * p + 14 * p / n),
+    (3, lambda p, n: 16 * p / n),
+])  # fmt: skip
+def test_bytes_are_the_zero_papers(zero, bytes_of, n):
+    """Half precision, its float32 master copy and Adam's moments in the optimizer state: table 1 of the paper."""
+    config = dataclasses.replace(MODELS_HERE["llama"], vocab_size=32)
+    params, axes = abstract(config.make(), np.zeros((1, 4), np.int32))
+    precision = Precision("bf16", "in_optimizer")
+    state = jax.eval_shape(lambda p: init_state(p, TX, jax.random.key(0), precision), params)
+    plan = Plan(PlanConfig(data=n, zero=zero, precision="bf16", master="in_optimizer"), config, jax.devices()[:n])
+    counters = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.opt_state) if x.ndim == 0)
+    held = plan.bytes_per_device(state, axes)
+    assert sum(held.values()) - counters == bytes_of(weights.count(params), n)
+    assert held["parameters"] == 2 * weights.count(params) / (n if zero == 3 else 1)
 
 
 def make(model_config=MODELS_HERE["gpt"], **sizes):
