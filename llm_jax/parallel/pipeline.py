@@ -12,7 +12,6 @@ never wait for each other inside of one.
 Sources: see `schedules`.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -155,28 +154,33 @@ def branch_shares(schedule: Schedule) -> list[float]:
     return [float(x) for x in min(counts, key=lambda row: row[0] + row[4])]
 
 
-def slots(schedule: Schedule, table: Mapping[str, np.ndarray]) -> tuple[int, int]:
-    """Places a chunk for inputs and for gradients, so that micro-batch i can live at i modulo their number."""
-    end = 3 if schedule.splits else 2
+def slots(schedule: Schedule, table: Mapping[str, np.ndarray]) -> tuple[int, int, int]:
+    """Places a chunk for inputs, gradients, and what waits for W: micro-batch i lives at i modulo their number."""
 
-    def places(prefix: str) -> int:
-        spans: dict[tuple[int, int, int], list[int]] = {}
-        for t, d in zip(*np.nonzero(table[prefix]), strict=True):
-            spans[d, table[f"{prefix}_chunk"][t, d], table[f"{prefix}_micro"][t, d]] = [t]
+    def spans(begin: str | int, end: int) -> dict[tuple[int, int, int], list[int]]:
+        name = begin if isinstance(begin, str) else "op"
+        there = table[name] > 0 if isinstance(begin, str) else np.isin(table["op"], (begin, begin + 3))
+        prefix = f"{begin}_" if isinstance(begin, str) else ""
+        out: dict[tuple[int, int, int], list[int]] = {}
+        for t, d in zip(*np.nonzero(there), strict=True):
+            out[d, table[f"{prefix}chunk"][t, d], table[f"{prefix}micro"][t, d]] = [t]
         for t, d in zip(*np.nonzero(np.isin(table["op"], (end, end + 3))), strict=True):
             key = (d, table["chunk"][t, d], table["micro"][t, d])
-            if key in spans:
-                spans[key].append(t)
+            if key in out:
+                out[key].append(t)
+        return out
+
+    def places(spans: dict[tuple[int, int, int], list[int]]) -> int:
         for count in range(1, schedule.micros + 1):
             taken: dict[tuple[int, int, int], list[list[int]]] = {}
             for (d, c, i), span in spans.items():
                 taken.setdefault((d, c, i % count), []).append(span)
-            # an arrival is written after the tick's work, so a place may be taken in the tick that frees it
+            # a place is written after the tick's work, so it may be taken in the tick that frees it
             if all(a[1] <= b[0] for row in taken.values() for a, b in zip(sorted(row), sorted(row)[1:], strict=False)):
                 return count
         return schedule.micros
 
-    return places("get"), places("back")
+    return places(spans("get", 2)), places(spans("back", 2)), places(spans(2, 3)) if schedule.splits else 1
 
 
 def _is_float(x: Any) -> bool:
@@ -195,18 +199,57 @@ def divide(tree: Tree) -> tuple[list[Any], Callable[[list[Any]], Tree]]:
     return [x for c, x in zip(chosen, leaves, strict=True) if c], join
 
 
-def _stage(layer: Callable[..., Any], cut: Cut, own: Tree, x: Any, context: Any, piece: jax.Array) -> Any:
-    """The layers of one piece, each recomputed in the backward."""
+class Stage:
+    """The layers of one piece as a function."""
 
-    def one(carry: Any, item: Any) -> tuple[Any, None]:
-        own, i = item
-        after = layer(own, i, carry, context)
-        if cut.layers < cut.each * cut.pieces:
-            after = jax.tree.map(lambda a, b: jnp.where(i < cut.layers, a, b), after, carry)
-        return after, None
+    def __init__(self, layer: Callable[..., Any], cut: Cut, remat: Callable[[Any], Any]) -> None:
+        """`layer` as in `run`; `remat` wraps it."""
+        self.cut, self.layer, self.remat = cut, layer, remat
 
-    indices = piece * cut.each + jnp.arange(cut.each)
-    return jax.lax.scan(jax.checkpoint(one, prevent_cse=False), x, (own, indices))[0]
+    def one(self, own: Tree, i: jax.Array, x: Any, context: Any) -> Any:
+        """One layer; padding does nothing."""
+        y = self.layer(own, i, x, context)
+        if self.cut.layers == self.cut.each * self.cut.pieces:
+            return y
+        return jax.tree.map(lambda a, b: jnp.where(i < self.cut.layers, a, b), y, x)
+
+    def indices(self, piece: jax.Array) -> jax.Array:
+        """Numbers of its layers."""
+        return piece * self.cut.each + jnp.arange(self.cut.each)
+
+    def __call__(self, own: Tree, x: Any, context: Any, piece: jax.Array) -> Any:
+        """What flows out of the piece."""
+        run = self.remat(lambda x, item: (self.one(*item, x, context), None))
+        return jax.lax.scan(run, x, (own, self.indices(piece)))[0]
+
+    def reversible(self, own: Tree, x: Any, context: Any, piece: jax.Array) -> tuple[Any, Any, Any]:
+        """(what flows out, what flows into every layer, every layer's pull-back to its input)."""
+
+        def run(x: Any, item: Any) -> tuple[Any, Any]:
+            y, pull = jax.vjp(lambda x: self.one(*item, x, context), x)
+            return y, (x, pull)
+
+        y, (into, pulls) = jax.lax.scan(run, x, (own, self.indices(piece)))
+        return y, into, pulls
+
+    def of_inputs(self, pulls: Any, dy: Any) -> tuple[Any, Any]:
+        """(gradient of the piece's input, of what flows out of every layer)."""
+        return jax.lax.scan(lambda dy, pull: (pull(dy)[0], dy), dy, pulls, reverse=True)
+
+    def of_weights(self, own: Tree, into: Any, outof: Any, context: Any, piece: jax.Array) -> tuple[Any, Any]:
+        """(gradients of the parameters' floating leaves, of the context's), of what `of_inputs` left."""
+        context_f, context_of = divide(context)
+
+        def run(total: Any, item: Any) -> tuple[Any, Any]:
+            own, i, x, dy = item
+            own_f, own_of = divide(own)
+            _, pull = jax.vjp(lambda o, c: self.one(own_of(o), i, x, context_of(c)), own_f, context_f)
+            d_own, d_context = pull(dy)
+            return jax.tree.map(jnp.add, total, d_context), d_own
+
+        start = jax.tree.map(jnp.zeros_like, context_f)
+        d_context, d_own = jax.lax.scan(run, start, (own, self.indices(piece), into, outof))
+        return d_own, d_context
 
 
 def forward(
@@ -216,6 +259,7 @@ def forward(
     layers: Tree,
     inputs: Tree,
     contexts: Tree,
+    remat: Callable[[Any], Any] = lambda f: f,
 ) -> Tree:
     """GPipe's forward of one stack, whose backward is autodiff's: for models of several stacks.
 
@@ -226,6 +270,7 @@ def forward(
       layers: stacked, `[L, ...]`.
       inputs: what flows into the first layer, `[M, ...]`.
       contexts: what all layers of a micro-batch see, `[M, ...]`.
+      remat: wraps every layer (`jax.checkpoint` with a policy).
 
     Returns:
       What flows out of the last layer, `[M, ...]`.
@@ -236,7 +281,8 @@ def forward(
         device = jax.lax.axis_index("pipe")
         own = jax.tree.map(lambda x: x[0, 0], parts)
         pick = lambda tree, i: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
-        run = jax.checkpoint(lambda own, x, context: _stage(layer, cut, own, x, context, device), prevent_cse=False)
+        stage = Stage(layer, cut, remat)
+        run = jax.checkpoint(lambda own, x, context: stage(own, x, context, device), prevent_cse=False)
 
         def tick(state: Any, t: jax.Array) -> tuple[Any, Any]:
             micro = jnp.clip(t - device, 0, micros - 1)
@@ -258,6 +304,28 @@ def forward(
     return jax.tree.map(lambda y: y[-1], run(parts, inputs, contexts))
 
 
+class Done(NamedTuple):
+    """What a device has at the end of a tick; zeros where the tick was about something else.
+
+    Attributes:
+      y: what flows out of the piece.
+      dx: gradient of what flowed in.
+      own: gradients of the piece's parameters.
+      outer: of all others.
+      context: of the context.
+      scored: loss and scores.
+      split: what flows into every layer and the gradient of what flows out, for the weights' gradients later on.
+    """
+
+    y: Any
+    dx: Any
+    own: Any
+    outer: Any
+    context: Any
+    scored: Any
+    split: Any
+
+
 def run(
     schedule: Schedule,
     mesh: Mesh,
@@ -269,6 +337,7 @@ def run(
     inputs: Tree,
     contexts: Tree,
     batches: Tree,
+    remat: Callable[[Any], Any] = lambda f: f,
 ) -> tuple[jax.Array, dict[str, jax.Array], Tree, Tree, Tree, Tree]:
     """Runs a schedule: losses and gradients of all micro-batches.
 
@@ -283,6 +352,7 @@ def run(
       inputs: what flows into the first layer, `[M, ...]`.
       contexts: what all layers of a micro-batch see, `[M, ...]`.
       batches: what `finish` needs, `[M, ...]`.
+      remat: wraps every layer of a recomputed stage (`jax.checkpoint` with a policy).
 
     Returns:
       (loss, scores, gradients of layers, of outer, of inputs, of the contexts' floating leaves): sums over
@@ -290,7 +360,7 @@ def run(
     """
     p, v = schedule.stages, schedule.chunks
     table = tables(schedule)
-    keeps, keeps_back = slots(schedule, table)
+    keeps, keeps_back, keeps_split = slots(schedule, table)
 
     def local(layers: Tree, outer: Tree, inputs: Tree, contexts: Tree, batches: Tree, rows: Mapping[str, Any]) -> Any:
         device = jax.lax.axis_index("pipe")
@@ -299,67 +369,60 @@ def run(
         zeros = lambda tree, dtype=None: jax.tree.map(lambda x: jnp.zeros(x.shape, dtype or x.dtype), tree)
         floats = lambda tree: divide(tree)[0]
 
-        def stage(own: Tree, x: Any, context: Any, chunk: jax.Array) -> Any:
-            return _stage(layer, cut, own, x, context, chunk * p + device)
+        stage = Stage(layer, cut, remat)
 
-        def branches(own: Tree, x: Any, dy: Any, context: Any, micro: Any, chunk: jax.Array) -> list[Callable[[], Any]]:
+        def branches(own: Tree, x: Any, dy: Any, split: Any, context: Any, micro: Any, piece: jax.Array) -> list[Any]:
             own_f, own_of = divide(own)
             outer_f, outer_of = divide(outer)
             context_f, context_of = divide(context)
-            score_zero = jax.eval_shape(finish, outer, x, micro)
-            nothing = lambda: (
-                zeros(x),
-                zeros(x),
-                zeros(own_f, jnp.float32),
-                zeros(outer_f, jnp.float32),
-                zeros(context_f),
-                zeros(score_zero),
-            )
-            through = lambda o, x, c: stage(own_of(o), x, context_of(c), chunk)
             wide = lambda tree: jax.tree.map(lambda g: g.astype(jnp.float32), tree)
+            loss_zero = zeros(jax.eval_shape(finish, outer, x, micro))
+            empty = Done(
+                *(zeros(x), zeros(x), zeros(own_f, jnp.float32), zeros(outer_f, jnp.float32), zeros(context_f)),
+                *(loss_zero, zeros(split)),
+            )
+            through = lambda o, x, c: stage(own_of(o), x, context_of(c), piece)
+            one = jnp.ones((), jnp.float32)
 
-            def end(o: Any, x: Any, c: Any, out: Any) -> Any:
-                return finish(outer_of(out), through(o, x, c), micro)
+            def forward() -> Done:
+                return empty._replace(y=through(own_f, x, context_f))
 
-            def forward() -> Any:
-                return (through(own_f, x, context_f), *nothing()[1:])
+            def backward() -> Done:
+                _, pull = jax.vjp(through, own_f, x, context_f)
+                d_own, dx, d_context = pull(dy)
+                return empty._replace(dx=dx, own=wide(d_own), context=d_context)
 
-            def backward(of_inputs: bool, of_weights: bool) -> Any:
-                y, _, d_own, d_outer, d_context, scores = nothing()
-                if of_inputs and of_weights:
-                    _, pull = jax.vjp(through, own_f, x, context_f)
-                    d_own, dx, d_context = pull(dy)
-                elif of_inputs:
-                    _, pull = jax.vjp(lambda x: through(own_f, x, context_f), x)
-                    (dx,) = pull(dy)
-                else:
-                    _, pull = jax.vjp(lambda o, c: through(o, x, c), own_f, context_f)
-                    (d_own, d_context), dx = pull(dy), zeros(x)
-                return y, dx, wide(d_own), d_outer, d_context, scores
+            def backward_last() -> Done:
+                end = lambda o, x, c, out: finish(outer_of(out), through(o, x, c), micro)
+                loss, pull, scores = jax.vjp(end, own_f, x, context_f, outer_f, has_aux=True)
+                d_own, dx, d_context, d_outer = pull(one)
+                return empty._replace(
+                    dx=dx, own=wide(d_own), outer=wide(d_outer), context=d_context, scored=(loss, scores)
+                )
 
-            def backward_last(of_inputs: bool, of_weights: bool) -> Any:
-                y, dx, d_own, d_outer, d_context, scores = nothing()
-                one = jnp.ones((), jnp.float32)
-                if of_inputs and of_weights:
-                    loss, pull, scored = jax.vjp(end, own_f, x, context_f, outer_f, has_aux=True)
-                    d_own, dx, d_context, d_outer = pull(one)
-                    scores = (loss, scored)
-                elif of_inputs:
-                    loss, pull, scored = jax.vjp(lambda x: end(own_f, x, context_f, outer_f), x, has_aux=True)
-                    (dx,), scores = pull(one), (loss, scored)
-                else:
-                    weights_only = lambda o, c, out: end(o, x, c, out)
-                    _, pull, _ = jax.vjp(weights_only, own_f, context_f, outer_f, has_aux=True)
-                    d_own, d_context, d_outer = pull(one)
-                return y, dx, wide(d_own), wide(d_outer), d_context, scores
+            def inputs_only() -> Done:
+                _, into, pulls = stage.reversible(own, x, context, piece)
+                dx, outof = stage.of_inputs(pulls, dy)
+                return empty._replace(dx=dx, split=(into, outof))
 
-            first = functools.partial(backward, True, not schedule.splits)
-            first_last = functools.partial(backward_last, True, not schedule.splits)
-            second, second_last = (functools.partial(f, False, True) for f in (backward, backward_last))
-            return [nothing, forward, first, second, nothing, first_last, second_last]
+            def inputs_only_last() -> Done:
+                y, into, pulls = stage.reversible(own, x, context, piece)
+                loss, pull, scores = jax.vjp(lambda y, out: finish(outer_of(out), y, micro), y, outer_f, has_aux=True)
+                dy, d_outer = pull(one)
+                dx, outof = stage.of_inputs(pulls, dy)
+                return empty._replace(dx=dx, outer=wide(d_outer), scored=(loss, scores), split=(into, outof))
+
+            def weights_only() -> Done:
+                d_own, d_context = stage.of_weights(own, *split, context, piece)
+                return empty._replace(own=wide(d_own), context=d_context)
+
+            idle = lambda: empty
+            if schedule.splits:
+                return [idle, forward, inputs_only, weights_only, idle, inputs_only_last, weights_only]
+            return [idle, forward, backward, idle, idle, backward_last, idle]
 
         def tick(state: Any, row: Mapping[str, Any]) -> tuple[Any, None]:
-            held, back, d_layers, d_outer, d_inputs, d_contexts, total = state
+            held, back, splits, d_layers, d_outer, d_inputs, d_contexts, total = state
             at = {name: x[device] for name, x in row.items()}
             micro, chunk = at["micro"], at["chunk"]
             entry = (device == 0) & (chunk == 0)
@@ -367,40 +430,46 @@ def run(
             x = jax.tree.map(lambda a, b: jnp.where(entry, a, b), pick(inputs, micro), stored)
             dy = pick(pick(back, chunk), micro % keeps_back)
             own, context, batch = pick(layers, chunk), pick(contexts, micro), pick(batches, micro)
-            done = jax.lax.switch(at["op"], branches(own, x, dy, context, batch, chunk))
-            y, dx, d_own, d_out, d_context, scores = done
+            split = pick(pick(splits, chunk), micro % keeps_split)
+            piece = chunk * p + device
+            done = jax.lax.switch(at["op"], branches(own, x, dy, split, context, batch, piece))
 
             add_at = lambda tree, i, more: jax.tree.map(lambda a, b: a.at[i].add(b.astype(a.dtype)), tree, more)
-            d_layers = add_at(d_layers, chunk, d_own)
-            d_outer = jax.tree.map(jnp.add, d_outer, d_out)
-            d_contexts = add_at(d_contexts, micro, d_context)
-            total = jax.tree.map(jnp.add, total, scores)
+            d_layers = add_at(d_layers, chunk, done.own)
+            d_outer = jax.tree.map(jnp.add, d_outer, done.outer)
+            d_contexts = add_at(d_contexts, micro, done.context)
+            total = jax.tree.map(jnp.add, total, done.scored)
             enters = entry & (at["op"] % 3 == 2)
-            d_inputs = add_at(d_inputs, micro, jax.tree.map(lambda g: jnp.where(enters, g, 0), dx))
+            d_inputs = add_at(d_inputs, micro, jax.tree.map(lambda g: jnp.where(enters, g, 0), done.dx))
             round_ = [(i, (i + 1) % p) for i in range(p)]
             send = lambda tree, pairs: jax.tree.map(lambda a: jax.lax.ppermute(a, "pipe", pairs), tree)
-            y, dx = send(y, round_), send(dx, [(b, a) for a, b in round_])
+            y, dx = send(done.y, round_), send(done.dx, [(b, a) for a, b in round_])
 
             def keep(tree: Tree, new: Tree, name: str, count: int) -> Tree:
                 i = at[f"{name}_chunk"], at[f"{name}_micro"] % count
                 return jax.tree.map(lambda a, b: a.at[i].set(jnp.where(at[name] > 0, b, a[i])), tree, new)
 
             held, back = keep(held, y, "get", keeps), keep(back, dx, "back", keeps_back)
-            return (held, back, d_layers, d_outer, d_inputs, d_contexts, total), None
+            if schedule.splits:
+                i, now = (chunk, micro % keeps_split), at["op"] % 3 == 2
+                splits = jax.tree.map(lambda a, b: a.at[i].set(jnp.where(now, b, a[i])), splits, done.split)
+            return (held, back, splits, d_layers, d_outer, d_inputs, d_contexts, total), None
 
         one = jax.tree.map(lambda x: x[0], inputs)
         room = lambda count: jax.tree.map(lambda x: jnp.zeros((v, count, *x.shape), x.dtype), one)
+        layered = lambda count: jax.tree.map(lambda x: jnp.zeros((v, count, cut.each, *x.shape), x.dtype), one)
         scores = jax.eval_shape(finish, outer, one, jax.tree.map(lambda x: x[0], batches))
         start = (
             room(keeps),
             room(keeps_back),
+            (layered(keeps_split), layered(keeps_split)) if schedule.splits else (),
             zeros(floats(layers), jnp.float32),
             zeros(floats(outer), jnp.float32),
             zeros(inputs),
             zeros(floats(contexts)),
             zeros(scores),
         )
-        (_, _, d_layers, d_outer, d_inputs, d_contexts, total), _ = jax.lax.scan(tick, start, rows)
+        (*_, d_layers, d_outer, d_inputs, d_contexts, total), _ = jax.lax.scan(tick, start, rows)
         together = lambda tree: jax.tree.map(lambda x: jax.lax.psum(x, "pipe"), tree)
         d_layers = jax.tree.map(lambda x: x[None], d_layers)
         d_inputs = jax.tree.map(lambda x: x[None], d_inputs)  # the first device's are the ones

@@ -64,6 +64,8 @@ class PlanConfig:
             raise ValueError(f"schedule={self.schedule!r} is none of {', '.join(schedules.NAMES)}")
         if self.pipe > 1:
             self.make_schedule()
+            if self.remat.startswith("every:"):
+                raise ValueError(f"plan.remat={self.remat} and plan.pipe exclude each other: take full, dots or names")
             if self.unroll:
                 raise ValueError("plan.pipe and plan.unroll exclude each other: stages scan their layers")
         elif self.microbatches or self.chunks > 1:

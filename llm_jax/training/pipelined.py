@@ -26,6 +26,7 @@ class _Parts:
     Attributes:
       layers: the stacks' parameters by path.
       outer: all others.
+      remat: what a stage's layers are wrapped in.
     """
 
     def __init__(self, model: Any, loss_of: Callable[[Any, Prepared], Scored], params: Any) -> None:
@@ -35,6 +36,8 @@ class _Parts:
         self.shapes = {path: jax.tree.map(shape, layers) for path, layers in self.layers.items()}
         self.outer = pipeline.put(params, dict.fromkeys(self.layers))
         self.calls: list[Call] = []
+        run, policy = model.execution.remat_every(), model.execution.remat_policy()
+        self.remat = lambda f: jax.checkpoint(f, policy=policy, prevent_cse=False) if run else f
 
     def _apply(self, outer: Any, micro: Micro, results: Sequence[Any]) -> Any:
         self.calls.clear()
@@ -73,6 +76,7 @@ def _run_schedule(parts: _Parts, micros: Any, mesh: Mesh, schedule: Schedule) ->
     loss, scores, d_layers, d_outer, d_inputs, d_contexts = pipeline.run(
         *(schedule, mesh, cut, layer, finish),
         *(jax.tree.map(lambda x: x[group_of], layers) if shared else layers, parts.outer, inputs, contexts, micros),
+        remat=parts.remat,
     )
     if shared:
         d_layers = jax.tree.map(lambda g, x: jnp.zeros(x.shape, g.dtype).at[group_of].add(g), d_layers, layers)
@@ -93,7 +97,7 @@ def _run_in_sequence(parts: _Parts, micros: Any, mesh: Mesh, stages: int) -> Sco
         if len(group_of) != jax.tree.leaves(layers)[0].shape[0]:
             layers = jax.tree.map(lambda x: x[group_of], layers)  # noqa: B023
         cut = pipeline.Cut(len(group_of), stages)
-        results.append(pipeline.forward(mesh, cut, layer, layers, inputs, contexts))
+        results.append(pipeline.forward(mesh, cut, layer, layers, inputs, contexts, parts.remat))
     if jax.tree.leaves(results[-1])[0].shape[0] % stages == 0:  # the head's work is shared out over the stages
         spread = NamedSharding(mesh, P("pipe", ("replica", "data")))
         results[-1] = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spread), results[-1])

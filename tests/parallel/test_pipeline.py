@@ -46,9 +46,9 @@ def test_equals_accumulation(row):
 def test_places_of_inputs(name, p, m, v):
     """GPipe holds every micro-batch, the others no more than the pipeline is deep, one more with chunks."""
     s = schedules.make(name, p, m, v)
-    held, back = pipeline.slots(s, pipeline.tables(s))
+    held, back, split = pipeline.slots(s, pipeline.tables(s))
     assert held == {"gpipe": m, "1f1b": p, "interleaved": held, "zero_bubble": p}[name]
-    assert back <= held <= m
+    assert back <= held <= m and split == (p if s.splits else 1)
 
 
 def toy(name, p=4, m=8):
