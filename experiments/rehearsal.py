@@ -114,8 +114,8 @@ def table(r: dict[str, Any]) -> str:
         return "\n".join([*lines, f"does not fit: {reason.strip()}", *_largest(r["compiler"]), ADVICE])
     m = r["memory"]
     lines.append(
-        f"{'fits' if r['fits'] else 'does not fit'}: {m['peak'] / GB:.2f} GB a chip (arguments {m['arguments'] / GB:.2f}, temporaries "
-        f"{m['temporaries'] / GB:.2f}, code {m['code'] / GB:.2f})"
+        f"{'fits' if r['fits'] else 'does not fit'}: {m['peak'] / GB:.2f} GB a chip (arguments "
+        f"{m['arguments'] / GB:.2f}, temporaries {m['temporaries'] / GB:.2f}, code {m['code'] / GB:.2f})"
     )
     if not r["fits"]:
         lines.append(ADVICE)

@@ -1,4 +1,4 @@
-"""The TPU compiler on a machine without a TPU: what `rehearse` reads from its programs, for a small model on 16 chips."""
+"""The TPU compiler on a machine without a TPU: what `rehearse` reads of a small model on 16 chips."""
 
 import json
 import os
