@@ -12,7 +12,9 @@ array = lambda *shape: jax.ShapeDtypeStruct(shape, "float32")
 @pytest.mark.parametrize(
     "spec, shape, avoid, want",
     [
-        (P(), (8, 16), (), P(None, "data")),  # the largest
+        (P(), (8, 16), (), P("data", None)),  # along the last none, if another divides
+        (P(), (6, 16), (), P(None, "data")),
+        (P(), (8, 16, 4), (), P(None, "data", None)),  # the largest of the others
         (P(None, "model"), (8, 16), (), P("data", "model")),  # the largest that is free
         (P(), (8, 8), (), P("data", None)),  # the first of equals
         (P(), (6, 16, 3), (), P(None, "data", None)),

@@ -67,7 +67,7 @@ def test_a_run_learns_and_leaves_its_files(whole, corpus):
     files = ("config.json", "metrics.jsonl", "loss.png", "tokenizer.json", "tensorboard", "tokens")
     assert all((folder / name).exists() for name in files)
     table = dict(line.split("  ", 1) for line in (folder / "parameters.txt").read_text().splitlines()[1:])
-    eighth = "float32[2, 16, 64]  ('layers', 'embed', 'mlp')  (None, None, 'data')  1,024 B"
+    eighth = "float32[2, 16, 64]  ('layers', 'embed', 'mlp')  (None, 'data', None)  1,024 B"
     assert table["decoder/layers/mlp/up/kernel"] == eighth
     assert Checkpoints(folder / "checkpoints", read_only=True).steps() == [5, 10, 14]
     assert run.load_config(folder) == config_of(corpus)
