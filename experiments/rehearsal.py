@@ -1,19 +1,23 @@
 """What `rehearse` measures: a compiled step's memory, collectives and time bounds, as one dictionary and one table."""
 
+import math
+import re
 from typing import Any
 
 import jax
 import numpy as np
 
 from llm_jax.nn import weights
+from llm_jax.nn.splash import BLOCK
 from llm_jax.parallel import chips, hlo
 from llm_jax.parallel.pipeline import branch_shares
 from llm_jax.parallel.plan import Plan
-from llm_jax.training import rows
+from llm_jax.training import flops, rows
 from llm_jax.training.program import Program, build
 from llm_jax.training.run import RunConfig
 
 GB = 1e9
+LAYOUT = re.compile(r"(?:bf16|f32)\[([\d,]+)\]\{")  # of a kernel's operands: queries, keys, values, ...
 
 
 def abstract(config: RunConfig, plan: Plan, program: Program) -> tuple[Any, Any]:
@@ -25,6 +29,13 @@ def abstract(config: RunConfig, plan: Plan, program: Program) -> tuple[Any, Any]
     row = {name: np.asarray(value) for name, value in rows.example(config).items()}
     batch = {k: jax.ShapeDtypeStruct((count, *v.shape), v.dtype, sharding=spread) for k, v in row.items()}
     return state, batch
+
+
+def model_flops(config: RunConfig, program: Program) -> float:
+    """FLOPs a token that a bound on MFU is made of: as `flops.flops_per_token`, causal attention at half."""
+    plain = 6.0 * flops.multiplying(program.params)
+    attention = program.flops_per_token - plain
+    return plain + attention * (0.5 if config.model.reads == "causal" else 1.0)
 
 
 def rehearse(config: RunConfig, topology: str, hlo_file: str | None = None) -> dict[str, Any]:
@@ -53,7 +64,7 @@ def rehearse(config: RunConfig, topology: str, hlo_file: str | None = None) -> d
         "tokens_per_chip": tokens / len(devices),
         "hbm": chip.hbm,
         "held": plan.bytes_per_device(program.shapes, program.axes),
-        "model_flops": program.flops_per_token * tokens,
+        "model_flops": model_flops(config, program) * tokens,
     }
     lowered = program.step.lower(state, batch)
     try:
@@ -66,15 +77,36 @@ def rehearse(config: RunConfig, topology: str, hlo_file: str | None = None) -> d
     if hlo_file:
         with open(hlo_file, "w") as f:
             f.write(text)
-    return {**report, **measure(text, compiled.memory_analysis(), plan, chip, report)}
+    return {**report, **measure(text, compiled.memory_analysis(), plan, chip, report, config.model.reads == "causal")}
 
 
-def measure(text: str, memory: Any, plan: Plan, chip: chips.Chip, report: dict[str, Any]) -> dict[str, Any]:
+PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}  # of T x S x H, a head
+
+
+def kernel_flops(program: hlo.Program, branches: Any, causal: bool) -> float:
+    """Operations of attention's kernels, whose cycles the compiler does not estimate; hidden blocks are skipped."""
+    times, total = program.calls(branches), 0.0
+    for name, computation in program.computations.items():
+        for i in computation.values():
+            products = next((n for kernel, n in PRODUCTS.items() if i.name.startswith(kernel)), 0)
+            if i.opcode != "custom-call" or not products:
+                continue
+            q, k = (tuple(map(int, dims.split(","))) for dims in LAYOUT.findall(i.attributes)[:2])
+            blocks = -(-q[-2] // BLOCK)
+            seen = (blocks + 1) / (2 * blocks) if causal else 1.0
+            total += times[name] * products * 2 * math.prod(q) * k[-2] * seen
+    return total
+
+
+def measure(
+    text: str, memory: Any, plan: Plan, chip: chips.Chip, report: dict[str, Any], causal: bool
+) -> dict[str, Any]:
     """What the compiled program says of itself."""
     parsed = hlo.parse(text)
     branches = () if plan.schedule is None else branch_shares(plan.schedule)
     found = hlo.collectives(parsed, branches)
-    compute = parsed.cycles(branches) / chip.clock
+    kernels = kernel_flops(parsed, branches, causal) / chip.flops
+    compute = parsed.cycles(branches) / chip.clock + kernels
     moving = [c.sent(0) / chip.links for c in found]
     hidden = [min(t, c.times * c.cover / chip.clock) for t, c in zip(moving, found, strict=True)]
     step = compute + sum(moving) - sum(hidden)
@@ -93,6 +125,7 @@ def measure(text: str, memory: Any, plan: Plan, chip: chips.Chip, report: dict[s
             {"kind": kind, "axes": axes, **row} for (kind, axes), row in hlo.table(found, plan.mesh).items()
         ],
         "compute_seconds": compute,
+        "kernel_seconds": kernels,
         "moving_seconds": sum(moving),
         "hidden": sum(hidden) / max(sum(moving), 1e-30),
         "step_seconds": step,
@@ -124,7 +157,8 @@ def table(r: dict[str, Any]) -> str:
         size, sent = row["bytes"] / GB, row["sent"] / GB
         lines.append(f"{row['kind']:<20}{row['axes']:<14}{row['calls']:>8,.0f}{size:>10.3f}{sent:>10.3f}")
     lines.append(
-        f"predicted step {r['step_seconds']:.3f} s: computing {r['compute_seconds']:.3f}, moving "
+        f"predicted step {r['step_seconds']:.3f} s: computing {r['compute_seconds']:.3f} (attention's kernels "
+        f"{r['kernel_seconds']:.3f} at the chip's peak), moving "
         f"{r['moving_seconds']:.3f} of which {r['hidden']:.0%} behind computing"
     )
     lines.append(

@@ -6,6 +6,7 @@ https://arxiv.org/abs/2112.05682; Beltagy et al. 2020 (sliding window), https://
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -170,10 +171,13 @@ def _dense(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale):
     return out
 
 
-def _fused(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale):
-    """Keeps queries, keys and values for the backward pass (cuDNN the output too), and no scores."""
+def _fused(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale, kernel=None):
+    """Keeps queries, keys and values for the backward pass (kernels the output too), and no scores."""
     plain = mask is None or (mask.ordered and (mask.causal or mask.window is None))
     if plain and slopes_N is None and bias_BNTS is None:
+        if kernel is not None and kernel.fits(q_BTNH, k_BSKH):
+            causal, window = (False, None) if mask is None else (mask.causal, mask.window)
+            return kernel(q_BTNH, k_BSKH, v_BSKH, causal, window, scale)
         return _ordered(q_BTNH, k_BSKH, v_BSKH, mask, scale)
     return _dense(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale)
 
@@ -254,6 +258,7 @@ def attend(
     dropout_key: jax.Array | None = None,
     q_chunk: int = 256,
     k_chunk: int = 256,
+    kernel: Any = None,
 ) -> jax.Array:
     """Softmax attention; scores and softmax in float32 (float64 for float64 inputs).
 
@@ -273,6 +278,7 @@ def attend(
       dropout_key: turns dropout on.
       q_chunk: queries per chunk (chunked).
       k_chunk: keys per chunk (chunked).
+      kernel: what `fused` runs for ordered masks where it fits (`splash.Splash`).
 
     Returns:
       `[B, T, N, H]` in the dtype of `q_BTNH`.
@@ -305,7 +311,7 @@ def attend(
     if 1 < queries <= FEW_QUERIES and k_BSKH.shape[1] >= 4 * queries:
         few, whole = ((lambda *a, f=f: f(*a, scale)) for f in (_few, _fused))
         return jax.lax.platform_dependent(*args[:-1], cpu=few, default=whole)
-    return _fused(*args)
+    return _fused(*args, kernel)
 
 
 def attention_weights(

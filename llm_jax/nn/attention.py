@@ -176,6 +176,7 @@ class Attention(nn.Module):
             out_BTNH = attend(
                 *(q_BTNH, k_BSKH, v_BSKH, mask),
                 implementation=self.execution.attention,
+                kernel=self.execution.kernel,
                 dropout_rate=c.dropout,
                 dropout_key=dropout_key,
                 **scores,

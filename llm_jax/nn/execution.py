@@ -28,6 +28,7 @@ class Execution:
         named with `checkpoint_name`, e.g. `names:attention,mlp`).
       attention: `reference`, `fused`, `chunked`, or `auto`: fused where nothing asks for the weights or for
         dropout.
+      kernel: attention by a kernel where it fits, None for the compiler's own (`splash.Splash`).
       dtype: compute dtype of activations and kernels; None keeps that of the parameters.
       constrain: `(x, logical axes) -> x`, pins the sharding of activations.
       stack_runner: replaces the loop over layers: `stack.Call -> (carry, outputs)`.
@@ -35,6 +36,7 @@ class Execution:
 
     remat: str = "none"
     attention: str = "auto"
+    kernel: Any = None
     dtype: Any = None
     constrain: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] = _unconstrained
     stack_runner: Callable[..., Any] | None = None

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from llm_jax.nn import paths, weights
 from llm_jax.nn.execution import Execution
+from llm_jax.nn.splash import Splash
 from llm_jax.parallel import schedules, zero
 from llm_jax.parallel.mesh import make_mesh
 from llm_jax.parallel.rules import TENSOR_PARALLEL, Rules, logical_axes, place
@@ -155,9 +156,10 @@ class Plan:
 
     def execution(self, **changes: Any) -> Execution:
         """How the model runs under this plan."""
-        return Execution(
-            **{"remat": self.config.remat, "attention": self.config.attention, "constrain": self.constrain, **changes}
-        )
+        own = {"remat": self.config.remat, "attention": self.config.attention, "constrain": self.constrain}
+        if self.mesh.devices.flat[0].platform == "tpu":
+            own["kernel"] = Splash(self.mesh, ("replica", "data"), "model" if self.rules["heads"] else None)
+        return Execution(**{**own, **changes})
 
     def constrain(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
         """Pins an activation's sharding; dimensions that do not divide stay free."""

@@ -17,10 +17,14 @@ def flops_per_token(params: Any, num_layers: int, length: int, attention_dim: in
     backward product; attention adds 2 * 2 * T * A per layer forward (scores and values), times 3, not halved for
     causality (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B). Recomputation is not counted.
     """
+    return 6.0 * multiplying(params) + 12.0 * num_layers * length * attention_dim
+
+
+def multiplying(params: Any) -> int:
+    """P of `flops_per_token`."""
     sizes = {p: math.prod(w.shape) for p, w in paths.flatten(params, weights.is_node)}
     tables = {"positions/embedding"} | ({"embed/embedding"} if any(p.startswith("head/") for p in sizes) else set())
-    total = sum(size for path, size in sizes.items() if path not in tables)
-    return 6.0 * total + 12.0 * num_layers * length * attention_dim
+    return sum(size for path, size in sizes.items() if path not in tables)
 
 
 def peak_flops() -> float | None:

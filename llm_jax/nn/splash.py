@@ -1,0 +1,109 @@
+"""Attention on TPUs by JAX's own kernel, which keeps no scores: splash attention, per device.
+
+The compiler cannot divide a kernel, so it runs in `shard_map` over the rows and heads that a device has. A plan gives
+it to the models as `Execution.kernel`.
+
+Source: `jax.experimental.pallas.ops.tpu.splash_attention`, after Dao 2023, https://arxiv.org/abs/2307.08691.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+LANES = 128
+BLOCK = 512  # queries and keys a step of the kernel
+
+
+def _divisor(size: int) -> int:
+    """The largest block of whole lanes that divides `size`, 0 without one."""
+    return next((b for b in (BLOCK, 256, LANES) if size % b == 0), 0)
+
+
+def attend_here(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    interpret: bool = False,
+) -> jax.Array:
+    """Attention of one device's rows and heads.
+
+    Args:
+      q_BTNH: queries at 0, 1, 2, ...
+      k_BSKH: keys; K divides N.
+      v_BSKH: values.
+      causal: a query sees keys up to its own place.
+      window: of the last `window` keys only.
+      scale: of the scores.
+      interpret: run the kernel's steps one by one on any platform (tests).
+
+    Returns:
+      `[B, T, N, H]`.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    t, s, n = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[2]
+    if window is not None:
+        one: Any = masks.LocalMask((t, s), (window - 1, 0 if causal else window - 1), 0)
+    else:
+        one = masks.CausalMask((t, s)) if causal else masks.FullMask((t, s))
+    a, b = _divisor(t), _divisor(s)
+    blocks = kernels.BlockSizes(
+        a, b, b, block_q_dkv=a, block_kv_dkv=b, block_kv_dkv_compute=b, block_q_dq=a, block_kv_dq=b
+    )
+    run = kernels.make_splash_mha(
+        masks.MultiHeadMask([one] * n), block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret
+    )
+    heads_first = lambda x: x.swapaxes(1, 2)
+    scaled = q_BTNH * jnp.asarray(scale, q_BTNH.dtype)
+    return heads_first(jax.vmap(run)(*map(heads_first, (scaled, k_BSKH, v_BSKH)))).astype(q_BTNH.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Splash:
+    """`(q, k, v, causal, window, scale) -> out` on the devices of a mesh.
+
+    Attributes:
+      mesh: the devices.
+      rows: mesh axes that the rows are divided over.
+      heads: mesh axis of the heads, None where they are whole.
+    """
+
+    mesh: Mesh
+    rows: tuple[str, ...]
+    heads: str | None
+
+    def fits(self, q_BTNH: jax.Array, k_BSKH: jax.Array) -> bool:
+        """Whether the kernel takes these sizes: whole lanes, rows and heads that divide."""
+        b, t, n, h = q_BTNH.shape
+        s, k = k_BSKH.shape[1:3]
+        parts = self.mesh.shape[self.heads] if self.heads else 1
+        rows = 1
+        for axis in self.rows:
+            rows *= self.mesh.shape[axis]
+        whole = b % rows == n % parts == k % parts == 0 and h % LANES == 0
+        return whole and t == s and bool(_divisor(t)) and q_BTNH.dtype in (jnp.bfloat16, jnp.float32)
+
+    def __call__(
+        self, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, causal: bool, window: int | None, scale: float
+    ) -> jax.Array:
+        """See `attend_here`."""
+        inside = jax.sharding.get_abstract_mesh()  # of a pipeline's stage, where `pipe` is manual already
+        manual = () if inside.empty else inside.manual_axes
+        spec = P(self.rows, None, self.heads, None)
+        run = jax.shard_map(
+            lambda q, k, v: attend_here(q, k, v, causal, window, scale),
+            mesh=self.mesh if inside.empty else inside,
+            in_specs=(spec, spec, spec),
+            out_specs=spec,
+            axis_names={*self.mesh.axis_names} - {*manual},
+            check_vma=False,
+        )
+        return run(q_BTNH, k_BSKH, v_BSKH)
