@@ -189,7 +189,7 @@ class Bert(nn.Module):
         x = dropout(self, LayerNorm(c.norm_eps, name="embed_norm")(x), c.dropout, train)
         if c.embedding_dim is not None:
             x = Linear(c.model_dim, ("embed", "embed"), kernel_init=init, name="embed_projection")(x)
-        x = first = self.execution.constrain(x, ("batch", "length", "embed"))
+        x = first = self.execution.constrain(x, ("batch", "sequence", "embed"))
         stack = blocks(
             *(c.block, c.num_layers, self.execution, output_hidden_states, output_attentions, "encoder", c.num_groups)
         )

@@ -105,6 +105,7 @@ class Block(nn.Module):
             around = norm(name=name)
             y, *rest = sublayer(around(x) if c.norm == "pre" else x)
             x = _finite(x + dropout(self, y, c.dropout, train), c.clamp)
+            x = self.execution.constrain(x, ("batch", "sequence", "embed"))
             return (x if c.norm == "pre" else around(x)), *rest
 
         attention = Attention(a, self.execution, name="attention")
@@ -124,7 +125,6 @@ class Block(nn.Module):
             *(c.hidden_dim, c.activation, c.gated, c.mlp_bias, std, out_std, c.activation_dropout), name="mlp"
         )
         (x,) = add(x, "mlp_norm", lambda y: (mlp(y, train),))
-        x = self.execution.constrain(x, ("batch", "length", "embed"))
         return x, ((cache, cross_cache), x if self.output_hidden_states else None, shown, cross_shown)
 
 

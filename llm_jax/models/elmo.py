@@ -216,7 +216,7 @@ class Elmo(nn.Module):
             raise ValueError('train=True needs a dropout key (rngs={"dropout": key}), and train=False takes none')
         real = jnp.any(input_ids > 0, axis=-1) if attention_mask is None else attention_mask.astype(bool)
         words = _Words(c, self.execution.dtype, name="words")(input_ids)
-        words = self.execution.constrain(words, ("batch", "length", "embed"))
+        words = self.execution.constrain(words, ("batch", "sequence", "embed"))
         states = c.init_carry(b, words.dtype) if cache is None else cache
         adds = [jnp.float32(c.residual and i > 0) for i in range(c.num_layers)]
         outputs, ends = [], []

@@ -91,7 +91,7 @@ def run(module: Any, call: Call, parts: Parts) -> Output:
     if target is None and parts.decodes and module.is_initializing():
         target = ids
     shown = (call.output_hidden_states, call.output_attentions)
-    pin = lambda x: module.execution.constrain(x, ("batch", "length", "embed"))
+    pin = lambda x: module.execution.constrain(x, ("batch", "sequence", "embed"))
 
     encoded, source, real = None, None, None
     if ids is not None:

@@ -169,7 +169,7 @@ class GPT(nn.Module):
             rows = jnp.arange(2 * c.max_distance)
             shared = shared.replace(distances_PD=table(2 * c.max_distance)(rows, dtype))
         x = dropout(self, x, c.dropout if c.embed_dropout is None else c.embed_dropout, train)
-        x = first = self.execution.constrain(x, ("batch", "length", "embed"))
+        x = first = self.execution.constrain(x, ("batch", "sequence", "embed"))
         stack = blocks(c.block, c.num_layers, self.execution, output_hidden_states, output_attentions, "decoder")
         x, outputs = stack(x, per_layer(cache), (shared,), train)
         if c.norm == "pre":

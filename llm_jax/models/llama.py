@@ -164,7 +164,7 @@ class Llama(nn.Module):
         inputs = frame.prepare(input_ids, attention_mask, position_ids, segment_ids, cache, c.context_length, c.window)
         init = nn.initializers.normal(c.init_std)
         tokens = Embedding(c.vocab_size, c.model_dim, c.vocab_pad_multiple, table_init=init, name="embed")
-        x = first = self.execution.constrain(tokens(input_ids, self.execution.dtype), ("batch", "length", "embed"))
+        x = first = self.execution.constrain(tokens(input_ids, self.execution.dtype), ("batch", "sequence", "embed"))
         freq, factor = positions.rotary_frequencies(c.attention.head_dim, c.rope_theta, c.rope_scaling)
         rotary = positions.rotary_tables(inputs.positions_BT, freq, factor, jnp.promote_types(jnp.float32, x.dtype))
         stack = blocks(c.block, c.num_layers, self.execution, output_hidden_states, output_attentions, "decoder")

@@ -166,7 +166,7 @@ class _Layer(nn.Module):
 
         def finish(x, y):
             x = norm_1(x + drop(y))
-            return self.execution.constrain(norm_2(x + drop(mlp(x, train))), ("batch", "length", "embed"))
+            return self.execution.constrain(norm_2(x + drop(mlp(x, train))), ("batch", "sequence", "embed"))
 
         return (finish(h, seen), None if g is None else finish(g, asked)), (h, shown, cache)
 
@@ -252,7 +252,7 @@ class XLNet(nn.Module):
         init = nn.initializers.normal(c.init_std)
         tokens = Embedding(c.vocab_size, c.model_dim, c.vocab_pad_multiple, table_init=init, name="embed")
         drop = lambda x: dropout(self, x, c.dropout, train)
-        h = first = self.execution.constrain(drop(tokens(input_ids, dtype)), ("batch", "length", "embed"))
+        h = first = self.execution.constrain(drop(tokens(input_ids, dtype)), ("batch", "sequence", "embed"))
         query = weights.parameter(self, "query", init, (c.model_dim,), ("embed",))
         g = None
         if target_positions is not None:

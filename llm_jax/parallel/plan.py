@@ -111,6 +111,8 @@ class Plan:
         self.mesh = make_mesh(sizes, devices)
         self.rules: Rules = dict(TENSOR_PARALLEL)
         self.notes: list[str] = []
+        if config.pipe > 1:  # a tick's branches reshard nothing: devices in other branches would never come
+            self.rules = {**self.rules, "sequence": None}
         heads = getattr(model_config, "num_heads", 1)
         kv = getattr(model_config, "num_kv_heads", heads)
         if heads % config.model or kv % config.model:
@@ -165,8 +167,8 @@ class Plan:
         """Pins an activation's sharding; dimensions that do not divide stay free."""
         if self.mesh.size == 1:
             return x
-        spec = place(P(*axes), x.shape, self.rules, self.mesh).spec
         inside = jax.sharding.get_abstract_mesh()  # of a pipeline's stage, where `pipe` is manual
+        spec = place(P(*axes), x.shape, self.rules, self.mesh).spec
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh if inside.empty else inside, spec))
 
     def _named(self, specs: Any) -> Any:

@@ -15,6 +15,7 @@ Rules = Mapping[str, str | tuple[str, ...] | None]
 TENSOR_PARALLEL: Rules = {
     "batch": ("replica", "data"),
     "length": None,
+    "sequence": "model",  # of the residual stream, between the pairs of divided products
     "vocab": "model",
     "heads": "model",
     "kv": "model",

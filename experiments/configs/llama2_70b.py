@@ -1,0 +1,39 @@
+"""Llama 2 70B on a pod: parameters over `data`, tensor parallelism over `model`.
+
+Reproduces: Touvron et al. 2023, https://arxiv.org/abs/2307.09288, table 1 and section 2.2 (sizes and optimizer).
+Command:    python -m experiments.rehearse --topology=v5p:8x8x8 --config=experiments/configs/llama2_70b.py
+Cost:       not trained here: rehearsed on a machine without accelerators
+Result:     see below
+"""
+
+from experiments import cli
+from llm_jax.models.llama import LlamaConfig
+from llm_jax.parallel.plan import PlanConfig
+from llm_jax.training.loop import LoopConfig
+from llm_jax.training.optimizers import OptimizerConfig
+from llm_jax.training.run import DataConfig, RunConfig
+
+
+def get_config(variant: str = ""):
+    """4 rows of 4,096 tokens a chip of v5p:8x8x8 (512 chips: 128 x 4)."""
+    if variant:
+        raise ValueError(f"there is no variant {variant!r}")
+    model = LlamaConfig(
+        vocab_size=32000,
+        context_length=4096,
+        model_dim=8192,
+        num_layers=80,
+        num_heads=64,
+        num_kv_heads=8,
+        hidden_dim=28672,
+        tied=False,
+    )
+    return cli.as_config_dict(
+        RunConfig(
+            model=model,
+            data=DataConfig(source="stdlib"),
+            optimizer=OptimizerConfig("adamw", 1.5e-4, warmup_steps=2000, b2=0.95, eps=1e-5, weight_decay=0.1),
+            plan=PlanConfig(zero=3, model=4, precision="bf16", remat="full"),
+            training=LoopConfig(steps=500_000, batch_size=2048, sequence_length=4096),
+        )
+    )
