@@ -2,8 +2,10 @@
 
 Reproduces: Touvron et al. 2023, https://arxiv.org/abs/2307.09288, table 1 and section 2.2 (sizes and optimizer).
 Command:    python -m experiments.rehearse --topology=v5e:16x16 --config=experiments/configs/llama2_7b.py
-Cost:       not trained here: rehearsed on a machine without accelerators
-Result:     see below
+Cost:       not trained here: rehearsed without accelerators, 40 s on two cores
+Result:     (jax 0.10.2, libtpu 0.0.42.1) a row of 2,048 tokens a chip: 2.77 of 17.2 GB a chip; a step gathers 30.7 GB and
+            all-reduces 13.7 GB; at least 0.72 s of computing (0.04 of it attention's kernels), 0.29 s of moving, 43 % of
+            it hidden: 593,000 tokens/s, MFU 0.48, at most 0.60 were nothing moved. 16 rows a chip do not fit (19.6 GB)
 """
 
 from experiments import cli
