@@ -3,39 +3,19 @@
 Reproduces: Touvron et al. 2023, https://arxiv.org/abs/2307.09288, table 1 and section 2.2 (sizes and optimizer).
 Command:    python -m experiments.rehearse --topology=v5p:8x8x8 --config=experiments/configs/llama2_70b.py
 Cost:       not trained here: rehearsed without accelerators, 41 s on two cores
-Result:     (jax 0.10.2, libtpu 0.0.42.1) 4 rows of 4,096 tokens a chip, 128 x 4: 44.7 of 102 GB a chip; 533 GB gathered,
-            433 GB all-reduced, 279 GB permuted a step, 16 % of it hidden; 27.3 s of computing at least, 286,000 tokens/s,
-            MFU 0.52, at most 0.56 were nothing moved
+Result:     (jax 0.10.2, libtpu 0.0.42.1) 4 rows of 4,096 tokens a chip, 128 x 4: 44.7 of 102 GB a chip; 533 GB
+            gathered, 433 GB all-reduced, 279 GB permuted a step, 16 % of it hidden; 27.3 s of computing at least,
+            286,000 tokens/s, MFU 0.52, at most 0.56 were nothing moved
 """
 
-from experiments import cli
+from experiments.configs.llama2_7b import SIZES, pretraining
 from llm_jax.models.llama import LlamaConfig
 from llm_jax.parallel.plan import PlanConfig
-from llm_jax.training.loop import LoopConfig
-from llm_jax.training.optimizers import OptimizerConfig
-from llm_jax.training.run import DataConfig, RunConfig
 
 
 def get_config(variant: str = ""):
     """4 rows of 4,096 tokens a chip of v5p:8x8x8 (512 chips: 128 x 4)."""
     if variant:
         raise ValueError(f"there is no variant {variant!r}")
-    model = LlamaConfig(
-        vocab_size=32000,
-        context_length=4096,
-        model_dim=8192,
-        num_layers=80,
-        num_heads=64,
-        num_kv_heads=8,
-        hidden_dim=28672,
-        tied=False,
-    )
-    return cli.as_config_dict(
-        RunConfig(
-            model=model,
-            data=DataConfig(source="stdlib"),
-            optimizer=OptimizerConfig("adamw", 1.5e-4, warmup_steps=2000, b2=0.95, eps=1e-5, weight_decay=0.1),
-            plan=PlanConfig(zero=3, model=4, precision="bf16", remat="full"),
-            training=LoopConfig(steps=500_000, batch_size=2048, sequence_length=4096),
-        )
-    )
+    model = LlamaConfig(**SIZES, model_dim=8192, num_layers=80, num_heads=64, num_kv_heads=8, hidden_dim=28672)
+    return pretraining(model, 1.5e-4, PlanConfig(zero=3, model=4, precision="bf16", remat="full"), 2048, 4096)

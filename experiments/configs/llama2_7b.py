@@ -3,9 +3,10 @@
 Reproduces: Touvron et al. 2023, https://arxiv.org/abs/2307.09288, table 1 and section 2.2 (sizes and optimizer).
 Command:    python -m experiments.rehearse --topology=v5e:16x16 --config=experiments/configs/llama2_7b.py
 Cost:       not trained here: rehearsed without accelerators, 40 s on two cores
-Result:     (jax 0.10.2, libtpu 0.0.42.1) a row of 2,048 tokens a chip: 2.77 of 17.2 GB a chip; a step gathers 30.7 GB and
-            all-reduces 13.7 GB; at least 0.72 s of computing (0.04 of it attention's kernels), 0.29 s of moving, 43 % of
-            it hidden: 593,000 tokens/s, MFU 0.48, at most 0.60 were nothing moved. 16 rows a chip do not fit (19.6 GB)
+Result:     (jax 0.10.2, libtpu 0.0.42.1) a row of 2,048 tokens a chip: 2.77 of 17.2 GB a chip; a step gathers 30.7 GB
+            and all-reduces 13.7 GB; at least 0.72 s of computing (0.04 of it attention's kernels), 0.29 s of moving,
+            43 % of it hidden: 593,000 tokens/s, MFU 0.48, at most 0.60 were nothing moved. 16 rows a chip do not fit
+            (19.6 GB)
 """
 
 from experiments import cli
@@ -16,26 +17,25 @@ from llm_jax.training.optimizers import OptimizerConfig
 from llm_jax.training.run import DataConfig, RunConfig
 
 
-def get_config(variant: str = ""):
-    """A row of 2,048 tokens a chip of v5e:16x16."""
-    if variant:
-        raise ValueError(f"there is no variant {variant!r}")
-    model = LlamaConfig(
-        vocab_size=32000,
-        context_length=4096,
-        model_dim=4096,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=32,
-        hidden_dim=11008,
-        tied=False,
-    )
+SIZES = dict(vocab_size=32000, context_length=4096, tied=False)
+
+
+def pretraining(model: LlamaConfig, rate: float, plan: PlanConfig, rows: int, length: int):
+    """The paper's pre-training of a model."""
     return cli.as_config_dict(
         RunConfig(
             model=model,
             data=DataConfig(source="stdlib"),
-            optimizer=OptimizerConfig("adamw", 3e-4, warmup_steps=2000, b2=0.95, eps=1e-5, weight_decay=0.1),
-            plan=PlanConfig(zero=3, precision="bf16", remat="full"),
-            training=LoopConfig(steps=500_000, batch_size=256, sequence_length=2048),
+            optimizer=OptimizerConfig("adamw", rate, warmup_steps=2000, b2=0.95, eps=1e-5, weight_decay=0.1),
+            plan=plan,
+            training=LoopConfig(steps=500_000, batch_size=rows, sequence_length=length),
         )
     )
+
+
+def get_config(variant: str = ""):
+    """A row of 2,048 tokens a chip of v5e:16x16."""
+    if variant:
+        raise ValueError(f"there is no variant {variant!r}")
+    model = LlamaConfig(**SIZES, model_dim=4096, num_layers=32, num_heads=32, num_kv_heads=32, hidden_dim=11008)
+    return pretraining(model, 3e-4, PlanConfig(zero=3, precision="bf16", remat="full"), 256, 2048)
