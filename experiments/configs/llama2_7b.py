@@ -9,6 +9,8 @@ Result:     (jax 0.10.2, libtpu 0.0.42.1) a row of 2,048 tokens a chip: 2.77 of 
             (19.6 GB)
 """
 
+from typing import Any
+
 from experiments import cli
 from llm_jax.models.llama import LlamaConfig
 from llm_jax.parallel.plan import PlanConfig
@@ -16,8 +18,7 @@ from llm_jax.training.loop import LoopConfig
 from llm_jax.training.optimizers import OptimizerConfig
 from llm_jax.training.run import DataConfig, RunConfig
 
-
-SIZES = dict(vocab_size=32000, context_length=4096, tied=False)
+SIZES: dict[str, Any] = dict(vocab_size=32000, context_length=4096, tied=False)
 
 
 def pretraining(model: LlamaConfig, rate: float, plan: PlanConfig, rows: int, length: int):
