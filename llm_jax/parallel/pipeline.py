@@ -1,13 +1,13 @@
 """Pipeline parallelism: one interpreter for every schedule, for any model whose layers are one stack.
 
-A model is taken apart without its knowing: `nn.Stack` hands its layers to a runner, and two runners are enough. One
-keeps what flows into the stack (the embedding's part of the model), one puts in what flows out of it (the head's part).
-Between them the interpreter runs the schedule's table, tick by tick, in `shard_map` over the mesh axis `pipe`; the
-other axes stay automatic, so tensor parallelism and ZeRO go on inside a stage.
+A model is taken apart without its knowing: `nn.Stack` hands its layers to a runner, which keeps what flows in (one pass
+of `apply`, the embedding's part of the model) or puts in what flows out (another, the head's part). Between them the
+interpreter runs the schedule's table, tick by tick, in `shard_map` over the mesh axis `pipe`; the other axes stay
+automatic, so tensor parallelism and ZeRO go on inside a stage.
 
-A stage keeps its inputs only and recomputes in the backward. Every tick ends with one permutation of activations to the
-next device and one of their gradients to the previous one; branches only compute, so devices that do different things
-never wait for each other inside of one.
+A stage keeps its inputs and recomputes in the backward; where weight gradients come later, also what they need.
+Every tick ends with one permutation of activations to the next device and one of their gradients to the previous one.
+Branches compute, and sum over `model` and `data` among devices that take the same one; they reshard nothing.
 
 Sources: see `schedules`.
 """
