@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 from llm_jax.nn import weights
 from llm_jax.nn.splash import BLOCK
 from llm_jax.parallel import chips, hlo
-from llm_jax.parallel.pipeline import branch_shares
+from llm_jax.parallel.pipeline import branch_shares, tables
 from llm_jax.parallel.plan import Plan
 from llm_jax.training import flops, rows
 from llm_jax.training.program import Program, build
@@ -98,15 +99,24 @@ def kernel_flops(program: hlo.Program, branches: Any, causal: bool) -> float:
     return total
 
 
+def in_lockstep(plan: Plan, seconds: Callable[[Sequence[float]], float]) -> float:
+    """Seconds of a step, of a function of how often a pipeline's branches are taken: a tick ends with its slowest."""
+    if plan.schedule is None:
+        return seconds(())
+    one_hot = np.eye(7).tolist()
+    base = seconds([0.0] * 7)
+    always = [seconds(branches) - base for branches in one_hot]
+    return base + float(np.mean([max(always[op] for op in tick) for tick in tables(plan.schedule)["op"]]))
+
+
 def measure(
     text: str, memory: Any, plan: Plan, chip: chips.Chip, report: dict[str, Any], causal: bool
 ) -> dict[str, Any]:
     """What the compiled program says of itself."""
     parsed = hlo.parse(text)
-    branches = () if plan.schedule is None else branch_shares(plan.schedule)
-    found = hlo.collectives(parsed, branches)
-    kernels = kernel_flops(parsed, branches, causal) / chip.flops
-    compute = parsed.cycles(branches) / chip.clock + kernels
+    found = hlo.collectives(parsed, () if plan.schedule is None else branch_shares(plan.schedule))
+    kernels = in_lockstep(plan, lambda branches: kernel_flops(parsed, branches, causal) / chip.flops)
+    compute = kernels + in_lockstep(plan, lambda branches: parsed.cycles(branches) / chip.clock)
     moving = [c.sent(0) / chip.links for c in found]
     hidden = [min(t, c.times * c.cover / chip.clock) for t, c in zip(moving, found, strict=True)]
     step = compute + sum(moving) - sum(hidden)
@@ -167,7 +177,10 @@ def table(r: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-ADVICE = "try: plan.zero=3, plan.remat=full, a smaller training.batch_size, training.accumulation, plan.model=2"
+ADVICE = (
+    "try: plan.zero=3, plan.remat=full, plan.model=2, a smaller training.batch_size, training.accumulation (of a "
+    "pipeline plan.microbatches)"
+)
 
 
 def _largest(text: str) -> list[str]:

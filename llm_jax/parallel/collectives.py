@@ -3,10 +3,10 @@
 Functions of what one device holds, to be called inside `shard_map` over a mesh axis of N devices. Blocks are cut along
 the leading dimension. The compiler chooses the algorithm of four of them (`lax.psum` and its kin); `broadcast` and
 `reduce`, which single-program JAX has no words for, are binomial trees of permutations. `cost` counts a ring's bytes
-for the four and the tree's for the two: on links that go both ways nothing does with fewer.
+for the four, and for the two the tree's: the least in total, though a root's own share can be smaller.
 
 Two ways to sum gradients are built from them: all devices alike (`all_reduce_mean`), and a parameter server
-(`push`, `pull`). Their results are equal; the server's link carries N - 1 times the bytes.
+(`push`, `pull`). Their results are equal; the server's link carries N / 2 times the bytes.
 
 Sources: Thakur, Rabenseifner, Gropp 2005, https://doi.org/10.1177/1094342005051521; Li et al. 2014 (parameter server),
 https://www.usenix.org/conference/osdi14/technical-sessions/presentation/li_mu.

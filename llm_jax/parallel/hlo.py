@@ -60,10 +60,11 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Computations by name, and the entry's."""
+    """Computations by name, the entry's, and on how many devices it runs."""
 
     computations: dict[str, dict[str, Instruction]]
     entry: str
+    devices: int = 1
 
     def calls(self, branches: Sequence[float] = ()) -> dict[str, float]:
         """How often each computation runs in one call of the program.
@@ -183,7 +184,9 @@ def parse(text: str) -> Program:
         current[begin[1]] = Instruction(begin[1], after[:opens], kind, operands, after[closes + 1 :])
     if not entry:
         raise ValueError("the text holds no ENTRY computation: pass compiled.as_text()")
-    return Program(computations, entry)
+    header = text.splitlines()[0]
+    counts = [int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", header)]
+    return Program(computations, entry, math.prod(counts))
 
 
 def bytes_of(kind: str) -> int:
@@ -232,11 +235,11 @@ class Collective:
         return self.times * self._share(device, 1)
 
 
-def _groups(i: Instruction) -> tuple[tuple[int, ...], ...]:
+def _groups(i: Instruction, devices: int) -> tuple[tuple[int, ...], ...]:
     """Who takes part: pairs, or one of the forms in which groups are printed.
 
     `{{0,1},{2,3}}`; `[2,4]<=[8]`, `[4,2]<=[2,4]T(1,0)`; `mesh['a'=2,'b'=4] {'b'}`, also with
-    `, device_ids=([2,2,2]T(1,0,2))` between the two.
+    `, device_ids=([2,2,2]T(1,0,2))` between the two; `{}` is one group of all.
     """
     ids: np.ndarray
     text = i.attribute("source_target_pairs") or i.attribute("replica_groups")
@@ -258,7 +261,7 @@ def _groups(i: Instruction) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple(row) for row in ids.reshape(-1, math.prod(sizes[name] for name in along)).tolist())
     dims = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if dims is None:
-        return ()
+        return (tuple(range(devices)),)
     shape, source, turned = (numbers(d or "") for d in dims.groups())
     ids = np.arange(math.prod(source)).reshape(source).transpose(turned or None).reshape(shape)
     return tuple(tuple(row) for row in ids.tolist())
@@ -325,7 +328,7 @@ def collectives(text: str | Program, branches: Sequence[float] = ()) -> list[Col
             if chain and chain in seen:
                 continue
             seen.add(chain)
-            groups = _groups(i)
+            groups = _groups(i, program.devices)
             size = sum(bytes_of(computation[o].type) for o in i.operands)
             if kind == "all-gather":
                 size *= len(groups[0]) if groups else 1

@@ -9,6 +9,8 @@ A stage keeps its inputs and recomputes in the backward; where weight gradients 
 Every tick ends with one permutation of activations to the next device and one of their gradients to the previous one.
 Branches compute, and sum over `model` and `data` among devices that take the same one; they reshard nothing.
 
+Beside what a schedule holds, every stage has the whole batch's inputs of the first layer and their gradients.
+
 Sources: see `schedules`.
 """
 
@@ -276,9 +278,11 @@ def forward(
       What flows out of the last layer, `[M, ...]`.
     """
     p, micros = cut.pieces, jax.tree.leaves(inputs)[0].shape[0]
+    given = inputs, contexts
 
     def local(parts: Tree, inputs: Tree, contexts: Tree) -> Tree:
         device = jax.lax.axis_index("pipe")
+        inputs, contexts = jax.tree.map(lambda x, own: x.astype(own.dtype), (inputs, contexts), given)
         own = jax.tree.map(lambda x: x[0, 0], parts)
         pick = lambda tree, i: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
         stage = Stage(layer, cut, remat)
@@ -295,6 +299,9 @@ def forward(
         _, out = jax.lax.scan(tick, start, jnp.arange(micros + p - 1))
         return jax.tree.map(lambda y: y[None, p - 1 :], out)  # where the last device has them
 
+    # their gradients are summed over `pipe`, in float32: XLA:CPU has no sum of bfloat16 where some axes are manual only
+    wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)) if _is_float(x) else x
+    inputs, contexts = jax.tree.map(wide, given)
     parts = jax.tree.map(lambda x: cut.pieces_of(x, p), layers)
     on = lambda tree, spec: jax.tree.map(lambda _: spec, tree)
     specs = on(parts, P("pipe")), on(inputs, P()), on(contexts, P())
@@ -470,7 +477,9 @@ def run(
             zeros(scores),
         )
         (*_, d_layers, d_outer, d_inputs, d_contexts, total), _ = jax.lax.scan(tick, start, rows)
-        together = lambda tree: jax.tree.map(lambda x: jax.lax.psum(x, "pipe"), tree)
+        # in float32: XLA:CPU has no sum of bfloat16 where some axes are manual only
+        add = lambda x: jax.lax.psum(x.astype(jnp.promote_types(x.dtype, jnp.float32)), "pipe").astype(x.dtype)
+        together = lambda tree: jax.tree.map(add, tree)
         d_layers = jax.tree.map(lambda x: x[None], d_layers)
         d_inputs = jax.tree.map(lambda x: x[None], d_inputs)  # the first device's are the ones
         return total, d_layers, together(d_outer), d_inputs, together(d_contexts)

@@ -27,7 +27,7 @@ class PlanConfig:
     Attributes:
       data: devices along the batch; -1 takes all that are left.
       replica: groups of `data` devices that hold whole copies (hybrid ZeRO divides inside a group only).
-      pipe: devices along the layers (pipeline parallelism).
+      pipe: devices along the layers (pipeline parallelism). Evaluation runs no pipeline: it gathers the layers.
       schedule: of the pipeline: gpipe, 1f1b, interleaved or zero_bubble.
       microbatches: micro-batches of the pipeline; 0 takes twice as many as stages.
       chunks: pieces of layers a device, for schedule=interleaved.

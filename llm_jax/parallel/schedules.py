@@ -15,6 +15,7 @@ https://arxiv.org/abs/2104.04473; Qi et al. 2023 (zero bubble: ZB-H1), https://a
 """
 
 import dataclasses
+import string
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -208,7 +209,7 @@ def timeline(schedule: Schedule) -> str:
     def cell(item: Item | None) -> str:
         if item is None:
             return "."
-        chunk = "abcdefgh"[item.chunk] if schedule.chunks > 1 else ""
+        chunk = string.ascii_lowercase[item.chunk % 26] if schedule.chunks > 1 else ""
         return f"{item.kind if item.kind == 'F' else item.kind.lower()}{item.micro}{chunk}"
 
     width = max(len(cell(i)) for tick in schedule.ticks for i in tick) + 1

@@ -105,6 +105,27 @@ def _run_in_sequence(parts: _Parts, micros: Any, mesh: Mesh, stages: int) -> Sco
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), scored)
 
 
+def check_stages(params: Any, schedule: Schedule, carry: bool = False) -> None:
+    """Refuses what cannot be cut into stages.
+
+    Args:
+      params: of the model, abstract will do.
+      schedule: what should run.
+      carry: whether something runs on from batch to batch.
+
+    Raises:
+      PipelineError: with what to do.
+    """
+    if carry:
+        raise pipeline.PipelineError("plan.pipe: what runs on from batch to batch (objective.carry) has no place in it")
+    found = pipeline.stacks(params)
+    if len(found) > 1 and schedule.name != "gpipe":
+        raise pipeline.PipelineError(
+            f"plan.schedule={schedule.name} needs one stack of layers, the model has {len(found)} "
+            f"({', '.join('/'.join(path) for path in found)}): set plan.schedule=gpipe"
+        )
+
+
 def make_gradient(
     model: Any,
     objective: Objective,
@@ -141,18 +162,14 @@ def make_gradient(
 
         leaves, pull = jax.vjp(lambda trainable: pipeline.divide(whole(trainable))[0], trainable)
         join, micros = pipeline.divide(whole(trainable))[1], (prepared, keys)
+        check_stages(join(leaves), schedule)
         parts = _Parts(model, loss_of, gather(join(leaves)))
         if len(parts.layers) == 1:
             scored, grads = _run_schedule(parts, micros, mesh, schedule)
             found = pipeline.divide(grads)[0]
-        elif schedule.name == "gpipe":
+        else:
             loss = lambda f: _run_in_sequence(_Parts(model, loss_of, gather(join(f))), micros, mesh, schedule.stages)
             scored, found = jax.value_and_grad(loss, has_aux=True)(leaves)
-        else:
-            raise pipeline.PipelineError(
-                f"plan.schedule={schedule.name} needs one stack of layers, the model has {len(parts.layers)} "
-                f"({', '.join('/'.join(path) for path in parts.layers)}): set plan.schedule=gpipe"
-            )
         (grads,) = pull([g.astype(x.dtype) for g, x in zip(found, leaves, strict=True)])
         return scored, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 

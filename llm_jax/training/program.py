@@ -11,6 +11,7 @@ from llm_jax.objectives.objective import Objective
 from llm_jax.parallel.plan import Plan
 from llm_jax.training import flops
 from llm_jax.training.optimizers import OptimizerConfig, make_optimizer
+from llm_jax.training.pipelined import check_stages
 from llm_jax.training.precision import Precision
 from llm_jax.training.rows import carries
 from llm_jax.training.state import TrainState, init_state
@@ -75,6 +76,9 @@ def build(
     params, axes = weights.split_axes(boxed)
     given = None if given is None else jax.eval_shape(lambda p: p, given)
     params = params if given is None else jax.eval_shape(adapt, given)
+
+    if plan.schedule is not None:  # said here, before anything is compiled
+        check_stages(params, plan.schedule, carries(config.objective))
 
     def init(key: jax.Array, given: Any) -> TrainState:
         init_key, step_key = jax.random.split(key)

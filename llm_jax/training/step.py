@@ -120,7 +120,7 @@ def make_train_step(
 
         if pipe is not None:
             if carry is not None:
-                raise ValueError("what runs on from batch to batch (objective.carry) has no place in a pipeline")
+                raise ValueError("plan.pipe: what runs on from batch to batch (objective.carry) has no place in it")
             keys = jax.vmap(lambda i: micro_keys(i)[1])(jnp.arange(count))
             form = lambda trainable: weights.cast(combine(trainable, frozen), precision.dtype)
             piped = make_gradient(model, objective, *pipe, form, ties, gather)

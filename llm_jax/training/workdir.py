@@ -7,11 +7,14 @@ from typing import Any, TextIO
 import jax
 from etils import epath
 
-# fields that may differ when a run resumes: how far and where it runs, and what it reports
+# fields that may differ when a run resumes: how far and where it runs, and what it reports; micro-batches too, which are
+# accumulation's or a pipeline's (another number of them draws other dropout)
 FREE = (
     *(f"training.{n}" for n in ("steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_last")),
     *(f"training.{n}" for n in ("keep_best", "max_bad_steps", "profile_start", "profile_steps")),
-    *(f"plan.{n}" for n in ("data", "replica", "model", "zero", "remat", "attention", "unroll")),
+    "training.accumulation",
+    *(f"plan.{n}" for n in ("data", "replica", "pipe", "schedule", "microbatches", "chunks", "model", "zero")),
+    *(f"plan.{n}" for n in ("remat", "attention", "unroll")),
 )
 
 

@@ -106,11 +106,11 @@ def test_bytes(kind, size):
         ("mesh['x'=2,'y'=2] {'x','y'}", ((0, 1, 2, 3),)),
         ("mesh['x'=1,'y'=2,'z'=4], device_ids=([4,2]T(1,0)) {'z'}", ((0, 2, 4, 6), (1, 3, 5, 7))),
         ("mesh['x'=2,'y'=4], device_ids=([2,2,2]T(1,0,2)) {'y'}", ((0, 1, 4, 5), (2, 3, 6, 7))),
-        ("{}", ()),
+        ("{}", ((0, 1, 2, 3),)),
     ],
 )
 def test_groups(groups_text, groups):
-    head = "%add (a: f32[]) -> f32[] {\n}\nENTRY %main (p: f32[4]) -> f32[4] {\n  %p = f32[4] parameter(0)\n  %r = "
+    head = "HloModule m, num_partitions=4\n%add (a: f32[]) -> f32[] {\n}\nENTRY %main (p: f32[4]) -> f32[4] {\n  %p = f32[4] parameter(0)\n  %r = "
     program = f"{head}f32[4] all-reduce(%p), replica_groups={groups_text}, to_apply=%add\n}}\n"
     assert hlo.collectives(program)[0].groups == groups
 

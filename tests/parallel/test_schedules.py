@@ -68,11 +68,11 @@ def test_time_with_costs():
 
 
 def test_what_recomputation_makes_of_zero_bubble():
-    """With stage inputs only, B and W recompute both: five units against four, so it pays where bubbles are large."""
-    for m, pays in ((4, True), (8, False), (32, False)):
-        one = schedules.make("1f1b", 4, m).span({"F": 1, "B": 3})
-        zero = schedules.make("zero_bubble", 4, m).span({"F": 1, "B": 2, "W": 2})
-        assert (zero < one) == pays, (m, zero, one)
+    """5.5 units against four (`test_pipeline` counts them) pay where stages are many and micro-batches few."""
+    for p, m, pays in ((4, 4, False), (8, 8, True), (8, 16, False), (16, 16, True)):
+        one = schedules.make("1f1b", p, m).span({"F": 1, "B": 3})
+        zero = schedules.make("zero_bubble", p, m).span({"F": 1, "B": 2, "W": 2.5})
+        assert (zero < one) == pays, (p, m, zero, one)
 
 
 def test_timeline():

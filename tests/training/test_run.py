@@ -123,12 +123,19 @@ def test_killed_and_resumed_ends_bitwise_equal(whole, corpus, tmp_path):
     assert timeless(folder) == timeless(whole[0])  # no line twice, none missing, all equal
 
 
-def test_an_older_checkpoint_goes_on_upon_another_mesh(whole, corpus, tmp_path):
-    """The same data and dropout: the losses agree to what fp16 sums in another order leave."""
+@pytest.mark.parametrize(
+    "fields, accumulation",
+    [
+        (dict(data=4, model=2, zero=3, unroll=True), 2),
+        (dict(data=4, pipe=2, microbatches=2, schedule="1f1b", zero=2), 1),
+    ],
+)
+def test_an_older_checkpoint_goes_on_upon_another_mesh(whole, corpus, tmp_path, fields, accumulation):
+    """The same data and dropout, a pipeline's micro-batches in the place of accumulation's: the losses agree to what fp16 sums in another order leave."""
     folder = tmp_path / "again"
     shutil.copytree(whole[0], folder)
     before = {r["step"]: r["train/loss"] for r in read_metrics(folder) if "train/loss" in r}
-    config = change(config_of(corpus), "plan", data=4, model=2, zero=3, unroll=True)
+    config = change(change(config_of(corpus), "plan", **fields), "training", accumulation=accumulation)
     again = run.train(config, folder, restore_step=10)
     after = {r["step"]: r["train/loss"] for r in read_metrics(folder) if "train/loss" in r}
     assert after.keys() == before.keys() and [after[s] for s in range(1, 11)] == [before[s] for s in range(1, 11)]
