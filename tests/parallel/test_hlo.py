@@ -110,7 +110,8 @@ def test_bytes(kind, size):
     ],
 )
 def test_groups(groups_text, groups):
-    head = "HloModule m, num_partitions=4\n%add (a: f32[]) -> f32[] {\n}\nENTRY %main (p: f32[4]) -> f32[4] {\n  %p = f32[4] parameter(0)\n  %r = "
+    head = "HloModule m, num_partitions=4\n%add (a: f32[]) -> f32[] {\n}\n"
+    head += "ENTRY %main (p: f32[4]) -> f32[4] {\n  %p = f32[4] parameter(0)\n  %r = "
     program = f"{head}f32[4] all-reduce(%p), replica_groups={groups_text}, to_apply=%add\n}}\n"
     assert hlo.collectives(program)[0].groups == groups
 

@@ -131,7 +131,7 @@ def test_killed_and_resumed_ends_bitwise_equal(whole, corpus, tmp_path):
     ],
 )
 def test_an_older_checkpoint_goes_on_upon_another_mesh(whole, corpus, tmp_path, fields, accumulation):
-    """The same data and dropout, a pipeline's micro-batches in the place of accumulation's: the losses agree to what fp16 sums in another order leave."""
+    """The same data and dropout (a pipeline's micro-batches are accumulation's): losses agree to fp16's rounding."""
     folder = tmp_path / "again"
     shutil.copytree(whole[0], folder)
     before = {r["step"]: r["train/loss"] for r in read_metrics(folder) if "train/loss" in r}
