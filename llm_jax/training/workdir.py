@@ -7,7 +7,7 @@ from typing import Any, TextIO
 import jax
 from etils import epath
 
-# fields that may differ when a run resumes: how far and where it runs, and what it reports; micro-batches as well, which
+# fields that may differ when a run resumes: how far and where it runs, and what it reports; and micro-batches, which
 # are accumulation's or a pipeline's (another number of them draws other dropout)
 FREE = (
     *(f"training.{n}" for n in ("steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_last")),
