@@ -11,8 +11,8 @@ import numpy as np
 from llm_jax.nn import weights
 from llm_jax.nn.splash import BLOCK
 from llm_jax.parallel import chips, hlo
-from llm_jax.parallel.pipeline import branch_shares, tables
 from llm_jax.parallel.plan import Plan
+from llm_jax.parallel.schedules import branch_shares, tables
 from llm_jax.training import flops, rows
 from llm_jax.training.program import Program, build
 from llm_jax.training.run import RunConfig

@@ -7,6 +7,7 @@ Source: `jax.experimental.pallas.ops.tpu.splash_attention`, after Dao 2023, http
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -85,9 +86,7 @@ class Splash:
         b, t, n, h = q_BTNH.shape
         s, k = k_BSKH.shape[1:3]
         parts = self.mesh.shape[self.heads] if self.heads else 1
-        rows = 1
-        for axis in self.rows:
-            rows *= self.mesh.shape[axis]
+        rows = math.prod(self.mesh.shape[axis] for axis in self.rows)
         whole = b % rows == n % parts == k % parts == 0 and h % LANES == 0
         return whole and t == s and bool(_divisor(t)) and q_BTNH.dtype in (jnp.bfloat16, jnp.float32)
 

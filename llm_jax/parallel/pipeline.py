@@ -19,12 +19,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from llm_jax.nn.stack import Call
-from llm_jax.parallel.schedules import Schedule
+from llm_jax.parallel.schedules import Schedule, slots, tables
 
 Tree = Any
 
@@ -123,70 +122,20 @@ def _outputs(call: Call) -> Any:
     return tuple(jax.tree.map(bad, shapes) for _ in call.group_of)
 
 
-def tables(schedule: Schedule) -> dict[str, np.ndarray]:
-    """The schedule as arrays `[ticks, p]`.
-
-    `op` is 0 idle, 1 F, 2 B, 3 W, and 4, 5, 6 the same on the last piece. `micro` and `chunk` name the item. `get` is 1
-    where the device's left neighbour has just made its input (`get_micro`, `get_chunk`: for which item), `back` the
-    same for the gradient from the right.
-    """
-    p, last = schedule.stages, schedule.stages * schedule.chunks - 1
-    names = ("op", "micro", "chunk", "get", "get_micro", "get_chunk", "back", "back_micro", "back_chunk")
-    out = {name: np.zeros((len(schedule.ticks), p), np.int32) for name in names}
-    for t, tick in enumerate(schedule.ticks):
-        for d, item in enumerate(tick):
-            if item is None:
-                continue
-            piece = item.chunk * p + d
-            out["op"][t, d] = "FBW".index(item.kind) + 1 + 3 * (piece == last)
-            out["micro"][t, d], out["chunk"][t, d] = item.micro, item.chunk
-            if item.kind == "F" and piece < last:
-                to, chunk = (d + 1) % p, (piece + 1) // p
-                out["get"][t, to], out["get_micro"][t, to], out["get_chunk"][t, to] = 1, item.micro, chunk
-            if item.kind == "B" and piece:
-                to, chunk = (d - 1) % p, (piece - 1) // p
-                out["back"][t, to], out["back_micro"][t, to], out["back_chunk"][t, to] = 1, item.micro, chunk
-    return out
-
-
-def branch_shares(schedule: Schedule) -> list[float]:
-    """How often a device takes each of a tick's branches, of all ticks; of the device that does most."""
-    op = tables(schedule)["op"]
-    counts = [[(op[:, d] == i).mean() for i in range(7)] for d in range(schedule.stages)]
-    return [float(x) for x in min(counts, key=lambda row: row[0] + row[4])]
-
-
-def slots(schedule: Schedule, table: Mapping[str, np.ndarray]) -> tuple[int, int, int]:
-    """Places a chunk for inputs, gradients, and what waits for W: micro-batch i lives at i modulo their number."""
-
-    def spans(begin: str | int, end: int) -> dict[tuple[int, int, int], list[int]]:
-        name = begin if isinstance(begin, str) else "op"
-        there = table[name] > 0 if isinstance(begin, str) else np.isin(table["op"], (begin, begin + 3))
-        prefix = f"{begin}_" if isinstance(begin, str) else ""
-        out: dict[tuple[int, int, int], list[int]] = {}
-        for t, d in zip(*np.nonzero(there), strict=True):
-            out[d, table[f"{prefix}chunk"][t, d], table[f"{prefix}micro"][t, d]] = [t]
-        for t, d in zip(*np.nonzero(np.isin(table["op"], (end, end + 3))), strict=True):
-            key = (d, table["chunk"][t, d], table["micro"][t, d])
-            if key in out:
-                out[key].append(t)
-        return out
-
-    def places(spans: dict[tuple[int, int, int], list[int]]) -> int:
-        for count in range(1, schedule.micros + 1):
-            taken: dict[tuple[int, int, int], list[list[int]]] = {}
-            for (d, c, i), span in spans.items():
-                taken.setdefault((d, c, i % count), []).append(span)
-            # a place is written after the tick's work, so it may be taken in the tick that frees it
-            if all(a[1] <= b[0] for row in taken.values() for a, b in zip(sorted(row), sorted(row)[1:], strict=False)):
-                return count
-        return schedule.micros
-
-    return places(spans("get", 2)), places(spans("back", 2)), places(spans(2, 3)) if schedule.splits else 1
-
-
 def _is_float(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _pick(tree: Tree, i: jax.Array) -> Tree:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
+
+
+def _send(tree: Tree, pairs: list[tuple[int, int]]) -> Tree:
+    return jax.tree.map(lambda x: jax.lax.ppermute(x, "pipe", pairs), tree)
+
+
+def _everywhere(tree: Tree, spec: P) -> Tree:
+    return jax.tree.map(lambda _: spec, tree)
 
 
 def divide(tree: Tree) -> tuple[list[Any], Callable[[list[Any]], Tree]]:
@@ -284,16 +233,15 @@ def forward(
         device = jax.lax.axis_index("pipe")
         inputs, contexts = jax.tree.map(lambda x, own: x.astype(own.dtype), (inputs, contexts), given)
         own = jax.tree.map(lambda x: x[0, 0], parts)
-        pick = lambda tree, i: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
         stage = Stage(layer, cut, remat)
         run = jax.checkpoint(lambda own, x, context: stage(own, x, context, device), prevent_cse=False)
 
         def tick(state: Any, t: jax.Array) -> tuple[Any, Any]:
             micro = jnp.clip(t - device, 0, micros - 1)
-            x = jax.tree.map(lambda a, b: jnp.where(device == 0, a, b), pick(inputs, micro), state)
-            y = run(own, x, pick(contexts, micro))
+            x = jax.tree.map(lambda a, b: jnp.where(device == 0, a, b), _pick(inputs, micro), state)
+            y = run(own, x, _pick(contexts, micro))
             pairs = [(i, i + 1) for i in range(p - 1)]
-            return jax.tree.map(lambda a: jax.lax.ppermute(a, "pipe", pairs), y), y
+            return _send(y, pairs), y
 
         start = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), inputs)
         _, out = jax.lax.scan(tick, start, jnp.arange(micros + p - 1))
@@ -303,10 +251,9 @@ def forward(
     wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)) if _is_float(x) else x
     inputs, contexts = jax.tree.map(wide, given)
     parts = jax.tree.map(lambda x: cut.pieces_of(x, p), layers)
-    on = lambda tree, spec: jax.tree.map(lambda _: spec, tree)
-    specs = on(parts, P("pipe")), on(inputs, P()), on(contexts, P())
+    specs = tuple(_everywhere(*a) for a in ((parts, P("pipe")), (inputs, P()), (contexts, P())))
     run = jax.shard_map(
-        local, mesh=mesh, in_specs=specs, out_specs=on(inputs, P("pipe")), axis_names={"pipe"}, check_vma=False
+        local, mesh=mesh, in_specs=specs, out_specs=_everywhere(inputs, P("pipe")), axis_names={"pipe"}, check_vma=False
     )
     return jax.tree.map(lambda y: y[-1], run(parts, inputs, contexts))
 
@@ -368,11 +315,11 @@ def run(
     p, v = schedule.stages, schedule.chunks
     table = tables(schedule)
     keeps, keeps_back, keeps_split = slots(schedule, table)
+    scored = jax.eval_shape(finish, outer, *(jax.tree.map(lambda x: x[0], t) for t in (inputs, batches)))
 
     def local(layers: Tree, outer: Tree, inputs: Tree, contexts: Tree, batches: Tree, rows: Mapping[str, Any]) -> Any:
         device = jax.lax.axis_index("pipe")
         layers = jax.tree.map(lambda x: x[0], layers)  # [v, each, ...]
-        pick = lambda tree, i: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
         zeros = lambda tree, dtype=None: jax.tree.map(lambda x: jnp.zeros(x.shape, dtype or x.dtype), tree)
         floats = lambda tree: divide(tree)[0]
 
@@ -383,10 +330,9 @@ def run(
             outer_f, outer_of = divide(outer)
             context_f, context_of = divide(context)
             wide = lambda tree: jax.tree.map(lambda g: g.astype(jnp.float32), tree)
-            loss_zero = zeros(jax.eval_shape(finish, outer, x, micro))
             empty = Done(
                 *(zeros(x), zeros(x), zeros(own_f, jnp.float32), zeros(outer_f, jnp.float32), zeros(context_f)),
-                *(loss_zero, zeros(split)),
+                *(zeros(scored), zeros(split)),
             )
             through = lambda o, x, c: stage(own_of(o), x, context_of(c), piece)
             one = jnp.ones((), jnp.float32)
@@ -433,11 +379,11 @@ def run(
             at = {name: x[device] for name, x in row.items()}
             micro, chunk = at["micro"], at["chunk"]
             entry = (device == 0) & (chunk == 0)
-            stored = pick(pick(held, chunk), micro % keeps)
-            x = jax.tree.map(lambda a, b: jnp.where(entry, a, b), pick(inputs, micro), stored)
-            dy = pick(pick(back, chunk), micro % keeps_back)
-            own, context, batch = pick(layers, chunk), pick(contexts, micro), pick(batches, micro)
-            split = pick(pick(splits, chunk), micro % keeps_split)
+            stored = _pick(_pick(held, chunk), micro % keeps)
+            x = jax.tree.map(lambda a, b: jnp.where(entry, a, b), _pick(inputs, micro), stored)
+            dy = _pick(_pick(back, chunk), micro % keeps_back)
+            own, context, batch = _pick(layers, chunk), _pick(contexts, micro), _pick(batches, micro)
+            split = _pick(_pick(splits, chunk), micro % keeps_split)
             piece = chunk * p + device
             done = jax.lax.switch(at["op"], branches(own, x, dy, split, context, batch, piece))
 
@@ -449,8 +395,7 @@ def run(
             enters = entry & (at["op"] % 3 == 2)
             d_inputs = add_at(d_inputs, micro, jax.tree.map(lambda g: jnp.where(enters, g, 0), done.dx))
             round_ = [(i, (i + 1) % p) for i in range(p)]
-            send = lambda tree, pairs: jax.tree.map(lambda a: jax.lax.ppermute(a, "pipe", pairs), tree)
-            y, dx = send(done.y, round_), send(done.dx, [(b, a) for a, b in round_])
+            y, dx = _send(done.y, round_), _send(done.dx, [(b, a) for a, b in round_])
 
             def keep(tree: Tree, new: Tree, name: str, count: int) -> Tree:
                 i = at[f"{name}_chunk"], at[f"{name}_micro"] % count
@@ -465,7 +410,6 @@ def run(
         one = jax.tree.map(lambda x: x[0], inputs)
         room = lambda count: jax.tree.map(lambda x: jnp.zeros((v, count, *x.shape), x.dtype), one)
         layered = lambda count: jax.tree.map(lambda x: jnp.zeros((v, count, cut.each, *x.shape), x.dtype), one)
-        scores = jax.eval_shape(finish, outer, one, jax.tree.map(lambda x: x[0], batches))
         start = (
             room(keeps),
             room(keeps_back),
@@ -474,7 +418,7 @@ def run(
             zeros(floats(outer), jnp.float32),
             zeros(inputs),
             zeros(floats(contexts)),
-            zeros(scores),
+            zeros(scored),
         )
         (*_, d_layers, d_outer, d_inputs, d_contexts, total), _ = jax.lax.scan(tick, start, rows)
         # in float32: XLA:CPU has no sum of bfloat16 where some axes are manual only
@@ -482,25 +426,19 @@ def run(
         together = lambda tree: jax.tree.map(add, tree)
         d_layers = jax.tree.map(lambda x: x[None], d_layers)
         d_inputs = jax.tree.map(lambda x: x[None], d_inputs)  # the first device's are the ones
-        return total, d_layers, together(d_outer), d_inputs, together(d_contexts)
+        return together(total), d_layers, together(d_outer), d_inputs, together(d_contexts)
 
-    spread = lambda tree: jax.tree.map(lambda _: P("pipe"), tree)
-    alike = lambda tree: jax.tree.map(lambda _: P(), tree)
+    spread, alike = (lambda tree, spec=spec: _everywhere(tree, spec) for spec in (P("pipe"), P()))
     layers_f, layers_of = divide(layers)
+    outer_f, outer_of = divide(outer)
     parts = jax.tree.map(lambda x: cut.pieces_of(x, p), layers)
     rows = {name: jnp.asarray(x) for name, x in table.items()}
     arguments = (parts, outer, inputs, contexts, batches, rows)
-    specs = (spread(parts), *(alike(a) for a in arguments[1:]))
-    outer_f, outer_of = divide(outer)
-    context_f, _ = divide(contexts)
-    scores = jax.eval_shape(finish, outer, *(jax.tree.map(lambda x: x[0], t) for t in (inputs, batches)))
-    out_specs = (alike(scores), [P("pipe")] * len(layers_f), alike(outer_f), spread(inputs), alike(context_f))
-    total_of = lambda total: (jax.tree.map(lambda x: jax.lax.psum(x, "pipe"), total[0]), *total[1:])
     run = jax.shard_map(
-        lambda *a: total_of(local(*a)),
+        local,
         mesh=mesh,
-        in_specs=specs,
-        out_specs=out_specs,
+        in_specs=(spread(parts), *(alike(a) for a in arguments[1:])),
+        out_specs=(alike(scored), spread(layers_f), alike(outer_f), spread(inputs), alike(divide(contexts)[0])),
         axis_names={"pipe"},
         check_vma=False,
     )

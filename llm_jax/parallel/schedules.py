@@ -19,6 +19,8 @@ import string
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+import numpy as np
+
 NAMES = ("gpipe", "1f1b", "interleaved", "zero_bubble")
 COSTS = {"F": 1.0, "B": 1.0, "W": 1.0}
 
@@ -201,6 +203,68 @@ def make(name: str, stages: int, micros: int, chunks: int = 1) -> Schedule:
     order = {"gpipe": _gpipe, "zero_bubble": _zero_bubble}.get(name, _one_forward_one_backward)
     orders = [order(stages, micros, chunks, d) for d in range(stages)]
     return Schedule(name, stages, micros, chunks, _in_order(stages, chunks, orders))
+
+
+def tables(schedule: Schedule) -> dict[str, np.ndarray]:
+    """The schedule as arrays `[ticks, p]`.
+
+    `op` is 0 idle, 1 F, 2 B, 3 W, and 4, 5, 6 the same on the last piece. `micro` and `chunk` name the item. `get` is 1
+    where the device's left neighbour has just made its input (`get_micro`, `get_chunk`: for which item), `back` the
+    same for the gradient from the right.
+    """
+    p, last = schedule.stages, schedule.stages * schedule.chunks - 1
+    names = ("op", "micro", "chunk", "get", "get_micro", "get_chunk", "back", "back_micro", "back_chunk")
+    out = {name: np.zeros((len(schedule.ticks), p), np.int32) for name in names}
+    for t, tick in enumerate(schedule.ticks):
+        for d, item in enumerate(tick):
+            if item is None:
+                continue
+            piece = item.chunk * p + d
+            out["op"][t, d] = "FBW".index(item.kind) + 1 + 3 * (piece == last)
+            out["micro"][t, d], out["chunk"][t, d] = item.micro, item.chunk
+            if item.kind == "F" and piece < last:
+                to, chunk = (d + 1) % p, (piece + 1) // p
+                out["get"][t, to], out["get_micro"][t, to], out["get_chunk"][t, to] = 1, item.micro, chunk
+            if item.kind == "B" and piece:
+                to, chunk = (d - 1) % p, (piece - 1) // p
+                out["back"][t, to], out["back_micro"][t, to], out["back_chunk"][t, to] = 1, item.micro, chunk
+    return out
+
+
+def branch_shares(schedule: Schedule) -> list[float]:
+    """How often a device takes each of a tick's branches, of all ticks; of the device that does most."""
+    op = tables(schedule)["op"]
+    counts = [[(op[:, d] == i).mean() for i in range(7)] for d in range(schedule.stages)]
+    return [float(x) for x in min(counts, key=lambda row: row[0] + row[4])]
+
+
+def slots(schedule: Schedule, table: Mapping[str, np.ndarray]) -> tuple[int, int, int]:
+    """Places a chunk for inputs, gradients, and what waits for W: micro-batch i lives at i modulo their number."""
+
+    def spans(begin: str | int, end: int) -> dict[tuple[int, int, int], list[int]]:
+        name = begin if isinstance(begin, str) else "op"
+        there = table[name] > 0 if isinstance(begin, str) else np.isin(table["op"], (begin, begin + 3))
+        prefix = f"{begin}_" if isinstance(begin, str) else ""
+        out: dict[tuple[int, int, int], list[int]] = {}
+        for t, d in zip(*np.nonzero(there), strict=True):
+            out[d, table[f"{prefix}chunk"][t, d], table[f"{prefix}micro"][t, d]] = [t]
+        for t, d in zip(*np.nonzero(np.isin(table["op"], (end, end + 3))), strict=True):
+            key = (d, table["chunk"][t, d], table["micro"][t, d])
+            if key in out:
+                out[key].append(t)
+        return out
+
+    def places(spans: dict[tuple[int, int, int], list[int]]) -> int:
+        for count in range(1, schedule.micros + 1):
+            taken: dict[tuple[int, int, int], list[list[int]]] = {}
+            for (d, c, i), span in spans.items():
+                taken.setdefault((d, c, i % count), []).append(span)
+            # a place is written after the tick's work, so it may be taken in the tick that frees it
+            if all(a[1] <= b[0] for row in taken.values() for a, b in zip(sorted(row), sorted(row)[1:], strict=False)):
+                return count
+        return schedule.micros
+
+    return places(spans("get", 2)), places(spans("back", 2)), places(spans(2, 3)) if schedule.splits else 1
 
 
 def timeline(schedule: Schedule) -> str:

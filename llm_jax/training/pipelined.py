@@ -53,6 +53,14 @@ class _Parts:
             raise pipeline.PipelineError("plan.pipe: the model runs fewer stacks than it has parameters of")
         return self.calls[0].carry, self.calls[0].context
 
+    def stage(self) -> tuple[Callable[..., Any], Any, jax.Array]:
+        """(layer, its parameters for every layer, whose they are) of the call that `begin` kept."""
+        call = self.calls[0]
+        group_of, layers = jnp.asarray(call.group_of), self.layers[call.path]
+        if len(group_of) != jax.tree.leaves(layers)[0].shape[0]:  # shared: each stage has those of its layers
+            layers = jax.tree.map(lambda x: x[group_of], layers)
+        return lambda p, i, x, context: call.layer(p, i, x, None, context)[0], layers, group_of
+
     def finish(self, outer: Any, results: Sequence[Any], micro: Micro) -> Scored:
         """The loss behind the last stack."""
         return self.loss_of(self._apply(outer, micro, results), micro[0])
@@ -67,22 +75,20 @@ def _run_schedule(parts: _Parts, micros: Any, mesh: Mesh, schedule: Schedule) ->
         return pipeline.divide(both)[0], both
 
     _, pull, (inputs, contexts) = jax.vjp(begin, outer_f, has_aux=True)
-    call = parts.calls[0]
-    layer = lambda p, i, x, context: call.layer(p, i, x, None, context)[0]
+    layer, layers, group_of = parts.stage()
+    ((path, groups),) = parts.layers.items()
     finish = lambda outer, carry, micro: parts.finish(outer, [carry], micro)
-    layers, group_of = parts.layers[call.path], jnp.asarray(call.group_of)
-    shared = len(group_of) != jax.tree.leaves(layers)[0].shape[0]  # each stage then has those of its layers
     cut = pipeline.Cut(len(group_of), schedule.stages * schedule.chunks)
     loss, scores, d_layers, d_outer, d_inputs, d_contexts = pipeline.run(
         *(schedule, mesh, cut, layer, finish),
-        *(jax.tree.map(lambda x: x[group_of], layers) if shared else layers, parts.outer, inputs, contexts, micros),
+        *(layers, parts.outer, inputs, contexts, micros),
         remat=parts.remat,
     )
-    if shared:
-        d_layers = jax.tree.map(lambda g, x: jnp.zeros(x.shape, g.dtype).at[group_of].add(g), d_layers, layers)
+    if layers is not groups:
+        d_layers = jax.tree.map(lambda g, x: jnp.zeros(x.shape, g.dtype).at[group_of].add(g), d_layers, groups)
     (d_begin,) = pull([*pipeline.divide(d_inputs)[0], *d_contexts])
     summed = [a + b.astype(a.dtype) for a, b in zip(pipeline.divide(d_outer)[0], d_begin, strict=True)]
-    return (loss, scores), pipeline.put(outer_of(summed), {call.path: d_layers})
+    return (loss, scores), pipeline.put(outer_of(summed), {path: d_layers})
 
 
 def _run_in_sequence(parts: _Parts, micros: Any, mesh: Mesh, stages: int) -> Scored:
@@ -91,11 +97,7 @@ def _run_in_sequence(parts: _Parts, micros: Any, mesh: Mesh, stages: int) -> Sco
     for _ in parts.layers:
         begin = lambda micro, results: parts.begin(parts.outer, micro, results)
         inputs, contexts = jax.vmap(begin)(micros, results)
-        call = parts.calls[0]
-        layer = lambda p, i, x, context, call=call: call.layer(p, i, x, None, context)[0]
-        group_of, layers = jnp.asarray(call.group_of), parts.layers[call.path]
-        if len(group_of) != jax.tree.leaves(layers)[0].shape[0]:
-            layers = jax.tree.map(lambda x: x[group_of], layers)  # noqa: B023
+        layer, layers, group_of = parts.stage()
         cut = pipeline.Cut(len(group_of), stages)
         results.append(pipeline.forward(mesh, cut, layer, layers, inputs, contexts, parts.remat))
     if jax.tree.leaves(results[-1])[0].shape[0] % stages == 0:  # the head's work is shared out over the stages
@@ -140,16 +142,13 @@ def make_gradient(
     Equal to accumulation over the same micro-batches with the same keys.
 
     Args:
-      model: a module whose layers are one stack, or several for GPipe.
+      model: a module that `check_stages` lets pass.
       objective: see `objectives.objective`.
       mesh: with the axis `pipe`.
       schedule: what happens when.
       form: the parameters that compute, of those that train (joined with what is frozen, cast).
       ties: shared parameters.
       gather: undoes ZeRO's division of the parameters, once a step: a tick's branches must not.
-
-    Raises:
-      PipelineError: when traced with a model that cannot be cut, or several stacks under another schedule.
     """
     whole = lambda trainable: expand(form(trainable), ties) if ties else form(trainable)
 
@@ -162,7 +161,6 @@ def make_gradient(
 
         leaves, pull = jax.vjp(lambda trainable: pipeline.divide(whole(trainable))[0], trainable)
         join, micros = pipeline.divide(whole(trainable))[1], (prepared, keys)
-        check_stages(join(leaves), schedule)
         parts = _Parts(model, loss_of, gather(join(leaves)))
         if len(parts.layers) == 1:
             scored, grads = _run_schedule(parts, micros, mesh, schedule)

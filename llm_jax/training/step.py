@@ -14,7 +14,7 @@ from llm_jax.nn.stack import unstack
 from llm_jax.nn.ties import Ties, expand
 from llm_jax.objectives.objective import Objective, total_loss
 from llm_jax.parallel.schedules import Schedule
-from llm_jax.training.pipelined import make_gradient
+from llm_jax.training.pipelined import check_stages, make_gradient
 from llm_jax.training.precision import Precision
 from llm_jax.training.state import TrainState
 from llm_jax.training.trainable import combine, partition
@@ -119,8 +119,7 @@ def make_train_step(
             totals = jax.tree.map(lambda w: jnp.sum(w, axis=0), prepared.weights)
 
         if pipe is not None:
-            if carry is not None:
-                raise ValueError("plan.pipe: what runs on from batch to batch (objective.carry) has no place in it")
+            check_stages(state.params, pipe[1], carry is not None)
             keys = jax.vmap(lambda i: micro_keys(i)[1])(jnp.arange(count))
             form = lambda trainable: weights.cast(combine(trainable, frozen), precision.dtype)
             piped = make_gradient(model, objective, *pipe, form, ties, gather)

@@ -204,6 +204,6 @@ def test_errors():
         make(groups=2).apply({"params": PARAMS}, X, None, (1.0,))
     with pytest.raises(ValueError, match="remat='every:3' does not divide 4 layers"):
         jax.eval_shape(lambda: make(remat="every:3").apply({"params": PARAMS}, X, None, (1.0,)))
-    params = {"layers": PARAMS["layers"], "per_layer": PARAMS["layers"]} if "layers" in PARAMS else None
+    params = {"layers": PARAMS["layers"], "per_layer": PARAMS["layers"]}
     with pytest.raises(ValueError, match="a stack_runner runs layers that share their structure"):
         make(stack_runner=lambda *a: None).apply({"params": params}, X, None, (1.0,))

@@ -46,7 +46,7 @@ def test_equals_accumulation(row):
 def test_places_of_inputs(name, p, m, v):
     """GPipe holds every micro-batch, the others as many as the pipeline is deep, of each chunk twice as many."""
     s = schedules.make(name, p, m, v)
-    held, back, split = pipeline.slots(s, pipeline.tables(s))
+    held, back, split = schedules.slots(s, schedules.tables(s))
     assert held == {"gpipe": m, "1f1b": p, "interleaved": 2 * p, "zero_bubble": p}[name]
     assert back <= held <= m and split == (p if s.splits else 1)
 
