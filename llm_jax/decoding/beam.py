@@ -20,7 +20,7 @@ import numpy as np
 from flax import struct
 
 from llm_jax.decoding import prefill
-from llm_jax.decoding.top import top_k
+from llm_jax.decoding.top import top_k, whole_blocks
 from llm_jax.nn.cache import Cache
 
 NOTHING = -1e9  # score of a beam that holds nothing, as in transformers
@@ -155,7 +155,7 @@ class BeamSearch:
         c = self.config
         # by columns, as few rows leave the last product on a CPU; behind the barrier they are not turned round for each
         # of their three readers
-        logits_VR = jax.lax.optimization_barrier(logits.T)
+        logits_VR = jax.lax.optimization_barrier(whole_blocks(logits.T))
         total = jax.nn.logsumexp(logits_VR, axis=0)
 
         def only(entries: Sequence[int]) -> jax.Array:
