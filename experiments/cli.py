@@ -57,12 +57,12 @@ def setup_devices() -> None:
     """Applies `--simulate_devices` and joins the job of `JAX_COORDINATOR_ADDRESS`; call before touching a device."""
     import jax
 
+    from llm_jax.parallel import processes
+
     if SIMULATE.value:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", SIMULATE.value)
-    if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
-        jax.distributed.initialize(address, count and int(count), index and int(index))  # type: ignore[arg-type]
+    processes.join()
 
 
 def find_model(name: Any) -> str:

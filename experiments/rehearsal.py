@@ -1,5 +1,6 @@
 """What `rehearse` measures: a compiled step's memory, collectives and time bounds, as one dictionary and one table."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -9,11 +10,12 @@ import jax
 import numpy as np
 
 from llm_jax.nn import weights
+from llm_jax.nn.execution import Execution
 from llm_jax.nn.splash import BLOCK
 from llm_jax.parallel import chips, hlo
 from llm_jax.parallel.plan import Plan
 from llm_jax.parallel.schedules import branch_shares, tables
-from llm_jax.training import flops, rows
+from llm_jax.training import activations, flops, rows
 from llm_jax.training.program import Program, build
 from llm_jax.training.run import RunConfig
 
@@ -30,6 +32,31 @@ def abstract(config: RunConfig, plan: Plan, program: Program) -> tuple[Any, Any]
     row = {name: np.asarray(value) for name, value in rows.example(config).items()}
     batch = {k: jax.ShapeDtypeStruct((count, *v.shape), v.dtype, sharding=spread) for k, v in row.items()}
     return state, batch
+
+
+def policies(config: RunConfig, topology: str) -> str:
+    """A table of what one chip keeps for the backward pass under each policy, in GB."""
+    devices = chips.describe(topology).devices
+    lines = [f"{'plan.remat':<24}{'GB a chip':>12}{'in host memory':>18}"]
+    for remat in activations.POLICIES:
+        plan = Plan(dataclasses.replace(config.plan, remat=remat), config.model, devices)
+        program = build(dataclasses.replace(config, plan=plan.config), plan, 0)
+        sums = kept(config, plan, program)
+        lines.append(f"{remat:<24}{sums['device'] / GB:>12.3f}{sums['host'] / GB:>18.3f}")
+    return "\n".join(lines)
+
+
+def kept(config: RunConfig, plan: Plan, program: Program) -> dict[str, float]:
+    """Bytes that one chip keeps, of the micro-batches that are alive at once; all axes but `pipe` divide them."""
+    micros = plan.schedule.micros if plan.schedule else config.training.accumulation
+    alive = max(plan.schedule.live()) / plan.config.chunks if plan.schedule else 1
+    batch = {
+        name: jax.ShapeDtypeStruct((config.training.batch_size // micros, *x.shape[1:]), x.dtype)
+        for name, x in abstract(config, plan, program)[1].items()
+    }
+    execution = dataclasses.replace(plan.execution(), constrain=Execution().constrain, kernel=None)
+    whole = activations.kept(config, program.objective, program.params, batch, execution)
+    return {place: size * alive / plan.mesh.size for place, size in whole.items()}
 
 
 def model_flops(config: RunConfig, program: Program) -> float:

@@ -23,6 +23,7 @@ CONFIG = cli.define_config("experiments/configs/llama2_7b.py", "Experiment file,
 TOPOLOGY = flags.DEFINE_string("topology", "v5e:16x16", "Chips: v5e:16x16, v5p:8x8x8, v6e:16x16, v4:4x4x4.")
 JSON = flags.DEFINE_string("json", None, "Write the figures here as well.")
 HLO = flags.DEFINE_string("hlo", None, "Write the optimized program here.")
+POLICIES = flags.DEFINE_bool("policies", False, "Print what a chip keeps by policy of plan.remat; compile nothing.")
 
 
 def main() -> None:
@@ -31,6 +32,9 @@ def main() -> None:
     from llm_jax.training import run
 
     config = cli.from_config_dict(run.RunConfig, CONFIG.value)
+    if POLICIES.value:
+        print(rehearsal.policies(config, TOPOLOGY.value))
+        return
     begin = time.monotonic()
     report = rehearsal.rehearse(config, TOPOLOGY.value, HLO.value)
     report["seconds"] = round(time.monotonic() - begin, 1)

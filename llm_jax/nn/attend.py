@@ -70,6 +70,11 @@ class Mask(struct.PyTreeNode):
         return self.replace(**new, ordered=False)
 
 
+def is_ordered(mask: Mask | None) -> bool:
+    """Whether `causal` and `window` alone say who sees whom, in a form that kernels take."""
+    return mask is None or (mask.ordered and (mask.causal or mask.window is None))
+
+
 class _Plain:
     """The two products of attention as XLA likes them."""
 
@@ -103,7 +108,7 @@ class _Few:
         return jax.lax.optimization_barrier(product).reshape(b, k, g, t, -1).transpose(0, 3, 1, 2, 4)
 
 
-def _scores(q_BTNH, k_BSKH, mask, slopes_N, bias_BNTS, scale, products=_Plain):
+def scores(q_BTNH, k_BSKH, mask, slopes_N, bias_BNTS, scale, products=_Plain):
     """Float32 scores `[B, K, N/K, T, S]`, hidden ones at LOWEST, and the dense mask."""
     b, t, n, h = q_BTNH.shape
     k = k_BSKH.shape[2]
@@ -127,7 +132,7 @@ def drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
 
 
 def _reference(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale, rate=0.0, key=None, products=_Plain):
-    s, seen = _scores(q_BTNH, k_BSKH, mask, slopes_N, bias_BNTS, scale, products)
+    s, seen = scores(q_BTNH, k_BSKH, mask, slopes_N, bias_BNTS, scale, products)
     w = jax.nn.softmax(s, axis=-1)
     if seen is not None:
         w = jnp.where(seen, w, 0)
@@ -171,13 +176,9 @@ def _dense(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale):
     return out
 
 
-def _fused(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale, kernel=None):
+def _fused(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale):
     """Keeps queries, keys and values for the backward pass (kernels the output too), and no scores."""
-    plain = mask is None or (mask.ordered and (mask.causal or mask.window is None))
-    if plain and slopes_N is None and bias_BNTS is None:
-        if kernel is not None and kernel.fits(q_BTNH, k_BSKH):
-            causal, window = (False, None) if mask is None else (mask.causal, mask.window)
-            return kernel(q_BTNH, k_BSKH, v_BSKH, causal, window, scale)
+    if is_ordered(mask) and slopes_N is None and bias_BNTS is None:
         return _ordered(q_BTNH, k_BSKH, v_BSKH, mask, scale)
     return _dense(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale)
 
@@ -223,7 +224,7 @@ def _chunked(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale, rate, key
             top, total, acc = carry
             bias = None if bias_i is None else cut(bias_i, j * k_chunk, k_chunk, 3)
             mask_ij = mask_i.slice("k", j * k_chunk, k_chunk)
-            x, seen = _scores(q, cut(k_BSKH, j * k_chunk, k_chunk, 1), mask_ij, slopes_N, bias, scale)
+            x, seen = scores(q, cut(k_BSKH, j * k_chunk, k_chunk, 1), mask_ij, slopes_N, bias, scale)
             new_top = jnp.maximum(top, jnp.max(x, axis=-1))
             w = jnp.where(seen, jnp.exp(x - new_top[..., None]), 0)
             shrink = jnp.exp(top - new_top)
@@ -278,7 +279,7 @@ def attend(
       dropout_key: turns dropout on.
       q_chunk: queries per chunk (chunked).
       k_chunk: keys per chunk (chunked).
-      kernel: what `fused` runs for ordered masks where it fits (`splash.Splash`).
+      kernel: what `auto` and `fused` run where it fits and dropout is off (`splash.Splash`, `ring.Ring`).
 
     Returns:
       `[B, T, N, H]` in the dtype of `q_BTNH`.
@@ -292,6 +293,9 @@ def attend(
         raise ValueError(f"{q_BTNH.shape[2]} query heads are no multiple of {k_BSKH.shape[2]} key heads")
     if dropout_rate == 0:
         dropout_key = None
+    plain = implementation in ("auto", "fused") and dropout_key is None
+    if plain and kernel is not None and kernel.fits(q_BTNH, k_BSKH, mask, slopes_N is not None, bias_BNTS is not None):
+        return kernel(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, scale)
     if implementation == "auto":
         fused = dropout_key is None and q_BTNH.dtype != jnp.float64  # whose softmax is float32 at most
         implementation = "fused" if fused else "reference"
@@ -311,7 +315,7 @@ def attend(
     if 1 < queries <= FEW_QUERIES and k_BSKH.shape[1] >= 4 * queries:
         few, whole = ((lambda *a, f=f: f(*a, scale)) for f in (_few, _fused))
         return jax.lax.platform_dependent(*args[:-1], cpu=few, default=whole)
-    return _fused(*args, kernel)
+    return _fused(*args)
 
 
 def attention_weights(

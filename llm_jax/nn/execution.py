@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-REMAT = ("none", "dots", "full", "every:K", "names:a,b")
+REMAT = ("none", "dots", "full", "every:K", "names:a,b", "offload:a,b")
 ATTENTION = ("auto", "reference", "fused", "chunked")
 
 
@@ -24,8 +24,9 @@ class Execution:
 
     Attributes:
       remat: what the backward pass recomputes: `none` (save everything), `dots` (save matrix products), `full`
-        (save block inputs), `every:K` (save the input of every K-th block), `names:a,b` (save what blocks
-        named with `checkpoint_name`, e.g. `names:attention,mlp`).
+        (save block inputs), `every:K` (save the input of every K-th block), `names:a,b` (save block inputs and
+        what blocks named with `checkpoint_name`, e.g. `names:attention,mlp`), `offload:a,b` (named ones lie in host
+        memory; with `offload:block`, block inputs do, and the device keeps one block's, whatever the depth).
       attention: `reference`, `fused`, `chunked`, or `auto`: fused where nothing asks for the weights or for
         dropout.
       kernel: attention by a kernel where it fits, None for the compiler's own (`splash.Splash`).
@@ -44,7 +45,7 @@ class Execution:
     def __post_init__(self) -> None:
         """Checks the mode strings."""
         kind, _, rest = self.remat.partition(":")
-        valid = {"none": not rest, "dots": not rest, "full": not rest, "names": bool(rest)}
+        valid = {"none": not rest, "dots": not rest, "full": not rest, "names": bool(rest), "offload": bool(rest)}
         if not (valid.get(kind, False) or (kind == "every" and rest.isdigit() and int(rest) > 0)):
             raise ValueError(f"remat={self.remat!r} is none of {', '.join(REMAT)}")
         if self.attention not in ATTENTION:
@@ -63,4 +64,8 @@ class Execution:
             return policies.dots_with_no_batch_dims_saveable
         if kind == "names":
             return policies.save_only_these_names(*rest.split(","))
+        if kind == "offload":
+            where = dict(offload_src="device", offload_dst="pinned_host")
+            names = dict(names_which_can_be_saved=[], names_which_can_be_offloaded=rest.split(","))
+            return policies.save_and_offload_only_these_names(**names, **where)
         return policies.nothing_saveable

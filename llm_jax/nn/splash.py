@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from llm_jax.nn.attend import Mask, is_ordered
+
 LANES = 128
 BLOCK = 512  # queries and keys a step of the kernel
 
@@ -69,7 +71,7 @@ def attend_here(
 
 @dataclasses.dataclass(frozen=True)
 class Splash:
-    """`(q, k, v, causal, window, scale) -> out` on the devices of a mesh.
+    """Splash attention on the devices of a mesh, as `Execution.kernel`.
 
     Attributes:
       mesh: the devices.
@@ -81,19 +83,36 @@ class Splash:
     rows: tuple[str, ...]
     heads: str | None
 
-    def fits(self, q_BTNH: jax.Array, k_BSKH: jax.Array) -> bool:
-        """Whether the kernel takes these sizes: whole lanes, rows and heads that divide."""
+    def fits(self, q_BTNH: jax.Array, k_BSKH: jax.Array, mask: Mask | None, sloped: bool, biased: bool) -> bool:
+        """Whether the kernel takes these sizes, whole lanes, rows and heads that divide, and this mask.
+
+        Args:
+          q_BTNH: queries.
+          k_BSKH: keys.
+          mask: who may look where.
+          sloped: ALiBi's slopes are added to the scores.
+          biased: a bias is.
+        """
         b, t, n, h = q_BTNH.shape
         s, k = k_BSKH.shape[1:3]
         parts = self.mesh.shape[self.heads] if self.heads else 1
         rows = math.prod(self.mesh.shape[axis] for axis in self.rows)
         whole = b % rows == n % parts == k % parts == 0 and h % LANES == 0
-        return whole and t == s and bool(_divisor(t)) and q_BTNH.dtype in (jnp.bfloat16, jnp.float32)
+        plain = is_ordered(mask) and not sloped and not biased
+        return plain and whole and t == s and bool(_divisor(t)) and q_BTNH.dtype in (jnp.bfloat16, jnp.float32)
 
     def __call__(
-        self, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, causal: bool, window: int | None, scale: float
+        self,
+        q_BTNH: jax.Array,
+        k_BSKH: jax.Array,
+        v_BSKH: jax.Array,
+        mask: Mask | None,
+        slopes_N: jax.Array | None,
+        scale: float,
     ) -> jax.Array:
-        """See `attend_here`."""
+        """See `attend_here`, of whole arrays."""
+        del slopes_N
+        causal, window = (False, None) if mask is None else (mask.causal, mask.window)
         inside = jax.sharding.get_abstract_mesh()  # of a pipeline's stage, where `pipe` is manual already
         manual = () if inside.empty else inside.manual_axes
         spec = P(self.rows, None, self.heads, None)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.nn import weights
 from llm_jax.nn.execution import Execution
@@ -163,6 +164,7 @@ class Stack(nn.Module):
         # what a layer sees beside its parameters and the carry is an argument: a runner may cut it into micro-batches
         def layer(p: Any, index: Any, carry: Any, inputs: Any, context: Any) -> tuple[Any, Any, Any]:
             shared, key = context
+            carry = jax.tree.map(lambda x: checkpoint_name(x, "block"), carry)
             rngs = {} if key is None else {"dropout": jax.random.fold_in(key, index)}
             run = lambda **kw: block.apply({"params": p}, carry, inputs, *shared, train=train, rngs=rngs, **kw)
             if not sowing:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-AXES = ("replica", "data", "pipe", "model")
+AXES = ("replica", "data", "pipe", "seq", "model")
 
 
 def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -36,7 +36,7 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None
     need = math.prod(shape.values())
     if need != len(devices):
         raise ValueError(
-            f"the plan's axes {shape} need {need} devices, there are {len(devices)}: change plan.data, plan.pipe or "
-            "plan.model, or pass --simulate_devices on a CPU"
+            f"the plan's axes {shape} need {need} devices, there are {len(devices)}: change plan.data, plan.pipe, "
+            "plan.seq or plan.model, or pass --simulate_devices on a CPU"
         )
     return Mesh(np.asarray(devices).reshape(tuple(shape.values())), AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -1,7 +1,7 @@
 """A plan: how a run is spread over devices, as one object built from a config.
 
-Data parallelism, hybrid replicas, tensor parallelism (Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053) and
-ZeRO 1-3 in any combination.
+Data parallelism, hybrid replicas, tensor parallelism (Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053), context
+parallelism (Liu et al. 2023, https://arxiv.org/abs/2310.01889), pipelines and ZeRO 1-3.
 """
 
 import dataclasses
@@ -14,9 +14,10 @@ from jax.sharding import PartitionSpec as P
 
 from llm_jax.nn import paths, weights
 from llm_jax.nn.execution import Execution
+from llm_jax.nn.ring import Ring
 from llm_jax.nn.splash import Splash
-from llm_jax.parallel import schedules, zero
-from llm_jax.parallel.mesh import make_mesh
+from llm_jax.parallel import offload, schedules, zero
+from llm_jax.parallel.mesh import AXES, make_mesh
 from llm_jax.parallel.rules import TENSOR_PARALLEL, Rules, logical_axes, place
 
 
@@ -31,12 +32,17 @@ class PlanConfig:
       schedule: of the pipeline: gpipe, 1f1b, interleaved or zero_bubble.
       microbatches: micro-batches of the pipeline; 0 takes twice as many as stages.
       chunks: pieces of layers a device, for schedule=interleaved.
+      seq: devices along the sequence (context parallelism): attention is `nn.ring`'s where its mask is of positions and
+        segments and nothing is added to its scores or dropped; elsewhere keys and values are gathered.
       model: devices along heads, feed-forward and vocabulary (tensor parallelism).
-      zero: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters divided over `data`.
+      zero: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters divided over `data`
+        and `seq`.
       remat: see `nn.Execution`.
       attention: see `nn.Execution`.
+      offload: what lies in host memory between steps: `optimizer` (state, master copy, average; streamed through the
+        device for the update) or `update` (the same, and the update is computed on the host).
       precision: fp32, bf16 or fp16.
-      master: `in_params` or `in_optimizer`, where the float32 copy of the weights lives.
+      master: `in_params`, `in_optimizer` or `none`: where the float32 copy of the weights lives.
       unroll: run layers unrolled rather than scanned (faster steps on a CPU, compile time grows with depth).
     """
 
@@ -46,10 +52,12 @@ class PlanConfig:
     schedule: str = "1f1b"
     microbatches: int = 0
     chunks: int = 1
+    seq: int = 1
     model: int = 1
     zero: int = 0
     remat: str = "none"
     attention: str = "auto"
+    offload: tuple[str, ...] = ()
     precision: str = "fp32"
     master: str = "in_params"
     unroll: bool = False
@@ -58,15 +66,19 @@ class PlanConfig:
         """Checks ranges."""
         if self.zero not in (0, 1, 2, 3):
             raise ValueError(f"zero={self.zero} is none of 0, 1, 2, 3")
-        for name in ("replica", "pipe", "chunks", "model"):
+        for name in ("replica", "pipe", "chunks", "seq", "model"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if unknown := set(self.offload) - set(offload.KINDS):
+            raise ValueError(f"offload={', '.join(sorted(unknown))} is none of {', '.join(offload.KINDS)}")
         if self.schedule not in schedules.NAMES:
             raise ValueError(f"schedule={self.schedule!r} is none of {', '.join(schedules.NAMES)}")
         if self.pipe > 1:
             self.make_schedule()
             if self.remat.startswith("every:"):
                 raise ValueError(f"plan.remat={self.remat} and plan.pipe exclude each other: take full, dots or names")
+            if self.seq > 1:
+                raise ValueError("plan.pipe and plan.seq exclude each other: set plan.model inside stages")
             if self.unroll:
                 raise ValueError("plan.pipe and plan.unroll exclude each other: stages scan their layers")
         elif self.microbatches or self.chunks > 1:
@@ -97,6 +109,7 @@ class Plan:
       mesh: the devices.
       schedule: of the pipeline, None without.
       rules: logical to mesh axes, for one model.
+      zero_axes: mesh axes that ZeRO divides over.
       notes: what stays replicated for the whole model, and why.
     """
 
@@ -106,13 +119,16 @@ class Plan:
         Heads are divided only where the axis divides both query and key heads; otherwise attention is replicated.
         """
         self.config = config
-        sizes = {"replica": config.replica, "data": config.data, "pipe": config.pipe, "model": config.model}
+        sizes = {axis: getattr(config, axis) for axis in AXES}
         self.schedule = config.make_schedule()
         self.mesh = make_mesh(sizes, devices)
+        if config.offload:
+            offload.check_memory(self.mesh.devices.flat[0])
         self.rules: Rules = dict(TENSOR_PARALLEL)
         self.notes: list[str] = []
         if config.pipe > 1:  # a tick's branches reshard nothing: devices in other branches would never come
             self.rules = {**self.rules, "sequence": None}
+        self.zero_axes = ("data", "seq") if config.seq > 1 else "data"
         heads = getattr(model_config, "num_heads", 1)
         kv = getattr(model_config, "num_kv_heads", heads)
         if heads % config.model or kv % config.model:
@@ -142,8 +158,14 @@ class Plan:
             raise ValueError(f"mesh {dict(self.mesh.shape)} cuts rows across processes unevenly; change plan.model")
         return shares.index(held[jax.process_index()]), len(shares)
 
-    def check_batch(self, batch_size: int, accumulation: int = 1) -> None:
-        """Raises ValueError where the batch does not divide."""
+    def check_batch(self, batch_size: int, accumulation: int = 1, length: int | None = None) -> None:
+        """Raises ValueError where the batch or the length of its rows does not divide."""
+        if length is not None and length % self.config.seq:
+            low = length // self.config.seq * self.config.seq
+            raise ValueError(
+                f"training.sequence_length={length} does not divide by plan.seq={self.config.seq}: "
+                f"take {low or low + self.config.seq} or {low + self.config.seq}"
+            )
         name, parts = "accumulation", accumulation
         if self.schedule is not None:
             if accumulation > 1:
@@ -159,8 +181,11 @@ class Plan:
     def execution(self, **changes: Any) -> Execution:
         """How the model runs under this plan."""
         own = {"remat": self.config.remat, "attention": self.config.attention, "constrain": self.constrain}
-        if self.mesh.devices.flat[0].platform == "tpu":
-            own["kernel"] = Splash(self.mesh, ("replica", "data"), "model" if self.rules["heads"] else None)
+        rows, heads = ("replica", "data"), "model" if self.rules["heads"] else None
+        if self.config.seq > 1:
+            own["kernel"] = Ring(self.mesh, rows, "seq", heads)
+        elif self.mesh.devices.flat[0].platform == "tpu":
+            own["kernel"] = Splash(self.mesh, rows, heads)
         return Execution(**{**own, **changes})
 
     def constrain(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
@@ -187,7 +212,7 @@ class Plan:
             for n, x in zip(jax.tree.leaves(names, is_leaf=is_spec), jax.tree.leaves(params), strict=True)
         ]
         specs = jax.tree.unflatten(jax.tree.structure(params), flat)
-        return zero.divide_tree(specs, params, names, self.mesh, "data") if divided else specs
+        return zero.divide_tree(specs, params, names, self.mesh, self.zero_axes) if divided else specs
 
     def gather(self, params: Any, axes: Any) -> Any:
         """Parameters that compute, without ZeRO's division (inside `jit`)."""
@@ -201,16 +226,24 @@ class Plan:
         """Shardings that gradients are kept in."""
         return self._named(self.specs(params, axes, self.config.zero >= 2))
 
+    def update_shardings(self, params: Any, axes: Any) -> Any:
+        """Shardings that the optimizer sees gradients and parameters in."""
+        return self._named(self.specs(params, axes, self.config.zero >= 1))
+
     def state_shardings(self, state: Any, axes: Any) -> Any:
         """Shardings of a whole `TrainState` (abstract)."""
         stored = self.specs(state.params, axes, self.config.zero >= 3)
         inner = self.specs(state.params, axes, self.config.zero >= 1)
         flat = zip(paths.flatten(state.params), jax.tree.leaves(inner, is_leaf=lambda x: isinstance(x, P)), strict=True)
         by_path = {path: (tuple(leaf.shape), spec) for (path, leaf), spec in flat}
-        axis = "data" if self.config.zero >= 1 else None
-        whole = zero.state_specs(state.replace(params=None), by_path, self.mesh, axis)
+        axes_or_none = self.zero_axes if self.config.zero >= 1 else None
+        whole = zero.state_specs(state.replace(params=None), by_path, self.mesh, axes_or_none)
         rows = jax.tree.map(lambda _: self.batch_sharding().spec, state.carry)
-        return self._named(whole.replace(params=stored, carry=rows))
+        named = self._named(whole.replace(params=stored, carry=rows))
+        if self.config.offload:
+            lower = lambda name: offload.to_host(getattr(named, name), getattr(state, name))
+            named = named.replace(**{name: lower(name) for name in ("opt_state", "master", "average")})
+        return named
 
     def bytes_per_device(self, state: Any, axes: Any) -> dict[str, int]:
         """What one device holds of a state and of the gradients between backward and update, in bytes by kind.

@@ -14,8 +14,8 @@ Rules = Mapping[str, str | tuple[str, ...] | None]
 
 TENSOR_PARALLEL: Rules = {
     "batch": ("replica", "data"),
-    "length": None,
-    "sequence": "model",  # of the residual stream, between the pairs of divided products
+    "length": "seq",
+    "sequence": ("seq", "model"),  # of the residual stream, between the pairs of divided products
     "vocab": "model",
     "heads": "model",
     "kv": "model",
@@ -50,6 +50,8 @@ def size_of(mesh: Mesh, axes: str | tuple[str, ...]) -> int:
 def place(names: P, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> Placed:
     """Maps the logical axes of one array; a dimension that does not divide stays replicated, with the reason.
 
+    Of several mesh axes those in front are taken that divide it together.
+
     Raises:
       ValueError: on an unknown logical name, or a mesh axis used twice in one array.
     """
@@ -65,6 +67,9 @@ def place(names: P, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> Placed:
             continue
         if size % size_of(mesh, target):
             why.append(f"{name}: {size} does not divide by {target}={size_of(mesh, target)}")
+        while size % size_of(mesh, target) and not isinstance(target, str) and len(target) > 1:
+            target = target[:-1]
+        if size % size_of(mesh, target) or size_of(mesh, target) == 1:
             out.append(None)
             continue
         flat = {target} if isinstance(target, str) else set(target)

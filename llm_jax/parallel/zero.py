@@ -1,4 +1,4 @@
-"""ZeRO: which of parameters, gradients and optimizer state are divided over the data axis.
+"""ZeRO: which of parameters, gradients and optimizer state are divided over the data axis (and that of the sequence).
 
 Source: Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054. Stage 1 divides the optimizer state, 2 the
 gradients too, 3 the parameters too. All three are the same sharding, chosen here; the compiler inserts the
@@ -13,16 +13,19 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from llm_jax.nn import paths
+from llm_jax.parallel.rules import size_of
+
+Axes = str | tuple[str, ...]  # of the mesh
 
 
-def divide(spec: P, shape: tuple[int, ...], mesh: Mesh, axis: str, avoid: tuple[int, ...] = ()) -> P:
+def divide(spec: P, shape: tuple[int, ...], mesh: Mesh, axis: Axes, avoid: tuple[int, ...] = ()) -> P:
     """Adds `axis` at the largest free dimension that divides; unchanged where none does.
 
     The last dimension is taken only if no other divides, because it lies along a vector unit's lanes: gathered in
     slices of a few lanes (11,008 / 256 = 43), a matrix has to be copied into its layout before every product. `avoid`
     lists dimensions taken after that one (the layer axis, along which the scan slices).
     """
-    size = mesh.shape[axis]
+    size = size_of(mesh, axis)
     parts = [*spec, *(None,) * (len(shape) - len(spec))]
     free = [i for i, (n, s) in enumerate(zip(shape, parts, strict=True)) if s is None and n % size == 0 and n > 0]
     if size == 1 or not free:
@@ -32,7 +35,7 @@ def divide(spec: P, shape: tuple[int, ...], mesh: Mesh, axis: str, avoid: tuple[
     return P(*parts)
 
 
-def divide_tree(specs: Any, params: Any, names: Any, mesh: Mesh, axis: str) -> Any:
+def divide_tree(specs: Any, params: Any, names: Any, mesh: Mesh, axis: Axes) -> Any:
     """`divide` for every parameter."""
     is_spec = lambda x: isinstance(x, P)
     flat_names = [n for _, n in paths.flatten(names, is_spec)]
@@ -44,7 +47,7 @@ def divide_tree(specs: Any, params: Any, names: Any, mesh: Mesh, axis: str) -> A
     return jax.tree.unflatten(tree, flat)
 
 
-def state_specs(state: Any, by_path: Mapping[str, tuple[tuple[int, ...], P]], mesh: Mesh, axis: str | None) -> Any:
+def state_specs(state: Any, by_path: Mapping[str, tuple[tuple[int, ...], P]], mesh: Mesh, axis: Axes | None) -> Any:
     """Specs for optimizer state, averages and masters.
 
     A leaf whose path ends like a parameter's and has its shape takes the parameter's spec; any other leaf is divided

@@ -8,6 +8,7 @@ import numpy as np
 
 from llm_jax.nn import paths, weights
 from llm_jax.objectives.objective import Objective
+from llm_jax.parallel.offload import HostUpdate
 from llm_jax.parallel.plan import Plan
 from llm_jax.training import flops
 from llm_jax.training.optimizers import OptimizerConfig, make_optimizer
@@ -66,7 +67,7 @@ def build(
       ValueError: where plan, batch, model, objective or optimizer do not fit together.
     """
     c = config.training
-    plan.check_batch(c.batch_size, c.accumulation)
+    plan.check_batch(c.batch_size, c.accumulation, c.sequence_length)
     objective = config.objective.for_run(plan.mesh.size, config.model, mask_id)
     model = config.model.make(plan.execution())
     tx = make_optimizer(config.optimizer, c.steps)
@@ -94,18 +95,21 @@ def build(
 
     shapes = jax.eval_shape(init, jax.random.key(c.seed), given)
     shardings = plan.state_shardings(shapes, axes)
-    grads = plan.grad_shardings(params, axes)
-    pin = lambda tree: jax.tree.map(
-        lambda g, s: None if g is None else jax.lax.with_sharding_constraint(g, s),
-        tree,
-        grads,
-        is_leaf=lambda x: x is None,
-    )
+
+    def pin(shardings: Any) -> Callable[[Any], Any]:
+        one = lambda g, s: None if g is None else jax.lax.with_sharding_constraint(g, s)
+        return lambda tree: jax.tree.map(one, tree, shardings, is_leaf=lambda x: x is None)
+
+    keep_grads = pin(plan.grad_shardings(params, axes))
     options = StepConfig(c.accumulation, config.optimizer.clip_norm, c.ema, c.trainable, precision, config.plan.unroll)
-    pin = pin if plan.mesh.size > 1 else lambda g: g
+    keep_grads = keep_grads if plan.mesh.size > 1 else lambda g: g
     pipe = None if plan.schedule is None else (plan.mesh, plan.schedule)
     gather = lambda tree: plan.gather(tree, axes)
-    step = make_train_step(model, objective, tx, options, constrain_grads=pin, pipe=pipe, gather=gather)
+    where: dict[str, Any] = {}
+    if config.plan.offload:
+        divide = pin(plan.update_shardings(params, axes))
+        where = {"run_update": HostUpdate("update" in config.plan.offload, divide)}
+    step = make_train_step(model, objective, tx, options, constrain_grads=keep_grads, pipe=pipe, gather=gather, **where)
     size = config.model
     count = getattr(size, "num_heads", 0)  # an LSTM has none
     width = count * (getattr(size, "head_dim", None) or size.model_dim // max(count, 1))

@@ -30,6 +30,7 @@ from llm_jax.storage.checkpoints import Checkpoints
 from llm_jax.training import flops, metrics
 from llm_jax.training.loop import NEXT_TOKEN, LoopConfig, run_loop, summarize
 from llm_jax.training.optimizers import OptimizerConfig
+from llm_jax.training.precision import Precision
 from llm_jax.training.program import build
 from llm_jax.training.rows import DataConfig, check_objective, get_rows, get_tokenizer, in_order
 from llm_jax.training.state import TrainState
@@ -132,7 +133,7 @@ def _train(config, workdir, params, adapt, tokenizer, encode, kind, restore_step
     if limit is not None and c.sequence_length > limit:
         raise configs.ConfigError(f"training.sequence_length={c.sequence_length} exceeds model.context_length={limit}")
     plan = Plan(config.plan, config.model)
-    plan.check_batch(c.batch_size, c.accumulation)
+    plan.check_batch(c.batch_size, c.accumulation, c.sequence_length)
     check_objective(config)
 
     def prepare():
@@ -153,7 +154,8 @@ def _train(config, workdir, params, adapt, tokenizer, encode, kind, restore_step
     for note in plan.notes:
         log.info("%s", note)
     if jax.process_index() == 0:
-        (workdir / "parameters.txt").write_text(plan.describe(shapes.params, program.axes) + "\n")
+        dtypes = Precision(config.plan.precision, config.plan.master).describe(shapes)
+        (workdir / "parameters.txt").write_text(f"{plan.describe(shapes.params, program.axes)}\n\n{dtypes}\n")
     if restore_step is None and checkpoints.latest() is None:
         if _is_gone(params):
             raise ValueError("an earlier run took these parameters over; load the model again")

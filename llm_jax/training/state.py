@@ -48,10 +48,11 @@ def init_state(
     carry: Any = None,
 ) -> TrainState:
     """The state before the first step; pure, so it runs under jit with the plan's shardings."""
-    wide = weights.cast(partition(params, trainable)[0], jnp.float32) if precision.keeps_master else None
+    learn = partition(params, trainable)[0]
+    if precision.keeps_master or precision.rounds:
+        learn = weights.cast(learn, jnp.float32)
+    master = learn if precision.keeps_master else None
     params = precision.stored(params)
-    master = wide
-    learn = partition(params, trainable)[0] if master is None else master
     return TrainState(
         step=jnp.int32(0),
         params=params,

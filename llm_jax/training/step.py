@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -15,7 +16,7 @@ from llm_jax.nn.ties import Ties, expand
 from llm_jax.objectives.objective import Objective, total_loss
 from llm_jax.parallel.schedules import Schedule
 from llm_jax.training.pipelined import check_stages, make_gradient
-from llm_jax.training.precision import Precision
+from llm_jax.training.precision import Precision, round_at_random
 from llm_jax.training.state import TrainState
 from llm_jax.training.trainable import combine, partition
 
@@ -24,6 +25,10 @@ Step = Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, dict[st
 
 def _same(tree: Any) -> Any:
     return tree
+
+
+def _keep(finite: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda a, b: a if a is b else jnp.where(finite, a, b), new, old)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +61,7 @@ def make_train_step(
     constrain_grads: Callable[[Any], Any] = _same,
     pipe: tuple[Mesh, Schedule] | None = None,
     gather: Callable[[Any], Any] = _same,
+    run_update: Callable[..., Any] = lambda update, *args: update(*args),
 ) -> Step:
     """Builds `step(state, batch) -> (state, metrics)`; jit it with the state donated.
 
@@ -72,6 +78,7 @@ def make_train_step(
       constrain_grads: pins the sharding of gradients (ZeRO-2 and 3).
       pipe: mesh and schedule of a pipeline, whose micro-batches take the place of `accumulation`.
       gather: of a pipeline: undoes ZeRO's division of the parameters that compute.
+      run_update: runs the optimizer's update where its state lies (`parallel.offload`).
 
     Raises:
       ValueError: when traced with a batch that does not divide by its micro-batches.
@@ -87,6 +94,22 @@ def make_train_step(
         scores = objective.score(out, prepared.targets)
         after = None if carry is None else jax.tree.map(lambda x, c: x.astype(c.dtype), out.cache, carry)
         return total_loss(objective, scores, totals) * scale, (scores, jax.lax.stop_gradient(after))
+
+    def update(kept, grads, signals):
+        """(what is kept after one update, or as it was; the parameters that compute)."""
+        (opt_state, learn, average), (finite, key) = kept, signals
+        wide = weights.cast(learn, jnp.float32) if precision.rounds else learn
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, wide)
+        updates, opt_state = tx.update(grads, opt_state, wide)
+        wide = optax.apply_updates(wide, updates)
+        if average is not None:
+            average = jax.tree.map(lambda a, p: config.ema * a + (1 - config.ema) * p, average, wide)
+        if precision.rounds:
+            leaves, tree = jax.tree.flatten(wide)
+            keys = (jax.random.fold_in(key, i) for i in range(len(leaves)))
+            wide = jax.tree.unflatten(tree, map(round_at_random, leaves, keys))
+        new = _keep(finite, (opt_state, wide, average), kept)
+        return new, weights.cast(new[1], precision.dtype) if precision.keeps_master else None
 
     def step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
         count = config.accumulation if pipe is None else pipe[1].micros
@@ -143,27 +166,23 @@ def make_train_step(
 
         unscale = 1 / scale
         grads = jax.tree.map(lambda g: g.astype(jnp.float32) * unscale if state.loss_scale is not None else g, grads)
-        norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+        norm = optax.tree.norm(jax.tree.map(weights.wide, grads))
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         if config.clip_norm:
             shrink = jnp.minimum(1.0, config.clip_norm / jnp.maximum(norm, 1e-12))
             grads = jax.tree.map(lambda g: g * shrink.astype(g.dtype), grads)
 
         learn = trainable if state.master is None else state.master
-        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, learn)
-        updates, opt_state = tx.update(grads, state.opt_state, learn)
-        learn = optax.apply_updates(learn, updates)
-        average = state.average
-        if average is not None:
-            average = jax.tree.map(lambda a, p: config.ema * a + (1 - config.ema) * p, average, learn)
-        master = None if state.master is None else learn
-        moved = learn if master is None else jax.tree.map(lambda m, p: m.astype(p.dtype), learn, trainable)
+        kept = state.opt_state, learn, state.average
+        signals = finite, jax.random.fold_in(key, np.uint32(2**32 - 1))
+        (opt_state, learn, average), moved = run_update(update, kept, grads, signals)
         new = state.replace(
-            params=combine(moved, frozen), opt_state=opt_state, master=master, average=average, carry=carry
-        )
-        new = jax.tree.map(lambda a, b: a if a is b else jnp.where(finite, a, b), new, state)
-        new = new.replace(
             step=state.step + 1,
+            params=combine(learn if state.master is None else moved, frozen),
+            opt_state=opt_state,
+            master=None if state.master is None else learn,
+            average=average,
+            carry=_keep(finite, carry, state.carry),
             bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
             loss_scale=None if state.loss_scale is None else state.loss_scale.update(finite),
         )

@@ -61,7 +61,7 @@ def test_divided_over_rows_and_heads(monkeypatch):
 def test_what_does_not_fit_goes_another_way():
     kernel = splash.Splash(make_mesh({"data": 4, "model": 2}), ("data",), "model")
     fits = lambda b, t, n, h, k=None, dtype=jnp.bfloat16: kernel.fits(
-        *(jax.ShapeDtypeStruct((b, t, heads, h), dtype) for heads in (n, k or n))
+        *(jax.ShapeDtypeStruct((b, t, heads, h), dtype) for heads in (n, k or n)), None, False, False
     )
     assert fits(4, 256, 2, 128) and fits(8, 384, 4, 256, 2)
     assert not fits(3, 256, 2, 128)  # rows

@@ -8,12 +8,13 @@ from llm_jax.parallel.mesh import AXES, make_mesh
 @pytest.mark.parametrize(
     "sizes, shape",
     [
-        ({"data": 8}, (1, 8, 1, 1)),
-        ({"data": -1}, (1, 8, 1, 1)),
-        ({"data": -1, "model": 2}, (1, 4, 1, 2)),
-        ({"replica": 2, "data": -1, "model": 4}, (2, 1, 1, 4)),
-        ({"data": 2, "pipe": 4}, (1, 2, 4, 1)),
-        ({"model": 8}, (1, 1, 1, 8)),
+        ({"data": 8}, (1, 8, 1, 1, 1)),
+        ({"data": -1}, (1, 8, 1, 1, 1)),
+        ({"data": -1, "model": 2}, (1, 4, 1, 1, 2)),
+        ({"replica": 2, "data": -1, "model": 4}, (2, 1, 1, 1, 4)),
+        ({"data": 2, "pipe": 4}, (1, 2, 4, 1, 1)),
+        ({"data": 2, "seq": 4}, (1, 2, 1, 4, 1)),
+        ({"model": 8}, (1, 1, 1, 1, 8)),
     ],
 )
 def test_every_axis_is_there_and_auto(sizes, shape):
@@ -24,17 +25,17 @@ def test_every_axis_is_there_and_auto(sizes, shape):
 
 
 def test_some_devices():
-    assert make_mesh({"data": -1}, jax.devices()[:3]).devices.shape == (1, 3, 1, 1)
+    assert make_mesh({"data": -1}, jax.devices()[:3]).devices.shape == (1, 3, 1, 1, 1)
 
 
 @pytest.mark.parametrize(
     "sizes, words",
     [
-        ({"data": 4}, r"need 4 devices, there are 8: change plan.data, plan.pipe or plan.model, or pass"),
+        ({"data": 4}, r"need 4 devices, there are 8: change plan.data, plan.pipe, plan.seq or plan.model,"),
         ({"data": 3, "model": 4}, r"'data': 3, .*'model': 4.* need 12 devices, there are 8"),
         ({"data": -1, "model": 3}, r"8 devices do not divide by the other axes .*'model': 3"),
         ({"data": -1, "model": 16}, r"8 devices do not divide"),
-        ({"tensor": 2}, r"unknown mesh axes \['tensor'\]; there are replica, data, pipe, model"),
+        ({"tensor": 2}, r"unknown mesh axes \['tensor'\]; there are replica, data, pipe, seq, model"),
     ],
 )
 def test_errors_name_the_numbers(sizes, words):

@@ -45,6 +45,13 @@ def test_place(names, shape, spec, why):
     assert place(names, shape, TENSOR_PARALLEL, MESH) == (spec, why)
 
 
+def test_of_several_axes_the_first_that_divide_are_taken():
+    mesh = make_mesh({"data": 1, "seq": 2, "model": 4})
+    assert place(P("batch", "sequence"), (3, 16), TENSOR_PARALLEL, mesh) == (P(None, ("seq", "model")), "")
+    spec, why = place(P("batch", "sequence"), (3, 6), TENSOR_PARALLEL, mesh)
+    assert spec == P(None, "seq") and why == "sequence: 6 does not divide by ('seq', 'model')=8"
+
+
 def test_an_axis_of_size_one_is_not_used():
     assert place(P("embed", "mlp"), (4, 7), TENSOR_PARALLEL, make_mesh({"data": 8})) == (P(None, None), "")
     assert size_of(MESH, ("replica", "data", "model")) == 8

@@ -1,4 +1,4 @@
-"""Two processes of one job, as `launch/local` starts them, against one process on the same data."""
+"""Two processes of one job, as `launch/local.sh` starts them, against one process on the same data."""
 
 import os
 import pathlib
@@ -34,7 +34,7 @@ def start(count, *args):
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PORT": str(port), "JAX_PLATFORMS": "cpu"}
-    launch = [str(ROOT / "launch" / "local"), str(count)] if count > 1 else []
+    launch = [str(ROOT / "launch" / "local.sh"), str(count)] if count > 1 else []
     return subprocess.Popen(
         [*launch, *command(*args)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -1,0 +1,68 @@
+"""Large models on pods, as their papers size them: rehearsed, not trained.
+
+Reproduces: the sizes of Llama 3 8B (Grattafiori et al. 2024, table 3; `long` with rows of 131,072 tokens), GPT-3 175B
+            (Brown et al. 2020, table 2.1; dense attention in all layers), T5 11B (Raffel et al. 2020, section 3.7) and
+            BERT large (Devlin et al. 2019, section 3).
+Command:    python -m experiments.rehearse --topology=v5p:4x4x8 --config=experiments/configs/pods.py:llama3_8b
+            (v5p:8x8x8 :llama3_8b_long, :gpt3_175b; v5p:4x8x8 :t5_11b; v5e:16x16 :bert_large; v6e:16x16 :llama3_8b)
+Cost:       TO BE MEASURED
+Result:     TO BE MEASURED
+"""
+
+import dataclasses
+from typing import Any
+
+from experiments import cli
+from llm_jax.models.bert import BertConfig
+from llm_jax.models.gpt import GPTConfig
+from llm_jax.models.llama import LlamaConfig
+from llm_jax.models.t5 import T5Config
+from llm_jax.objectives.causal_lm import CausalLM
+from llm_jax.objectives.masked_lm import MaskedLM
+from llm_jax.objectives.seq2seq import Seq2Seq
+from llm_jax.parallel.plan import PlanConfig
+from llm_jax.training.loop import LoopConfig
+from llm_jax.training.optimizers import OptimizerConfig
+from llm_jax.training.run import DataConfig, RunConfig
+
+LLAMA3 = LlamaConfig(
+    vocab_size=128256, context_length=131072, model_dim=4096, num_layers=32, num_heads=32, num_kv_heads=8,
+    hidden_dim=14336, rope_theta=500000.0, tied=False,
+)  # fmt: skip
+GPT3 = GPTConfig(
+    vocab_size=50257, vocab_pad_multiple=128, context_length=2048, model_dim=12288, num_layers=96, num_heads=96,
+    dropout=0.0, attention_dropout=0.0,
+)  # fmt: skip
+T5_11B = T5Config(
+    vocab_size=32128, context_length=512, model_dim=1024, num_layers=24, num_heads=128, head_dim=128,
+    hidden_dim=65536, dropout=0.0,
+)  # fmt: skip
+BERT_LARGE = BertConfig(
+    vocab_size=30522, vocab_pad_multiple=64, context_length=512, model_dim=1024, num_layers=24, num_heads=16,
+    hidden_dim=4096, dropout=0.0, attention_dropout=0.0, head="masked_lm", pooler=None,
+)  # fmt: skip
+PLAN = PlanConfig(zero=3, precision="bf16", remat="full")
+VARIANTS: dict[str, tuple[Any, Any, PlanConfig, int, int]] = {  # model, objective, plan, rows, tokens a row
+    "llama3_8b": (LLAMA3, CausalLM(), PLAN, 256, 8192),
+    "llama3_8b_long": (LLAMA3, CausalLM(), dataclasses.replace(PLAN, seq=16), 32, 131072),
+    "gpt3_175b": (GPT3, CausalLM(), dataclasses.replace(PLAN, model=8), 1024, 2048),
+    "t5_11b": (T5_11B, Seq2Seq(task="spans", end_id=1), dataclasses.replace(PLAN, model=8), 2048, 512),
+    "bert_large": (BERT_LARGE, MaskedLM(pair=0.0), dataclasses.replace(PLAN, zero=1), 4096, 512),
+}
+
+
+def get_config(variant: str = "llama3_8b"):
+    """One of the five."""
+    if variant not in VARIANTS:
+        raise ValueError(f"variant {variant!r} is none of {', '.join(VARIANTS)}")
+    model, objective, plan, rows, length = VARIANTS[variant]
+    return cli.as_config_dict(
+        RunConfig(
+            model=model,
+            data=DataConfig(source="stdlib"),
+            objective=objective,
+            optimizer=OptimizerConfig("adamw", 3e-4, warmup_steps=2000, b2=0.95, weight_decay=0.1),
+            plan=plan,
+            training=LoopConfig(steps=500_000, batch_size=rows, sequence_length=length),
+        )
+    )

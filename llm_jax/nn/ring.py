@@ -1,0 +1,276 @@
+"""Ring attention: a sequence divided over devices, whose keys and values go round.
+
+Every device holds a stretch of each row. It attends with its own queries to the keys that it holds, passes keys and
+values on to its neighbour, and adds up what it sees with an online softmax; the backward pass sends the keys round once
+more, and their gradients with them. No device ever holds the keys of a whole row, and no scores are kept. The next
+keys travel while the present ones are used.
+
+Under a causal mask the first stretch would have almost nothing to do and the last everything. So the halves of the
+stretches are exchanged before and after: device d attends for the d-th half and for the d-th from the end, and chunks
+of which nothing is seen are skipped, equally many on all devices.
+
+Sources: Liu et al. 2023, https://arxiv.org/abs/2310.01889; Brandon et al. 2023 (balanced work),
+https://arxiv.org/abs/2311.09431; Rabe and Staats 2021 (online softmax), https://arxiv.org/abs/2112.05682.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from llm_jax.nn.attend import LOWEST, Mask, scores
+
+CHUNK = 512  # queries and keys at a time
+cut = jax.lax.dynamic_slice_in_dim
+
+
+class Keys(NamedTuple):
+    """What goes round: `[B, S, K, H]` twice, `[B, S]` twice."""
+
+    keys: jax.Array
+    values: jax.Array
+    positions: jax.Array
+    segments: jax.Array | None
+
+    def under(self, mask: Mask) -> Mask:
+        """The mask of the queries at home for these keys."""
+        return mask.replace(k_positions_BS=self.positions, k_segments_BS=self.segments, ordered=False)
+
+
+def _chunk(size: int) -> int:
+    """The largest divisor of `size` up to `CHUNK`."""
+    return next(c for c in range(min(size, CHUNK), 0, -1) if size % c == 0)
+
+
+def _seen_at_all(mask: Mask) -> jax.Array:
+    """Whether any query may see any key; True where bounds cannot tell."""
+    q, k = mask.q_positions_BT, mask.k_positions_BS
+    seen = jnp.any(k >= 0)
+    if mask.causal:
+        seen &= jnp.min(jnp.where(k >= 0, k, jnp.iinfo(k.dtype).max)) <= jnp.max(q)
+    if mask.window is not None:
+        seen &= jnp.min(q) - jnp.max(k) < mask.window
+    if mask.q_segments_BT is not None and mask.k_segments_BS is not None:
+        q, k = mask.q_segments_BT, mask.k_segments_BS
+        seen &= (jnp.min(q) <= jnp.max(k)) & (jnp.min(k) <= jnp.max(q))
+    return seen
+
+
+def _over_chunks(one: Callable[..., Any], carry: Any, mask: Mask) -> Any:
+    """`carry` after `one(carry, i, j, mask of the chunk)` for all chunks, at i and j, of which anything is seen."""
+    t, s = mask.q_positions_BT.shape[1], mask.k_positions_BS.shape[1]
+    tq, tk = _chunk(t), _chunk(s)
+
+    def step(carry, index):
+        i, j = index // (s // tk) * tq, index % (s // tk) * tk
+        part = mask.slice("q", i, tq).slice("k", j, tk)
+        return jax.lax.cond(_seen_at_all(part), lambda c: one(c, i, j, part), lambda c: c, carry), None
+
+    return jax.lax.scan(step, carry, jnp.arange((t // tq) * (s // tk)))[0]
+
+
+def _look(sums, q_BTNH, held: Keys, mask, slopes_N, scale):
+    """The online softmax (highest `[B, K, G, T]`, total `[B, K, G, T]`, sum `[B, K, G, T, H]`) with more keys."""
+
+    def one(sums, i, j, part):
+        tq, tk = part.q_positions_BT.shape[1], part.k_positions_BS.shape[1]
+        top, total, acc = (cut(x, i, tq, 3) for x in sums)
+        v = cut(held.values, j, tk, 1)
+        s, seen = scores(cut(q_BTNH, i, tq, 1), cut(held.keys, j, tk, 1), part, slopes_N, None, scale)
+        highest = jnp.maximum(top, jnp.max(s, axis=-1))
+        w = jnp.where(seen, jnp.exp(s - highest[..., None]), 0)
+        shrink = jnp.exp(top - highest)
+        more = jnp.einsum("bkgts,bskh->bkgth", w.astype(v.dtype), v, preferred_element_type=acc.dtype)
+        new = highest, total * shrink + jnp.sum(w, axis=-1), acc * shrink[..., None] + more
+        return tuple(jax.lax.dynamic_update_slice_in_dim(x, y, i, 3) for x, y in zip(sums, new, strict=True))
+
+    return _over_chunks(one, sums, held.under(mask))
+
+
+def _look_back(grads, q_BTNH, held: Keys, mask, slopes_N, scale, log_total, delta, dout_BKGTH):
+    """(dq, dk, dv) with what these keys give, from weights computed anew."""
+    product = functools.partial(jnp.einsum, preferred_element_type=log_total.dtype)
+
+    def one(grads, i, j, part):
+        tq, tk = part.q_positions_BT.shape[1], part.k_positions_BS.shape[1]
+        q, k, v = cut(q_BTNH, i, tq, 1), cut(held.keys, j, tk, 1), cut(held.values, j, tk, 1)
+        dout = cut(dout_BKGTH, i, tq, 3)
+        s, seen = scores(q, k, part, slopes_N, None, scale)
+        w = jnp.where(seen, jnp.exp(s - cut(log_total, i, tq, 3)[..., None]), 0)
+        dw = product("bkgth,bskh->bkgts", dout, v)
+        ds = (w * (dw - cut(delta, i, tq, 3)[..., None]) * scale).astype(q.dtype)
+        grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
+        new = (
+            (i, product("bkgts,bskh->btkgh", ds, k).reshape(q.shape)),
+            (j, product("bkgts,btkgh->bskh", ds, grouped)),
+            (j, product("bkgts,bkgth->bskh", w.astype(dout.dtype), dout)),
+        )
+        add = lambda x, at, y: jax.lax.dynamic_update_slice_in_dim(x, cut(x, at, y.shape[1], 1) + y, at, 1)
+        return tuple(add(x, at, y) for x, (at, y) in zip(grads, new, strict=True))
+
+    return _over_chunks(one, grads, held.under(mask))
+
+
+def _pass_on(tree: Any, axis: str) -> Any:
+    """Every device's `tree` to the next one."""
+    size = jax.lax.axis_size(axis)
+    return jax.tree.map(lambda x: jax.lax.ppermute(x, axis, [(d, (d + 1) % size) for d in range(size)]), tree)
+
+
+def _by_heads(x_BTNH: jax.Array, groups: int) -> jax.Array:
+    """`[B, K, G, T, H]`."""
+    b, t, n, h = x_BTNH.shape
+    return x_BTNH.reshape(b, t, groups, n // groups, h).transpose(0, 2, 3, 1, 4)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _around(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, scale, axis):
+    return _forward(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, scale, axis)[0]
+
+
+def _forward(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, scale, axis):
+    (b, t, n, h), k = q_BTNH.shape, k_BSKH.shape[2]
+    wide = jnp.promote_types(jnp.float32, q_BTNH.dtype)
+    shape = (b, k, n // k, t)
+    sums = (jnp.full(shape, LOWEST, wide), jnp.zeros(shape, wide), jnp.zeros((*shape, h), wide))
+    look = lambda sums, held: _look(sums, q_BTNH, held, mask, slopes_N, scale)
+    hop = lambda carry, _: ((look(*carry), _pass_on(carry[1], axis)), None)
+    own = Keys(k_BSKH, v_BSKH, mask.k_positions_BS, mask.k_segments_BS)
+    (sums, held), _ = jax.lax.scan(hop, (sums, own), length=jax.lax.axis_size(axis) - 1)
+    highest, total, acc = look(sums, held)
+    total = jnp.where(total == 0, 1, total)  # of what sees nothing
+    out = (acc / total[..., None]).transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape).astype(q_BTNH.dtype)
+    return out, (q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, out, highest + jnp.log(total))
+
+
+def _backward(scale, axis, kept, dout_BTNH):
+    q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, out_BTNH, log_total = kept
+    wide, k = log_total.dtype, k_BSKH.shape[2]
+    dout_BKGTH = _by_heads(dout_BTNH, k)
+    delta = jnp.sum(dout_BKGTH.astype(wide) * _by_heads(out_BTNH, k).astype(wide), axis=-1)
+    back = lambda grads, held: _look_back(grads, q_BTNH, held, mask, slopes_N, scale, log_total, delta, dout_BKGTH)
+
+    def hop(carry, _):  # the gradients of keys travel with them, and are at home after as many hops as devices
+        (dq, dk, dv), held = carry
+        dq, dk, dv = back((dq, dk, dv), held)
+        return ((dq, *_pass_on((dk, dv), axis)), _pass_on(held, axis)), None
+
+    zeros = tuple(jnp.zeros(x.shape, wide) for x in (q_BTNH, k_BSKH, v_BSKH))
+    own = Keys(k_BSKH, v_BSKH, mask.k_positions_BS, mask.k_segments_BS)
+    (grads, held), _ = jax.lax.scan(hop, (zeros, own), length=jax.lax.axis_size(axis) - 1)
+    dq, dk, dv = back(grads, held)
+    dk, dv = _pass_on((dk, dv), axis)
+    return (*(g.astype(x.dtype) for g, x in zip((dq, dk, dv), kept, strict=False)), None, None)
+
+
+_around.defvjp(_forward, _backward)
+
+
+def _halves(axis_size: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Who sends the first and the second half of its stretch to whom: of 2 P halves the c-th goes to c or 2P-1-c."""
+    owner = lambda c: min(c, 2 * axis_size - 1 - c)
+    return tuple([(d, owner(2 * d + second)) for d in range(axis_size)] for second in (0, 1))  # type: ignore[return-value]
+
+
+def _exchange(x: jax.Array, axis: str, back: bool = False) -> jax.Array:
+    """Stretches of `x` `[B, T, ...]` with halves that cost alike under a causal mask, or back."""
+    halves = jnp.split(x, 2, axis=1)
+    turned = ([(b, a) for a, b in way] if back else way for way in _halves(jax.lax.axis_size(axis)))
+    return jnp.concatenate([jax.lax.ppermute(h, axis, way) for h, way in zip(halves, turned, strict=True)], axis=1)
+
+
+def attend_here(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask: Mask,
+    slopes_N: jax.Array | None,
+    scale: float,
+    axis: str,
+) -> jax.Array:
+    """Attention of one device's stretch of queries to the keys of all; call it in `shard_map` over `axis`.
+
+    Args:
+      q_BTNH: its queries.
+      k_BSKH: its keys; K divides N.
+      v_BSKH: its values.
+      mask: positions and segments of its queries and keys; `allowed_BTS` must be None.
+      slopes_N: of ALiBi.
+      scale: of the scores.
+      axis: mesh axis of the stretches.
+
+    Returns:
+      `[B, T, N, H]`.
+    """
+    balanced = mask.causal and q_BTNH.shape[1] == k_BSKH.shape[1] and q_BTNH.shape[1] % 2 == 0
+    if not balanced:
+        return _around(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, scale, axis)
+    q_BTNH, k_BSKH, v_BSKH, mask = jax.tree.map(lambda x: _exchange(x, axis), (q_BTNH, k_BSKH, v_BSKH, mask))
+    return _exchange(_around(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, scale, axis), axis, back=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """Ring attention on the devices of a mesh, as `Execution.kernel`.
+
+    Attributes:
+      mesh: the devices.
+      rows: mesh axes that the rows are divided over.
+      sequence: mesh axis of the stretches.
+      heads: mesh axis of the heads, None where they are whole.
+    """
+
+    mesh: Mesh
+    rows: tuple[str, ...]
+    sequence: str
+    heads: str | None
+
+    def fits(self, q_BTNH: jax.Array, k_BSKH: jax.Array, mask: Mask | None, sloped: bool, biased: bool) -> bool:
+        """Whether rows, stretches and heads divide, and nothing but positions, segments and slopes says who sees whom.
+
+        Args:
+          q_BTNH: queries.
+          k_BSKH: keys.
+          mask: who may look where.
+          sloped: ALiBi's slopes are added to the scores.
+          biased: a bias is.
+        """
+        del sloped
+        (b, t, n, _), (keys, s, k, _) = q_BTNH.shape, k_BSKH.shape
+        parts = self.mesh.shape[self.heads] if self.heads else 1
+        stretches = self.mesh.shape[self.sequence]
+        rows = math.prod(self.mesh.shape[axis] for axis in self.rows)
+        plain = not biased and (mask is None or mask.allowed_BTS is None)
+        whole = b % rows == t % stretches == s % stretches == n % parts == k % parts == 0
+        return plain and whole and keys == b
+
+    def __call__(
+        self,
+        q_BTNH: jax.Array,
+        k_BSKH: jax.Array,
+        v_BSKH: jax.Array,
+        mask: Mask | None,
+        slopes_N: jax.Array | None,
+        scale: float,
+    ) -> jax.Array:
+        """See `attend_here`, of whole arrays."""
+        (b, t), s = q_BTNH.shape[:2], k_BSKH.shape[1]
+        if mask is None:
+            mask = Mask(jnp.zeros((b, t), jnp.int32), jnp.zeros((b, s), jnp.int32), causal=False)
+        spread = lambda x: jnp.broadcast_to(x, (b, x.shape[1]))
+        mask = jax.tree.map(spread, mask)
+        states, ids = P(self.rows, self.sequence, self.heads, None), P(self.rows, self.sequence)
+        run = jax.shard_map(
+            lambda *a: attend_here(*a, scale, self.sequence),
+            mesh=self.mesh,
+            in_specs=(states, states, states, ids, P(self.heads)),
+            out_specs=states,
+            check_vma=False,
+        )
+        return run(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N)

@@ -1,0 +1,81 @@
+"""Several processes as one job: who coordinates, how long anybody waits, what is said when somebody is missing."""
+
+import os
+import socket
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+PATIENCE, HEARTBEAT = "JAX_COORDINATOR_TIMEOUT", "JAX_HEARTBEAT_TIMEOUT"  # seconds
+
+
+class ProcessError(RuntimeError):
+    """Processes that do not find each other; one line that says what to do."""
+
+
+def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    value = environment.get(name, "" if default is None else str(default))
+    if not value.isdigit():
+        raise ProcessError(f"{name}={value!r} must be a whole number; launch/README.md says who sets it")
+    return int(value)
+
+
+def _wait_for(address: str, seconds: int) -> None:
+    """Until somebody listens at `address`.
+
+    Raises:
+      ProcessError: if nobody did in time.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ProcessError(f"{ADDRESS}={address!r} is not of the form host:port")
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=min(5, seconds)).close()
+            return
+        except OSError as e:
+            if time.monotonic() > end:
+                raise ProcessError(
+                    f"no coordinator at {address} after {seconds} s ({e}): is process 0 running, and the port open?"
+                ) from e
+        time.sleep(0.2)
+
+
+def join(environment: Mapping[str, str] = os.environ) -> None:
+    """Joins the job that the environment describes, if it describes one; call before anything touches a device.
+
+    `JAX_COORDINATOR_ADDRESS=host:port` with `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` says who is who;
+    `JAX_COORDINATOR_ADDRESS=auto` asks the cluster (TPU VMs, GKE, Slurm, MPI). All wait `JAX_COORDINATOR_TIMEOUT`
+    seconds (300) for each other, and end `JAX_HEARTBEAT_TIMEOUT` seconds (100) after one of them has died.
+
+    Raises:
+      ProcessError: if the variables make no sense or the others do not come.
+    """
+    address = environment.get(ADDRESS)
+    if not address:
+        return
+    patience = _number(environment, PATIENCE, 300)
+    times: dict[str, Any] = dict(
+        initialization_timeout=patience, heartbeat_timeout_seconds=_number(environment, HEARTBEAT, 100)
+    )
+    if address == "auto":
+        try:
+            return jax.distributed.initialize(**times)
+        except ValueError as e:
+            raise ProcessError(f"{ADDRESS}=auto, and no cluster that jax knows is here: {e}") from e
+    count, index = _number(environment, COUNT), _number(environment, INDEX)
+    if index >= count:
+        raise ProcessError(f"{INDEX}={index} must lie below {COUNT}={count}")
+    if index:
+        _wait_for(address, patience)
+    try:
+        jax.distributed.initialize(address, count, index, **times)
+    except RuntimeError as e:
+        raise ProcessError(
+            f"process {index} of {count} did not find the others at {address} within {patience} s: "
+            f"{str(e).splitlines()[0]}"
+        ) from e

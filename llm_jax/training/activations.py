@@ -1,0 +1,51 @@
+"""What a forward pass keeps for its backward pass: traced, not run."""
+
+from typing import Any
+
+import jax
+from jax.extend.core import Literal
+
+from llm_jax.nn import weights
+from llm_jax.nn.execution import Execution
+from llm_jax.objectives.objective import total_loss
+from llm_jax.training.precision import Precision
+
+POLICIES = ("none", "dots", "names:attention,mlp", "offload:block", "full")
+
+
+def kept(config: Any, objective: Any, params: Any, batch: Any, execution: Execution) -> dict[str, int]:
+    """Bytes that one micro-batch keeps, by where they lie: `device`, `host`.
+
+    Arrays that are there anyway (parameters, the batch) do not count; half-precision copies of parameters do.
+
+    Args:
+      config: a `RunConfig`.
+      objective: as it trains.
+      params: abstract parameters.
+      batch: abstract batch.
+      execution: how the model runs; its `remat` is what this is about.
+    """
+    model, precision = config.model.make(execution), Precision(config.plan.precision, config.plan.master)
+
+    def residuals(params: Any, batch: Any) -> Any:
+        prepared = objective.prepare(batch, jax.random.key(0))
+        inputs, rngs = dict(prepared.inputs), {"dropout": jax.random.key(0)}
+        rows = jax.tree.leaves(batch)[0].shape[0]
+        if config.objective is not None and getattr(config.objective, "carry", False):
+            inputs["cache"] = config.model.init_carry(rows)
+
+        def loss(params: Any) -> jax.Array:
+            own = weights.cast(params, precision.dtype)
+            out = model.apply({"params": own}, **inputs, train=True, rngs=rngs)
+            return total_loss(objective, objective.score(out, prepared.targets), prepared.weights)
+
+        return jax.tree.leaves(jax.vjp(loss, params)[1])
+
+    traced = jax.make_jaxpr(residuals)(params, batch).jaxpr
+    there = {id(v) for v in (*traced.invars, *traced.constvars)}
+    found = {id(v): v.aval for v in traced.outvars if not isinstance(v, Literal) and id(v) not in there}
+    sums = {"device": 0, "host": 0}
+    for aval in found.values():
+        if not jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended):
+            sums["host" if aval.memory_space == jax.memory.Space.Host else "device"] += weights.bytes_of(aval)
+    return sums

@@ -1,0 +1,129 @@
+"""A cost model: FLOPs, bytes held and moved, idle time and step time of a plan, from shapes alone.
+
+It says in a millisecond what `experiments.rehearse` asks of the compiler in a minute, and is held against it in
+`tests/training/test_cost.py`. Sums over devices are counted as rings (Thakur et al. 2005).
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from llm_jax.parallel import chips
+from llm_jax.parallel.plan import Plan
+from llm_jax.parallel.rules import logical_axes, size_of
+from llm_jax.training.program import Program
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """One step on one device.
+
+    Attributes:
+      flops: operations of its products, those of recomputation included.
+      held: bytes between steps, by kind (`Plan.bytes_per_device`).
+      kept: bytes of activations between forward and backward pass.
+      sent: bytes that it sends, by mesh axes.
+      idle: share of the step in which a pipeline's stage waits.
+    """
+
+    flops: float
+    held: dict[str, int]
+    kept: float
+    sent: dict[str, float]
+    idle: float
+
+    def seconds(self, chip: chips.Chip) -> tuple[float, float]:
+        """(least, most) seconds of a step on a chip: all that moves behind computing, or none of it."""
+        compute = self.flops / chip.flops / (1 - self.idle)
+        moving = sum(self.sent.values()) / chip.links
+        return max(compute, moving), compute + moving
+
+
+def _gather(n: int) -> float:
+    """Share of an array that a device sends when its blocks are gathered, or sums are scattered, over N."""
+    return (n - 1) / n
+
+
+def _parameters(plan: Plan, program: Program, itemsize: int, passes: int) -> dict[str, float]:
+    """What ZeRO and data parallelism move: parameters together, gradients in sums."""
+    mesh, zero, axes = plan.mesh, plan.config.zero, plan.zero_axes
+    n, replicas = size_of(mesh, axes), mesh.shape["replica"]
+    stored_size = itemsize if plan.config.master == "in_optimizer" else 4
+    is_spec = lambda x: isinstance(x, P)
+    whole, stored = (
+        jax.tree.leaves(plan.specs(program.params, program.axes, divided), is_leaf=is_spec) for divided in (False, True)
+    )
+    sent = {"data": 0.0, "replica": 0.0}
+    for x, spec, own in zip(jax.tree.leaves(program.params), whole, stored, strict=True):
+        parts = math.prod(size_of(mesh, a) for a in spec if a is not None)
+        size = math.prod(x.shape) / parts
+        divided = own != spec and n > 1
+        if divided and zero >= 3:
+            sent["data"] += passes * size * itemsize * _gather(n)
+        elif divided and zero >= 1:
+            sent["data"] += size * stored_size * _gather(n)
+        sent["data"] += 2 * size * itemsize * _gather(n)  # compilers sum and cut, where ZeRO scatters
+        here = size / n if divided and zero >= 2 else size
+        sent["replica"] += 2 * here * itemsize * _gather(replicas)
+    return sent
+
+
+def _pairs(plan: Plan, program: Program) -> int:
+    """Products in all layers whose sums cross the `model` axis: kernels divided by rows."""
+    names = logical_axes(program.params, program.axes)
+    is_spec = lambda x: isinstance(x, P)
+    specs = jax.tree.leaves(plan.specs(program.params, program.axes, False), is_leaf=is_spec)
+    total = 0
+    leaves = jax.tree.leaves(names, is_leaf=is_spec), specs, jax.tree.leaves(program.params)
+    for name, spec, x in zip(*leaves, strict=True):
+        stacked = len(name) > 0 and name[0] == "layers"
+        rows = spec[int(stacked)] if len(spec) > int(stacked) else None
+        if len(name) - stacked == 2 and rows == "model" and name[-1] == "embed":
+            total += x.shape[0] if stacked else 1
+    return total
+
+
+def estimate(config: Any, plan: Plan, program: Program, kept: float = 0.0) -> Cost:
+    """The cost of one step under a plan.
+
+    Args:
+      config: a `RunConfig`.
+      plan: of the config.
+      program: of both.
+      kept: bytes that all rows of the batch keep (`activations.kept`), 0 if nobody asked.
+    """
+    c, own, mesh = config.training, config.plan, plan.mesh
+    shape, model = mesh.shape, config.model
+    itemsize = jnp.dtype({"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[own.precision]).itemsize
+    recompute = 4 / 3 if own.remat == "full" or own.remat.startswith(("every", "offload")) else 1.0
+    micros = plan.schedule.micros if plan.schedule else c.accumulation
+    rows = c.batch_size / plan.batch_divisor
+    flops = program.flops_per_token * c.batch_size * c.sequence_length * recompute / mesh.size
+    sent = _parameters(plan, program, itemsize, 2 * micros if plan.schedule is None else 1)
+    states = rows * c.sequence_length / shape["seq"] * model.model_dim * itemsize  # of all micro-batches
+    if shape["model"] > 1:
+        pairs = _pairs(plan, program)
+        sums = pairs * (2 + (recompute > 1)) + 2  # forward, backward, forward again; the table, the head
+        sent["model"] = sums * 2 * _gather(shape["model"]) * states / shape["pipe"]
+    if shape["seq"] > 1:
+        heads = shape["model"] if plan.rules["heads"] else 1
+        width = getattr(model, "head_dim", None) or model.model_dim // model.num_heads
+        keys = getattr(model, "num_kv_heads", model.num_heads) * width / model.model_dim * states / heads
+        queries = model.num_heads * width / model.model_dim * states / heads
+        p = shape["seq"]
+        forward = 2 * (p - 1) * keys + 2 * keys + 2 * queries  # hops, and halves exchanged there and back
+        back = 2 * (p - 1) * keys + 2 * p * keys * 4 / itemsize + 2 * keys + 2 * queries  # gradients in float32
+        sent["seq"] = model.num_layers * (forward * (2 if recompute > 1 else 1) + back)
+    if plan.schedule is not None:
+        sent["pipe"] = 2 * len(plan.schedule.ticks) * states / micros
+    return Cost(
+        flops=flops,
+        held=plan.bytes_per_device(program.shapes, program.axes),
+        kept=kept / mesh.size * shape["pipe"],
+        sent={axis: size for axis, size in sent.items() if size},
+        idle=plan.schedule.bubble() if plan.schedule else 0.0,
+    )

@@ -1,0 +1,34 @@
+"""What `processes.join` says when variables make no sense or nobody comes."""
+
+import socket
+
+import pytest
+
+from llm_jax.parallel import processes
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    "environment, words",
+    [
+        ({"JAX_NUM_PROCESSES": "x", "JAX_PROCESS_ID": "0"}, "JAX_NUM_PROCESSES='x' must be a whole number"),
+        ({"JAX_NUM_PROCESSES": "2"}, "JAX_PROCESS_ID='' must be a whole number"),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID=2 must lie below JAX_NUM_PROCESSES=2"),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}, "no coordinator at localhost:[0-9]+ after 1 s"),
+    ],
+)
+def test_errors(environment, words):
+    job = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_COORDINATOR_TIMEOUT": "1"}
+    with pytest.raises(processes.ProcessError, match=words):
+        processes.join({**job, **environment})
+
+
+def test_auto_without_a_cluster_and_an_address_without_a_port(monkeypatch):
+    with pytest.raises(processes.ProcessError, match="'nowhere' is not of the form host:port"):
+        processes.join({"JAX_COORDINATOR_ADDRESS": "nowhere", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"})
+    processes.join({})  # no job, nothing happens

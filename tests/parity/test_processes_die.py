@@ -1,0 +1,56 @@
+"""A job of two processes whose one is killed: the other ends and says why; one and four processes go on."""
+
+import importlib.util
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+
+from llm_jax.storage.checkpoints import Checkpoints
+
+
+def load(name):
+    file = pathlib.Path(__file__).parents[1] / "training" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+jobs, corpus = load("test_processes"), load("conftest").corpus
+FLAGS = ("--config.optimizer.schedule=constant", "--config.training.checkpoint_every=1", "--samples=0")
+
+
+def test_the_others_end_and_others_resume(corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_HEARTBEAT_TIMEOUT", "10")
+    killed = tmp_path / "killed"
+    job = jobs.start(2, corpus, killed, "--config.plan.zero=2", "--config.training.steps=100000", *FLAGS)
+    saved = lambda: Checkpoints(killed / "checkpoints", read_only=True).steps() if killed.exists() else []
+    while job.poll() is None and not (saved() and saved()[-1] >= 3):
+        time.sleep(0.05)
+    pids = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
+    begin = time.monotonic()
+    os.kill(int(pids[-1]), signal.SIGKILL)
+    said = job.communicate(timeout=120)[0]
+    assert job.returncode not in (0, 130), said
+    assert time.monotonic() - begin < 60
+    errors = [line for line in said.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "another process" in errors[0], said
+
+    step = saved()[-1]
+    before = jobs.losses(killed)
+    for count, plan in {1: "--config.plan.zero=0", 4: "--config.plan.zero=3"}.items():
+        workdir = tmp_path / f"resumed on {count}"
+        shutil.copytree(killed, workdir)
+        job = jobs.start(count, corpus, workdir, plan, f"--config.training.steps={step + 3}", *FLAGS)
+        said = job.communicate(timeout=300)[0]
+        assert job.returncode == 0 and f"resuming from step {step}" in said, said
+    one, four = (jobs.losses(tmp_path / f"resumed on {count}") for count in (1, 4))
+    assert set(one) == set(four) and max(one) == step + 3
+    for at in range(1, step + 4):
+        assert four[at] == pytest.approx(one[at], rel=1e-4), at
+        assert at > step or one[at] == before[at]
