@@ -69,6 +69,12 @@ def attend_here(
     return heads_first(jax.vmap(run)(*map(heads_first, (scaled, k_BSKH, v_BSKH)))).astype(q_BTNH.dtype)
 
 
+def _manual() -> tuple[str, ...]:
+    """Axes of a `shard_map` around: of a pipeline's stage, of explicit ZeRO."""
+    inside = jax.sharding.get_abstract_mesh()
+    return () if inside.empty else tuple(inside.manual_axes)
+
+
 @dataclasses.dataclass(frozen=True)
 class Splash:
     """Splash attention on the devices of a mesh, as `Execution.kernel`.
@@ -96,7 +102,7 @@ class Splash:
         b, t, n, h = q_BTNH.shape
         s, k = k_BSKH.shape[1:3]
         parts = self.mesh.shape[self.heads] if self.heads else 1
-        rows = math.prod(self.mesh.shape[axis] for axis in self.rows)
+        rows = math.prod(self.mesh.shape[axis] for axis in self.rows if axis not in _manual())
         whole = b % rows == n % parts == k % parts == 0 and h % LANES == 0
         plain = is_ordered(mask) and not sloped and not biased
         return plain and whole and t == s and bool(_divisor(t)) and q_BTNH.dtype in (jnp.bfloat16, jnp.float32)
@@ -113,9 +119,8 @@ class Splash:
         """See `attend_here`, of whole arrays."""
         del slopes_N
         causal, window = (False, None) if mask is None else (mask.causal, mask.window)
-        inside = jax.sharding.get_abstract_mesh()  # of a pipeline's stage, where `pipe` is manual already
-        manual = () if inside.empty else inside.manual_axes
-        spec = P(self.rows, None, self.heads, None)
+        inside, manual = jax.sharding.get_abstract_mesh(), _manual()
+        spec = P(tuple(axis for axis in self.rows if axis not in manual) or None, None, self.heads, None)
         run = jax.shard_map(
             lambda q, k, v: attend_here(q, k, v, causal, window, scale),
             mesh=self.mesh if inside.empty else inside,

@@ -313,7 +313,8 @@ def collectives(text: str | Program, branches: Sequence[float] = ()) -> list[Col
       branches: see `Program.calls`.
 
     A TPU's compiler writes one that runs behind others as a chain: a fusion that starts it, fusions that compute and
-    carry it on, a fusion that ends it, each with the collective in its body. Those are one.
+    carry it on, a fusion that ends it, each with the collective in its body. Those are one. And it writes a
+    reduce-scatter as an all-reduce in the body of a fusion that cuts it.
     """
     program = parse(text) if isinstance(text, str) else text
     times, covers = program.calls(branches), _covers(program)
@@ -328,6 +329,8 @@ def collectives(text: str | Program, branches: Sequence[float] = ()) -> list[Col
             if chain and chain in seen:
                 continue
             seen.add(chain)
+            if name.startswith("all-reduce-scatter"):  # a TPU's fusion of a sum and the cutting of it
+                kind = "reduce-scatter"
             groups = _groups(i, program.devices)
             size = sum(bytes_of(computation[o].type) for o in i.operands)
             if kind == "all-gather":

@@ -39,4 +39,6 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None
             f"the plan's axes {shape} need {need} devices, there are {len(devices)}: change plan.data, plan.pipe, "
             "plan.seq or plan.model, or pass --simulate_devices on a CPU"
         )
+    if all(hasattr(d, "coords") for d in devices):  # TPUs: along the torus, not host by host
+        devices = sorted(devices, key=lambda d: (*reversed(d.coords), d.core_on_chip))
     return Mesh(np.asarray(devices).reshape(tuple(shape.values())), AXES, axis_types=(AxisType.Auto,) * len(AXES))

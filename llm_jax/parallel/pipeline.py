@@ -105,14 +105,14 @@ def taking(kept: list[Call], results: Sequence[Any] = ()) -> Callable[[Call], tu
         if call.per_layer is not None:
             raise PipelineError("plan.pipe: a cache or memories have no place in a pipeline")
         if done:
-            return done.pop(0), _outputs(call)
+            return done.pop(0), unusable_outputs(call)
         kept.append(call)
-        return call.carry, _outputs(call)
+        return call.carry, unusable_outputs(call)
 
     return run
 
 
-def _outputs(call: Call) -> Any:
+def unusable_outputs(call: Call) -> Any:
     """What the layers would return beside the carry; not-a-number in every place, so that nobody can use it."""
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), call.params)
     shapes = jax.eval_shape(lambda p, c, s: call.layer(p, 0, c, None, s)[1], one, call.carry, call.context)

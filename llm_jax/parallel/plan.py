@@ -18,7 +18,7 @@ from llm_jax.nn.ring import Ring
 from llm_jax.nn.splash import Splash
 from llm_jax.parallel import offload, schedules, zero
 from llm_jax.parallel.mesh import AXES, make_mesh
-from llm_jax.parallel.rules import TENSOR_PARALLEL, Rules, logical_axes, place
+from llm_jax.parallel.rules import TENSOR_PARALLEL, Rules, logical_axes, place, without
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,8 @@ class PlanConfig:
       model: devices along heads, feed-forward and vocabulary (tensor parallelism).
       zero: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters divided over `data`
         and `seq`.
+      explicit: of zero=3: layers gather their parameters and scatter gradients themselves (`parallel.explicit`), in the
+        place of the compiler; half the bytes of gradients on TPUs.
       remat: see `nn.Execution`.
       attention: see `nn.Execution`.
       offload: what lies in host memory between steps: `optimizer` (state, master copy, average; streamed through the
@@ -55,6 +57,7 @@ class PlanConfig:
     seq: int = 1
     model: int = 1
     zero: int = 0
+    explicit: bool = False
     remat: str = "none"
     attention: str = "auto"
     offload: tuple[str, ...] = ()
@@ -69,6 +72,8 @@ class PlanConfig:
         for name in ("replica", "pipe", "chunks", "seq", "model"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.explicit and (self.zero != 3 or self.pipe > 1 or self.seq > 1 or self.unroll):
+            raise ValueError("plan.explicit is of zero=3, without plan.pipe, plan.seq and plan.unroll")
         if unknown := set(self.offload) - set(offload.KINDS):
             raise ValueError(f"offload={', '.join(sorted(unknown))} is none of {', '.join(offload.KINDS)}")
         if self.schedule not in schedules.NAMES:
@@ -192,8 +197,9 @@ class Plan:
         """Pins an activation's sharding; dimensions that do not divide stay free."""
         if self.mesh.size == 1:
             return x
-        inside = jax.sharding.get_abstract_mesh()  # of a pipeline's stage, where `pipe` is manual
-        spec = place(P(*axes), x.shape, self.rules, self.mesh).spec
+        inside = jax.sharding.get_abstract_mesh()  # of a pipeline's stage, or of explicit ZeRO: some axes are manual
+        rules = self.rules if inside.empty else without(self.rules, inside.manual_axes)
+        spec = place(P(*axes), x.shape, rules, self.mesh).spec
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh if inside.empty else inside, spec))
 
     def _named(self, specs: Any) -> Any:

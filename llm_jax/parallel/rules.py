@@ -1,6 +1,6 @@
 """From logical axis names to mesh axes, with checks and reasons."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +37,17 @@ class Placed(NamedTuple):
 
     spec: P
     why: str
+
+
+def without(rules: Rules, manual: Collection[str]) -> Rules:
+    """Rules for the inside of a `shard_map` over some axes, which are divided already."""
+
+    def rest(target: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        if target is None or isinstance(target, str):
+            return None if target in manual else target
+        return tuple(a for a in target if a not in manual) or None
+
+    return {name: rest(target) for name, target in rules.items()}
 
 
 def size_of(mesh: Mesh, axes: str | tuple[str, ...]) -> int:

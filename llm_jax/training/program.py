@@ -1,5 +1,6 @@
 """What a run compiles: its plan, model, initial state and steps, on real devices or on those of a described machine."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from llm_jax.nn import paths, weights
 from llm_jax.objectives.objective import Objective
+from llm_jax.parallel import explicit
 from llm_jax.parallel.offload import HostUpdate
 from llm_jax.parallel.plan import Plan
 from llm_jax.training import flops
@@ -109,7 +111,14 @@ def build(
     if config.plan.offload:
         divide = pin(plan.update_shardings(params, axes))
         where = {"run_update": HostUpdate("update" in config.plan.offload, divide)}
-    step = make_train_step(model, objective, tx, options, constrain_grads=keep_grads, pipe=pipe, gather=gather, **where)
+    trained = model
+    if config.plan.explicit:
+        execution = plan.execution()
+        run = explicit.runner(plan.mesh, plan.specs(params, axes, True), execution)
+        trained = config.model.make(dataclasses.replace(execution, stack_runner=run))
+    step = make_train_step(
+        trained, objective, tx, options, constrain_grads=keep_grads, pipe=pipe, gather=gather, **where
+    )
     size = config.model
     count = getattr(size, "num_heads", 0)  # an LSTM has none
     width = count * (getattr(size, "head_dim", None) or size.model_dim // max(count, 1))

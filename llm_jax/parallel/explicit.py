@@ -1,0 +1,143 @@
+"""ZeRO-3 with its collectives written out: a stack of layers in `shard_map` over the batch.
+
+The compiler's own partitioning gathers a layer's parameters where it needs them and sums gradients as it likes. On TPUs
+it likes to all-reduce whole gradients and cut them afterwards, twice the bytes of ZeRO's reduce-scatter, wherever the
+devices form a torus of more than one dimension. Scattered along one dimension of the torus after the other, the sums
+are true reduce-scatters. So here every layer gathers its parameters itself, and gradients are scattered in stages.
+
+Sources: Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054; Thakur et al. 2005 (sums along a torus).
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from llm_jax.nn.execution import Execution
+from llm_jax.nn.stack import Call
+from llm_jax.parallel.pipeline import unusable_outputs
+
+ROWS = ("replica", "data")
+Groups = tuple[tuple[int, ...], ...]
+
+
+def stages(mesh: Mesh, axis: str) -> tuple[Groups, ...]:
+    """Groups of places along a mesh axis, one stage for each dimension of the torus that its devices span.
+
+    Places that agree in all coordinates but one are a group of that stage; stage after stage, everyone is left with
+    its own block. Devices without coordinates, or with such as do not fill a box in order, are one stage of one group.
+    """
+    line = np.moveaxis(mesh.devices, mesh.axis_names.index(axis), 0).reshape(mesh.shape[axis], -1)[:, 0]
+    at = np.array([getattr(d, "coords", (i,))[::-1] for i, d in enumerate(line)])  # the slowest first, as in the mesh
+    at = at[:, [len(set(column)) > 1 for column in at.T]]
+    places = [np.unique(column, return_inverse=True)[1] for column in at.T]
+    sizes = [int(p.max()) + 1 for p in places]
+    ids = np.arange(len(line))
+    if len(sizes) < 2 or math.prod(sizes) != len(line) or (np.ravel_multi_index(tuple(places), sizes) != ids).any():
+        return ((tuple(range(len(line))),),)
+    box = ids.reshape(sizes)
+    cut = lambda k: np.moveaxis(box, k, -1).reshape(-1, sizes[k])
+    return tuple(tuple(map(tuple, cut(k).tolist())) for k in range(len(sizes)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather(x: jax.Array, dimension: int, scatter: tuple[Groups, ...]) -> jax.Array:
+    """The blocks of all devices along `data`, side by side in a dimension; its gradient is scattered by stages."""
+    del scatter
+    return jax.lax.all_gather(x, "data", axis=dimension, tiled=True)
+
+
+def _gather_fwd(x, dimension, scatter):
+    return gather(x, dimension, scatter), None
+
+
+def _gather_bwd(dimension, scatter, _, dy):
+    for groups in scatter:
+        own = None if len(groups) == 1 else groups
+        dy = jax.lax.psum_scatter(dy, "data", scatter_dimension=dimension, tiled=True, axis_index_groups=own)
+    return (dy,)
+
+
+gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+def _kept(execution: Execution) -> Callable[[Any], Any]:
+    """`jax.checkpoint` by the policy of `remat`; gathered parameters are never kept."""
+    if execution.remat_every():
+        policy = execution.remat_policy()
+    else:
+        policy = jax.checkpoint_policies.save_anything_except_these_names("gathered")
+    return lambda f: jax.checkpoint(f, policy=policy, prevent_cse=False)
+
+
+def _has_rows(path: Any) -> bool:
+    """Whether what layers share at a path may have rows: names say their shapes (`distances_PD` has none)."""
+    names = [k.name for k in path if isinstance(k, jax.tree_util.GetAttrKey)]
+    suffix = names[-1].rpartition("_")[2] if names else ""
+    return not suffix.isupper() or suffix.startswith("B")
+
+
+def runner(mesh: Mesh, specs: Any, execution: Execution) -> Callable[[Call], tuple[Any, Any]]:
+    """A stack runner that divides rows over `replica` and `data` and gathers layer by layer.
+
+    Dropout draws other masks than without: every device its own.
+
+    Args:
+      mesh: the devices; other axes stay automatic.
+      specs: mesh axes of every parameter of the model, as stored (ZeRO-3).
+      execution: how layers run.
+    """
+    scatter = stages(mesh, "data")
+
+    def run(call: Call) -> tuple[Any, Any]:
+        if call.per_layer is not None or len(set(call.group_of)) != len(call.group_of):
+            what = "memories" if call.per_layer is not None else "layers that share parameters"
+            raise ValueError(f"plan.explicit has no place for {what}: set plan.explicit=False")
+        own = functools.reduce(lambda tree, key: tree[key], call.path, specs)["layers"]
+        is_spec = lambda s: isinstance(s, P)
+        place = lambda s: s.index("data") if "data" in s[1:] else None  # divided by layers: gathered all at once
+        places = jax.tree.map(place, own, is_leaf=is_spec)
+        batch = jax.tree.leaves(call.carry)[0].shape[0]
+        shared, key = call.context
+        by_rows = lambda path, x: P(ROWS) if x.ndim and x.shape[0] == batch and _has_rows(path) else P()
+        along = lambda at, x: P() if at is None else P(*[None] * at, "data")
+        is_place = lambda x: x is None
+
+        def stack(params: Any, carry: Any, shared: Any, key: Any) -> Any:
+            if key is not None:
+                key = jax.random.fold_in(key, jax.lax.axis_index(ROWS))
+            flat_places = jax.tree.leaves(places, is_leaf=is_place)
+
+            def one(x: Any, item: Any) -> tuple[Any, Any]:
+                index, leaves = item
+                whole = [
+                    x if at is None else checkpoint_name(gather(x, at - 1, scatter), "gathered")
+                    for x, at in zip(leaves, flat_places, strict=True)
+                ]
+                return call.layer(jax.tree.unflatten(form, whole), index, x, None, (shared, key))[0], None
+
+            leaves, form = jax.tree.flatten(params)
+            return jax.lax.scan(_kept(execution)(one), carry, (jnp.arange(len(call.group_of)), leaves))[0]
+
+        params_in = jax.tree.map(along, places, call.params, is_leaf=is_place)
+        carry_in = jax.tree.map(lambda _: P(ROWS), call.carry)
+        shared_in = jax.tree_util.tree_map_with_path(by_rows, shared)
+        key_in = jax.tree.map(lambda _: P(), key)
+        shard = jax.shard_map(
+            stack,
+            mesh=mesh,
+            in_specs=(params_in, carry_in, shared_in, key_in),
+            out_specs=carry_in,
+            axis_names={*ROWS},
+            check_vma=False,
+        )
+        return shard(call.params, call.carry, shared, key), unusable_outputs(call)
+
+    return run

@@ -1,0 +1,105 @@
+"""Gathers and staged reduce-scatters written out: equal to the compiler's, and what the program then moves."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from plan_runs import assert_equals_one_device, program, run_steps, task
+
+from llm_jax.models.block import Shared
+from llm_jax.nn.attend import Mask
+from llm_jax.parallel import explicit, hlo
+from llm_jax.parallel.mesh import make_mesh
+from llm_jax.parallel.plan import PlanConfig
+
+ROWS = {
+    "zero 3": (PlanConfig(data=8, zero=3, explicit=True), "llama", 1),
+    "replicas, tensor 2, remat": (
+        PlanConfig(replica=2, data=2, model=2, zero=3, explicit=True, remat="full"),
+        "llama",
+        1,
+    ),
+    "encoder-decoder, accumulation": (PlanConfig(data=8, zero=3, explicit=True), "t5", 2),
+    "padded rows": (PlanConfig(data=4, model=2, zero=3, explicit=True), "bert", 1),
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_equals_one_device(row):
+    plan, name, accumulation = ROWS[row]
+    assert_equals_one_device(*run_steps(plan, name, accumulation), name, accumulation)
+
+
+def test_gradients_of_layers_are_scattered():
+    """Every matrix of a layer is gathered twice, forward and backward, and its gradient scattered once."""
+    plan, made = program(PlanConfig(data=8, zero=3, explicit=True, remat="full"), "llama")
+    batch = jax.device_put(task("llama")[1][0], plan.batch_sharding())
+    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), made.shapes, made.shardings)
+    found = hlo.collectives(made.step.lower(state, batch).compile().as_text())
+    of = lambda kind: sum(c.times * c.size for c in found if c.kind == kind and "shard_map" in c.where)
+    layers = made.shapes.params["decoder"]["layers"]
+    matrices = sum(x.size * 4 for x in jax.tree.leaves(layers) if x.ndim == 3)
+    norms = sum(x.size * 4 for x in jax.tree.leaves(layers) if x.ndim == 2)
+    assert of("reduce-scatter") == matrices + norms
+    assert of("all-gather") == 2 * (matrices + norms)
+
+
+def torus(*sizes, order=None):
+    """A mesh of devices that lie on a torus, as `make_mesh` sorts them."""
+    where = list(np.ndindex(*sizes))
+    devices = [SimpleNamespace(coords=tuple(reversed(c))) for c in where]
+    array = np.empty(len(devices), object)
+    array[:] = [devices[i] for i in order] if order is not None else devices
+    return SimpleNamespace(
+        devices=array.reshape(1, -1, 1), axis_names=("replica", "data", "model"), shape={"data": len(devices)}
+    )
+
+
+def test_one_stage_for_each_dimension_of_the_torus():
+    assert explicit.stages(torus(2, 3), "data") == (((0, 3), (1, 4), (2, 5)), ((0, 1, 2), (3, 4, 5)))
+    assert [len(groups[0]) for groups in explicit.stages(torus(4, 2, 8), "data")] == [4, 2, 8]
+    assert explicit.stages(torus(1, 6), "data") == ((tuple(range(6)),),)
+    assert explicit.stages(torus(2, 3, order=[1, 0, 2, 3, 4, 5]), "data") == ((tuple(range(6)),),)
+    assert explicit.stages(make_mesh({"data": 8}), "data") == ((tuple(range(8)),),)
+
+
+@pytest.mark.parametrize("sizes", [(2, 4), (2, 2, 2)])
+def test_stages_leave_everyone_with_its_own_block(sizes):
+    scatter = explicit.stages(torus(*sizes), "data")
+    mesh = make_mesh({"data": 8})
+    x = jnp.arange(16.0 * 3).reshape(3, 16)
+    weight = np.random.default_rng(0).normal(size=(8, 3, 16)).astype(np.float32)
+
+    def loss(x, weight):
+        inside = lambda x, w: jnp.sum(explicit.gather(x, 1, scatter) * w[0])[None]
+        run = jax.shard_map(
+            inside, mesh=mesh, in_specs=(P(None, "data"), P("data")), out_specs=P("data"), check_vma=False
+        )
+        return jnp.sum(run(x, weight))
+
+    value, grad = jax.jit(jax.value_and_grad(loss))(x, weight)
+    np.testing.assert_allclose(value, np.sum(np.asarray(x) * weight), rtol=1e-5)
+    np.testing.assert_allclose(grad, weight.sum(0), rtol=1e-5)
+
+
+def test_what_has_rows_is_told_by_names():
+    index = jnp.zeros((8, 4), jnp.int32)
+    shared = Shared(Mask(index, index), distances_PD=jnp.zeros((8, 2)), bias_BNTS=jnp.zeros((1, 8, 4, 4)))
+    rows = [explicit._has_rows(path) for path, _ in jax.tree_util.tree_flatten_with_path(shared)[0]]
+    assert rows == [True, True, True, False]
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: PlanConfig(zero=2, explicit=True), "plan.explicit is of zero=3, without plan.pipe"),
+        (lambda: run_steps(PlanConfig(data=8, zero=3, explicit=True), "albert"), "no place for layers that share"),
+        (lambda: run_steps(PlanConfig(data=8, zero=3, explicit=True), "xlnet"), "no place for memories"),
+    ],
+)
+def test_errors(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
