@@ -102,7 +102,8 @@ def define_config(default: str | None, help_text: str) -> flags.FlagHolder[Any]:
 def _fail(message: str, code: int) -> typing.NoReturn:
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os._exit(code) if code == 130 else sys.exit(code)
+    together = "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
+    os._exit(code) if code == 130 or together else sys.exit(code)  # at exit a job's processes wait for each other
 
 
 def run(main: Callable[[], None]) -> None:
@@ -118,6 +119,8 @@ def run(main: Callable[[], None]) -> None:
             logging.getLogger(name).addHandler(handler)
             logging.getLogger(name).setLevel(logging.INFO)
             logging.getLogger(name).propagate = False
+        from llm_jax.parallel import processes
+
         try:
             setup_devices()
             main()
@@ -132,7 +135,7 @@ def run(main: Callable[[], None]) -> None:
             hint = " (too little memory: a smaller training.batch_size, accumulation, or plan.remat=full helps)"
             memory = isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in text
             first = next((line for line in text.splitlines() if line.strip()), type(e).__name__)
-            _fail(first + (hint if memory else ""), 1)
+            _fail(processes.explain(first) + (hint if memory else ""), 1)
 
     app.run(wrapped, flags_parser=_parse)
 

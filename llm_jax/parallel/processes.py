@@ -79,3 +79,16 @@ def join(environment: Mapping[str, str] = os.environ) -> None:
             f"process {index} of {count} did not find the others at {address} within {patience} s: "
             f"{str(e).splitlines()[0]}"
         ) from e
+
+
+LOST = ("Gloo", "NCCL", "heartbeat", "coordination", "Connection reset", "Connection closed", "UNAVAILABLE")
+
+
+def explain(text: str) -> str:
+    """An error's text, with what to do where it says that another process of the job is gone."""
+    if not jax.distributed.is_initialized() or not any(word in text for word in LOST):
+        return text
+    return (
+        f"another process of this job ended or cannot be reached ({text}): its log says why; run the same command "
+        "again to resume from the last checkpoint"
+    )

@@ -32,3 +32,11 @@ def test_auto_without_a_cluster_and_an_address_without_a_port(monkeypatch):
     with pytest.raises(processes.ProcessError, match="'nowhere' is not of the form host:port"):
         processes.join({"JAX_COORDINATOR_ADDRESS": "nowhere", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"})
     processes.join({})  # no job, nothing happens
+
+
+def test_lost_processes_are_explained_in_a_job_only(monkeypatch):
+    text = "UNKNOWN: Gloo all-reduce failed: Connection reset by peer"
+    assert processes.explain(text) == text
+    monkeypatch.setattr(processes.jax.distributed, "is_initialized", lambda: True)
+    assert processes.explain(text).startswith(f"another process of this job ended or cannot be reached ({text})")
+    assert processes.explain("no such file") == "no such file"
