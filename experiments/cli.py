@@ -60,6 +60,8 @@ def setup_devices() -> None:
     from llm_jax.parallel import processes
 
     if SIMULATE.value:
+        # XLA's threads: waiting in a collective they must not keep other devices from coming to it
+        os.environ.setdefault("NPROC", str(8 * SIMULATE.value))
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", SIMULATE.value)
     processes.join()

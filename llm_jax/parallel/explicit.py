@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -68,15 +67,6 @@ def _gather_bwd(dimension, scatter, _, dy):
 gather.defvjp(_gather_fwd, _gather_bwd)
 
 
-def _kept(execution: Execution) -> Callable[[Any], Any]:
-    """`jax.checkpoint` by the policy of `remat`; gathered parameters are never kept."""
-    if execution.remat_every():
-        policy = execution.remat_policy()
-    else:
-        policy = jax.checkpoint_policies.save_anything_except_these_names("gathered")
-    return lambda f: jax.checkpoint(f, policy=policy, prevent_cse=False)
-
-
 def _has_rows(path: Any) -> bool:
     """Whether what layers share at a path may have rows: names say their shapes (`distances_PD` has none)."""
     names = [k.name for k in path if isinstance(k, jax.tree_util.GetAttrKey)]
@@ -92,7 +82,7 @@ def runner(mesh: Mesh, specs: Any, execution: Execution) -> Callable[[Call], tup
     Args:
       mesh: the devices; other axes stay automatic.
       specs: mesh axes of every parameter of the model, as stored (ZeRO-3).
-      execution: how layers run.
+      execution: how layers run; its `remat` keeps no gathered parameters.
     """
     scatter = stages(mesh, "data")
 
@@ -118,13 +108,13 @@ def runner(mesh: Mesh, specs: Any, execution: Execution) -> Callable[[Call], tup
             def one(x: Any, item: Any) -> tuple[Any, Any]:
                 index, leaves = item
                 whole = [
-                    x if at is None else checkpoint_name(gather(x, at - 1, scatter), "gathered")
-                    for x, at in zip(leaves, flat_places, strict=True)
+                    x if at is None else gather(x, at - 1, scatter) for x, at in zip(leaves, flat_places, strict=True)
                 ]
                 return call.layer(jax.tree.unflatten(form, whole), index, x, None, (shared, key))[0], None
 
             leaves, form = jax.tree.flatten(params)
-            return jax.lax.scan(_kept(execution)(one), carry, (jnp.arange(len(call.group_of)), leaves))[0]
+            one = jax.checkpoint(one, policy=execution.remat_policy(), prevent_cse=False)
+            return jax.lax.scan(one, carry, (jnp.arange(len(call.group_of)), leaves))[0]
 
         params_in = jax.tree.map(along, places, call.params, is_leaf=is_place)
         carry_in = jax.tree.map(lambda _: P(ROWS), call.carry)

@@ -38,7 +38,7 @@ class PlanConfig:
       zero: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters divided over `data`
         and `seq`.
       explicit: of zero=3: layers gather their parameters and scatter gradients themselves (`parallel.explicit`), in the
-        place of the compiler; half the bytes of gradients on TPUs.
+        place of the compiler; half the bytes of gradients on TPUs. Dropout draws other masks.
       remat: see `nn.Execution`.
       attention: see `nn.Execution`.
       offload: what lies in host memory between steps: `optimizer` (state, master copy, average; streamed through the
@@ -74,6 +74,8 @@ class PlanConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.explicit and (self.zero != 3 or self.pipe > 1 or self.seq > 1 or self.unroll):
             raise ValueError("plan.explicit is of zero=3, without plan.pipe, plan.seq and plan.unroll")
+        if self.explicit and self.remat.startswith(("none", "every")):
+            raise ValueError(f"plan.explicit would keep gathered layers with plan.remat={self.remat}: set full or dots")
         if unknown := set(self.offload) - set(offload.KINDS):
             raise ValueError(f"offload={', '.join(sorted(unknown))} is none of {', '.join(offload.KINDS)}")
         if self.schedule not in schedules.NAMES:
@@ -137,6 +139,11 @@ class Plan:
         heads = getattr(model_config, "num_heads", 1)
         kv = getattr(model_config, "num_kv_heads", heads)
         if heads % config.model or kv % config.model:
+            if config.pipe > 1:  # whole heads between divided kernels would be resharded inside a tick's branches
+                raise ValueError(
+                    f"plan.pipe={config.pipe} needs heads that divide by plan.model={config.model}: "
+                    f"there are {heads} query and {kv} key heads"
+                )
             self.rules = {**self.rules, "heads": None, "kv": None}
             self.notes.append(
                 f"attention is replicated: {heads} query and {kv} key heads do not divide by model={config.model}"

@@ -6,6 +6,7 @@ It says in a millisecond what `experiments.rehearse` asks of the compiler in a m
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -43,46 +44,50 @@ class Cost:
         return max(compute, moving), compute + moving
 
 
-def _gather(n: int) -> float:
+def _share(n: int) -> float:
     """Share of an array that a device sends when its blocks are gathered, or sums are scattered, over N."""
     return (n - 1) / n
 
 
-def _parameters(plan: Plan, program: Program, itemsize: int, passes: int) -> dict[str, float]:
-    """What ZeRO and data parallelism move: parameters together, gradients in sums."""
-    mesh, zero, axes = plan.mesh, plan.config.zero, plan.zero_axes
-    n, replicas = size_of(mesh, axes), mesh.shape["replica"]
-    stored_size = itemsize if plan.config.master == "in_optimizer" else 4
+def _leaves(plan: Plan, program: Program) -> Iterator[tuple[Any, P, P, P]]:
+    """(parameter, its logical axes, its mesh axes as it computes, and as it is stored) of every leaf."""
     is_spec = lambda x: isinstance(x, P)
-    whole, stored = (
-        jax.tree.leaves(plan.specs(program.params, program.axes, divided), is_leaf=is_spec) for divided in (False, True)
-    )
-    sent = {"data": 0.0, "replica": 0.0}
-    for x, spec, own in zip(jax.tree.leaves(program.params), whole, stored, strict=True):
-        parts = math.prod(size_of(mesh, a) for a in spec if a is not None)
-        size = math.prod(x.shape) / parts
-        divided = own != spec and n > 1
-        if divided and zero >= 3:
-            sent["data"] += passes * size * itemsize * _gather(n)
+    specs = (plan.specs(program.params, program.axes, divided) for divided in (False, True))
+    trees = logical_axes(program.params, program.axes), *specs
+    return zip(jax.tree.leaves(program.params), *(jax.tree.leaves(t, is_leaf=is_spec) for t in trees), strict=True)
+
+
+def _parameters(plan: Plan, program: Program, itemsize: int, micros: int) -> dict[str, float]:
+    """What ZeRO and data parallelism move: parameters together, gradients in sums, once a micro-batch."""
+    mesh, zero, own = plan.mesh, plan.config.zero, plan.config
+    n = size_of(mesh, plan.zero_axes)
+    stored_size = 4 if own.master == "in_params" else itemsize
+    sent = dict.fromkeys(("data", "replica", "seq", "pipe"), 0.0)
+    for x, name, spec, stored in _leaves(plan, program):
+        layers = bool(name) and name[0] == "layers"
+        size = math.prod(x.shape) / math.prod(size_of(mesh, a) for a in spec if a is not None)
+        divided = stored != spec and n > 1
+        if divided and zero >= 3:  # a layer's twice, forward and backward, the tables' once
+            turns = 1 if plan.schedule else micros * (2 if layers else 1)
+            sent["data"] += turns * size * itemsize * _share(n)
         elif divided and zero >= 1:
-            sent["data"] += size * stored_size * _gather(n)
-        sent["data"] += 2 * size * itemsize * _gather(n)  # compilers sum and cut, where ZeRO scatters
-        here = size / n if divided and zero >= 2 else size
-        sent["replica"] += 2 * here * itemsize * _gather(replicas)
+            sent["data"] += size * stored_size * _share(n)
+        sums = 1 if own.explicit and layers and divided else 2  # compilers sum and cut, where ZeRO scatters
+        for axis in ("data", "seq"):
+            sent[axis] += sums * micros * size * itemsize * _share(mesh.shape[axis])
+        here = size / mesh.shape["data"] if divided and zero >= 2 else size
+        sent["replica"] += 2 * micros * here * itemsize * _share(mesh.shape["replica"])
+        if not layers:
+            sent["pipe"] += 2 * size * itemsize * _share(mesh.shape["pipe"])
     return sent
 
 
 def _pairs(plan: Plan, program: Program) -> int:
     """Products in all layers whose sums cross the `model` axis: kernels divided by rows."""
-    names = logical_axes(program.params, program.axes)
-    is_spec = lambda x: isinstance(x, P)
-    specs = jax.tree.leaves(plan.specs(program.params, program.axes, False), is_leaf=is_spec)
     total = 0
-    leaves = jax.tree.leaves(names, is_leaf=is_spec), specs, jax.tree.leaves(program.params)
-    for name, spec, x in zip(*leaves, strict=True):
-        stacked = len(name) > 0 and name[0] == "layers"
-        rows = spec[int(stacked)] if len(spec) > int(stacked) else None
-        if len(name) - stacked == 2 and rows == "model" and name[-1] == "embed":
+    for x, name, spec, _ in _leaves(plan, program):
+        stacked = int(bool(name) and name[0] == "layers")
+        if len(name) - stacked == 2 and name[-1] == "embed" and spec[stacked] == "model":
             total += x.shape[0] if stacked else 1
     return total
 
@@ -103,12 +108,12 @@ def estimate(config: Any, plan: Plan, program: Program, kept: float = 0.0) -> Co
     micros = plan.schedule.micros if plan.schedule else c.accumulation
     rows = c.batch_size / plan.batch_divisor
     flops = program.flops_per_token * c.batch_size * c.sequence_length * recompute / mesh.size
-    sent = _parameters(plan, program, itemsize, 2 * micros if plan.schedule is None else 1)
+    sent = _parameters(plan, program, itemsize, micros)
     states = rows * c.sequence_length / shape["seq"] * model.model_dim * itemsize  # of all micro-batches
     if shape["model"] > 1:
         pairs = _pairs(plan, program)
         sums = pairs * (2 + (recompute > 1)) + 2  # forward, backward, forward again; the table, the head
-        sent["model"] = sums * 2 * _gather(shape["model"]) * states / shape["pipe"]
+        sent["model"] = sums * 3 * _share(shape["model"]) * states / shape["pipe"]  # gathered; summed, then cut
     if shape["seq"] > 1:
         heads = shape["model"] if plan.rules["heads"] else 1
         width = getattr(model, "head_dim", None) or model.model_dim // model.num_heads
@@ -117,9 +122,9 @@ def estimate(config: Any, plan: Plan, program: Program, kept: float = 0.0) -> Co
         p = shape["seq"]
         forward = 2 * (p - 1) * keys + 2 * keys + 2 * queries  # hops, and halves exchanged there and back
         back = 2 * (p - 1) * keys + 2 * p * keys * 4 / itemsize + 2 * keys + 2 * queries  # gradients in float32
-        sent["seq"] = model.num_layers * (forward * (2 if recompute > 1 else 1) + back)
+        sent["seq"] += model.num_layers * (forward * (2 if recompute > 1 else 1) + back)
     if plan.schedule is not None:
-        sent["pipe"] = 2 * len(plan.schedule.ticks) * states / micros
+        sent["pipe"] += 2 * len(plan.schedule.ticks) * states / micros + 2 * _share(shape["pipe"]) * states
     return Cost(
         flops=flops,
         held=plan.bytes_per_device(program.shapes, program.axes),

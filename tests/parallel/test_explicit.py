@@ -16,14 +16,14 @@ from llm_jax.parallel.mesh import make_mesh
 from llm_jax.parallel.plan import PlanConfig
 
 ROWS = {
-    "zero 3": (PlanConfig(data=8, zero=3, explicit=True), "llama", 1),
+    "zero 3": (PlanConfig(data=8, zero=3, explicit=True, remat="full"), "llama", 1),
     "replicas, tensor 2, remat": (
         PlanConfig(replica=2, data=2, model=2, zero=3, explicit=True, remat="full"),
         "llama",
         1,
     ),
-    "encoder-decoder, accumulation": (PlanConfig(data=8, zero=3, explicit=True), "t5", 2),
-    "padded rows": (PlanConfig(data=4, model=2, zero=3, explicit=True), "bert", 1),
+    "encoder-decoder, accumulation": (PlanConfig(data=8, zero=3, explicit=True, remat="full"), "t5", 2),
+    "padded rows": (PlanConfig(data=4, model=2, zero=3, explicit=True, remat="dots"), "bert", 1),
 }
 
 
@@ -96,8 +96,15 @@ def test_what_has_rows_is_told_by_names():
     "call, words",
     [
         (lambda: PlanConfig(zero=2, explicit=True), "plan.explicit is of zero=3, without plan.pipe"),
-        (lambda: run_steps(PlanConfig(data=8, zero=3, explicit=True), "albert"), "no place for layers that share"),
-        (lambda: run_steps(PlanConfig(data=8, zero=3, explicit=True), "xlnet"), "no place for memories"),
+        (
+            lambda: PlanConfig(zero=3, explicit=True),
+            "would keep gathered layers with plan.remat=none: set full or dots",
+        ),
+        (
+            lambda: run_steps(PlanConfig(data=8, zero=3, explicit=True, remat="full"), "albert"),
+            "no place for layers that share",
+        ),
+        (lambda: run_steps(PlanConfig(data=8, zero=3, explicit=True, remat="full"), "xlnet"), "no place for memories"),
     ],
 )
 def test_errors(call, words):

@@ -136,11 +136,12 @@ def test_half_precision(way):
             "schedule=1f1b needs one stack of layers, the model has 2 .*set plan.schedule=gpipe",
         ),
         ("xlnet", {}, "what runs on from batch to batch .* has no place in it"),
+        ("deep", {"data": 2, "model": 2}, "plan.pipe=2 needs heads that divide by plan.model=2: there are 3 query"),
     ],
 )
 def test_models_that_do_not_fit(name, changes, words):
     with pytest.raises(ValueError, match=words):
-        run_steps(PlanConfig(data=4, pipe=2, **changes), name)
+        run_steps(PlanConfig(**{"data": 4, "pipe": 2, **changes}), name)
 
 
 @pytest.mark.parametrize(

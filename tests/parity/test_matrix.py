@@ -39,7 +39,7 @@ PLANS = {  # name: (plan, accumulation)
     "interleaved 2": (PlanConfig(data=4, pipe=2, schedule="interleaved", chunks=2, microbatches=2), 1),
     "zero bubble 2, tensor 2": (PlanConfig(data=2, pipe=2, model=2, schedule="zero_bubble", microbatches=2), 1),
 }
-DEEPER = {"gpt": "deep", "llama": "deep_tied", "xlnet": "xlnet_alone"}  # in a pipeline: more layers, no memory
+DEEPER = {"gpt": "deep_even", "llama": "deep_tied", "xlnet": "xlnet_alone"}  # in a pipeline: more layers, no memory
 EXACT = [("llama", "zero 3"), ("gpt", "tensor 4"), ("llama", "sequence 4"), ("bert", "sequence 2, tensor 2, zero 3")]
 
 
