@@ -129,12 +129,8 @@ def _by_heads(x_BTNH: jax.Array, groups: int) -> jax.Array:
     return x_BTNH.reshape(b, t, groups, n // groups, h).transpose(0, 2, 3, 1, 4)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _around(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, scale, axis):
-    return _forward(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, scale, axis)[0]
-
-
 def _forward(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, scale, axis):
+    """The output, and log of the softmax's denominator `[B, K, G, T]`."""
     (b, t, n, h), k = q_BTNH.shape, k_BSKH.shape[2]
     wide = jnp.promote_types(jnp.float32, q_BTNH.dtype)
     shape = (b, k, n // k, t)
@@ -146,11 +142,11 @@ def _forward(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, scale, axis):
     highest, total, acc = look(sums, held)
     total = jnp.where(total == 0, 1, total)  # of what sees nothing
     out = (acc / total[..., None]).transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape).astype(q_BTNH.dtype)
-    return out, (q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, out, highest + jnp.log(total))
+    return out, highest + jnp.log(total)
 
 
-def _backward(scale, axis, kept, dout_BTNH):
-    q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, out_BTNH, log_total = kept
+def _backward(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, out_BTNH, log_total, dout_BTNH, scale, axis):
+    """Gradients of queries, keys and values."""
     wide, k = log_total.dtype, k_BSKH.shape[2]
     dout_BKGTH = _by_heads(dout_BTNH, k)
     delta = jnp.sum(dout_BKGTH.astype(wide) * _by_heads(out_BTNH, k).astype(wide), axis=-1)
@@ -166,10 +162,7 @@ def _backward(scale, axis, kept, dout_BTNH):
     (grads, held), _ = jax.lax.scan(hop, (zeros, own), length=jax.lax.axis_size(axis) - 1)
     dq, dk, dv = back(grads, held)
     dk, dv = _pass_on((dk, dv), axis)
-    return (*(g.astype(x.dtype) for g, x in zip((dq, dk, dv), kept, strict=False)), None, None)
-
-
-_around.defvjp(_forward, _backward)
+    return dq.astype(q_BTNH.dtype), dk.astype(k_BSKH.dtype), dv.astype(v_BSKH.dtype)
 
 
 def _halves(axis_size: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -185,34 +178,25 @@ def _exchange(x: jax.Array, axis: str, back: bool = False) -> jax.Array:
     return jnp.concatenate([jax.lax.ppermute(h, axis, way) for h, way in zip(halves, turned, strict=True)], axis=1)
 
 
-def attend_here(
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    mask: Mask,
-    slopes_N: jax.Array | None,
-    scale: float,
-    axis: str,
-) -> jax.Array:
-    """Attention of one device's stretch of queries to the keys of all; call it in `shard_map` over `axis`.
+def _is_balanced(q_BTNH: jax.Array, k_BSKH: jax.Array, mask: Mask) -> bool:
+    return mask.causal and q_BTNH.shape[1] == k_BSKH.shape[1] and q_BTNH.shape[1] % 2 == 0
 
-    Args:
-      q_BTNH: its queries.
-      k_BSKH: its keys; K divides N.
-      v_BSKH: its values.
-      mask: positions and segments of its queries and keys; `allowed_BTS` must be None.
-      slopes_N: of ALiBi.
-      scale: of the scores.
-      axis: mesh axis of the stretches.
 
-    Returns:
-      `[B, T, N, H]`.
-    """
-    balanced = mask.causal and q_BTNH.shape[1] == k_BSKH.shape[1] and q_BTNH.shape[1] % 2 == 0
-    if not balanced:
-        return _around(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, scale, axis)
-    q_BTNH, k_BSKH, v_BSKH, mask = jax.tree.map(lambda x: _exchange(x, axis), (q_BTNH, k_BSKH, v_BSKH, mask))
-    return _exchange(_around(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, scale, axis), axis, back=True)
+def _forward_here(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, scale, axis):
+    """One device's part of the forward pass: (output, what the backward pass needs)."""
+    balanced = _is_balanced(q_BTNH, k_BSKH, mask)
+    turn = (lambda x: _exchange(x, axis)) if balanced else (lambda x: x)
+    q_BTNH, k_BSKH, v_BSKH, mask = jax.tree.map(turn, (q_BTNH, k_BSKH, v_BSKH, mask))
+    out, log_total = _forward(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, scale, axis)
+    kept = q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, out, log_total
+    return (_exchange(out, axis, back=True) if balanced else out), kept
+
+
+def _backward_here(kept, dout_BTNH, scale, axis):
+    """One device's part of the backward pass."""
+    balanced = _is_balanced(kept[0], kept[1], kept[3])
+    grads = _backward(*kept, _exchange(dout_BTNH, axis) if balanced else dout_BTNH, scale, axis)
+    return tuple(_exchange(g, axis, back=True) for g in grads) if balanced else grads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,18 +243,47 @@ class Ring:
         slopes_N: jax.Array | None,
         scale: float,
     ) -> jax.Array:
-        """See `attend_here`, of whole arrays."""
+        """Attention of whole arrays, divided over the mesh; see `attend` for the arguments."""
         (b, t), s = q_BTNH.shape[:2], k_BSKH.shape[1]
         if mask is None:
             mask = Mask(jnp.zeros((b, t), jnp.int32), jnp.zeros((b, s), jnp.int32), causal=False)
-        spread = lambda x: jnp.broadcast_to(x, (b, x.shape[1]))
-        mask = jax.tree.map(spread, mask)
-        states, ids = P(self.rows, self.sequence, self.heads, None), P(self.rows, self.sequence)
-        run = jax.shard_map(
-            lambda *a: attend_here(*a, scale, self.sequence),
-            mesh=self.mesh,
-            in_specs=(states, states, states, ids, P(self.heads)),
-            out_specs=states,
-            check_vma=False,
-        )
-        return run(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N)
+        mask = jax.tree.map(lambda x: jnp.broadcast_to(x, (b, x.shape[1])), mask)
+        return _attend(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, scale, self)
+
+    def _specs(self) -> tuple[P, P, P, P]:
+        """Mesh axes of states, positions, slopes, and of sums over keys."""
+        rows, along, heads = self.rows, self.sequence, self.heads
+        return P(rows, along, heads, None), P(rows, along), P(heads), P(rows, heads, None, along)
+
+    def forward(self, *args: Any, scale: float) -> Any:
+        """(output, what the backward pass needs)."""
+        # as one: a scan over layers would compute the masks of all chunks, which need no states, ahead and keep them
+        args = jax.lax.optimization_barrier(args)
+        states, ids, slopes, sums = self._specs()
+        kept = states, states, states, ids, slopes, states, sums
+        here = functools.partial(_forward_here, scale=scale, axis=self.sequence)
+        specs = dict(in_specs=(states, states, states, ids, slopes), out_specs=(states, kept))
+        return jax.shard_map(here, mesh=self.mesh, check_vma=False, **specs)(*args)
+
+    def backward(self, kept: Any, dout_BTNH: jax.Array, scale: float) -> Any:
+        """Gradients of queries, keys and values."""
+        states, ids, slopes, sums = self._specs()
+        here = functools.partial(_backward_here, scale=scale, axis=self.sequence)
+        specs = dict(in_specs=((states, states, states, ids, slopes, states, sums), states), out_specs=(states,) * 3)
+        return jax.shard_map(here, mesh=self.mesh, check_vma=False, **specs)(kept, dout_BTNH)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, scale, ring):
+    return ring.forward(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, scale=scale)[0]
+
+
+def _attend_fwd(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, scale, ring):
+    return ring.forward(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, scale=scale)
+
+
+def _attend_bwd(scale, ring, kept, dout_BTNH):
+    return (*ring.backward(kept, dout_BTNH, scale), None, None)
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
