@@ -31,6 +31,9 @@ MODELS_HERE = {  # sizes that 8 devices divide, but for what a row is about
         MODELS["gpt_untied_padded"], model_dim=24, num_layers=5, num_heads=3, hidden_dim=16, dropout=0.1,
         attention_dropout=0.1,
     ),
+    "still": dataclasses.replace(
+        MODELS["gpt_untied_padded"], model_dim=24, num_heads=3, hidden_dim=16, dropout=0.0, attention_dropout=0.0
+    ),
     "deep_even": dataclasses.replace(
         MODELS["gpt_untied_padded"], model_dim=24, num_layers=5, num_heads=4, hidden_dim=16, dropout=0.1,
         attention_dropout=0.1,

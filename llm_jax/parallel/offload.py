@@ -17,6 +17,7 @@ from jax.experimental.compute_on import compute_on
 from jax.sharding import NamedSharding
 
 KINDS = ("optimizer", "update")
+ELEMENTWISE = ("sgd", "adam", "adamw", "lion")  # optimizers whose update a host can compute
 HOST = "pinned_host"
 Update = Callable[[Any, Any, Any], Any]  # (kept, gradients, signals) -> (new, moved)
 

@@ -164,7 +164,7 @@ def make_gradient(
         parts = _Parts(model, loss_of, gather(join(leaves)))
         if len(parts.layers) == 1:
             scored, grads = _run_schedule(parts, micros, mesh, schedule)
-            found = pipeline.divide(grads)[0]
+            found = pipeline.divide(gather(grads))[0]  # ZeRO's division of gradients too stays outside of the ticks
         else:
             loss = lambda f: _run_in_sequence(_Parts(model, loss_of, gather(join(f))), micros, mesh, schedule.stages)
             scored, found = jax.value_and_grad(loss, has_aux=True)(leaves)

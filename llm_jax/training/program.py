@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from llm_jax.nn import paths, weights
 from llm_jax.objectives.objective import Objective
 from llm_jax.parallel import explicit
-from llm_jax.parallel.offload import HostUpdate
+from llm_jax.parallel.offload import ELEMENTWISE, HostUpdate
 from llm_jax.parallel.plan import Plan
 from llm_jax.training import flops
 from llm_jax.training.optimizers import OptimizerConfig, make_optimizer
@@ -29,7 +30,7 @@ class Program(NamedTuple):
       params: abstract parameters.
       axes: their logical axes.
       given: abstract parameters that the run starts from, None for fresh ones.
-      init: jitted `(key, given) -> state`; takes `given` over.
+      init: `(key, given) -> state`, compiled; takes `given` over.
       shapes: the abstract state.
       shardings: of the state.
       step: jitted `(state, batch) -> (state, metrics)`; takes the state over.
@@ -108,6 +109,11 @@ def build(
     pipe = None if plan.schedule is None else (plan.mesh, plan.schedule)
     gather = lambda tree: plan.gather(tree, axes)
     where: dict[str, Any] = {}
+    if "update" in config.plan.offload and config.optimizer.name not in ELEMENTWISE:
+        raise ValueError(
+            f"plan.offload=update computes elementwise optimizers on the host ({', '.join(ELEMENTWISE)}), not "
+            f"{config.optimizer.name}: set plan.offload=('optimizer',)"
+        )
     if config.plan.offload:
         divide = pin(plan.update_shardings(params, axes))
         where = {"run_update": HostUpdate("update" in config.plan.offload, divide)}
@@ -119,6 +125,11 @@ def build(
     step = make_train_step(
         trained, objective, tx, options, constrain_grads=keep_grads, pipe=pipe, gather=gather, **where
     )
+    resident = jax.tree.map(lambda s: NamedSharding(s.mesh, s.spec), shardings)
+    first = jax.jit(init, out_shardings=resident, donate_argnums=1)
+    if config.plan.offload:  # down from the device: what a program only passes on would stay there
+        on_device = first
+        first = lambda key, given: jax.device_put(on_device(key, given), shardings)
     size = config.model
     count = getattr(size, "num_heads", 0)  # an LSTM has none
     width = count * (getattr(size, "head_dim", None) or size.model_dim // max(count, 1))
@@ -127,7 +138,7 @@ def build(
         params=params,
         axes=axes,
         given=given,
-        init=jax.jit(init, out_shardings=shardings, donate_argnums=1),
+        init=first,
         shapes=shapes,
         shardings=shardings,
         step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),

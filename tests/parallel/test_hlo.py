@@ -159,3 +159,27 @@ def test_axes():
 def test_a_text_that_is_no_program():
     with pytest.raises(ValueError, match="holds no ENTRY computation: pass compiled.as_text"):
         hlo.parse("hello")
+
+
+def test_a_sum_that_is_cut_in_a_fusion_is_a_reduce_scatter():
+    text = """HloModule jit_step
+
+%add (a: bf16[], b: bf16[]) -> bf16[] {
+  %a = bf16[] parameter(0)
+  %b = bf16[] parameter(1)
+  ROOT %c = bf16[] add(%a, %b)
+}
+
+%all-reduce-scatter.1 (p.0: bf16[64,16]) -> bf16[16,16] {
+  %p.0 = bf16[64,16]{1,0} parameter(0)
+  %sum = bf16[64,16]{1,0} all-reduce(%p.0), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %cut = bf16[16,16]{1,0} dynamic-slice(%sum), dynamic_slice_sizes={16,16}
+}
+
+ENTRY %main (p.1: bf16[64,16]) -> bf16[16,16] {
+  %p.1 = bf16[64,16]{1,0} parameter(0)
+  ROOT %fusion = bf16[16,16]{1,0} fusion(%p.1), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    (found,) = hlo.collectives(text)
+    assert (found.kind, found.size, found.sent(0)) == ("reduce-scatter", 64 * 16 * 2, 64 * 16 * 2 * 3 / 4)
