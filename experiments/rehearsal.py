@@ -39,7 +39,8 @@ def policies(config: RunConfig, topology: str) -> str:
     devices = chips.describe(topology).devices
     lines = [f"{'plan.remat':<24}{'GB a chip':>12}{'in host memory':>18}"]
     for remat in activations.POLICIES:
-        plan = Plan(dataclasses.replace(config.plan, remat=remat), config.model, devices)
+        own = dataclasses.replace(config.plan, remat=remat, explicit=False)  # which keeps as much, and allows less
+        plan = Plan(own, config.model, devices)
         program = build(dataclasses.replace(config, plan=plan.config), plan, 0)
         sums = kept(config, plan, program)
         lines.append(f"{remat:<24}{sums['device'] / GB:>12.3f}{sums['host'] / GB:>18.3f}")
@@ -146,6 +147,7 @@ def measure(
     compute = kernels + in_lockstep(plan, lambda branches: parsed.cycles(branches) / chip.clock)
     moving = [c.sent(0) / chip.links for c in found]
     hidden = [min(t, c.times * c.cover / chip.clock) for t, c in zip(moving, found, strict=True)]
+    gathers = [(t, h) for t, h, c in zip(moving, hidden, found, strict=True) if c.kind == "all-gather"]
     step = compute + sum(moving) - sum(hidden)
     ideal = report["model_flops"] / (report["chips"] * chip.flops)
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -165,6 +167,7 @@ def measure(
         "kernel_seconds": kernels,
         "moving_seconds": sum(moving),
         "hidden": sum(hidden) / max(sum(moving), 1e-30),
+        "hidden_gathers": sum(h for _, h in gathers) / max(sum(t for t, _ in gathers), 1e-30),
         "step_seconds": step,
         "tokens_per_second": report["tokens_per_step"] / step,
         "mfu": ideal / step,
@@ -196,7 +199,7 @@ def table(r: dict[str, Any]) -> str:
     lines.append(
         f"predicted step {r['step_seconds']:.3f} s: computing {r['compute_seconds']:.3f} (attention's kernels "
         f"{r['kernel_seconds']:.3f} at the chip's peak), moving "
-        f"{r['moving_seconds']:.3f} of which {r['hidden']:.0%} behind computing"
+        f"{r['moving_seconds']:.3f} of which {r['hidden']:.0%} behind computing ({r['hidden_gathers']:.0%} of gathers)"
     )
     lines.append(
         f"{r['tokens_per_second']:,.0f} tokens/s, MFU {r['mfu']:.2f}, at most {r['mfu_bound']:.2f} were nothing moved"

@@ -39,4 +39,4 @@ def get_config(variant: str = ""):
     if variant:
         raise ValueError(f"there is no variant {variant!r}")
     model = LlamaConfig(**SIZES, model_dim=4096, num_layers=32, num_heads=32, num_kv_heads=32, hidden_dim=11008)
-    return pretraining(model, 3e-4, PlanConfig(zero=3, precision="bf16", remat="full"), 256, 2048)
+    return pretraining(model, 3e-4, PlanConfig(zero=3, explicit=True, precision="bf16", remat="full"), 256, 2048)

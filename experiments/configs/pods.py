@@ -44,7 +44,7 @@ BERT_LARGE = BertConfig(
 PLAN = PlanConfig(zero=3, precision="bf16", remat="full")
 VARIANTS: dict[str, tuple[Any, Any, PlanConfig, int, int]] = {  # model, objective, plan, rows, tokens a row
     "llama3_8b": (LLAMA3, CausalLM(), PLAN, 256, 8192),
-    "llama3_8b_long": (LLAMA3, CausalLM(), dataclasses.replace(PLAN, seq=16), 32, 131072),
+    "llama3_8b_long": (LLAMA3, CausalLM(), dataclasses.replace(PLAN, seq=8), 16, 32768),
     "gpt3_175b": (GPT3, CausalLM(), dataclasses.replace(PLAN, model=8), 1024, 2048),
     "t5_11b": (T5_11B, Seq2Seq(task="spans", end_id=1), dataclasses.replace(PLAN, model=8), 2048, 512),
     "bert_large": (BERT_LARGE, MaskedLM(pair=0.0), dataclasses.replace(PLAN, zero=1), 4096, 512),

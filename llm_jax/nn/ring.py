@@ -62,17 +62,30 @@ def _seen_at_all(mask: Mask) -> jax.Array:
     return seen
 
 
-def _over_chunks(one: Callable[..., Any], carry: Any, mask: Mask) -> Any:
-    """`carry` after `one(carry, i, j, mask of the chunk)` for all chunks, at i and j, of which anything is seen."""
+def _over_chunks(
+    one: Callable[..., Any], carry: tuple[jax.Array, ...], places: tuple[tuple[str, int], ...], mask: Mask
+) -> tuple[jax.Array, ...]:
+    """`carry` after `one` for all chunks of queries and keys of which anything is seen.
+
+    Args:
+      one: `(parts of the carry, i, j, mask of the chunk) -> parts`, of queries from i and keys from j on.
+      carry: arrays of all queries or keys.
+      places: for each whether its parts are along `q` or `k`, and the axis.
+      mask: of all.
+    """
     t, s = mask.q_positions_BT.shape[1], mask.k_positions_BS.shape[1]
-    tq, tk = _chunk(t), _chunk(s)
+    size = {"q": _chunk(t), "k": _chunk(s)}
+    across = s // size["k"]
 
     def step(carry, index):
-        i, j = index // (s // tk) * tq, index % (s // tk) * tk
-        part = mask.slice("q", i, tq).slice("k", j, tk)
-        return jax.lax.cond(_seen_at_all(part), lambda c: one(c, i, j, part), lambda c: c, carry), None
+        at = {"q": index // across * size["q"], "k": index % across * size["k"]}
+        part = mask.slice("q", at["q"], size["q"]).slice("k", at["k"], size["k"])
+        parts = tuple(cut(x, at[of], size[of], axis) for x, (of, axis) in zip(carry, places, strict=True))
+        parts = jax.lax.cond(_seen_at_all(part), lambda p: one(p, at["q"], at["k"], part), lambda p: p, parts)
+        put = jax.lax.dynamic_update_slice_in_dim
+        return tuple(put(x, y, at[of], axis) for x, y, (of, axis) in zip(carry, parts, places, strict=True)), None
 
-    return jax.lax.scan(step, carry, jnp.arange((t // tq) * (s // tk)))[0]
+    return jax.lax.scan(step, carry, jnp.arange(t // size["q"] * across))[0]
 
 
 def _look(sums, q_BTNH, held: Keys, mask, slopes_N, scale):
@@ -80,17 +93,15 @@ def _look(sums, q_BTNH, held: Keys, mask, slopes_N, scale):
 
     def one(sums, i, j, part):
         tq, tk = part.q_positions_BT.shape[1], part.k_positions_BS.shape[1]
-        top, total, acc = (cut(x, i, tq, 3) for x in sums)
-        v = cut(held.values, j, tk, 1)
+        (top, total, acc), v = sums, cut(held.values, j, tk, 1)
         s, seen = scores(cut(q_BTNH, i, tq, 1), cut(held.keys, j, tk, 1), part, slopes_N, None, scale)
         highest = jnp.maximum(top, jnp.max(s, axis=-1))
         w = jnp.where(seen, jnp.exp(s - highest[..., None]), 0)
         shrink = jnp.exp(top - highest)
         more = jnp.einsum("bkgts,bskh->bkgth", w.astype(v.dtype), v, preferred_element_type=acc.dtype)
-        new = highest, total * shrink + jnp.sum(w, axis=-1), acc * shrink[..., None] + more
-        return tuple(jax.lax.dynamic_update_slice_in_dim(x, y, i, 3) for x, y in zip(sums, new, strict=True))
+        return highest, total * shrink + jnp.sum(w, axis=-1), acc * shrink[..., None] + more
 
-    return _over_chunks(one, sums, held.under(mask))
+    return _over_chunks(one, sums, (("q", 3),) * 3, held.under(mask))
 
 
 def _look_back(grads, q_BTNH, held: Keys, mask, slopes_N, scale, log_total, delta, dout_BKGTH):
@@ -106,15 +117,12 @@ def _look_back(grads, q_BTNH, held: Keys, mask, slopes_N, scale, log_total, delt
         dw = product("bkgth,bskh->bkgts", dout, v)
         ds = (w * (dw - cut(delta, i, tq, 3)[..., None]) * scale).astype(q.dtype)
         grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
-        new = (
-            (i, product("bkgts,bskh->btkgh", ds, k).reshape(q.shape)),
-            (j, product("bkgts,btkgh->bskh", ds, grouped)),
-            (j, product("bkgts,bkgth->bskh", w.astype(dout.dtype), dout)),
-        )
-        add = lambda x, at, y: jax.lax.dynamic_update_slice_in_dim(x, cut(x, at, y.shape[1], 1) + y, at, 1)
-        return tuple(add(x, at, y) for x, (at, y) in zip(grads, new, strict=True))
+        dq, dk, dv = grads
+        dq = dq + product("bkgts,bskh->btkgh", ds, k).reshape(q.shape)
+        dk = dk + product("bkgts,btkgh->bskh", ds, grouped)
+        return dq, dk, dv + product("bkgts,bkgth->bskh", w.astype(dout.dtype), dout)
 
-    return _over_chunks(one, grads, held.under(mask))
+    return _over_chunks(one, grads, (("q", 1), ("k", 1), ("k", 1)), held.under(mask))
 
 
 def _pass_on(tree: Any, axis: str) -> Any:

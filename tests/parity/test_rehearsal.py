@@ -39,12 +39,16 @@ def test_zero_3(tmp_path):
     # bfloat16 kernels are gathered for the forward and again for the recomputing backward, by gathers or by windows of
     # permutations; gradients are summed once
     assert sum(moved.values()) >= 3 * 2 * (p - 4096 * 512) * 15 / 16
+    layers = p - 2 * 4096 * 512 - 512
+    assert moved["reduce-scatter"] >= 2 * (layers - 4 * 2 * 512) * 15 / 16  # written out, they stay what they are
+    assert moved["all-reduce"] <= 2 * 2 * (2 * 4096 * 512 + 4 * 2 * 512 + 2 * 512)
     assert 0 < r["mfu"] <= r["mfu_bound"] < 1 and 0 <= r["hidden"] <= 1
     assert "a chip holds parameters" in done.stdout and "predicted step" in done.stdout
 
 
 def test_a_pipeline(tmp_path):
     flags = ["--config.plan.pipe=4", "--config.plan.data=4", "--config.training.batch_size=32"]
+    flags += ["--config.plan.explicit=False"]
     done, r = rehearse(tmp_path, *flags)
     assert done.returncode == 0, done.stderr
     # 8 micro-batches of a row a group: an activation and a gradient of 512 x 512 bfloat16 each way a tick
@@ -57,3 +61,12 @@ def test_a_pipeline(tmp_path):
 def test_an_unknown_topology(tmp_path):
     done, _ = rehearse(tmp_path, "--topology=v5p-128")
     assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("error: topology='v5p-128' is none")
+
+
+def test_what_policies_keep(tmp_path):
+    done, _ = rehearse(tmp_path, "--policies", "--config.training.batch_size=16")
+    assert done.returncode == 0, done.stderr
+    kept = {name: tuple(map(float, rest)) for name, *rest in map(str.split, done.stdout.splitlines()[1:])}
+    assert kept["none"] > kept["dots"] > kept["names:attention,mlp"] > kept["full"]
+    state = 512 * 512 * 2 / 1e9  # a row a chip, of one layer, in bfloat16
+    assert kept["offload:block"][1] == pytest.approx(4 * state, abs=1e-3) and kept["full"][1] == 0
