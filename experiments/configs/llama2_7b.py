@@ -2,11 +2,13 @@
 
 Reproduces: Touvron et al. 2023, https://arxiv.org/abs/2307.09288, table 1 and section 2.2 (sizes and optimizer).
 Command:    python -m experiments.rehearse --topology=v5e:16x16 --config=experiments/configs/llama2_7b.py
-Cost:       not trained here: rehearsed without accelerators, 40 s on two cores
-Result:     (jax 0.10.2, libtpu 0.0.42.1) a row of 2,048 tokens a chip: 2.77 of 17.2 GB a chip; a step gathers 30.7 GB
-            and all-reduces 13.7 GB; at least 0.72 s of computing (0.04 of it attention's kernels), 0.29 s of moving,
-            43 % of it hidden: 593,000 tokens/s, MFU 0.48, at most 0.60 were nothing moved. 16 rows a chip do not fit
-            (19.6 GB)
+Cost:       not trained here: rehearsed without accelerators, 58 s on two cores that another compilation shared
+Result:     (jax 0.10.2, libtpu 0.0.42.1) a row of 2,048 tokens a chip: 2.49 of 17.2 GB a chip; a step gathers 26.4 GB,
+            82 % of it behind computing, scatters 14.3 GB of gradients (padded) and all-reduces 0.8; at least 0.75 s of
+            computing (0.04 of it attention's kernels), 0.21 s of moving: 614,000 tokens/s, MFU 0.50, at most 0.57 were
+            nothing moved. With plan.explicit=False: 2.77 GB; 30.7 GB gathered, 13.7 GB all-reduced, which sends twice
+            as much; 0.72 and 0.29 s; 593,000 tokens/s, MFU 0.48, at most 0.60. 16 rows a chip do not fit (18.7 GB,
+            objective.chunks=8)
 """
 
 from typing import Any

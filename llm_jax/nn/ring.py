@@ -270,14 +270,16 @@ class Ring:
         states, ids, slopes, sums = self._specs()
         kept = states, states, states, ids, slopes, states, sums
         here = functools.partial(_forward_here, scale=scale, axis=self.sequence)
-        specs = dict(in_specs=(states, states, states, ids, slopes), out_specs=(states, kept))
+        specs: dict[str, Any] = dict(in_specs=(states, states, states, ids, slopes), out_specs=(states, kept))
         return jax.shard_map(here, mesh=self.mesh, check_vma=False, **specs)(*args)
 
     def backward(self, kept: Any, dout_BTNH: jax.Array, scale: float) -> Any:
         """Gradients of queries, keys and values."""
         states, ids, slopes, sums = self._specs()
         here = functools.partial(_backward_here, scale=scale, axis=self.sequence)
-        specs = dict(in_specs=((states, states, states, ids, slopes, states, sums), states), out_specs=(states,) * 3)
+        specs: dict[str, Any] = dict(
+            in_specs=((states, states, states, ids, slopes, states, sums), states), out_specs=(states,) * 3
+        )
         return jax.shard_map(here, mesh=self.mesh, check_vma=False, **specs)(kept, dout_BTNH)
 
 

@@ -268,9 +268,10 @@ def _groups(i: Instruction, devices: int) -> tuple[tuple[int, ...], ...]:
 
 
 def cycles(instruction: Instruction) -> int:
-    """What a TPU's compiler estimates for one run; 0 where it says nothing."""
+    """What a TPU's compiler estimates for one run; 0 where it says nothing, or no number that can be one."""
     found = _CYCLES.search(instruction.attributes)
-    return int(found[1]) if found else 0
+    estimate = int(found[1]) if found else 0
+    return estimate if estimate < 2**48 else 0
 
 
 def _between(computation: dict[str, Instruction], first: str, last: str) -> int:

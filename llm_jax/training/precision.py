@@ -64,6 +64,11 @@ class Precision:
         """Parameters in the dtype they are stored in between steps."""
         return params if self.master == "in_params" else weights.cast(params, self.dtype)
 
+    def cast(self, params: Any) -> Any:
+        """Parameters as they compute; where any is float64, all stay as they are."""
+        exact = any(x.dtype == jnp.float64 for x in jax.tree.leaves(params))
+        return params if exact else weights.cast(params, self.dtype)
+
     def describe(self, state: Any) -> str:
         """Dtypes of what a run holds and computes, by lines.
 

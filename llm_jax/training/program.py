@@ -126,7 +126,7 @@ def build(
         trained, objective, tx, options, constrain_grads=keep_grads, pipe=pipe, gather=gather, **where
     )
     resident = jax.tree.map(lambda s: NamedSharding(s.mesh, s.spec), shardings)
-    first = jax.jit(init, out_shardings=resident, donate_argnums=1)
+    first: Any = jax.jit(init, out_shardings=resident, donate_argnums=1)
     if config.plan.offload:  # down from the device: what a program only passes on would stay there
         on_device = first
         first = lambda key, given: jax.device_put(on_device(key, given), shardings)

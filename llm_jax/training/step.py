@@ -86,7 +86,7 @@ def make_train_step(
     precision = config.precision
 
     def loss_fn(trainable, frozen, prepared, totals, key, scale, carry):
-        params = weights.cast(combine(trainable, frozen), precision.dtype)
+        params = precision.cast(combine(trainable, frozen))
         params = expand(params, ties) if ties else params
         params = unstack(params) if config.unroll else params
         inputs = prepared.inputs if carry is None else {**prepared.inputs, "cache": carry}
@@ -144,7 +144,7 @@ def make_train_step(
         if pipe is not None:
             check_stages(state.params, pipe[1], carry is not None)
             keys = jax.vmap(lambda i: micro_keys(i)[1])(jnp.arange(count))
-            form = lambda trainable: weights.cast(combine(trainable, frozen), precision.dtype)
+            form = lambda trainable: precision.cast(combine(trainable, frozen))
             piped = make_gradient(model, objective, *pipe, form, ties, gather)
             (loss, scores), grads = piped(trainable, prepared, totals, keys, scale)
             grads = constrain_grads(grads)
@@ -206,7 +206,7 @@ def make_eval_step(
     """Builds `evaluate(params, batch) -> (score sums, weight sums)`, without dropout."""
 
     def evaluate(params, batch):
-        params = weights.cast(params, precision.dtype)
+        params = precision.cast(params)
         params = expand(params, ties) if ties else params
         prepared = objective.prepare(batch, jax.random.key(0))
         out = model.apply({"params": params}, **prepared.inputs)

@@ -42,7 +42,7 @@ PLANS = {  # name: (plan, accumulation)
 }
 DEEPER = {"gpt": "deep_even", "llama": "deep_tied", "xlnet": "xlnet_alone"}  # in a pipeline: more layers, no memory
 STILL = {"gpt": "still"}  # explicit ZeRO draws other dropout
-EXACT = [("llama", "zero 3"), ("gpt", "tensor 4"), ("llama", "sequence 4"), ("bert", "sequence 2, tensor 2, zero 3")]
+EXACT = [("llama", "zero 3"), ("gpt", "tensor 4"), ("llama", "sequence 4"), ("llama", "sequence 2, tensor 2, zero 3")]
 
 
 def impossible(model, plan):
