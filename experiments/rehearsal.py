@@ -48,7 +48,7 @@ def policies(config: RunConfig, topology: str) -> str:
 
 
 def kept(config: RunConfig, plan: Plan, program: Program) -> dict[str, float]:
-    """Bytes that one chip keeps, of the micro-batches that are alive at once; all axes but `pipe` divide them."""
+    """Bytes that one chip keeps, of its own layers and of the micro-batches that are alive at once."""
     micros = plan.schedule.micros if plan.schedule else config.training.accumulation
     alive = max(plan.schedule.live()) / plan.config.chunks if plan.schedule else 1
     batch = {

@@ -10,7 +10,7 @@
 #   delete          gives the slices back
 #
 # NAME, ZONE, TYPE (v5litepod-256, v5p-128, v6e-256, ...) and RUNTIME say what and where; SLICES=1 how many;
-# DRY_RUN=1 prints what would run. Example:
+# PYTHON=python3 is that of the VMs (3.11 or newer); DRY_RUN=1 prints what would run. Example:
 #   export NAME=llama ZONE=us-west4-a TYPE=v5litepod-256 RUNTIME=v2-alpha-tpuv5-lite
 #   launch/tpu_vm.sh run python -m experiments.train --config=experiments/configs/llama2_7b.py --workdir=gs://BUCKET/7b
 set -euo pipefail
@@ -25,7 +25,7 @@ nodes() { if ((slices == 1)); then echo "$NAME"; else for ((i = 0; i < slices; i
 everywhere() {  # command on all workers of all slices at once
   local pids=() node
   for node in $(nodes); do
-    do_it gcloud compute tpus tpu-vm ssh "$node" --zone="$ZONE" --worker="${WORKER:-all}" --command="$1" &
+    do_it gcloud compute tpus tpu-vm ssh "$node" --zone="$ZONE" --worker=all --command="$1" &
     pids+=($!)
   done
   for pid in "${pids[@]}"; do wait "$pid"; done
@@ -37,14 +37,16 @@ case $action in
     ((slices == 1)) || which=(--node-prefix="$NAME" --node-count="$slices")
     queue create "${which[@]}" --accelerator-type="${TYPE:?}" --runtime-version="${RUNTIME:?}" ${SPOT:+--spot} ;;
   state) queue describe ;;
-  setup) everywhere "git clone --depth=1 $(printf %q "${1:?the repository}") llm && cd llm && python3 -m venv .venv && \
+  setup) everywhere "git clone --depth=1 $(printf %q "${1:?the repository}") llm && cd llm && ${PYTHON:-python3} -m venv .venv && \
 .venv/bin/pip install --quiet --constraint constraints.txt --editable '.[tpu]'" ;;
   run)
     : "${1:?a command}"
     command="export PATH=\$PWD/.venv/bin:\$PATH JAX_COORDINATOR_ADDRESS=auto JAX_PLATFORMS=tpu,cpu; \
 until $(printf '%q ' "$@"); do code=\$?; [ \$code = 130 ] && exit; echo again in 30 s; sleep 30; done"
-    everywhere "cd llm && nohup setsid bash -c $(printf %q "$command") > ~/run.log 2>&1 < /dev/null & echo \$! > ~/run.pid" ;;
-  logs) slices=1 WORKER=0 everywhere "tail -n +1 -f ~/run.log" ;;
+    everywhere "cd llm && nohup setsid bash -c $(printf %q "$command") > ~/run.log 2>&1 < /dev/null &" ;;
+  logs)
+    do_it gcloud compute tpus tpu-vm ssh "$(nodes | head -n 1)" --zone="$ZONE" --worker=0 \
+      --command="tail -n +1 -f ~/run.log" ;;
   stop) everywhere "pkill -TERM -f '[-]m experiments' || true" ;;
   delete) queue delete --force --quiet ;;
   *) echo "error: $action is none of create, state, setup, run, logs, stop, delete" >&2; exit 2 ;;

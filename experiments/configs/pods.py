@@ -14,7 +14,7 @@ Result:     (jax 0.10.2, libtpu 0.0.42.1) GB a chip; GB gathered, all-reduced, p
                             the time: the compiler counts chunks that a causal mask skips; and the chunks are its own
                             products, not a kernel)
             gpt3_175b       v5p:8x8x8  26.1;   972   237  821;  19.1   3.70;     98,000; 0.44 0.50
-            t5_11b          v5p:4x8x8   6.6;  50.6  16.7   34; the compiler's estimate of its time is no number
+            t5_11b          v5p:4x8x8   6.6;  50.6  16.8   34;   5.40  0.30;    186,000; 0.11 0.12; 81 GB all-to-all
             bert_large      v5e:16x16   4.1;   1.3   0.8    0;   0.33  0.02;  6,129,000; 0.24 0.25 (heads of 64, which
                             the attention kernel does not take)
 """

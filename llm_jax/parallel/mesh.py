@@ -2,12 +2,18 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
 AXES = ("replica", "data", "pipe", "seq", "model")
+
+
+def _place(d: Any) -> tuple[int, ...]:
+    """Where a TPU's device is: its slice, its coordinates from the slowest on, its core."""
+    return (getattr(d, "slice_index", None) or 0, *reversed(d.coords), d.core_on_chip)
 
 
 def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -39,6 +45,6 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None
             f"the plan's axes {shape} need {need} devices, there are {len(devices)}: change plan.data, plan.pipe, "
             "plan.seq or plan.model, or pass --simulate_devices on a CPU"
         )
-    if all(hasattr(d, "coords") for d in devices):  # TPUs: along the torus, not host by host
-        devices = sorted(devices, key=lambda d: (*reversed(d.coords), d.core_on_chip))
+    if devices[0].platform == "tpu":  # slice by slice along the torus, not host by host
+        devices = sorted(devices, key=_place)
     return Mesh(np.asarray(devices).reshape(tuple(shape.values())), AXES, axis_types=(AxisType.Auto,) * len(AXES))

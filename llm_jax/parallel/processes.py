@@ -1,7 +1,9 @@
 """Several processes as one job: who coordinates, how long anybody waits, what is said when somebody is missing."""
 
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -63,22 +65,33 @@ def join(environment: Mapping[str, str] = os.environ) -> None:
         initialization_timeout=patience, heartbeat_timeout_seconds=_number(environment, HEARTBEAT, 100)
     )
     if address == "auto":
+        os.environ.pop(ADDRESS, None)  # jax would take `auto` for an address
         try:
-            return jax.distributed.initialize(**times)
-        except ValueError as e:
-            raise ProcessError(f"{ADDRESS}=auto, and no cluster that jax knows is here: {e}") from e
+            jax.distributed.initialize(**times)
+        except (ValueError, RuntimeError) as e:
+            said = str(e).splitlines()[0]
+            raise ProcessError(f"{ADDRESS}=auto: no cluster that jax knows, or not all of it, is here: {said}") from e
+        return _listen()
     count, index = _number(environment, COUNT), _number(environment, INDEX)
     if index >= count:
         raise ProcessError(f"{INDEX}={index} must lie below {COUNT}={count}")
     if index:
         _wait_for(address, patience)
     try:
-        jax.distributed.initialize(address, count, index, **times)
+        # Slurm's variables would give a process the one GPU of its number, whatever it sees
+        jax.distributed.initialize(address, count, index, cluster_detection_method="deactivate", **times)
     except RuntimeError as e:
         raise ProcessError(
             f"process {index} of {count} did not find the others at {address} within {patience} s: "
             f"{str(e).splitlines()[0]}"
         ) from e
+    _listen()
+
+
+def _listen() -> None:
+    """SIGTERM ends this process as ever until the training loop listens: jax's own service would swallow it."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 LOST = ("Gloo", "NCCL", "heartbeat", "coordination", "Connection reset", "Connection closed", "UNAVAILABLE")

@@ -23,10 +23,10 @@ class Precision:
 
     Attributes:
       compute: dtype of activations and of the kernels in the products: fp32, bf16, fp16.
-      master: `in_params`: parameters are float32 and cast in the step (12 bytes a parameter with Adam);
+      master: `in_params`: parameters are float32 and cast in the step (with Adam 12 bytes a parameter, and gradients);
         `in_optimizer`: parameters and gradients are in the compute dtype, the float32 copy sits in the optimizer
-        state (16 bytes a parameter with Adam, the ZeRO paper's count); `none`: there is no such copy, and updates are
-        rounded up or down at random, right on average (bf16; 12 bytes a parameter with Adam).
+        state (14 bytes and 2 of gradients, the ZeRO paper's count); `none`: there is no such copy, and updates are
+        rounded up or down at random, right on average (bf16; 10 bytes and 2 of gradients).
       initial_scale: first fp16 loss scale.
       growth_interval: finite steps before the scale doubles.
     """

@@ -13,7 +13,10 @@ FREE = (
     *(f"training.{n}" for n in ("steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_last")),
     *(f"training.{n}" for n in ("keep_best", "max_bad_steps", "profile_start", "profile_steps")),
     "training.accumulation",
-    *(f"plan.{n}" for n in ("data", "replica", "pipe", "schedule", "microbatches", "chunks", "seq", "model", "zero")),
+    *(
+        f"plan.{n}"
+        for n in ("data", "replica", "pipe", "schedule", "microbatches", "chunks", "seq", "model", "zero", "explicit")
+    ),
     *(f"plan.{n}" for n in ("remat", "attention", "unroll", "offload")),
 )
 

@@ -45,6 +45,7 @@ def test_a_pod_is_asked_for_and_every_worker_starts_the_command():
     said = run("tpu_vm.sh", "run", *COMMAND, **POD, SLICES="2").stdout
     assert all(f"tpu-vm ssh llama-{i} --zone=us-west4-a --worker=all" in said for i in (0, 1)) and "llama-2" not in said
     assert "JAX_COORDINATOR_ADDRESS=auto" in said
+    assert "ssh llama-0 --zone=us-west4-a --worker=0" in run("tpu_vm.sh", "logs", **POD, SLICES="2").stdout
 
 
 def test_what_a_worker_runs_is_the_command(tmp_path):
@@ -128,11 +129,42 @@ def test_slurm_tells_every_task_who_it_is(slurm, tmp_path):
     assert {t["JAX_NUM_PROCESSES"] for t in tasks} == {"2"}
 
 
-@pytest.mark.parametrize("code, restarts, again", [(130, 9, True), (1, 0, True), (1, 5, False)])
-def test_slurm_queues_again_what_was_interrupted_or_failed(slurm, code, restarts, again):
-    done, calls = slurm("bash", "-c", f"exit {code}", SLURM_RESTART_COUNT=str(restarts))
-    assert calls == (["requeue", "4711"] if again else [])
-    assert done.returncode == (0 if again else code)
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A job's files lie where it was submitted."""
+    (tmp_path / "submitted").mkdir()
+    monkeypatch.chdir(tmp_path / "submitted")
+
+
+def test_slurm_queues_again_what_was_stopped_and_what_failed_five_times_at_most(slurm, here):
+    for _ in range(7):  # stopped, and saved: however often
+        done, calls = slurm("bash", "-c", "exit 130")
+        assert done.returncode == 0 and calls == ["requeue", "4711"]
+    for _ in range(5):
+        done, calls = slurm("bash", "-c", "exit 3")
+        assert done.returncode == 0 and calls == ["requeue", "4711"], done.stderr
+    done, calls = slurm("bash", "-c", "exit 3")
+    assert done.returncode == 3 and calls == [] and not list(pathlib.Path().glob(".slurm-*"))
+    done, calls = slurm("true")
+    assert done.returncode == 0 and calls == []
+
+
+def test_slurms_own_variables_do_not_choose_a_processes_gpu(slurm, here, tmp_path):
+    """jax would take its local number for the one device that it may use, whatever it sees."""
+    code = """
+import json, os, jax
+from llm_jax.parallel import processes
+keep = lambda *a, **k: json.dump([a, k], open(f"{os.environ['TO']}/{a[2]}.json", "w"))
+jax.distributed.initialize, processes._wait_for = keep, lambda *a: None
+processes.join()
+"""
+    own = dict(SLURM_STEP_NODELIST="localhost", SLURM_STEP_NUM_NODES="1", TO=str(tmp_path), PYTHONPATH=str(ROOT))
+    done, _ = slurm(sys.executable, "-c", code, **own)
+    assert done.returncode == 0, done.stderr
+    for i in (0, 1):
+        (address, count, index), options = json.loads((tmp_path / f"{i}.json").read_text())
+        assert (address, count, index) == ("localhost:24711", 2, i)
+        assert options["cluster_detection_method"] == "deactivate"
 
 
 @pytest.mark.parametrize(

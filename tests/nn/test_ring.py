@@ -87,6 +87,19 @@ def test_keys_travel_once_and_nothing_is_gathered():
     assert sum(c.times * c.size for c in found) == hops + 4 * stretch + places
 
 
+@pytest.mark.parametrize("chunk", [2, 512])
+def test_what_a_causal_mask_hides_is_skipped(chunk, monkeypatch):
+    """Also where a chunk could hold a whole stretch, which has an early and a late half."""
+    monkeypatch.setattr(ring, "CHUNK", chunk)
+    stretch = jnp.asarray([[0, 1, 2, 3, 28, 29, 30, 31]])
+    keys = jnp.asarray([[4, 5, 6, 7, 24, 25, 26, 27]])
+    seen = ring._over_chunks(
+        lambda parts, i, j, part: (parts[0] + 1,), (jnp.zeros((1, 8)),), (("q", 1),), Mask(stretch, keys)
+    )
+    size = min(chunk, 4)
+    np.testing.assert_array_equal(seen[0], [[0] * 4 + [8 // size] * 4])
+
+
 def test_work_is_balanced():
     """Under a causal mask every device computes as many chunks; stretches as they lie would differ by 2 P - 1."""
     p, stretch = 4, T // 4

@@ -1,8 +1,11 @@
+from types import SimpleNamespace
+
 import jax
 import pytest
 from jax.sharding import AxisType
 
 from llm_jax.parallel.mesh import AXES, make_mesh
+from llm_jax.parallel.mesh import _place as mesh_place
 
 
 @pytest.mark.parametrize(
@@ -22,6 +25,17 @@ def test_every_axis_is_there_and_auto(sizes, shape):
     assert mesh.axis_names == AXES and mesh.devices.shape == shape
     assert set(mesh.axis_types) == {AxisType.Auto}
     assert mesh.devices.ravel().tolist() == jax.devices()
+
+
+def test_tpus_lie_slice_by_slice_along_the_torus():
+    """Given host by host: replicas are slices, and data goes along x, then y, in each."""
+    make = lambda s, x, y: SimpleNamespace(
+        platform="tpu", slice_index=s, coords=[x, y, 0], core_on_chip=0, process_index=0
+    )
+    devices = [make(s, x, y) for x in (0, 1) for s in (1, 0) for y in (0, 1)]
+    assert [mesh_place(d) for d in sorted(devices, key=mesh_place)] == [
+        (s, 0, y, x, 0) for s in (0, 1) for y in (0, 1) for x in (0, 1)
+    ]
 
 
 def test_some_devices():

@@ -1,5 +1,6 @@
 """What `processes.join` says when variables make no sense or nobody comes."""
 
+import os
 import socket
 
 import pytest
@@ -28,7 +29,28 @@ def test_errors(environment, words):
         processes.join({**job, **environment})
 
 
-def test_auto_without_a_cluster_and_an_address_without_a_port(monkeypatch):
+def test_auto_asks_jax_alone(monkeypatch):
+    """jax reads the variable too, and would take `auto` for an address."""
+    seen = []
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "auto")
+    monkeypatch.setattr(processes.signal, "signal", lambda *a: None)
+    monkeypatch.setattr(processes.jax.distributed, "initialize", lambda **kw: seen.append((kw, dict(os.environ))))
+    processes.join()
+    ((options, environment),) = seen
+    assert "JAX_COORDINATOR_ADDRESS" not in environment
+    assert options == {"initialization_timeout": 300, "heartbeat_timeout_seconds": 100}
+
+
+def test_auto_without_a_cluster(monkeypatch):
+    def nothing(**options):
+        raise ValueError("coordinator_address should be defined.\nMore.")
+
+    monkeypatch.setattr(processes.jax.distributed, "initialize", nothing)
+    with pytest.raises(processes.ProcessError, match="=auto: no cluster that jax knows.*should be defined.$"):
+        processes.join({"JAX_COORDINATOR_ADDRESS": "auto"})
+
+
+def test_an_address_without_a_port_and_no_job():
     with pytest.raises(processes.ProcessError, match="'nowhere' is not of the form host:port"):
         processes.join({"JAX_COORDINATOR_ADDRESS": "nowhere", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"})
     processes.join({})  # no job, nothing happens
