@@ -66,7 +66,9 @@ def test_a_run_learns_and_leaves_its_files(whole, corpus):
     assert trained.evaluation["eval/loss"] < losses[0] - 1.5
     files = ("config.json", "metrics.jsonl", "loss.png", "tokenizer.json", "tensorboard", "tokens")
     assert all((folder / name).exists() for name in files)
-    table = dict(line.split("  ", 1) for line in (folder / "parameters.txt").read_text().splitlines()[1:])
+    described, dtypes = (folder / "parameters.txt").read_text().split("\n\n")
+    table = dict(line.split("  ", 1) for line in described.splitlines()[1:])
+    assert "master copy   the parameters" in dtypes
     eighth = "float32[2, 16, 64]  ('layers', 'embed', 'mlp')  (None, 'data', None)  1,024 B"
     assert table["decoder/layers/mlp/up/kernel"] == eighth
     assert Checkpoints(folder / "checkpoints", read_only=True).steps() == [5, 10, 14]
