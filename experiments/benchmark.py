@@ -43,6 +43,7 @@ faster EPYC with AVX-512 the same code has since trained 2.7 times as fast, torc
   Marian; SmolLM2-135M, batch 8 behind 256 tokens, 58 to 80 tokens/s.
 - beams that take the logits by columns, as the last product leaves them, and no copy to ban an entry: 25.6 to 24.1 and
   35.1 to 32.0 ms. What is left is 60 % products with weights at two thirds of the rate of large ones.
+- these columns padded to whole blocks, so that the best entries read them without a copy: 0.7 ms of 30 (Marian).
 - glibc's `mmap_max=0` with a large `trim_threshold`: no page faults, but 7.7 in place of 5.1 GB; kept out.
 - the label's logit by a gather instead of a comparison: nothing beyond noise.
 - attention in `chunked` form against `fused`: 4 % on the demo's model, within noise.
