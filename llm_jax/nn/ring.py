@@ -62,6 +62,12 @@ def _seen_at_all(mask: Mask) -> jax.Array:
     return seen
 
 
+def _is_balanced(mask: Mask) -> bool:
+    """Whether devices exchange halves of their stretches, so that a causal mask costs all alike."""
+    t, s = mask.q_positions_BT.shape[1], mask.k_positions_BS.shape[1]
+    return mask.causal and t == s and t % 2 == 0
+
+
 def _over_chunks(
     one: Callable[..., Any], carry: tuple[jax.Array, ...], places: tuple[tuple[str, int], ...], mask: Mask
 ) -> tuple[jax.Array, ...]:
@@ -74,7 +80,7 @@ def _over_chunks(
       mask: of all.
     """
     t, s = mask.q_positions_BT.shape[1], mask.k_positions_BS.shape[1]
-    half = 2 if mask.causal and t == s and t % 2 == 0 else 1  # no chunk has of both halves: it would always be seen
+    half = 2 if _is_balanced(mask) else 1  # no chunk has of both halves: it would always be seen
     size = {"q": _chunk(t // half), "k": _chunk(s // half)}
     across = s // size["k"]
 
@@ -187,13 +193,9 @@ def _exchange(x: jax.Array, axis: str, back: bool = False) -> jax.Array:
     return jnp.concatenate([jax.lax.ppermute(h, axis, way) for h, way in zip(halves, turned, strict=True)], axis=1)
 
 
-def _is_balanced(q_BTNH: jax.Array, k_BSKH: jax.Array, mask: Mask) -> bool:
-    return mask.causal and q_BTNH.shape[1] == k_BSKH.shape[1] and q_BTNH.shape[1] % 2 == 0
-
-
 def _forward_here(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, scale, axis):
     """One device's part of the forward pass: (output, what the backward pass needs)."""
-    balanced = _is_balanced(q_BTNH, k_BSKH, mask)
+    balanced = _is_balanced(mask)
     turn = (lambda x: _exchange(x, axis)) if balanced else (lambda x: x)
     q_BTNH, k_BSKH, v_BSKH, mask = jax.tree.map(turn, (q_BTNH, k_BSKH, v_BSKH, mask))
     out, log_total = _forward(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, scale, axis)
@@ -203,7 +205,7 @@ def _forward_here(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, scale, axis):
 
 def _backward_here(kept, dout_BTNH, scale, axis):
     """One device's part of the backward pass."""
-    balanced = _is_balanced(kept[0], kept[1], kept[3])
+    balanced = _is_balanced(kept[3])
     grads = _backward(*kept, _exchange(dout_BTNH, axis) if balanced else dout_BTNH, scale, axis)
     return tuple(_exchange(g, axis, back=True) for g in grads) if balanced else grads
 

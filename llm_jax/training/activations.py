@@ -9,6 +9,7 @@ from llm_jax.nn import weights
 from llm_jax.nn.execution import Execution
 from llm_jax.objectives.objective import total_loss
 from llm_jax.training.precision import Precision
+from llm_jax.training.rows import carries
 
 POLICIES = ("none", "dots", "names:attention,mlp", "offload:block", "full")
 
@@ -31,12 +32,11 @@ def kept(config: Any, objective: Any, params: Any, batch: Any, execution: Execut
         prepared = objective.prepare(batch, jax.random.key(0))
         inputs, rngs = dict(prepared.inputs), {"dropout": jax.random.key(0)}
         rows = jax.tree.leaves(batch)[0].shape[0]
-        if config.objective is not None and getattr(config.objective, "carry", False):
+        if carries(config.objective):
             inputs["cache"] = config.model.init_carry(rows)
 
         def loss(params: Any) -> jax.Array:
-            own = weights.cast(params, precision.dtype)
-            out = model.apply({"params": own}, **inputs, train=True, rngs=rngs)
+            out = model.apply({"params": precision.cast(params)}, **inputs, train=True, rngs=rngs)
             return total_loss(objective, objective.score(out, prepared.targets), prepared.weights)
 
         return jax.tree.leaves(jax.vjp(loss, params)[1])

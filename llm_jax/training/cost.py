@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from llm_jax.parallel import chips
 from llm_jax.parallel.plan import Plan
 from llm_jax.parallel.rules import logical_axes, size_of
+from llm_jax.training.precision import DTYPES
 from llm_jax.training.program import Program
 
 
@@ -103,7 +104,7 @@ def estimate(config: Any, plan: Plan, program: Program, kept: float = 0.0) -> Co
     """
     c, own, mesh = config.training, config.plan, plan.mesh
     shape, model = mesh.shape, config.model
-    itemsize = jnp.dtype({"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[own.precision]).itemsize
+    itemsize = jnp.dtype(DTYPES[own.precision]).itemsize
     recompute = 4 / 3 if own.remat == "full" or own.remat.startswith(("every", "names", "offload")) else 1.0
     micros = plan.schedule.micros if plan.schedule else c.accumulation
     alive = max(plan.schedule.live()) / own.chunks if plan.schedule else 1  # micro-batches, of a device's own layers
