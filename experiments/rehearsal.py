@@ -49,15 +49,14 @@ def policies(config: RunConfig, topology: str) -> str:
 
 def kept(config: RunConfig, plan: Plan, program: Program) -> dict[str, float]:
     """Bytes that one chip keeps, of its own layers and of the micro-batches that are alive at once."""
-    micros = plan.schedule.micros if plan.schedule else config.training.accumulation
-    alive = max(plan.schedule.live()) / plan.config.chunks if plan.schedule else 1
+    micros = plan.micros(config.training.accumulation)
     batch = {
         name: jax.ShapeDtypeStruct((config.training.batch_size // micros, *x.shape[1:]), x.dtype)
         for name, x in abstract(config, plan, program)[1].items()
     }
     execution = dataclasses.replace(plan.execution(), constrain=Execution().constrain, kernel=None)
     whole = activations.kept(config, program.objective, program.params, batch, execution)
-    return {place: size * alive / plan.mesh.size for place, size in whole.items()}
+    return {place: size * plan.alive / plan.mesh.size for place, size in whole.items()}
 
 
 def model_flops(config: RunConfig, program: Program) -> float:

@@ -154,6 +154,15 @@ class Plan:
         """Rows of every micro-batch must divide by this."""
         return self.mesh.shape["replica"] * self.mesh.shape["data"]
 
+    def micros(self, accumulation: int) -> int:
+        """Micro-batches of a step: a pipeline's, or those that are accumulated."""
+        return accumulation if self.schedule is None else self.schedule.micros
+
+    @property
+    def alive(self) -> float:
+        """Micro-batches whose activations a device keeps at once, of its own layers."""
+        return 1.0 if self.schedule is None else max(self.schedule.live()) / self.schedule.chunks
+
     def data_shard(self) -> tuple[int, int]:
         """(index, count): which share of every batch this process reads.
 

@@ -106,8 +106,7 @@ def estimate(config: Any, plan: Plan, program: Program, kept: float = 0.0) -> Co
     shape, model = mesh.shape, config.model
     itemsize = jnp.dtype(DTYPES[own.precision]).itemsize
     recompute = 4 / 3 if own.remat == "full" or own.remat.startswith(("every", "names", "offload")) else 1.0
-    micros = plan.schedule.micros if plan.schedule else c.accumulation
-    alive = max(plan.schedule.live()) / own.chunks if plan.schedule else 1  # micro-batches, of a device's own layers
+    micros = plan.micros(c.accumulation)
     rows = c.batch_size / plan.batch_divisor
     flops = program.flops_per_token * c.batch_size * c.sequence_length * recompute / mesh.size
     sent = _parameters(plan, program, itemsize, micros)
@@ -130,7 +129,7 @@ def estimate(config: Any, plan: Plan, program: Program, kept: float = 0.0) -> Co
     return Cost(
         flops=flops,
         held=plan.bytes_per_device(program.shapes, program.axes),
-        kept=kept * alive / mesh.size,
+        kept=kept * plan.alive / mesh.size,
         sent={axis: size for axis, size in sent.items() if size},
         idle=plan.schedule.bubble() if plan.schedule else 0.0,
     )
