@@ -93,6 +93,11 @@ def define_average() -> flags.FlagHolder[Any]:
     return flags.DEFINE_bool("average", False, "Take the moving average (training.ema) of a work directory.")
 
 
+def define_stream() -> flags.FlagHolder[Any]:
+    """The `--stream` flag, for `interop.load`."""
+    return flags.DEFINE_bool("stream", False, "Leave layers on disk and read each when it runs: models beyond memory.")
+
+
 def define_config(default: str | None, help_text: str) -> flags.FlagHolder[Any]:
     """The `--config=FILE[:variant]` flag with dotted overrides; overrides of the default file are read right here."""
     try:

@@ -20,6 +20,7 @@ from experiments import cli
 
 MODEL = cli.define_model()
 AVERAGE = cli.define_average()
+STREAM = cli.define_stream()
 SOURCE = flags.DEFINE_string("source", None, "Corpus: stdlib, a file, a folder, a glob.")
 TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Field of JSON rows and Parquet tables.")
 FIELDS = flags.DEFINE_list("fields", [], "Fields of labelled examples (data.fields), of a model with labels.")
@@ -65,7 +66,7 @@ def main() -> None:
 
     if not (SOURCE.value or SENTENCES.value or NEXT.value):
         raise ValueError("nothing to do: give --source, --sentence or --next")
-    loaded = interop.load(cli.find_model(MODEL.value), dtype="float32", average=AVERAGE.value)
+    loaded = interop.load(cli.find_model(MODEL.value), dtype="float32", average=AVERAGE.value, stream=STREAM.value)
     model, params, tokenizer = loaded.model, loaded.params, loaded.tokenizer
     if tokenizer is None:
         raise ValueError(f"{MODEL.value} holds no tokenizer")

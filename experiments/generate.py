@@ -21,6 +21,7 @@ from experiments import cli
 
 MODEL = cli.define_model()
 AVERAGE = cli.define_average()
+STREAM = cli.define_stream()
 PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; stdin where neither this nor --prompt_file is given.")
 PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File to continue.")
 CHAT = flags.DEFINE_bool("chat", False, "Talk: one user turn per line, until end of input.")
@@ -61,7 +62,7 @@ def main() -> None:
     from llm_jax.decoding.prefill import is_encoder_decoder
     from llm_jax.decoding.sampling import SamplingConfig
 
-    loaded = interop.load(cli.find_model(MODEL.value), dtype="float32", average=AVERAGE.value)
+    loaded = interop.load(cli.find_model(MODEL.value), dtype="float32", average=AVERAGE.value, stream=STREAM.value)
     tokenizer = loaded.tokenizer
     if tokenizer is None:
         raise ValueError(f"{MODEL.value} holds no tokenizer")

@@ -21,6 +21,7 @@ from experiments import cli
 
 MODEL = cli.define_model()
 AVERAGE = cli.define_average()
+STREAM = cli.define_stream()
 TEXTS = flags.DEFINE_multi_string("text", [], "A text, may be repeated.")
 PAIRS = flags.DEFINE_multi_string("text_pair", [], "Second texts, one for every --text.")
 QUESTION = flags.DEFINE_string("question", None, "A question about --context.")
@@ -74,7 +75,7 @@ def main() -> None:
     from llm_jax.decoding import labels
 
     inputs = given()
-    loaded = interop.load(cli.find_model(MODEL.value), dtype="float32", average=AVERAGE.value)
+    loaded = interop.load(cli.find_model(MODEL.value), dtype="float32", average=AVERAGE.value, stream=STREAM.value)
     if loaded.tokenizer is None:
         raise ValueError(f"{MODEL.value} holds no tokenizer")
     if labels.kind_of(loaded.config) == "tokens":

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments import serving
 from llm_jax.nn import weights
 from llm_jax.nn.execution import Execution
 from llm_jax.nn.splash import BLOCK
@@ -66,12 +67,26 @@ def model_flops(config: RunConfig, program: Program) -> float:
     return plain + attention * (0.5 if config.model.reads == "causal" else 1.0)
 
 
-def rehearse(config: RunConfig, topology: str, hlo_file: str | None = None) -> dict[str, Any]:
-    """Compiles the train step for a topology.
+def _training(config: RunConfig, plan: Plan) -> tuple[Any, dict[str, Any]]:
+    """The train step, not compiled yet, and what is known of it."""
+    program = build(config, plan, 0)
+    tokens = config.training.batch_size * config.training.sequence_length
+    known = {
+        "parameters": weights.count(program.params),
+        "tokens_per_step": tokens,
+        "held": plan.bytes_per_device(program.shapes, program.axes),
+        "model_flops": model_flops(config, program) * tokens,
+    }
+    return program.step.lower(*abstract(config, plan, program)), known
+
+
+def rehearse(config: RunConfig, topology: str, step: str = "train", hlo_file: str | None = None) -> dict[str, Any]:
+    """Compiles a step for a topology.
 
     Args:
       config: the run.
       topology: as `v5e:16x16`.
+      step: `train`, `prefill` or `decode`.
       hlo_file: where the optimized program goes.
 
     Raises:
@@ -80,21 +95,17 @@ def rehearse(config: RunConfig, topology: str, hlo_file: str | None = None) -> d
     chip = chips.CHIPS[chips.split(topology)[0]]
     devices = chips.describe(topology).devices
     plan = Plan(config.plan, config.model, devices)
-    program = build(config, plan, 0)
-    state, batch = abstract(config, plan, program)
-    tokens = config.training.batch_size * config.training.sequence_length
+    lowered, known = _training(config, plan) if step == "train" else serving.lower(config, plan, step)
     report: dict[str, Any] = {
         "topology": topology,
+        "step": step,
         "chips": len(devices),
         "mesh": {a: n for a, n in plan.mesh.shape.items() if n > 1},
-        "parameters": weights.count(program.params),
-        "tokens_per_step": tokens,
-        "tokens_per_chip": tokens / len(devices),
+        "tokens_per_chip": known["tokens_per_step"] / len(devices),
         "hbm": chip.hbm,
-        "held": plan.bytes_per_device(program.shapes, program.axes),
-        "model_flops": model_flops(config, program) * tokens,
+        "reading_seconds": sum(known["held"].values()) / chip.hbm_bandwidth,
+        **known,
     }
-    lowered = program.step.lower(state, batch)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as e:
@@ -178,7 +189,7 @@ def table(r: dict[str, Any]) -> str:
     """A report to read."""
     lines = [
         f"{r['topology']}: {r['chips']} chips, mesh {r['mesh']}, {r['parameters'] / GB:.2f} B parameters, "
-        f"{r['tokens_per_chip']:,.0f} tokens a chip a step",
+        f"{r['tokens_per_chip']:,.0f} tokens a chip a step ({r['step']})",
         "a chip holds " + ", ".join(f"{k} {v / GB:.2f}" for k, v in r["held"].items()) + f" of {r['hbm'] / GB:.1f} GB",
     ]
     if "memory" not in r:
@@ -200,6 +211,8 @@ def table(r: dict[str, Any]) -> str:
         f"{r['kernel_seconds']:.3f} at the chip's peak), moving "
         f"{r['moving_seconds']:.3f} of which {r['hidden']:.0%} behind computing ({r['hidden_gathers']:.0%} of gathers)"
     )
+    if r["step"] == "decode":
+        lines.append(f"to read weights and cache once takes {r['reading_seconds']:.4f} s")
     lines.append(
         f"{r['tokens_per_second']:,.0f} tokens/s, MFU {r['mfu']:.2f}, at most {r['mfu_bound']:.2f} were nothing moved"
     )

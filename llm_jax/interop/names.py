@@ -144,6 +144,7 @@ def read_params(
     shardings: Any = None,
     padded: Callable[[str], bool] = lambda path: False,
     fresh: Mapping[str, Any] | None = None,
+    left: Callable[[str], bool] = lambda path: False,
 ) -> Any:
     """Builds our (stacked) parameter tree from their tensors.
 
@@ -157,6 +158,7 @@ def read_params(
       shardings: tree of shardings; one device by default. Every slice is read once, however many replicas want it.
       padded: our paths whose rows may be padded.
       fresh: initial values of parameters that the file may lack; those that it has are read.
+      left: our stacked paths that stay in the file (`read_layer`): an empty `[L, 0]` array stands in their place.
 
     Raises:
       InteropError: naming missing, unexpected and misshapen tensors.
@@ -186,6 +188,10 @@ def read_params(
     out: list[Any] = [None] * len(leaves)
     for i in sorted(range(len(leaves)), key=lambda i: -math.prod(leaves[i][1].shape)):
         path, leaf = leaves[i]
+        if left(path):
+            _check_layers(source, by_path[path], leaf)
+            out[i] = jnp.zeros((leaf.shape[0], 0))
+            continue
         if path in given:
             value = given[path] if dtype is None else given[path].astype(jnp.dtype(dtype))
             out[i] = jax.device_put(value, flat_shardings[i])
@@ -210,22 +216,55 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
+def _slice(source, rule, index, shape, padded=False):
+    name = rule.theirs.format(l=index)
+    array = _get(source, rule, index)
+    if padded:
+        return _fill_rows(array, shape, name)
+    if array.shape != shape:
+        raise InteropError(f"{name} has shape {list(array.shape)}, the config asks for {list(shape)}")
+    return array
+
+
+def _check_layers(source, rule, leaf):
+    for index in range(leaf.shape[0]):
+        _slice(source, rule, index, leaf.shape[1:])
+
+
+def _cast(kind: Any, dtype: Any) -> Any:
+    return kind if dtype is None or not jnp.issubdtype(kind, jnp.floating) else jnp.dtype(dtype)
+
+
+def read_layer(
+    source: Mapping[str, np.ndarray], rules: Sequence[Rule], abstract: Any, prefix: str, index: int, dtype: Any = None
+) -> Any:
+    """One layer of a stack, as numpy arrays in memory of their own.
+
+    Args:
+      source: their tensors.
+      rules: as for `read_params`.
+      abstract: shapes of the stack's parameters, `[L, ...]` each.
+      prefix: what comes before their paths, as `decoder/layers/`.
+      index: which layer.
+      dtype: cast floating tensors; theirs by default.
+    """
+    by_path = {r.ours: r for r in rules}
+
+    def read(path: str, leaf: Any) -> np.ndarray:
+        array = _slice(source, by_path[prefix + path], index, leaf.shape[1:])
+        block = _aligned(array.shape, _cast(array.dtype, dtype))
+        block[...] = array
+        return block
+
+    return paths.map_with_path(read, abstract)
+
+
 def _read_one(source, rule, path, leaf, dtype, sharding, padded):
     layered = "{l}" in rule.theirs
     shape = leaf.shape[1:] if layered else leaf.shape
-
-    def layer(index: int | None) -> np.ndarray:
-        name = rule.theirs.format(l=index)
-        array = _get(source, rule, index)
-        if padded:
-            return _fill_rows(array, shape, name)
-        if array.shape != shape:
-            raise InteropError(f"{name} has shape {list(array.shape)}, the config asks for {list(shape)}")
-        return array
-
+    layer = lambda index: _slice(source, rule, index, shape, padded)
     first = layer(0 if layered else None)
-    kind = first.dtype
-    kind = kind if dtype is None or not jnp.issubdtype(kind, jnp.floating) else jnp.dtype(dtype)
+    kind = _cast(first.dtype, dtype)
     first = None if layered else first  # of a stacked one only the dtype was wanted
     memo: dict[str, np.ndarray] = {}
 

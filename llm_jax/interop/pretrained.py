@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from llm_jax.data import tokenizers
-from llm_jax.interop import bert, elmo, gpt, heads, llama, marian, names, t5, xlnet
+from llm_jax.interop import bert, elmo, gpt, heads, llama, marian, names, streamed, t5, xlnet
 from llm_jax.interop import gguf as gguf_names
 from llm_jax.interop.names import InteropError
 from llm_jax.models import registry
@@ -79,6 +79,7 @@ def load(
     average: bool = False,
     head: str | None = None,
     labels: Sequence[str] = (),
+    stream: bool = False,
 ) -> Pretrained:
     """Loads a Hugging Face folder, a `.gguf` file, a work directory of ours, ELMo's files, or a repository of the hub.
 
@@ -94,6 +95,9 @@ def load(
       head: of a Hugging Face folder or ELMo's files: another head than its own (see the model's config); what the
         folder lacks of it is initialised.
       labels: names of that head's classes.
+      stream: leave the layers in their file and read each one when it runs, the next while it computes: for inference
+        of models larger than memory (`interop.streamed`), of a Hugging Face folder or a `.gguf` file. The model that
+        is returned reads the file as long as it lives; its layers' parameters are empty arrays.
 
     Raises:
       InteropError, StorageError, CheckpointError, TokenizerError: one line that names what is wrong.
@@ -105,9 +109,14 @@ def load(
         raise InteropError(f"{path} is no work directory of ours and holds no moving average")
     if (head is not None or labels) and (found.is_file() or (found / "checkpoints").exists()):
         raise InteropError(f"{path} is no Hugging Face folder: only those take another head (experiments.convert)")
+    read = functools.partial(_read, str(path), execution, dtype, place, stream)
     if found.is_file():
-        return _load_gguf(found, dtype, execution, place)
+        return _load_gguf(found, read)
     if (found / "checkpoints").exists():
+        if stream:
+            raise InteropError(
+                f"{path} is a work directory of ours, which cannot stream: experiments.convert writes one"
+            )
         return _load_own(found, dtype, execution, place, average)
     originals = None if (found / "config.json").exists() else elmo.find(found)
     if originals is not None:
@@ -116,11 +125,10 @@ def load(
         if head is not None or labels:
             config = elmo.with_head(config, head or "classification", labels)
             fresh = elmo.fresh(config)
-        model = config.make(execution)
         ignored = lambda name: fresh is not None and name.startswith("softmax/")
-        params = _read(tensors, elmo.rules(config), model, ignored, str(path), dtype, place, fresh)
+        model, params = read(config, tensors, elmo.rules(config), ignored, fresh)
         return Pretrained(model, params, _tokenizer(found, config) or tokenizers.blanks(), config)
-    return _load_huggingface(found, dtype, execution, place, head, labels)
+    return _load_huggingface(found, read, head, labels)
 
 
 def _find(path: epath.PathLike) -> epath.Path:
@@ -158,23 +166,31 @@ def _initial(config: Any) -> Any:
     return jax.device_get(weights.split_axes(boxed)[0])
 
 
-def _read(source, rules, model, ignored, where, dtype, place, fresh=None):
+def _read(where, execution, dtype, place, stream, config, source, rules, ignored, fresh=None, kind=None):
+    """The module and its parameters; `kind` is the dtype where none was asked for."""
+    if stream and (place is not None or execution.stack_runner is not None):
+        raise InteropError(f"{where}: stream=True is for one device, without place and without a stack_runner")
+    dtype, model = dtype or kind, config.make(execution)
     shapes, axes = _abstract(model)
-    padded = lambda p: p in PADDED and model.config.vocab_pad_multiple > 1
+    padded = lambda p: p in PADDED and config.vocab_pad_multiple > 1
     shardings = None if place is None else place(shapes, axes)
-    return names.read_params(source, rules, shapes, ignored, where, dtype, shardings, padded, fresh)
+    read = functools.partial(names.read_params, source, rules, shapes, ignored, where, dtype, shardings, padded, fresh)
+    if not stream:
+        return model, read()
+    params = read(left=paths.is_stacked)
+    runner = streamed.runner(source, rules, shapes, where, dtype)
+    return config.make(dataclasses.replace(execution, stack_runner=runner)), params
 
 
-def _load_gguf(path, dtype, execution, place):
+def _load_gguf(path, read):
     file = GgufFile(path)
     config = gguf_names.config_of(file)
-    model = config.make(execution)
     rules = gguf_names.rules(config, file.metadata["general.architecture"])
-    params = _read(file, rules, model, gguf_names.ignored, str(path), dtype or jnp.float32, place)
+    model, params = read(config, file, rules, gguf_names.ignored, kind=jnp.float32)
     return Pretrained(model, params, gguf_names.tokenizer_of(file.metadata), config)
 
 
-def _load_huggingface(path, dtype, execution, place, head, labels):
+def _load_huggingface(path, read, head, labels):
     file = path / "config.json"
     if not file.exists():
         raise InteropError(f"{path} holds no model: config.json is missing")
@@ -213,10 +229,9 @@ def _load_huggingface(path, dtype, execution, place, head, labels):
         ignored = lambda n: n in spare or its_ignored(n) or family.ignored(config, n)
         flat = paths.flatten(_initial(config))
         fresh = {p: x for p, x in flat if _of_a_head(p)}
-    model = config.make(execution)
     rules = _with_their_spelling(rules, root, source)
     tokenizer = _tokenizer(path, config)
-    params = _read(source, rules, model, ignored, str(path), dtype, place, fresh)
+    model, params = read(config, source, rules, ignored, fresh)
     return Pretrained(model, params, tokenizer, config)
 
 

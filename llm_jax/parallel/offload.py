@@ -16,8 +16,8 @@ import jax
 from jax.experimental.compute_on import compute_on
 from jax.sharding import NamedSharding
 
-KINDS = ("optimizer", "update")
-ELEMENTWISE = ("sgd", "adam", "adamw", "lion")  # optimizers whose update a host can compute
+KINDS = ("optimizer", "update", "disk")
+ELEMENTWISE = ("sgd", "adam", "adamw", "lion")  # optimizers whose update a host can compute, or pieces can take
 HOST = "pinned_host"
 Update = Callable[[Any, Any, Any], Any]  # (kept, gradients, signals) -> (new, moved)
 

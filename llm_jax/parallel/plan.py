@@ -42,7 +42,8 @@ class PlanConfig:
       remat: see `nn.Execution`.
       attention: see `nn.Execution`.
       offload: what lies in host memory between steps: `optimizer` (state, master copy, average; streamed through the
-        device for the update) or `update` (the same, and the update is computed on the host).
+        device for the update) or `update` (the same, and the update is computed on the host); or in files: `disk` (one
+        device; the update reads, computes and writes them layer by layer, see `parallel.disk`).
       precision: fp32, bf16 or fp16.
       master: `in_params`, `in_optimizer` or `none`: where the float32 copy of the weights lives.
       unroll: run layers unrolled rather than scanned (faster steps on a CPU, compile time grows with depth).
@@ -78,6 +79,8 @@ class PlanConfig:
             raise ValueError(f"plan.explicit would keep gathered layers with plan.remat={self.remat}: set full or dots")
         if unknown := set(self.offload) - set(offload.KINDS):
             raise ValueError(f"offload={', '.join(sorted(unknown))} is none of {', '.join(offload.KINDS)}")
+        if "disk" in self.offload and len(self.offload) > 1:
+            raise ValueError("plan.offload=disk stands alone: what lies on disk lies not in host memory")
         if self.schedule not in schedules.NAMES:
             raise ValueError(f"schedule={self.schedule!r} is none of {', '.join(schedules.NAMES)}")
         if self.pipe > 1:
@@ -129,7 +132,11 @@ class Plan:
         sizes = {axis: getattr(config, axis) for axis in AXES}
         self.schedule = config.make_schedule()
         self.mesh = make_mesh(sizes, devices)
-        if config.offload:
+        if "disk" in config.offload and self.mesh.size > 1:
+            raise ValueError(
+                f"plan.offload=disk is for one device, the mesh has {self.mesh.size}: take optimizer or update"
+            )
+        if self.offloads:
             offload.check_memory(self.mesh.devices.flat[0])
         self.rules: Rules = dict(TENSOR_PARALLEL)
         self.notes: list[str] = []
@@ -148,6 +155,11 @@ class Plan:
             self.notes.append(
                 f"attention is replicated: {heads} query and {kv} key heads do not divide by model={config.model}"
             )
+
+    @property
+    def offloads(self) -> bool:
+        """Whether state lies in host memory."""
+        return bool(set(self.config.offload) - {"disk"})
 
     @property
     def batch_divisor(self) -> int:
@@ -262,7 +274,7 @@ class Plan:
         whole = zero.state_specs(state.replace(params=None), by_path, self.mesh, axes_or_none)
         rows = jax.tree.map(lambda _: self.batch_sharding().spec, state.carry)
         named = self._named(whole.replace(params=stored, carry=rows))
-        if self.config.offload:
+        if self.offloads:
             lower = lambda name: offload.to_host(getattr(named, name), getattr(state, name))
             named = named.replace(**{name: lower(name) for name in ("opt_state", "master", "average")})
         return named

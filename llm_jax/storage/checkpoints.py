@@ -1,23 +1,27 @@
 """Checkpoints: Orbax behind a thin facade.
 
 `folder/<step>/` holds `state` (arrays), `structure` (what array files cannot hold: types and static fields of
-structured weights) and `run` (config, position in the data, library version). Layers are stored stacked, whatever
-the run used, unless they differ.
+structured weights), `run` (config, position in the data, library version) and, of a run with state on disk, `mapped`
+(copies of its files). Layers are stored stacked, whatever the run used, unless they differ. A checkpoint of either kind
+of run resumes as the other.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from numpy.lib import format as npy
 from orbax.checkpoint import checkpoint_managers as policies
 
 import llm_jax
 from llm_jax.nn import paths, weights
+from llm_jax.storage.mapped import MappedArrays
 
 
 class CheckpointError(ValueError):
@@ -63,6 +67,25 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {p: tuple(x.shape) for p, x in paths.flatten(tree)}
 
 
+class _FilesHandler(ocp.CheckpointHandler):
+    """Copies the files of mapped arrays, which are never in memory as a whole."""
+
+    def save(self, directory: epath.Path, args: Any) -> None:
+        for name in args.arrays:
+            to = directory / f"{name}.npy"
+            to.parent.mkdir(parents=True, exist_ok=True)
+            epath.Path(args.arrays.file(name)).copy(to, overwrite=True)
+
+    def restore(self, directory: epath.Path, args: Any = None) -> Any:
+        raise NotImplementedError(f"files of {directory} are opened one by one")
+
+
+@ocp.args.register_with_handler(_FilesHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class _FilesSave(ocp.args.CheckpointArgs):
+    arrays: MappedArrays
+
+
 class Checkpoints:
     """The checkpoints of one run."""
 
@@ -73,6 +96,7 @@ class Checkpoints:
         keep_best: int = 0,
         asynchronous: bool = True,
         read_only: bool = False,
+        mapped: MappedArrays | None = None,
     ) -> None:
         """Opens or creates the folder.
 
@@ -82,7 +106,9 @@ class Checkpoints:
           keep_best: checkpoints with the lowest `eval/loss` kept beside them.
           asynchronous: write in the background.
           read_only: never write or clean up; for readers beside a live run.
+          mapped: the part of the state that lies in files.
         """
+        self._mapped = mapped
         keep: list[Any] = [policies.LatestN(keep_last)]
         if keep_best:
             keep.append(policies.BestN(get_metric_fn=_quality, n=keep_best, keep_checkpoints_without_metrics=False))
@@ -95,7 +121,7 @@ class Checkpoints:
             enable_async_checkpointing=asynchronous,
             cleanup_tmp_directories=not read_only,
         )
-        names = ("state", "structure", "run")
+        names = ("state", "structure", "run", "mapped")
         self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options, item_names=names)
 
     def steps(self) -> list[int]:
@@ -120,6 +146,7 @@ class Checkpoints:
             state=ocp.args.StandardSave(_unkey(state)),
             structure=ocp.args.JsonSave(weights.structure(state)),
             run=ocp.args.JsonSave(run),
+            **({} if self._mapped is None else {"mapped": _FilesSave(self._mapped)}),
         )
         try:
             for stale in [s for s in self.steps() if s >= step]:
@@ -185,19 +212,51 @@ class Checkpoints:
         abstract = _abstract(target, shardings)
         self._compare(step, abstract)
         try:
-            raw = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))).state
+            raw = self._restore(step, abstract)
         except Exception as e:
             raise CheckpointError(
                 f"checkpoint {self.folder / str(step)} is damaged ({_line(e)}){self._offer(step)}"
             ) from e
         return Restored(step, _rekey(raw, target), run)
 
+    def _files(self, step: int) -> dict[str, epath.Path]:
+        """Copied files of a checkpoint, by the array that each holds."""
+        folder = self._item(step, "mapped")
+        found = _below(folder) if folder.exists() else []
+        return {str(f.relative_to(folder)).removesuffix(".npy"): f for f in found if f.suffix == ".npy"}
+
+    def _restore(self, step: int, abstract: Any) -> Any:
+        """Arrays like `abstract`; those of mapped arrays go to their files one by one, and are one zero here."""
+        flat, files = dict(paths.flatten(abstract)), self._files(step)
+        arrays = self._mapped
+        if not files and arrays is None:
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            return self._manager.restore(step, args=args).state
+        mapped = [] if arrays is None else [p for p in flat if p in arrays]
+
+        def read(wanted: Collection[str]) -> dict[str, Any]:
+            part = paths.map_with_path(lambda p, x: x if p in wanted else ocp.PLACEHOLDER, abstract)
+            with ocp.PyTreeCheckpointer() as reader:
+                places = ocp.checkpoint_utils.construct_restore_args(part)
+                got = reader.restore(self._item(step, "state"), ocp.args.PyTreeRestore(part, restore_args=places))
+            return {p: x for p, x in paths.flatten(got, lambda x: x is ocp.PLACEHOLDER) if p in wanted}
+
+        out = read([p for p in flat if p not in mapped and p not in files])
+        for path in mapped:
+            assert arrays is not None
+            arrays.fill(path, _open(files[path]) if path in files else read([path])[path])
+            out[path] = jnp.zeros((1,), flat[path].dtype)
+        for path in files.keys() & flat.keys() - set(mapped):
+            out[path] = jax.device_put(_open(files[path]), flat[path].sharding)
+        return jax.tree.unflatten(jax.tree.structure(abstract), [out[p] for p in flat])
+
     def stored_shapes(self, step: int) -> dict[str, tuple[tuple[int, ...], Any]]:
         """`{path: (shape, dtype)}` of the arrays of a checkpoint."""
         try:
             with ocp.PyTreeCheckpointer() as reader:
                 tree = reader.metadata(self._item(step, "state")).item_metadata.tree
-            return {p: (tuple(m.shape), m.dtype) for p, m in paths.flatten(tree)}
+            found = {p: (tuple(m.shape), m.dtype) for p, m in paths.flatten(tree)}
+            return found | {name: _header(file) for name, file in self._files(step).items()}
         except Exception as e:
             raise CheckpointError(
                 f"checkpoint {self.folder / str(step)} is damaged ({_line(e)}){self._offer(step)}"
@@ -264,11 +323,14 @@ class Checkpoints:
         Orbax holds an array's compressed bytes, the array and its copy on the device at once, of all that one call
         asks for.
         """
-        flat = sorted(paths.flatten(wanted), key=lambda item: -weights.bytes_of(item[1]))
-        share = weights.bytes_of(wanted) / 50
+        files, everything = self._files(step), paths.flatten(wanted)
+        arrays = [(p, jax.device_put(_open(files[p]), x.sharding)) for p, x in everything if p in files]
+        flat = sorted(
+            (item for item in everything if item[0] not in files), key=lambda item: -weights.bytes_of(item[1])
+        )
+        share = sum(weights.bytes_of(x) for _, x in flat) / 50
         turns = [[item] for item in flat if weights.bytes_of(item[1]) > share]
         turns += [small] if (small := flat[len(turns) :]) else []
-        arrays = []
         with ocp.PyTreeCheckpointer() as reader:
             for turn in turns:
                 part = paths.nested(turn)
@@ -297,6 +359,27 @@ class Checkpoints:
 def dict_of(tree: Any) -> Any:
     """Structured nodes as plain dicts of their leaves, the way array files hold them."""
     return paths.nested(paths.flatten(tree))
+
+
+def _below(folder: epath.Path) -> list[epath.Path]:
+    """All files."""
+    return [f for path in folder.iterdir() for f in (_below(path) if path.is_dir() else [path])]
+
+
+def _open(file: epath.Path) -> np.ndarray:
+    """The array of a `.npy` file; mapped where the file is local."""
+    if "://" not in str(file):
+        return np.load(str(file), mmap_mode="r")
+    with file.open("rb") as f:
+        return np.load(f)
+
+
+def _header(file: epath.Path) -> tuple[tuple[int, ...], Any]:
+    """Shape and dtype of a `.npy` file."""
+    with file.open("rb") as f:
+        npy.read_magic(f)
+        shape, _, dtype = npy.read_array_header_1_0(f)
+    return shape, dtype
 
 
 def _quality(metrics: dict[str, float]) -> float:

@@ -20,6 +20,12 @@ def flops_per_token(params: Any, num_layers: int, length: int, attention_dim: in
     return 6.0 * multiplying(params) + 12.0 * num_layers * length * attention_dim
 
 
+def attention_dim(config: Any) -> int:
+    """A of `flops_per_token`, of a model's config: 0 where there is no attention."""
+    count = getattr(config, "num_heads", 0)
+    return count * (getattr(config, "head_dim", None) or config.model_dim // max(count, 1))
+
+
 def multiplying(params: Any) -> int:
     """P of `flops_per_token`."""
     sizes = {p: math.prod(w.shape) for p, w in paths.flatten(params, weights.is_node)}

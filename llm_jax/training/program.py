@@ -6,11 +6,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from llm_jax.nn import paths, weights
 from llm_jax.objectives.objective import Objective
 from llm_jax.parallel import explicit
+from llm_jax.parallel.disk import OnDisk
 from llm_jax.parallel.offload import ELEMENTWISE, HostUpdate
 from llm_jax.parallel.plan import Plan
 from llm_jax.training import flops
@@ -36,6 +39,8 @@ class Program(NamedTuple):
       step: jitted `(state, batch) -> (state, metrics)`; takes the state over.
       evaluate: jitted `(params, batch) -> (score sums, weight sums)`.
       flops_per_token: see `flops.flops_per_token`.
+      on_disk: where the rest of the state lies with `plan.offload=disk`; what `init` returns and `step` takes is
+        without it.
     """
 
     objective: Objective
@@ -48,6 +53,7 @@ class Program(NamedTuple):
     step: Any
     evaluate: Any
     flops_per_token: float
+    on_disk: OnDisk | None
 
 
 def build(
@@ -56,6 +62,7 @@ def build(
     mask_id: int | None,
     given: Any = None,
     adapt: Callable[[Any], Any] = lambda params: params,
+    scratch: epath.PathLike | None = None,
 ) -> Program:
     """Everything up to the first compilation.
 
@@ -65,6 +72,7 @@ def build(
       mask_id: the tokenizer's mask, None without.
       given: parameters to start from (abstract will do).
       adapt: see `run.train`.
+      scratch: local folder for state on disk.
 
     Raises:
       ValueError: where plan, batch, model, objective or optimizer do not fit together.
@@ -109,12 +117,19 @@ def build(
     pipe = None if plan.schedule is None else (plan.mesh, plan.schedule)
     gather = lambda tree: plan.gather(tree, axes)
     where: dict[str, Any] = {}
-    if "update" in config.plan.offload and config.optimizer.name not in ELEMENTWISE:
+    on_disk = None
+    kinds = set(config.plan.offload) & {"update", "disk"}
+    if kinds and config.optimizer.name not in ELEMENTWISE:
         raise ValueError(
-            f"plan.offload=update computes elementwise optimizers on the host ({', '.join(ELEMENTWISE)}), not "
-            f"{config.optimizer.name}: set plan.offload=('optimizer',)"
+            f"plan.offload={kinds.pop()} computes elementwise optimizers on the host or by pieces "
+            f"({', '.join(ELEMENTWISE)}), not {config.optimizer.name}: set plan.offload=('optimizer',)"
         )
-    if config.plan.offload:
+    if "disk" in config.plan.offload:
+        if scratch is None:
+            raise ValueError("plan.offload=disk needs a folder, which only a run has: set plan.offload=()")
+        on_disk = OnDisk(scratch, tx.init, shapes)
+        where = {"run_update": on_disk}
+    elif config.plan.offload:
         divide = pin(plan.update_shardings(params, axes))
         where = {"run_update": HostUpdate("update" in config.plan.offload, divide)}
     trained = model
@@ -127,12 +142,14 @@ def build(
     )
     resident = jax.tree.map(lambda s: NamedSharding(s.mesh, s.spec), shardings)
     first: Any = jax.jit(init, out_shardings=resident, donate_argnums=1)
-    if config.plan.offload:  # down from the device: what a program only passes on would stay there
+    if on_disk is not None:
+        shardings = jax.tree.map(lambda s: NamedSharding(s.mesh, P()), shardings)  # of one device, and of empty arrays
+        begin = jax.jit(lambda key, given: on_disk.without(init(key, given), ("opt_state",)), donate_argnums=1)
+        first = lambda key, given: on_disk.take(begin(key, given))
+    elif config.plan.offload:  # down from the device: what a program only passes on would stay there
         on_device = first
         first = lambda key, given: jax.device_put(on_device(key, given), shardings)
-    size = config.model
-    count = getattr(size, "num_heads", 0)  # an LSTM has none
-    width = count * (getattr(size, "head_dim", None) or size.model_dim // max(count, 1))
+    width = flops.attention_dim(config.model)
     return Program(
         objective=objective,
         params=params,
@@ -143,5 +160,6 @@ def build(
         shardings=shardings,
         step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
         evaluate=jax.jit(make_eval_step(model, objective.plain(), precision)),
-        flops_per_token=flops.flops_per_token(params, size.num_layers, c.sequence_length, width),
+        flops_per_token=flops.flops_per_token(params, config.model.num_layers, c.sequence_length, width),
+        on_disk=on_disk,
     )

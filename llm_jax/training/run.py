@@ -148,9 +148,10 @@ def _train(config, workdir, params, adapt, tokenizer, encode, kind, restore_step
     tokenizer, rows = _first_process_first(prepare)
     loader = Loader(rows.train, c.batch_size, c.seed, *plan.data_shard(), shuffle=not in_order(config))
 
-    program = build(config, plan, tokenizer.role("mask"), params, adapt)
+    program = build(config, plan, tokenizer.role("mask"), params, adapt, workdir / "on_disk")
     objective, shapes, shardings = program.objective, program.shapes, program.shardings
-    checkpoints = Checkpoints(workdir / "checkpoints", c.keep_last, c.keep_best)
+    mapped = None if program.on_disk is None else program.on_disk.arrays
+    checkpoints = Checkpoints(workdir / "checkpoints", c.keep_last, c.keep_best, mapped=mapped)
     for note in plan.notes:
         log.info("%s", note)
     if jax.process_index() == 0:
@@ -209,6 +210,8 @@ def _train(config, workdir, params, adapt, tokenizer, encode, kind, restore_step
     finally:
         writer.close()
         checkpoints.close()
+        if mapped is not None:
+            mapped.remove()  # what it holds is in the last checkpoint
         if jax.process_index() == 0 and metrics.read_metrics(workdir):
             metrics.plot_loss(workdir, getattr(objective, "loss_unit", metrics.UNIT))
     return Trained(state, config.model.make(), tokenizer, evaluation)

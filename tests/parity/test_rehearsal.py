@@ -58,6 +58,32 @@ def test_a_pipeline(tmp_path):
     assert sent == pytest.approx(2 * ticks * 512 * 512 * 2, rel=0.1)
 
 
+def test_a_token_for_every_row(tmp_path):
+    flags = ["--step=decode", "--config.plan.model=4", "--config.plan.data=4", "--config.plan.explicit=False"]
+    done, r = rehearse(tmp_path, *flags, "--config.training.batch_size=16")
+    assert done.returncode == 0, done.stderr
+    layers = 4 * (4 * 512 * 512 + 3 * 512 * 1024)
+    assert r["held"]["parameters"] == 2 * ((2 * 4096 * 512 + layers) // 4 + 9 * 512)  # norms are whole
+    assert r["held"]["cache"] == 2 * 4 * 4 * (512 * 512 // 4) * 2 + 4 * 4  # keys, values; and lengths
+    summed = [row for row in r["collectives"] if (row["kind"], row["axes"]) == ("all-reduce", "model")]
+    assert sum(row["calls"] for row in summed) == 2 * 4 + 1  # two a layer, and the rows of the token table
+    assert sum(row["bytes"] for row in summed) == pytest.approx(9 * 4 * 512 * 2, rel=0.01)
+    assert r["tokens_per_step"] == 16 and 0 < r["reading_seconds"] < r["step_seconds"]
+    assert "to read weights and cache once takes" in done.stdout
+
+
+def test_nothing_is_served_along_a_pipeline(tmp_path):
+    done, _ = rehearse(tmp_path, "--step=prefill", "--config.plan.pipe=4", "--config.plan.explicit=False")
+    assert done.returncode == 1 and "serves along data and model: leave plan.pipe" in done.stderr
+
+
+def test_a_compiler_that_is_killed_ends_in_a_line():
+    dies = "from experiments import rehearse; rehearse.apart(); import os; os.kill(os.getpid(), 9)"
+    done = subprocess.run([sys.executable, "-c", dies], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: the compiler was killed (SIGKILL)") and done.stderr.count("\n") == 1
+
+
 def test_an_unknown_topology(tmp_path):
     done, _ = rehearse(tmp_path, "--topology=v5p-128")
     assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("error: topology='v5p-128' is none")

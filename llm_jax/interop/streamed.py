@@ -1,0 +1,88 @@
+"""Models larger than memory: layers stay in their file, and the next one is read while the current one computes.
+
+A stack's runner scans over layer numbers and has every layer's parameters fetched by a callback, so a streamed model
+runs under `jit`, in a decoding loop and in a beam search as any other. Two or three layers are in memory at once,
+beside embeddings and head.
+
+Sources: Rajbhandari et al. 2021 (ZeRO-Infinity, inference and training from slower memories),
+https://arxiv.org/abs/2104.07857.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_jax.interop import names
+from llm_jax.nn import paths
+from llm_jax.nn.stack import Call
+from llm_jax.storage.mapped import Ahead
+
+
+class Streamed:
+    """A stack runner (`Execution.stack_runner`) whose layers are read when they run; for inference."""
+
+    def __init__(self, read: Callable[[tuple[str, ...], int], Any], shapes: Mapping[tuple[str, ...], Any]) -> None:
+        """Reads nothing yet.
+
+        Args:
+          read: `(path of a stack, number of a parameter set) -> numpy arrays`.
+          shapes: by a stack's path, `[L, ...]` shapes with the dtypes that are read.
+        """
+        drop = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+        self._one = {path: jax.tree.map(drop, tree) for path, tree in shapes.items()}
+        self._ahead = Ahead(read, {path: jax.tree.leaves(tree)[0].shape[0] for path, tree in shapes.items()})
+
+    def __call__(self, call: Call) -> tuple[Any, Any]:
+        """Runs the layers of a stack."""
+        count = len(call.group_of)
+        inputs = None if call.per_layer is None else jax.tree.map(lambda *x: jnp.stack(x), *call.per_layer)
+        fetch = functools.partial(self._fetch, call.path)
+
+        def one(carry: Any, x: Any) -> tuple[Any, Any]:
+            index, number, inputs = x
+            params = jax.pure_callback(fetch, self._one[call.path], number)
+            carry, out, _ = call.layer(params, index, carry, inputs, call.context)
+            return carry, out
+
+        xs = jnp.arange(count), jnp.asarray(call.group_of), inputs
+        carry, out = jax.lax.scan(one, call.carry, xs)
+        pick = lambda i: jax.tree.map(lambda x: x[i], out)
+        return carry, None if out is None else tuple(map(pick, range(count)))
+
+    def _fetch(self, path: tuple[str, ...], number: Any) -> Any:
+        return self._ahead(path, int(number))
+
+
+def runner(
+    source: Mapping[str, np.ndarray], rules: Sequence[names.Rule], shapes: Any, where: str, dtype: Any = None
+) -> Streamed:
+    """A runner that reads its layers from a file.
+
+    Args:
+      source: their tensors, read lazily.
+      rules: as for `names.read_params`.
+      shapes: our whole tree of shapes.
+      where: for messages.
+      dtype: cast floating tensors; theirs by default.
+
+    Raises:
+      InteropError: if the model has no stacks of equal layers.
+    """
+    stacks: dict[tuple[str, ...], list[tuple[str, Any]]] = {}
+    for path, leaf in paths.flatten(shapes):
+        if paths.is_stacked(path):
+            stack, _, rest = path.partition("/layers/")
+            stacks.setdefault(tuple(stack.split("/")), []).append((rest, leaf))
+    if not stacks:
+        raise names.InteropError(f"{where}: this model has no stack of layers to stream")
+    trees = {path: paths.nested(leaves) for path, leaves in stacks.items()}
+    prefix = lambda path: "/".join((*path, "layers", ""))
+    read = lambda path, number: names.read_layer(source, rules, trees[path], prefix(path), number, dtype)
+    # the first layer says which dtypes the file has
+    kinds = {path: jax.tree.map(lambda x: x.dtype, read(path, 0)) for path in trees}
+    typed = lambda leaf, kind: jax.ShapeDtypeStruct(leaf.shape, kind)
+    return Streamed(read, {path: jax.tree.map(typed, trees[path], kinds[path]) for path in trees})

@@ -1,0 +1,110 @@
+"""Arrays in memory-mapped files, for state that is larger than memory, and a thread that reads ahead.
+
+A file's pages come and go as the system likes; what is read here is a copy, so only the pieces in use are held.
+"""
+
+import os
+import pathlib
+import shutil
+import threading
+from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+from numpy.lib import format as npy
+
+from llm_jax.storage.lazy import LazyTensors
+
+
+class Ahead:
+    """Reads what will be asked for next, in a thread of its own.
+
+    What came after an entry the last time is expected after it again; before that, the next number of its group.
+    """
+
+    def __init__(self, read: Callable[[Any, int], Any], counts: Mapping[Any, int]) -> None:
+        """Reads nothing yet.
+
+        Args:
+          read: `(group, number) -> arrays`.
+          counts: how many numbers each group has.
+        """
+        self._read, self._counts = read, counts
+        self._pool, self._lock = ThreadPoolExecutor(1), threading.Lock()
+        self._follower: dict[Hashable, tuple[Any, int]] = {}
+        self._last: Hashable = None
+        self._next: tuple[Hashable, Future[Any]] | None = None
+
+    def __call__(self, group: Any, number: int) -> Any:
+        """The arrays; returns once they are read, and has the next ones begun."""
+        with self._lock:
+            here = group, number
+            ready = self._next[1] if self._next and self._next[0] == here else self._pool.submit(self._read, *here)
+            value = ready.result()
+            if self._last is not None:
+                self._follower[self._last] = here
+            self._last = here
+            there = self._follower.get(here, (group, (number + 1) % self._counts[group]))
+            # an entry alone may be written before it is read again
+            self._next = None if there == here else (there, self._pool.submit(self._read, *there))
+            return value
+
+
+class Declared(NamedTuple):
+    """An array that has no file yet."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+class MappedArrays(LazyTensors):
+    """Arrays by name, each in `folder/<name>.npy`; the folder is scratch, made anew by every run."""
+
+    def __init__(self, folder: epath.PathLike, declared: Mapping[str, Declared]) -> None:
+        """Makes no file yet.
+
+        Args:
+          folder: local.
+          declared: what there will be.
+
+        Raises:
+          ValueError: if the folder is not local.
+        """
+        if "://" in str(folder):
+            raise ValueError(f"files cannot be memory-mapped in {folder}: take a local folder")
+        self.folder, self._entries = pathlib.Path(folder), dict(declared)
+
+    def declared(self, name: str) -> Declared:
+        """Shape and dtype."""
+        return self._entries[name]
+
+    def file(self, name: str) -> pathlib.Path:
+        """Where it lies."""
+        return self.folder / f"{name}.npy"
+
+    def fill(self, name: str, value: Any = None) -> None:
+        """Makes the file, of zeros by default.
+
+        Raises:
+          OSError: where the disk has no room: now, and not when a page is written, which would kill the process.
+        """
+        shape, dtype = self._entries[name]
+        file = self.file(name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        array = npy.open_memmap(file, "w+", dtype, shape)
+        with file.open("r+b") as f:
+            os.posix_fallocate(f.fileno(), 0, file.stat().st_size)
+        if value is not None:
+            array[...] = value
+            array.flush()
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """A map of the file, to read and to write; its pages are given back with it."""
+        _ = self._entries[name]
+        return npy.open_memmap(self.file(name), "r+")
+
+    def remove(self) -> None:
+        """Removes the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
