@@ -160,13 +160,11 @@ def measure(
     gathers = [(t, h) for t, h, c in zip(moving, hidden, found, strict=True) if c.kind == "all-gather"]
     step = compute + sum(moving) - sum(hidden)
     ideal = report["model_flops"] / (report["chips"] * chip.flops)
-    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    peak += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    peak = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
     return {
-        "fits": peak <= chip.hbm,  # a compiler for absent chips does not refuse everything that is too large
+        "fits": peak <= chip.hbm,
         "memory": {
             "arguments": memory.argument_size_in_bytes,
-            "temporaries": memory.temp_size_in_bytes,
             "code": memory.generated_code_size_in_bytes,
             "peak": peak,
         },
@@ -197,8 +195,8 @@ def table(r: dict[str, Any]) -> str:
         return "\n".join([*lines, f"does not fit: {reason.strip()}", *_largest(r["compiler"]), ADVICE])
     m = r["memory"]
     lines.append(
-        f"{'fits' if r['fits'] else 'does not fit'}: {m['peak'] / GB:.2f} GB a chip (arguments "
-        f"{m['arguments'] / GB:.2f}, temporaries {m['temporaries'] / GB:.2f}, code {m['code'] / GB:.2f})"
+        f"{'fits' if r['fits'] else 'does not fit'}: {m['peak'] / GB:.2f} GB a chip at most (arguments "
+        f"{m['arguments'] / GB:.2f}, code {m['code'] / GB:.2f})"
     )
     if not r["fits"]:
         lines.append(ADVICE)

@@ -3,7 +3,8 @@
 The compiler's own partitioning gathers a layer's parameters where it needs them and sums gradients as it likes. On TPUs
 it likes to all-reduce whole gradients and cut them afterwards, twice the bytes of ZeRO's reduce-scatter, where many of
 them form a torus (64 and 256 chips were tried). Scattered along one dimension of the torus after the other, the sums
-are true reduce-scatters. So here every layer gathers its parameters itself, and gradients are scattered in stages.
+are true reduce-scatters. So here every layer gathers its parameters itself, and gradients are scattered in stages; so do
+the token table and the output layer.
 
 Sources: Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054; Thakur et al. 2005 (sums along a torus).
 """
@@ -16,15 +17,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from llm_jax.nn import paths, weights
 from llm_jax.nn.execution import Execution
 from llm_jax.nn.stack import Call
 from llm_jax.parallel.pipeline import unusable_outputs
 
 ROWS = ("replica", "data")
 Groups = tuple[tuple[int, ...], ...]
+Axes = str | tuple[str, ...]  # of the mesh
 
 
 def stages(mesh: Mesh, axis: str) -> tuple[Groups, ...]:
@@ -46,25 +50,106 @@ def stages(mesh: Mesh, axis: str) -> tuple[Groups, ...]:
     return tuple(tuple(map(tuple, cut(k).tolist())) for k in range(len(sizes)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def gather(x: jax.Array, dimension: int, scatter: tuple[Groups, ...]) -> jax.Array:
-    """The blocks of all devices along `data`, side by side in a dimension; its gradient is scattered by stages."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def gather(x: jax.Array, dimension: int, scatter: tuple[Groups, ...], axes: Axes = "data") -> jax.Array:
+    """The blocks of all devices along mesh axes, side by side in a dimension; its gradient is scattered by stages."""
     del scatter
-    return jax.lax.all_gather(x, "data", axis=dimension, tiled=True)
+    return jax.lax.all_gather(x, axes, axis=dimension, tiled=True)
 
 
-def _gather_fwd(x, dimension, scatter):
-    return gather(x, dimension, scatter), None
+def _gather_fwd(x, dimension, scatter, axes):
+    return gather(x, dimension, scatter, axes), None
 
 
-def _gather_bwd(dimension, scatter, _, dy):
+def _gather_bwd(dimension, scatter, axes, _, dy):
     for groups in scatter:
         own = None if len(groups) == 1 else groups
-        dy = jax.lax.psum_scatter(dy, "data", scatter_dimension=dimension, tiled=True, axis_index_groups=own)
+        dy = jax.lax.psum_scatter(dy, axes, scatter_dimension=dimension, tiled=True, axis_index_groups=own)
     return (dy,)
 
 
 gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+class Gathered(weights.Weight):
+    """A matrix that is gathered, where it is divided, for products with what each device has of rows and positions.
+
+    Attributes:
+      array: the matrix.
+      mesh: the devices.
+      spec: mesh axes of the matrix.
+      rows: mesh axes of what it is multiplied with, batch first.
+      scatter: stages of its gradient.
+    """
+
+    array: jax.Array
+    mesh: Mesh = struct.field(pytree_node=False)
+    spec: P = struct.field(pytree_node=False)
+    rows: P = struct.field(pytree_node=False)
+    scatter: tuple[Groups, ...] = struct.field(pytree_node=False)
+
+    def dense(self) -> jax.Array:
+        """The matrix itself."""
+        return self.array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole matrix."""
+        return self.array.shape
+
+    def _locally(self, fn: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+        place = next((i for i, axes in enumerate(self.spec) if axes is not None), None)
+
+        def local(own: jax.Array, x: jax.Array) -> jax.Array:
+            whole = own if place is None else gather(own, place, self.scatter, self.spec[place])
+            return fn(x, whole)
+
+        manual = {axis for axes in self.rows for axis in ((axes,) if isinstance(axes, str) else axes)}
+        run = jax.shard_map(
+            local, mesh=self.mesh, in_specs=(self.spec, self.rows), out_specs=self.rows, axis_names=manual,
+            check_vma=False,
+        )  # fmt: skip
+        return run(self.array, x)
+
+    def matmul(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """`x[B, T, in] @ self`."""
+        del key
+        return self._locally(weights.matmul, x)
+
+    def matmul_t(self, x: jax.Array) -> jax.Array:
+        """`x[B, T, out] @ self.T`."""
+        return self._locally(weights.matmul_t, x)
+
+    def take(self, ids: jax.Array) -> jax.Array:
+        """Rows of the matrix, for ids of `[B, T]`, or for any ids on every device."""
+        if ids.ndim < 2:
+            return weights.take(self.array, ids)
+        return self._locally(lambda ids, whole: weights.take(whole, ids), ids)
+
+
+OUTSIDE = ("embed/embedding", "positions/embedding", "head/kernel")  # matrices outside of stacks that all rows read
+
+
+def gathering(mesh: Mesh, specs: Any, rows: P = P(ROWS)) -> Callable[[Any], Any]:
+    """Puts `Gathered` in the place of the matrices outside of stacks, in parameters that compute.
+
+    Args:
+      mesh: the devices.
+      specs: mesh axes of every parameter of the model, as stored.
+      rows: mesh axes of the batch, and of its positions.
+    """
+    by_path = dict(paths.flatten(specs, lambda x: isinstance(x, P)))
+    divided = [axis for axis in mesh.axis_names if axis in ("data", "seq") and mesh.shape[axis] > 1]
+    scatter = stages(mesh, "data") if divided == ["data"] else ((tuple(range(mesh.size)),),)  # one stage of all
+
+    def one(path: str, x: Any) -> Any:
+        if path not in OUTSIDE or weights.is_node(x):
+            return x
+        # other axes are the compiler's
+        own = P(*(a if a in ("data", "seq", ("data", "seq")) else None for a in by_path[path]))
+        return Gathered(x, mesh, own, rows, scatter)
+
+    return lambda params: paths.map_with_path(one, params, is_leaf=weights.is_node)
 
 
 def _has_rows(path: Any) -> bool:

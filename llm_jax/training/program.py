@@ -133,9 +133,13 @@ def build(
         divide = pin(plan.update_shardings(params, axes))
         where = {"run_update": HostUpdate("update" in config.plan.offload, divide)}
     trained = model
+    if config.plan.seq > 1:  # the compiler would gather all positions' gradients for the rows of a table
+        stored = plan.specs(params, axes, config.plan.zero >= 3)
+        where["wrap"] = explicit.gathering(plan.mesh, stored, P(explicit.ROWS, "seq"))
     if config.plan.explicit:
         execution = plan.execution()
-        run = explicit.runner(plan.mesh, plan.specs(params, axes, True), execution)
+        stored = plan.specs(params, axes, True)
+        run, where["wrap"] = explicit.runner(plan.mesh, stored, execution), explicit.gathering(plan.mesh, stored)
         trained = config.model.make(dataclasses.replace(execution, stack_runner=run))
     step = make_train_step(
         trained, objective, tx, options, constrain_grads=keep_grads, pipe=pipe, gather=gather, **where

@@ -61,6 +61,7 @@ def make_train_step(
     constrain_grads: Callable[[Any], Any] = _same,
     pipe: tuple[Mesh, Schedule] | None = None,
     gather: Callable[[Any], Any] = _same,
+    wrap: Callable[[Any], Any] = _same,
     run_update: Callable[..., Any] = lambda update, *args: update(*args),
 ) -> Step:
     """Builds `step(state, batch) -> (state, metrics)`; jit it with the state donated.
@@ -78,6 +79,7 @@ def make_train_step(
       constrain_grads: pins the sharding of gradients (ZeRO-2 and 3).
       pipe: mesh and schedule of a pipeline, whose micro-batches take the place of `accumulation`.
       gather: of a pipeline: undoes ZeRO's division of the parameters that compute.
+      wrap: of explicit ZeRO: parameters that gather themselves, from those that compute.
       run_update: runs the optimizer's update where its state lies (`parallel.offload`).
 
     Raises:
@@ -88,7 +90,7 @@ def make_train_step(
     def loss_fn(trainable, frozen, prepared, totals, key, scale, carry):
         params = precision.cast(combine(trainable, frozen))
         params = expand(params, ties) if ties else params
-        params = unstack(params) if config.unroll else params
+        params = wrap(unstack(params) if config.unroll else params)
         inputs = prepared.inputs if carry is None else {**prepared.inputs, "cache": carry}
         out = model.apply({"params": params}, **inputs, train=True, rngs={"dropout": key})
         scores = objective.score(out, prepared.targets)

@@ -39,12 +39,17 @@ def test_gradients_of_layers_are_scattered():
     batch = jax.device_put(task("llama")[1][0], plan.batch_sharding())
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), made.shapes, made.shardings)
     found = hlo.collectives(made.step.lower(state, batch).compile().as_text())
-    of = lambda kind: sum(c.times * c.size for c in found if c.kind == kind and "shard_map" in c.where)
+    of = lambda kind: sum(c.times * c.size for c in found if c.kind == kind and "decoder/shard_map" in c.where)
     layers = made.shapes.params["decoder"]["layers"]
     matrices = sum(x.size * 4 for x in jax.tree.leaves(layers) if x.ndim == 3)
     norms = sum(x.size * 4 for x in jax.tree.leaves(layers) if x.ndim == 2)
     assert of("reduce-scatter") == matrices + norms
     assert of("all-gather") == 2 * (matrices + norms)
+    table = 4 * made.shapes.params["embed"]["embedding"].size  # read by the first layer and, tied, by the last
+    outside = [c for c in found if "shard_map" in c.where and "decoder/" not in c.where]
+    moved = lambda kind: sum(c.times * c.size for c in outside if c.kind == kind)
+    assert (moved("all-gather"), moved("reduce-scatter")) == (table, 2 * table)  # equal gathers are one to the compiler
+    assert moved("all-reduce") == 0
 
 
 def torus(*sizes, order=None):
