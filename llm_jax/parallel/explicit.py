@@ -3,8 +3,8 @@
 The compiler's own partitioning gathers a layer's parameters where it needs them and sums gradients as it likes. On TPUs
 it likes to all-reduce whole gradients and cut them afterwards, twice the bytes of ZeRO's reduce-scatter, where many of
 them form a torus (64 and 256 chips were tried). Scattered along one dimension of the torus after the other, the sums
-are true reduce-scatters. So here every layer gathers its parameters itself, and gradients are scattered in stages; so do
-the token table and the output layer.
+are true reduce-scatters. So here every layer gathers its parameters itself, and gradients are scattered in stages; the
+token table and the output layer do the same.
 
 Sources: Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054; Thakur et al. 2005 (sums along a torus).
 """
