@@ -19,7 +19,7 @@ from llm_jax.training.optimizers import OptimizerConfig, make_optimizer
 from llm_jax.training.program import build
 from llm_jax.training.run import RunConfig
 
-ROWS, T, STEPS = 16, 8, 2
+ROWS, T, STEPS = 16, 8, 3
 MODELS_HERE = {  # sizes that 8 devices divide, but for what a row is about
     "gpt": dataclasses.replace(
         MODELS["gpt_untied_padded"], model_dim=24, num_heads=3, hidden_dim=16, dropout=0.1, attention_dropout=0.1

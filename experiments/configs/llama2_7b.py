@@ -11,6 +11,7 @@ Result:     (jax 0.10.2, libtpu 0.0.42.1) a row of 2,048 tokens a chip: 2.49 of 
             objective.chunks=8)
 """
 
+import dataclasses
 from typing import Any
 
 from experiments import cli
@@ -36,9 +37,25 @@ def pretraining(model: LlamaConfig, rate: float, plan: PlanConfig, rows: int, le
     )
 
 
-def get_config(variant: str = ""):
-    """A row of 2,048 tokens a chip of v5e:16x16."""
-    if variant:
-        raise ValueError(f"there is no variant {variant!r}")
+# on chips of two cores gathers are fused with what both cores compute, and then nothing runs beside them
+BESIDE = (
+    "xla_tpu_megacore_fusion_allow_ags=false",
+    "xla_enable_async_all_gather=true",
+    "xla_tpu_enable_async_collective_fusion=true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps=true",
+    "xla_tpu_overlap_compute_collective_tc=true",
+)
+PLAN = PlanConfig(zero=3, explicit=True, precision="bf16", remat="full")
+VARIANTS: dict[str, tuple[PlanConfig, int, int]] = {  # plan, rows, tokens a row
+    "v5e": (PLAN, 256, 2048),
+    "v5p": (dataclasses.replace(PLAN, compiler=BESIDE), 256, 4096),
+}
+
+
+def get_config(variant: str = "v5e"):
+    """A row of 2,048 tokens a chip of v5e:16x16, or 4 of 4,096 a chip of v5p:4x4x4."""
+    if variant not in VARIANTS:
+        raise ValueError(f"variant {variant!r} is none of {', '.join(VARIANTS)}")
     model = LlamaConfig(**SIZES, model_dim=4096, num_layers=32, num_heads=32, num_kv_heads=32, hidden_dim=11008)
-    return pretraining(model, 3e-4, PlanConfig(zero=3, explicit=True, precision="bf16", remat="full"), 256, 2048)
+    return pretraining(model, 3e-4, *VARIANTS[variant])

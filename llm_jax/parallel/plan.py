@@ -46,6 +46,7 @@ class PlanConfig:
         device; the update reads, computes and writes them layer by layer, see `parallel.disk`).
       precision: fp32, bf16 or fp16.
       master: `in_params`, `in_optimizer` or `none`: where the float32 copy of the weights lives.
+      compiler: options of the compiler for the train step, `name=value` each.
       unroll: run layers unrolled rather than scanned (faster steps on a CPU, compile time grows with depth).
     """
 
@@ -64,6 +65,7 @@ class PlanConfig:
     offload: tuple[str, ...] = ()
     precision: str = "fp32"
     master: str = "in_params"
+    compiler: tuple[str, ...] = ()
     unroll: bool = False
 
     def __post_init__(self) -> None:
@@ -81,6 +83,8 @@ class PlanConfig:
             raise ValueError(f"offload={', '.join(sorted(unknown))} is none of {', '.join(offload.KINDS)}")
         if "disk" in self.offload and len(self.offload) > 1:
             raise ValueError("plan.offload=disk stands alone: what lies on disk lies not in host memory")
+        if wrong := [option for option in self.compiler if not option.partition("=")[2]]:
+            raise ValueError(f"plan.compiler holds {wrong[0]!r}, which is not of the form name=value")
         if self.schedule not in schedules.NAMES:
             raise ValueError(f"schedule={self.schedule!r} is none of {', '.join(schedules.NAMES)}")
         if self.pipe > 1:

@@ -94,8 +94,13 @@ class MappedArrays(LazyTensors):
         file = self.file(name)
         file.parent.mkdir(parents=True, exist_ok=True)
         array = npy.open_memmap(file, "w+", dtype, shape)
-        with file.open("r+b") as f:
-            os.posix_fallocate(f.fileno(), 0, file.stat().st_size)
+        size = file.stat().st_size
+        try:
+            with file.open("r+b") as f:
+                if hasattr(os, "posix_fallocate"):  # not on macOS
+                    os.posix_fallocate(f.fileno(), 0, size)
+        except OSError as e:
+            raise OSError(e.errno, f"no room for {size:,} bytes ({e.strerror})", str(file)) from e
         if value is not None:
             array[...] = value
             array.flush()

@@ -63,7 +63,7 @@ def _parameters(plan: Plan, program: Program, itemsize: int, micros: int) -> dic
     mesh, zero, own = plan.mesh, plan.config.zero, plan.config
     n = size_of(mesh, plan.zero_axes)
     stored_size = 4 if own.master == "in_params" else itemsize
-    sent = dict.fromkeys(("data", "replica", "seq", "pipe"), 0.0)
+    sent = dict.fromkeys(("data", "replica", "seq", "data+seq", "pipe"), 0.0)
     for x, name, spec, stored in _leaves(plan, program):
         layers = bool(name) and name[0] == "layers"
         size = math.prod(x.shape) / math.prod(size_of(mesh, a) for a in spec if a is not None)
@@ -73,9 +73,14 @@ def _parameters(plan: Plan, program: Program, itemsize: int, micros: int) -> dic
             sent["data"] += turns * size * itemsize * _share(n)
         elif divided and zero >= 1:
             sent["data"] += size * stored_size * _share(n)
-        sums = 1 if own.explicit and layers and divided else 2  # compilers sum and cut, where ZeRO scatters
-        for axis in ("data", "seq"):
-            sent[axis] += sums * micros * size * itemsize * _share(mesh.shape[axis])
+        table = not layers and len(x.shape) > 1
+        written = (layers or table) if own.explicit else table and own.seq > 1
+        sums = 1 if divided and zero >= 3 and written else 2  # compilers sum and cut, where ZeRO scatters
+        if own.seq > 1 and table:  # at once over both
+            sent["data+seq"] += sums * micros * size * itemsize * _share(n)
+        else:
+            for axis in ("data", "seq"):
+                sent[axis] += sums * micros * size * itemsize * _share(mesh.shape[axis])
         here = size / mesh.shape["data"] if divided and zero >= 2 else size
         sent["replica"] += 2 * micros * here * itemsize * _share(mesh.shape["replica"])
         if not layers:

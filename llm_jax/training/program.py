@@ -1,7 +1,7 @@
 """What a run compiles: its plan, model, initial state and steps, on real devices or on those of a described machine."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -54,6 +54,13 @@ class Program(NamedTuple):
     evaluate: Any
     flops_per_token: float
     on_disk: OnDisk | None
+
+
+def options_of(given: Sequence[str]) -> dict[str, Any] | None:
+    """Options of the compiler from `name=value`, where true and false are no words; None without any."""
+    words = {"true": True, "false": False}
+    pairs = (option.split("=", 1) for option in given)
+    return {name: words.get(value.lower(), value) for name, value in pairs} or None
 
 
 def build(
@@ -162,7 +169,9 @@ def build(
         init=first,
         shapes=shapes,
         shardings=shardings,
-        step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
+        step=jax.jit(
+            step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options_of(config.plan.compiler)
+        ),
         evaluate=jax.jit(make_eval_step(model, objective.plain(), precision)),
         flops_per_token=flops.flops_per_token(params, config.model.num_layers, c.sequence_length, width),
         on_disk=on_disk,

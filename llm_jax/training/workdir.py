@@ -17,7 +17,7 @@ FREE = (
         f"plan.{n}"
         for n in ("data", "replica", "pipe", "schedule", "microbatches", "chunks", "seq", "model", "zero", "explicit")
     ),
-    *(f"plan.{n}" for n in ("remat", "attention", "unroll", "offload")),
+    *(f"plan.{n}" for n in ("remat", "attention", "unroll", "offload", "compiler")),
 )
 
 

@@ -1,5 +1,7 @@
 """Arrays in files, and reading ahead."""
 
+import errno
+import os
 import threading
 
 import numpy as np
@@ -57,3 +59,13 @@ def test_arrays_in_files(tmp_path):
         MappedArrays("gs://bucket", {})
     arrays.remove()
     assert not (tmp_path / "scratch").exists()
+
+
+def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    arrays = MappedArrays(tmp_path, {"a": Declared((1000,), np.dtype("f4"))})
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"no room for 4,128 bytes \(No space left on device\): .*a\.npy"):
+        arrays.fill("a", np.ones(1000))
