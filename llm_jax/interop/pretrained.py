@@ -115,7 +115,7 @@ def load(
     if (found / "checkpoints").exists():
         if stream:
             raise InteropError(
-                f"{path} is a work directory of ours, which cannot stream: experiments.convert writes one"
+                f"{path} is a work directory of ours, which cannot stream: experiments.convert writes a folder"
             )
         return _load_own(found, dtype, execution, place, average)
     originals = None if (found / "config.json").exists() else elmo.find(found)

@@ -55,6 +55,10 @@ class Pieces(NamedTuple):
         """A piece of one array."""
         return array[number] if self.stack else array[...]
 
+    def shape_of(self, whole: Declared) -> jax.ShapeDtypeStruct:
+        """Of a piece of one array."""
+        return jax.ShapeDtypeStruct(whole.shape[1:] if self.stack else whole.shape, whole.dtype)
+
     def put(self, array: Any, number: Any, value: Any) -> Any:
         """An array with another piece."""
         return array.at[number].set(value) if self.stack else value
@@ -129,8 +133,7 @@ class OnDisk:
             like = {k: v for k, v in like.items() if k == "opt_state" or getattr(self._shapes, k) is not None}
             names = [path for path, x in paths.flatten(like) if lies_on_host(x)]
             self._names[pieces.stack] = names
-            zeros = (jnp.zeros(x.shape, x.dtype) for x in map(self.arrays.declared, names))
-            shapes = jax.eval_shape(lambda zeros=zeros, pieces=pieces: [pieces.cut(x, 0) for x in zeros])
+            shapes = [pieces.shape_of(self.arrays.declared(name)) for name in names]
             fetch = lambda number, pieces=pieces: ahead(pieces.stack, int(number))
             write = functools.partial(self._write, pieces)
             seed = jax.random.fold_in(key, np.uint32(zlib.crc32(pieces.stack.encode())))

@@ -55,7 +55,10 @@ def test_outputs_equal_those_of_resident_layers(name, tmp_path):
 def test_outside_of_jit_and_cast(tmp_path):
     _, streamed = both(CONFIGS["llama"], tmp_path)
     half, whole = (interop.load(tmp_path, dtype="bfloat16", stream=s) for s in (True, False))
-    for a, b in ((half, whole), (streamed, interop.load(tmp_path))):
+    wide = CONFIGS["llama"].make()
+    interop.save(tmp_path / "wide", wide, noise(wide, 0.3), dtype="float64")
+    double = [interop.load(tmp_path / "wide", stream=s) for s in (True, False)]
+    for a, b in ((half, whole), (streamed, interop.load(tmp_path)), double):
         got, want = (x.model.apply({"params": x.params}, IDS).logits for x in (a, b))
         assert got.dtype == want.dtype
         np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (got, want)), rtol=1e-2, atol=1e-2)
