@@ -2,13 +2,18 @@
 
 Reproduces: Touvron et al. 2023, https://arxiv.org/abs/2307.09288, table 1 and section 2.2 (sizes and optimizer).
 Command:    python -m experiments.rehearse --topology=v5e:16x16 --config=experiments/configs/llama2_7b.py
-Cost:       not trained here: rehearsed without accelerators, 58 s on two cores that another compilation shared
-Result:     (jax 0.10.2, libtpu 0.0.42.1) a row of 2,048 tokens a chip: 2.49 of 17.2 GB a chip; a step gathers 26.4 GB,
-            82 % of it behind computing, scatters 14.3 GB of gradients (padded) and all-reduces 0.8; at least 0.75 s of
-            computing (0.04 of it attention's kernels), 0.21 s of moving: 614,000 tokens/s, MFU 0.50, at most 0.57 were
-            nothing moved. With plan.explicit=False: 2.77 GB; 30.7 GB gathered, 13.7 GB all-reduced, which sends twice
-            as much; 0.72 and 0.29 s; 593,000 tokens/s, MFU 0.48, at most 0.60. 16 rows a chip do not fit (18.7 GB,
-            objective.chunks=8)
+            (also --topology=v5p:4x4x4 :v5p)
+Cost:       not trained here: rehearsed without accelerators, about a minute and a half on two shared cores
+Result:     (jax 0.10.2, libtpu 0.0.42.1) v5e:16x16, a row of 2,048 tokens a chip: 1.88 of 17.2 GB a chip; a step
+            gathers 26.4 GB, 90 % of it behind computing, and scatters 14.9 GB of gradients (padded); at least 0.76 s of
+            computing (0.04 of it attention's kernels), 0.20 s of moving: 624,000 tokens/s, MFU 0.51, at most 0.57 were
+            nothing moved. With plan.explicit=False: 2.11 GB; 30.7 GB gathered, 13.7 GB all-reduced, which sends twice
+            as much; 0.72 and 0.29 s; 593,000 tokens/s, MFU 0.48, at most 0.60.
+            plan.remat=dots, objective.chunks=2: 6.7 GB, MFU 0.52, at most 0.59; with two rows 12.6 GB, 0.53, 0.56.
+            16 rows, objective.chunks=8: 14.3 GB, MFU 0.51. With plan.remat=offload:block also 28 rows fit: 15.4 GB and
+            15 in host memory, MFU 0.51 if that traffic hides.
+            v5p:4x4x4, 4 rows of 4,096 (variant v5p): 9.2 of 102 GB; 26.4 GB gathered, 68 % of it behind computing with
+            the options below and none without; 2.97 and 0.07 s; 349,000 tokens/s, MFU 0.51, at most 0.52
 """
 
 import dataclasses
