@@ -25,6 +25,7 @@ from llm_jax.nn import paths, weights
 from llm_jax.nn.execution import Execution
 from llm_jax.nn.stack import Call
 from llm_jax.parallel.pipeline import unusable_outputs
+from llm_jax.parallel.rules import size_of
 
 ROWS = ("replica", "data")
 Groups = tuple[tuple[int, ...], ...]
@@ -98,6 +99,9 @@ class Gathered(weights.Weight):
         return self.array.shape
 
     def _locally(self, fn: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+        sizes = [size_of(self.mesh, axes) for axes in self.rows]
+        if x.ndim < len(sizes) or any(n % size for n, size in zip(x.shape, sizes, strict=False)):
+            return fn(x, self.array)  # a few chosen positions, or none: the compiler's
         place = next((i for i, axes in enumerate(self.spec) if axes is not None), None)
 
         def local(own: jax.Array, x: jax.Array) -> jax.Array:
@@ -121,7 +125,7 @@ class Gathered(weights.Weight):
         return self._locally(weights.matmul_t, x)
 
     def take(self, ids: jax.Array) -> jax.Array:
-        """Rows of the matrix, for ids of `[B, T]`, or for any ids on every device."""
+        """Rows of the matrix."""
         if ids.ndim < 2:
             return weights.take(self.array, ids)
         return self._locally(lambda ids, whole: weights.take(whole, ids), ids)

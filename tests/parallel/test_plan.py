@@ -40,7 +40,7 @@ OTHER_ROWS = {  # not all of what these hold is divided
         1,
     ),
     "albert, tensor 2, zero 3": (PlanConfig(data=4, model=2, zero=3), "albert", 1),
-    "bert, zero 2, accumulation, unrolled": (PlanConfig(data=8, zero=2, unroll=True), "bert", 2),
+    "bert, sequence 2, zero 2, accumulation, unrolled": (PlanConfig(data=4, seq=2, zero=2, unroll=True), "bert", 2),
     "t5, tensor 2, zero 3": (PlanConfig(data=4, model=2, zero=3), "t5", 1),
     "transformer, replicas, zero 1, accumulation": (PlanConfig(replica=2, zero=1), "transformer", 2),
     "xlnet with a memory, tensor 2, zero 2": (PlanConfig(data=4, model=2, zero=2), "xlnet", 1),
