@@ -20,8 +20,6 @@ from llm_jax.training import flops
 from llm_jax.training.precision import DTYPES
 from llm_jax.training.run import RunConfig
 
-STEPS = ("prefill", "decode")
-
 
 def _held(tree: Any) -> int:
     """Bytes of a tree on one device."""
