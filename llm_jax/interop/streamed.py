@@ -18,7 +18,8 @@ import numpy as np
 
 from llm_jax.interop import names
 from llm_jax.nn import paths
-from llm_jax.nn.stack import Call
+from llm_jax.nn.execution import Execution
+from llm_jax.nn.stack import Call, scanned
 from llm_jax.storage.mapped import Ahead
 
 
@@ -38,20 +39,14 @@ class Streamed:
 
     def __call__(self, call: Call) -> tuple[Any, Any]:
         """Runs the layers of a stack."""
-        count = len(call.group_of)
-        inputs = None if call.per_layer is None else jax.tree.map(lambda *x: jnp.stack(x), *call.per_layer)
         fetch = functools.partial(self._fetch, call.path)
 
-        def one(carry: Any, x: Any) -> tuple[Any, Any]:
-            index, number, inputs = x
+        def layer(number: Any, index: Any, carry: Any, inputs: Any) -> tuple[Any, Any, Any]:
             params = jax.pure_callback(fetch, self._one[call.path], number)
-            carry, out, _ = call.layer(params, index, carry, inputs, call.context)
-            return carry, out
+            return call.layer(params, index, carry, inputs, call.context)
 
-        xs = jnp.arange(count), jnp.asarray(call.group_of), inputs
-        carry, out = jax.lax.scan(one, call.carry, xs)
-        pick = lambda i: jax.tree.map(lambda x: x[i], out)
-        return carry, None if out is None else tuple(map(pick, range(count)))
+        numbers = jnp.arange(max(call.group_of) + 1)  # in the place of the parameters
+        return scanned(layer, numbers, None, call.group_of, call.carry, call.per_layer, Execution())[:2]
 
     def _fetch(self, path: tuple[str, ...], number: Any) -> Any:
         return self._ahead(path, int(number))
@@ -74,8 +69,8 @@ def runner(
     """
     stacks: dict[tuple[str, ...], list[tuple[str, Any]]] = {}
     for path, leaf in paths.flatten(shapes):
-        if paths.is_stacked(path):
-            stack, _, rest = path.partition("/layers/")
+        if stack := paths.stack_of(path):
+            rest = path.removeprefix(f"{stack}/layers/")
             stacks.setdefault(tuple(stack.split("/")), []).append((rest, leaf))
     if not stacks:
         raise names.InteropError(f"{where}: this model has no stack of layers to stream")

@@ -60,6 +60,11 @@ def is_stacked(path: str) -> bool:
     return "layers" in parts and not parts[parts.index("layers") + 1].isdigit()
 
 
+def stack_of(path: str) -> str:
+    """The path of the stack that a stacked parameter is in; empty for others."""
+    return path.partition("/layers/")[0] if is_stacked(path) else ""
+
+
 def _one(pattern: str) -> Predicate:
     if pattern.startswith("re:"):
         regex = re.compile(pattern[3:])

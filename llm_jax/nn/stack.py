@@ -8,7 +8,7 @@ unrolled. `stack` and `unstack` convert.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -178,7 +178,7 @@ class Stack(nn.Module):
                 raise ValueError("a stack_runner runs layers that share their structure: no per_layer")
             call = Call(self.path, layer, params, tuple(group_of), carry, per_layer, (shared, key))
             return self.execution.stack_runner(call)
-        run = _unrolled if is_unstacked(params) else _scanned
+        run = _unrolled if is_unstacked(params) else scanned
         own = lambda *a: layer(*a, (shared, key))
         carry, outputs, sown = run(own, params, extra, group_of, carry, per_layer, self.execution)
         if sowing:
@@ -226,7 +226,29 @@ def _unrolled(layer, params, extra, group_of, carry, per_layer, execution):
     return carry, None if all(o is None for o in outputs) else tuple(outputs), sown
 
 
-def _scanned(layer, params, extra, group_of, carry, per_layer, execution):
+def scanned(
+    layer: Callable[..., tuple[Any, Any, Any]],
+    params: Any,
+    extra: Any,
+    group_of: Sequence[int],
+    carry: Any,
+    per_layer: Any,
+    execution: Execution,
+) -> tuple[Any, Any, list[Any]]:
+    """Runs layers in one `lax.scan`.
+
+    Args:
+      layer: `(params, index, carry, inputs) -> (carry, output, sown)`.
+      params: the parameter sets, stacked.
+      extra: parameters that layers have beside those of their sets, or None.
+      group_of: which set each layer has.
+      carry: what flows from layer to layer.
+      per_layer: per-layer inputs or None.
+      execution: its remat policy.
+
+    Returns:
+      (last carry, outputs by layer or None, what each layer sowed).
+    """
     count, every = len(group_of), _chunks(execution, len(group_of))
     if len(set(group_of)) != count:
         params = jax.tree.map(lambda x: x[jnp.asarray(group_of)], params)

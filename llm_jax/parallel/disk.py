@@ -43,7 +43,7 @@ class Pieces(NamedTuple):
         """Those of a tree."""
         found: dict[str, Pieces] = {}
         for path, leaf in paths.flatten(params):
-            stack = path.partition("/layers/")[0] if paths.is_stacked(path) else ""
+            stack = paths.stack_of(path)
             found.setdefault(stack, cls(stack, leaf.shape[0] if stack else 1, [])).paths.append(path)
         return list(found.values())
 
