@@ -236,19 +236,23 @@ def _cast(kind: Any, dtype: Any) -> Any:
 
 
 def read_layer(
-    source: Mapping[str, np.ndarray], rules: Sequence[Rule], abstract: Any, prefix: str, index: int, dtype: Any = None
+    source: Mapping[str, np.ndarray],
+    by_path: Mapping[str, Rule],
+    abstract: Any,
+    prefix: str,
+    index: int,
+    dtype: Any = None,
 ) -> Any:
     """One layer of a stack, as numpy arrays in memory of their own.
 
     Args:
       source: their tensors.
-      rules: as for `read_params`.
+      by_path: the rule of each of our parameters.
       abstract: shapes of the stack's parameters, `[L, ...]` each.
       prefix: what comes before their paths, as `decoder/layers/`.
       index: which layer.
       dtype: cast floating tensors; theirs by default.
     """
-    by_path = {r.ours: r for r in rules}
 
     def read(path: str, leaf: Any) -> np.ndarray:
         array = _slice(source, by_path[prefix + path], index, leaf.shape[1:])

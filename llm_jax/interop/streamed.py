@@ -75,11 +75,12 @@ def runner(
     if not stacks:
         raise names.InteropError(f"{where}: this model has no stack of layers to stream")
     trees = {path: paths.nested(leaves) for path, leaves in stacks.items()}
+    by_path = {r.ours: r for r in rules}
     prefix = lambda path: "/".join((*path, "layers", ""))
     narrow = lambda x: x.astype(jax.dtypes.canonicalize_dtype(x.dtype), copy=False)  # float64 where jax has none
 
     def read(path: tuple[str, ...], number: int) -> Any:
-        return jax.tree.map(narrow, names.read_layer(source, rules, trees[path], prefix(path), number, dtype))
+        return jax.tree.map(narrow, names.read_layer(source, by_path, trees[path], prefix(path), number, dtype))
 
     # the first layer says which dtypes the file has
     kinds = {path: jax.tree.map(lambda x: x.dtype, read(path, 0)) for path in trees}
