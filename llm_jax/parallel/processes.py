@@ -97,9 +97,14 @@ def _listen() -> None:
 LOST = ("Gloo", "NCCL", "heartbeat", "coordination", "Connection reset", "Connection closed", "UNAVAILABLE")
 
 
+def lost(text: str) -> bool:
+    """Whether an error's text says that another process of the job is gone: nothing done together ends any more."""
+    return jax.distributed.is_initialized() and any(word in text for word in LOST)
+
+
 def explain(text: str) -> str:
-    """An error's text, with what to do where it says that another process of the job is gone."""
-    if not jax.distributed.is_initialized() or not any(word in text for word in LOST):
+    """An error's text, with what to do where another process of the job is gone."""
+    if not lost(text):
         return text
     return (
         f"another process of this job ended or cannot be reached ({text}): its log says why; run the same command "

@@ -6,8 +6,10 @@ structured weights), `run` (config, position in the data, library version) and, 
 of run resumes as the other.
 """
 
+import contextlib
 import dataclasses
 import math
+import threading
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -109,6 +111,7 @@ class Checkpoints:
           mapped: the part of the state that lies in files.
         """
         self._mapped = mapped
+        self._waiting: threading.Thread | None = None
         keep: list[Any] = [policies.LatestN(keep_last)]
         if keep_best:
             keep.append(policies.BestN(get_metric_fn=_quality, n=keep_best, keep_checkpoints_without_metrics=False))
@@ -154,6 +157,21 @@ class Checkpoints:
             self._manager.save(step, args=args, metrics=metrics, force=True)
         except Exception as e:
             raise CheckpointError(f"checkpoint {step} could not be written to {self.folder}: {_line(e)}") from e
+
+    def saving(self, seconds: float = 0.05) -> bool:
+        """Whether background writes go on after this many seconds; their errors surface in `wait`."""
+        if self._waiting is None:
+            self._waiting = threading.Thread(target=self._try_to_wait, daemon=True)
+            self._waiting.start()
+        self._waiting.join(seconds)
+        if self._waiting.is_alive():
+            return True
+        self._waiting = None
+        return False
+
+    def _try_to_wait(self) -> None:
+        with contextlib.suppress(Exception):
+            self._manager.wait_until_finished()
 
     def wait(self) -> None:
         """Waits for background writes; their errors surface here."""

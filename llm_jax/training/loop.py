@@ -121,6 +121,15 @@ def _agreed(stop: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.asarray(stop)).any())
 
 
+def _settle(checkpoints: Checkpoints) -> None:
+    """Until no process of the job writes any more, in a way that fails at once where one of them has died.
+
+    Orbax would wait at a barrier for the dead one, until its missing heartbeats end this process without a word.
+    """
+    while jax.process_count() > 1 and _agreed(checkpoints.saving()):
+        pass
+
+
 def run_loop(
     state: TrainState,
     step_fn: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]],
@@ -169,6 +178,7 @@ def run_loop(
     )  # fmt: skip
 
     def save(step: int) -> None:
+        _settle(checkpoints)
         metrics = last_eval if evaluated == step and last_eval else None  # keep_best ranks what was measured here
         checkpoints.save(step, state, {**run_info, "data": loader.state()}, metrics)
 
@@ -212,6 +222,7 @@ def run_loop(
                 profiling = False
             if int(values["bad_steps"]) >= config.max_bad_steps:
                 save(step)
+                _settle(checkpoints)
                 checkpoints.wait()
                 raise TrainingError(
                     f"loss or gradient was not finite in {config.max_bad_steps} consecutive steps up to step {step}; "
@@ -233,6 +244,7 @@ def run_loop(
                 saved = step
             if stopping:
                 break
+        _settle(checkpoints)
         checkpoints.wait()
         if profiling:
             jax.profiler.stop_trace()

@@ -25,6 +25,7 @@ from llm_jax.objectives.labels import Labels
 from llm_jax.objectives.masked_lm import MaskedLM
 from llm_jax.objectives.permutation_lm import PermutationLM
 from llm_jax.objectives.seq2seq import Seq2Seq
+from llm_jax.parallel import processes
 from llm_jax.parallel.plan import Plan, PlanConfig
 from llm_jax.storage.checkpoints import Checkpoints
 from llm_jax.training import flops, metrics
@@ -200,6 +201,7 @@ def _train(config, workdir, params, adapt, tokenizer, encode, kind, restore_step
     peak = flops.peak_flops()
     writer = metrics.MetricsWriter(workdir, int(state.step))
     log.info("%s parameters in %s", f"{weights.count(program.params):,}", workdir)
+    together = True
     try:
         state, evaluation = run_loop(
             *(state, program.step, loader, place, checkpoints, writer, c, evaluate, {"config": whole}),
@@ -207,12 +209,16 @@ def _train(config, workdir, params, adapt, tokenizer, encode, kind, restore_step
             peak_flops=None if peak is None else peak * jax.device_count(),
             workdir=workdir,
         )
+    except Exception as e:
+        together = not processes.lost(str(e))
+        raise
     finally:
         writer.close()
-        checkpoints.close()
+        if together:  # without the others a save never ends, and jax ends this process before it can say why
+            checkpoints.close()
         if mapped is not None:
             mapped.remove()  # what it holds is in the last checkpoint
-        if jax.process_index() == 0 and metrics.read_metrics(workdir):
+        if together and jax.process_index() == 0 and metrics.read_metrics(workdir):
             metrics.plot_loss(workdir, getattr(objective, "loss_unit", metrics.UNIT))
     return Trained(state, config.model.make(), tokenizer, evaluation)
 
