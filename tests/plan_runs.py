@@ -27,6 +27,7 @@ MODELS_HERE = {  # sizes that 8 devices divide, but for what a row is about
     "llama": dataclasses.replace(
         MODELS["llama"], model_dim=16, num_heads=4, head_dim=8, hidden_dim=24, vocab_pad_multiple=8
     ),
+    "llama_wide": dataclasses.replace(MODELS["llama"], model_dim=32, num_heads=4, head_dim=8, hidden_dim=24),
     "deep": dataclasses.replace(
         MODELS["gpt_untied_padded"], model_dim=24, num_layers=5, num_heads=3, hidden_dim=16, dropout=0.1,
         attention_dropout=0.1,

@@ -160,6 +160,8 @@ def _product_bwd(transposed, saved, dy):
     x, w = saved
     if isinstance(dy, jax.custom_derivatives.SymbolicZero):
         return None, None
+    # two products read it, and a TPU would compute what made it for each of them
+    dy = lax.optimization_barrier(dy)
     dx = None if w is None else _contract(dy, w, 0 if transposed else 1)
     if x is None:
         return dx, None

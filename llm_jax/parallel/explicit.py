@@ -163,6 +163,11 @@ def _has_rows(path: Any) -> bool:
     return not suffix.isupper() or suffix.startswith("B")
 
 
+def is_turned(path: str) -> bool:
+    """Whether layers gather a parameter as its transpose where its columns are divided: plain kernels of a stack."""
+    return paths.is_stacked(path) and path.endswith("/kernel")
+
+
 def runner(mesh: Mesh, specs: Any, execution: Execution) -> Callable[[Call], tuple[Any, Any]]:
     """A stack runner that divides rows over `replica` and `data` and gathers layer by layer.
 
@@ -183,6 +188,7 @@ def runner(mesh: Mesh, specs: Any, execution: Execution) -> Callable[[Call], tup
         is_spec = lambda s: isinstance(s, P)
         place = lambda s: s.index("data") if "data" in s[1:] else None  # divided by layers: gathered all at once
         places = jax.tree.map(place, own, is_leaf=is_spec)
+        kernels = [is_turned(f"layers/{path}") for path, _ in paths.flatten(call.params)]
         batch = jax.tree.leaves(call.carry)[0].shape[0]
         shared, key = call.context
         by_rows = lambda path, x: P(ROWS) if x.ndim and x.shape[0] == batch and _has_rows(path) else P()
@@ -194,11 +200,16 @@ def runner(mesh: Mesh, specs: Any, execution: Execution) -> Callable[[Call], tup
                 key = jax.random.fold_in(key, jax.lax.axis_index(ROWS))
             flat_places = jax.tree.leaves(places, is_leaf=is_place)
 
+            def whole_of(x: jax.Array, at: int | None, kernel: bool) -> Any:
+                if at is None:
+                    return x
+                if kernel and at == x.ndim:  # a few columns are no whole lanes, but they are rows
+                    return weights.Transposed(gather(x.T, 0, scatter))
+                return gather(x, at - 1, scatter)
+
             def one(x: Any, item: Any) -> tuple[Any, Any]:
                 index, leaves = item
-                whole = [
-                    x if at is None else gather(x, at - 1, scatter) for x, at in zip(leaves, flat_places, strict=True)
-                ]
+                whole = list(map(whole_of, leaves, flat_places, kernels))
                 return call.layer(jax.tree.unflatten(form, whole), index, x, None, (shared, key))[0], None
 
             leaves, form = jax.tree.flatten(params)

@@ -16,7 +16,7 @@ from llm_jax.nn import paths, weights
 from llm_jax.nn.execution import Execution
 from llm_jax.nn.ring import Ring
 from llm_jax.nn.splash import Splash
-from llm_jax.parallel import offload, schedules, zero
+from llm_jax.parallel import explicit, offload, schedules, zero
 from llm_jax.parallel.mesh import AXES, make_mesh
 from llm_jax.parallel.rules import TENSOR_PARALLEL, Rules, logical_axes, place, without
 
@@ -250,7 +250,10 @@ class Plan:
             for n, x in zip(jax.tree.leaves(names, is_leaf=is_spec), jax.tree.leaves(params), strict=True)
         ]
         specs = jax.tree.unflatten(jax.tree.structure(params), flat)
-        return zero.divide_tree(specs, params, names, self.mesh, self.zero_axes) if divided else specs
+        if not divided:
+            return specs
+        turned = {"turned": explicit.is_turned} if self.config.explicit else {}
+        return zero.divide_tree(specs, params, names, self.mesh, self.zero_axes, **turned)
 
     def gather(self, params: Any, axes: Any) -> Any:
         """Parameters that compute, without ZeRO's division (inside `jit`)."""

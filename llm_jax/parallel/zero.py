@@ -5,7 +5,7 @@ gradients too, 3 the parameters too. All three are the same sharding, chosen her
 reduce-scatters and all-gathers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,33 +18,44 @@ from llm_jax.parallel.rules import size_of
 Axes = str | tuple[str, ...]  # of the mesh
 
 
-def divide(spec: P, shape: tuple[int, ...], mesh: Mesh, axis: Axes, avoid: tuple[int, ...] = ()) -> P:
+TILE = 16  # rows of a tile of a TPU's memory, in half precision
+
+
+def divide(
+    spec: P, shape: tuple[int, ...], mesh: Mesh, axis: Axes, avoid: tuple[int, ...] = (), turned: bool = False
+) -> P:
     """Adds `axis` at the largest free dimension that divides; unchanged where none does.
 
     The last dimension is taken only if no other divides, because it lies along a vector unit's lanes: gathered in
     slices of a few lanes (11,008 / 256 = 43), a matrix has to be copied into its layout before every product. `avoid`
-    lists dimensions taken after that one (the layer axis, along which the scan slices).
+    lists dimensions taken after that one (the layer axis, along which the scan slices). Who gathers a matrix can also
+    turn it round (`turned`), so that columns are rows; then the shares of whole tiles come first, since others (43
+    rows) are padded and copied too.
     """
     size = size_of(mesh, axis)
     parts = [*spec, *(None,) * (len(shape) - len(spec))]
     free = [i for i, (n, s) in enumerate(zip(shape, parts, strict=True)) if s is None and n % size == 0 and n > 0]
     if size == 1 or not free:
         return P(*parts)
-    best = max(free, key=lambda i: (i not in avoid, i < len(shape) - 1, shape[i], -i))
+    tiled = lambda i: turned and shape[i] // size % TILE == 0
+    best = max(free, key=lambda i: (i not in avoid, tiled(i), i < len(shape) - 1, shape[i], -i))
     parts[best] = axis
     return P(*parts)
 
 
-def divide_tree(specs: Any, params: Any, names: Any, mesh: Mesh, axis: Axes) -> Any:
-    """`divide` for every parameter."""
+def divide_tree(
+    specs: Any, params: Any, names: Any, mesh: Mesh, axis: Axes, turned: Callable[[str], bool] = lambda path: False
+) -> Any:
+    """`divide` for every parameter; `turned` says by path which of them are turned round when they are gathered."""
     is_spec = lambda x: isinstance(x, P)
     flat_names = [n for _, n in paths.flatten(names, is_spec)]
-    leaves, tree = jax.tree.flatten(params)
     flat = [
-        divide(s, x.shape, mesh, axis, tuple(i for i, n in enumerate(n_) if n == "layers"))
-        for s, x, n_ in zip(jax.tree.leaves(specs, is_leaf=is_spec), leaves, flat_names, strict=True)
+        divide(s, x.shape, mesh, axis, tuple(i for i, n in enumerate(n_) if n == "layers"), turned(path))
+        for s, (path, x), n_ in zip(
+            jax.tree.leaves(specs, is_leaf=is_spec), paths.flatten(params), flat_names, strict=True
+        )
     ]
-    return jax.tree.unflatten(tree, flat)
+    return jax.tree.unflatten(jax.tree.structure(params), flat)
 
 
 def state_specs(state: Any, by_path: Mapping[str, tuple[tuple[int, ...], P]], mesh: Mesh, axis: Axes | None) -> Any:

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from plan_runs import assert_equals_one_device, program, run_steps, task
 
 from llm_jax.models.block import Shared
+from llm_jax.nn import paths
 from llm_jax.nn.attend import Mask
 from llm_jax.parallel import explicit, hlo
 from llm_jax.parallel.mesh import make_mesh
@@ -23,6 +24,7 @@ ROWS = {
         1,
     ),
     "encoder-decoder, accumulation": (PlanConfig(data=8, zero=3, explicit=True, remat="full"), "t5", 2),
+    "turned": (PlanConfig(replica=4, data=2, zero=3, explicit=True, remat="full"), "llama_wide", 1),
     "padded rows": (PlanConfig(data=4, model=2, zero=3, explicit=True, remat="dots"), "bert", 1),
 }
 
@@ -31,6 +33,17 @@ ROWS = {
 def test_equals_one_device(row):
     plan, name, accumulation = ROWS[row]
     assert_equals_one_device(*run_steps(plan, name, accumulation), name, accumulation)
+
+
+def test_columns_of_whole_tiles_come_before_rows_of_parts():
+    """12 rows a device would be padded to 16; 16 columns are turned into 16 rows."""
+    own = {}
+    for on in (False, True):
+        plan, made = program(PlanConfig(replica=4, data=2, zero=3, explicit=on, remat="full"), "llama_wide")
+        own[on] = dict(paths.flatten(plan.specs(made.params, made.axes, True), lambda x: isinstance(x, P)))
+    down = "decoder/layers/mlp/down/kernel"
+    assert (own[False][down], own[True][down]) == (P(None, "data", None), P(None, None, "data"))
+    assert {path for path in own[True] if own[True][path] != own[False][path]} == {down}
 
 
 def test_gradients_of_layers_are_scattered():

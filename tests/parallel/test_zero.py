@@ -29,6 +29,20 @@ def test_divide(spec, shape, avoid, want):
     assert divide(spec, shape, MESH, "data", avoid) == want
 
 
+@pytest.mark.parametrize(
+    "shape, want",
+    [
+        ((48, 64), P(None, "data")),  # 12 rows are no whole tile, 16 columns are
+        ((64, 64), P("data", None)),
+        ((48, 40), P("data", None)),  # neither: rows
+        ((12, 6), P("data", None)),
+    ],
+)
+def test_divide_turned(shape, want):
+    assert divide(P(), shape, MESH, "data", turned=True) == want
+    assert divide(P(), shape, MESH, "data") == P("data", None)
+
+
 def test_divide_by_one_changes_nothing():
     assert divide(P(), (8, 8), make_mesh({"model": 8}), "data") == P(None, None)
 
