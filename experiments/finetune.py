@@ -43,7 +43,7 @@ def main() -> None:
     if config.lora is not None and finetune.can_export(loaded.config):
         from llm_jax.interop import peft
 
-        peft.save(f"{WORKDIR.value}/adapter", loaded.model, result.trained.state.params, MODEL.value or "")
+        peft.save(f"{WORKDIR.value}/adapter", loaded.model, result.trained.params, MODEL.value or "")
     print(report.numbers(result.trained, WORKDIR.value))
 
 

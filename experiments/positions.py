@@ -45,7 +45,7 @@ def loss_by_position(trained: Any, config: Any, rows: np.ndarray) -> np.ndarray:
     total = np.zeros(length)
     for start in range(0, len(rows), 8):
         ids = rows[start : start + 8, : length + 1]
-        total -= np.asarray(sequence_logprobs(model, trained.state.params, ids, np.ones_like(ids))).sum(0)
+        total -= np.asarray(sequence_logprobs(model, trained.params, ids, np.ones_like(ids))).sum(0)
     return total / len(rows)
 
 

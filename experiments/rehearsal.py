@@ -160,11 +160,15 @@ def measure(
     gathers = [(t, h) for t, h, c in zip(moving, hidden, found, strict=True) if c.kind == "all-gather"]
     step = compute + sum(moving) - sum(hidden)
     ideal = report["model_flops"] / (report["chips"] * chip.flops)
-    peak = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
+    # the compiler's peak is of device and host together; what lies on the device alone bounds it as well
+    arguments, results = memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
+    peak = memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes
+    peak = min(peak, arguments + memory.temp_size_in_bytes + results) + memory.generated_code_size_in_bytes
     return {
         "fits": peak <= chip.hbm,
         "memory": {
-            "arguments": memory.argument_size_in_bytes,
+            "arguments": arguments,
+            "host": memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
             "code": memory.generated_code_size_in_bytes,
             "peak": peak,
         },
@@ -197,6 +201,7 @@ def table(r: dict[str, Any]) -> str:
     lines.append(
         f"{'fits' if r['fits'] else 'does not fit'}: {m['peak'] / GB:.2f} GB a chip at most (arguments "
         f"{m['arguments'] / GB:.2f}, code {m['code'] / GB:.2f})"
+        + (f", {m['host'] / GB:.2f} of host memory, whose traffic no time below holds" if m["host"] else "")
     )
     if not r["fits"]:
         lines.append(ADVICE)

@@ -86,7 +86,7 @@ def answers(trained: Trained, count: int, config: RunConfig) -> list[str]:
     texts = list(itertools.islice((p for p in found if p is not None and len(tokenizer.encode(p[0])) < length), count))
     if not texts:
         return []
-    generator = Generator(trained.model, trained.state.params, tokenizer.eos_ids)
+    generator = Generator(trained.model, trained.params, tokenizer.eos_ids)
     new = min(length, trained.model.config.context_length - 1)
     done = generator.generate([tokenizer.encode_source(a) for a, _ in texts], new, jax.random.key(0))
     begin, end = _marks()
@@ -104,7 +104,7 @@ def fillings(trained: Trained, count: int, config: RunConfig, length: int = 48) 
         ids = np.array([[tokenizer.role("cls"), *truth, tokenizer.role("sep")]])
         hidden = np.arange(4, len(truth), 8)
         ids[0, 1 + hidden] = objective.mask_id
-        best = fill(trained.model, trained.state.params, ids, np.ones_like(ids))[0].argmax(-1)
+        best = fill(trained.model, trained.params, ids, np.ones_like(ids))[0].argmax(-1)
         begin, end = _marks()
         pieces = []
         for i, index in enumerate(truth):
@@ -128,7 +128,7 @@ def continuations(trained: Trained, count: int, config: RunConfig, length: int =
     new = min(length, room // 2)
     ids = [tokenizer.encode(p)[-(room - new) :] for p in prompts]
     sampler = SamplingConfig(temperature=0.7, top_p=0.9)
-    generator = Generator(trained.model, trained.state.params, tokenizer.eos_ids, sampler)
+    generator = Generator(trained.model, trained.params, tokenizer.eos_ids, sampler)
     results = generator.generate(ids, new, jax.random.key(config.training.seed))
     begin, end = _marks()
     return [f"{tokenizer.decode(p)}{begin}{tokenizer.decode(r.tokens)}{end}" for p, r in zip(ids, results, strict=True)]

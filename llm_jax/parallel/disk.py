@@ -119,7 +119,7 @@ class OnDisk:
 
     def __call__(self, update: Update, kept: Any, grads: Any, signals: Any) -> Any:
         """As `offload.HostUpdate`: `update(kept, grads, signals)`, where `kept` holds only what is resident."""
-        (opt_state, learn, average), (finite, key) = kept, signals
+        opt_state, learn, average = kept
         master = self._shapes.master is not None
         every, scalars = Pieces.all_of(grads), _split(opt_state)[1]
         of = {p.stack: p for p in every}
@@ -136,14 +136,14 @@ class OnDisk:
             shapes = [pieces.shape_of(self.arrays.declared(name)) for name in names]
             fetch = lambda number, pieces=pieces: ahead(pieces.stack, int(number))
             write = functools.partial(self._write, pieces)
-            seed = jax.random.fold_in(key, np.uint32(zlib.crc32(pieces.stack.encode())))
+            seed = jax.random.fold_in(signals.key, np.uint32(zlib.crc32(pieces.stack.encode())))
 
             def one(number, carry, pieces=pieces, like=like, shapes=shapes, fetch=fetch, write=write, seed=seed):
                 out, _ = carry
                 found = _join(like, io_callback(fetch, shapes, number, ordered=True), scalars)
                 here = found["opt_state"], found.get("master", None), found.get("average", None)
                 here = here if master else (here[0], pieces.take(flat_learn, number), here[2])
-                marked = finite, jax.random.fold_in(seed, number)
+                marked = signals._replace(key=jax.random.fold_in(seed, number))
                 new, computing = update(here, pieces.take(flat_grads, number), marked)
                 back = dict(zip(PARTS, new, strict=True))
                 arrays, counters = _split({k: back[k] for k in like})

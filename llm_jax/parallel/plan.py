@@ -42,8 +42,9 @@ class PlanConfig:
       remat: see `nn.Execution`.
       attention: see `nn.Execution`.
       offload: what lies in host memory between steps: `optimizer` (state, master copy, average; streamed through the
-        device for the update) or `update` (the same, and the update is computed on the host); or in files: `disk` (one
-        device; the update reads, computes and writes them layer by layer, see `parallel.disk`).
+        device for the update) or `update` (the same, and the update is computed on the host), with `update` also
+        `parameters` (those of layers: each comes up when it runs); or in files: `disk` (one device; the update reads,
+        computes and writes them layer by layer, see `parallel.disk`).
       precision: fp32, bf16 or fp16.
       master: `in_params`, `in_optimizer` or `none`: where the float32 copy of the weights lives.
       compiler: options of the compiler for the train step, `name=value` each.
@@ -83,6 +84,18 @@ class PlanConfig:
             raise ValueError(f"offload={', '.join(sorted(unknown))} is none of {', '.join(offload.KINDS)}")
         if "disk" in self.offload and len(self.offload) > 1:
             raise ValueError("plan.offload=disk stands alone: what lies on disk lies not in host memory")
+        if "parameters" in self.offload:
+            if "update" not in self.offload:
+                raise ValueError("plan.offload=parameters goes with update: their gradients lie on the host")
+            if self.pipe > 1 or self.explicit or self.unroll:
+                raise ValueError("plan.offload=parameters excludes plan.pipe, plan.explicit and plan.unroll")
+            if self.remat.startswith(("none", "every")):
+                raise ValueError(f"plan.offload=parameters would keep layers with plan.remat={self.remat}: set full")
+            if self.precision != "fp32" and (self.precision == "fp16" or self.master == "in_params"):
+                raise ValueError(
+                    "plan.offload=parameters keeps what computes: set plan.precision=bf16 with plan.master=in_optimizer, "
+                    "or fp32"
+                )
         if wrong := [option for option in self.compiler if not option.partition("=")[2]]:
             raise ValueError(f"plan.compiler holds {wrong[0]!r}, which is not of the form name=value")
         if self.schedule not in schedules.NAMES:
@@ -237,6 +250,11 @@ class Plan:
     def _named(self, specs: Any) -> Any:
         return jax.tree.map(lambda s: NamedSharding(self.mesh, s), specs, is_leaf=lambda s: isinstance(s, P))
 
+    def _stored(self, specs: Any, params: Any) -> Any:
+        """Shardings of parameters, or of what is like them, in the memory that the plan keeps them in."""
+        named = self._named(specs)
+        return offload.layers_to_host(named, params) if "parameters" in self.config.offload else named
+
     def batch_sharding(self) -> NamedSharding:
         """Rows over replicas and data."""
         return NamedSharding(self.mesh, P(("replica", "data")))
@@ -261,15 +279,15 @@ class Plan:
 
     def param_shardings(self, params: Any, axes: Any) -> Any:
         """Shardings that parameters are stored in."""
-        return self._named(self.specs(params, axes, self.config.zero >= 3))
+        return self._stored(self.specs(params, axes, self.config.zero >= 3), params)
 
     def grad_shardings(self, params: Any, axes: Any) -> Any:
         """Shardings that gradients are kept in."""
-        return self._named(self.specs(params, axes, self.config.zero >= 2))
+        return self._stored(self.specs(params, axes, self.config.zero >= 2), params)
 
     def update_shardings(self, params: Any, axes: Any) -> Any:
         """Shardings that the optimizer sees gradients and parameters in."""
-        return self._named(self.specs(params, axes, self.config.zero >= 1))
+        return self._stored(self.specs(params, axes, self.config.zero >= 1), params)
 
     def state_shardings(self, state: Any, axes: Any) -> Any:
         """Shardings of a whole `TrainState` (abstract)."""
@@ -281,6 +299,7 @@ class Plan:
         whole = zero.state_specs(state.replace(params=None), by_path, self.mesh, axes_or_none)
         rows = jax.tree.map(lambda _: self.batch_sharding().spec, state.carry)
         named = self._named(whole.replace(params=stored, carry=rows))
+        named = named.replace(params=self._stored(stored, state.params))
         if self.offloads:
             lower = lambda name: offload.to_host(getattr(named, name), getattr(state, name))
             named = named.replace(**{name: lower(name) for name in ("opt_state", "master", "average")})

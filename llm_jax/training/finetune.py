@@ -133,7 +133,7 @@ def run(
         "trainable": weights.bytes_of(partition(trained.state.params, trainable)[0]),
         "optimizer state": weights.bytes_of(trained.state.opt_state),
     }
-    merged = trained.state.params if config.lora is None else merge(trained.state.params)
+    merged = trained.params if config.lora is None else merge(trained.params)
     return Finetuned(trained, merged, sizes)
 
 

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from llm_jax.nn import paths, weights
 from llm_jax.objectives.objective import Objective
-from llm_jax.parallel import explicit
+from llm_jax.parallel import explicit, offload
 from llm_jax.parallel.disk import OnDisk
 from llm_jax.parallel.offload import ELEMENTWISE, HostUpdate
 from llm_jax.parallel.plan import Plan
@@ -33,6 +33,7 @@ class Program(NamedTuple):
       params: abstract parameters.
       axes: their logical axes.
       given: abstract parameters that the run starts from, None for fresh ones.
+      places: device or shardings that `init` expects them on.
       init: `(key, given) -> state`, compiled; takes `given` over.
       shapes: the abstract state.
       shardings: of the state.
@@ -47,6 +48,7 @@ class Program(NamedTuple):
     params: Any
     axes: Any
     given: Any
+    places: Any
     init: Any
     shapes: TrainState
     shardings: Any
@@ -140,6 +142,15 @@ def build(
         divide = pin(plan.update_shardings(params, axes))
         where = {"run_update": HostUpdate("update" in config.plan.offload, divide)}
     trained = model
+    if "parameters" in config.plan.offload:
+        if c.accumulation > 1:
+            raise ValueError(
+                f"training.accumulation={c.accumulation} with plan.offload=parameters: set it to 1; "
+                "plan.remat=offload:block makes room for larger batches"
+            )
+        execution = plan.execution()
+        trained = config.model.make(dataclasses.replace(execution, stack_runner=offload.runner(execution)))
+    evaluated = trained
     if config.plan.seq > 1:  # the compiler would gather all positions' gradients for the rows of a table
         stored = plan.specs(params, axes, config.plan.zero >= 3)
         where["wrap"] = explicit.gathering(plan.mesh, stored, P(explicit.ROWS, "seq"))
@@ -152,11 +163,15 @@ def build(
         trained, objective, tx, options, constrain_grads=keep_grads, pipe=pipe, gather=gather, **where
     )
     resident = jax.tree.map(lambda s: NamedSharding(s.mesh, s.spec), shardings)
+    places: Any = None if given is None else plan.param_shardings(given, axes)
     first: Any = jax.jit(init, out_shardings=resident, donate_argnums=1)
     if on_disk is not None:
         shardings = jax.tree.map(lambda s: NamedSharding(s.mesh, P()), shardings)  # of one device, and of empty arrays
         begin = jax.jit(lambda key, given: on_disk.without(init(key, given), ("opt_state",)), donate_argnums=1)
         first = lambda key, given: on_disk.take(begin(key, given))
+    elif "parameters" in config.plan.offload:  # made by the host: the device may not hold all of it
+        places, on_cpu = offload.cpu(), jax.jit(init, donate_argnums=1)
+        first = lambda key, given: jax.device_put(on_cpu(jax.device_put(key, places), given), shardings)
     elif config.plan.offload:  # down from the device: what a program only passes on would stay there
         on_device = first
         first = lambda key, given: jax.device_put(on_device(key, given), shardings)
@@ -166,13 +181,14 @@ def build(
         params=params,
         axes=axes,
         given=given,
+        places=places,
         init=first,
         shapes=shapes,
         shardings=shardings,
         step=jax.jit(
             step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options_of(config.plan.compiler)
         ),
-        evaluate=jax.jit(make_eval_step(model, objective.plain(), precision)),
+        evaluate=jax.jit(make_eval_step(evaluated, objective.plain(), precision)),
         flops_per_token=flops.flops_per_token(params, config.model.num_layers, c.sequence_length, width),
         on_disk=on_disk,
     )

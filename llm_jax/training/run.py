@@ -25,7 +25,7 @@ from llm_jax.objectives.labels import Labels
 from llm_jax.objectives.masked_lm import MaskedLM
 from llm_jax.objectives.permutation_lm import PermutationLM
 from llm_jax.objectives.seq2seq import Seq2Seq
-from llm_jax.parallel import processes
+from llm_jax.parallel import offload, processes
 from llm_jax.parallel.plan import Plan, PlanConfig
 from llm_jax.storage.checkpoints import Checkpoints
 from llm_jax.training import flops, metrics
@@ -71,6 +71,11 @@ class Trained:
     model: Any
     tokenizer: tokenizers.Tokenizer
     evaluation: dict[str, float]
+
+    @property
+    def params(self) -> Any:
+        """Its parameters, on the devices wherever the run kept them."""
+        return offload.to_device(self.state.params)
 
 
 def train(
@@ -161,7 +166,7 @@ def _train(config, workdir, params, adapt, tokenizer, encode, kind, restore_step
     if restore_step is None and checkpoints.latest() is None:
         if _is_gone(params):
             raise ValueError("an earlier run took these parameters over; load the model again")
-        placed = None if params is None else jax.device_put(params, plan.param_shardings(program.given, program.axes))
+        placed = None if params is None else jax.device_put(params, program.places)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Some donated buffers were not usable")  # those that change their dtype
             state = program.init(jax.random.key(c.seed), placed)

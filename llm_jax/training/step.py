@@ -14,6 +14,7 @@ from llm_jax.nn import weights
 from llm_jax.nn.stack import unstack
 from llm_jax.nn.ties import Ties, expand
 from llm_jax.objectives.objective import Objective, total_loss
+from llm_jax.parallel.offload import Signals, global_norm
 from llm_jax.parallel.schedules import Schedule
 from llm_jax.training.pipelined import check_stages, make_gradient
 from llm_jax.training.precision import Precision, round_at_random
@@ -99,7 +100,10 @@ def make_train_step(
 
     def update(kept, grads, signals):
         """(what is kept after one update, or as it was; the parameters that compute)."""
-        (opt_state, learn, average), (finite, key) = kept, signals
+        opt_state, learn, average = kept
+        finite, key, shrink = signals
+        if shrink is not None:
+            grads = jax.tree.map(lambda g: g * shrink.astype(g.dtype), grads)
         wide = weights.cast(learn, jnp.float32) if precision.rounds else learn
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, wide)
         updates, opt_state = tx.update(grads, opt_state, wide)
@@ -168,15 +172,13 @@ def make_train_step(
 
         unscale = 1 / scale
         grads = jax.tree.map(lambda g: g.astype(jnp.float32) * unscale if state.loss_scale is not None else g, grads)
-        norm = optax.tree.norm(jax.tree.map(weights.wide, grads))
+        norm = global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        if config.clip_norm:
-            shrink = jnp.minimum(1.0, config.clip_norm / jnp.maximum(norm, 1e-12))
-            grads = jax.tree.map(lambda g: g * shrink.astype(g.dtype), grads)
+        shrink = jnp.minimum(1.0, config.clip_norm / jnp.maximum(norm, 1e-12)) if config.clip_norm else None
 
         learn = trainable if state.master is None else state.master
         kept = state.opt_state, learn, state.average
-        signals = finite, jax.random.fold_in(key, np.uint32(2**32 - 1))
+        signals = Signals(finite, jax.random.fold_in(key, np.uint32(2**32 - 1)), shrink)
         (opt_state, learn, average), moved = run_update(update, kept, grads, signals)
         new = state.replace(
             step=state.step + 1,
