@@ -3,9 +3,10 @@
 Reproduces: Touvron et al. 2023, https://arxiv.org/abs/2307.09288, table 1 and section 2.2 (sizes and optimizer).
 Command:    python -m experiments.rehearse --topology=v5p:8x8x8 --config=experiments/configs/llama2_70b.py
 Cost:       not trained here: rehearsed without accelerators, 41 s on two cores
-Result:     (jax 0.10.2, libtpu 0.0.42.1) 4 rows of 4,096 tokens a chip, 128 x 4: 34.0 of 102 GB a chip; 684 GB
-            gathered, 190 GB all-reduced, 279 GB permuted, 92 GB scattered a step; 26.7 s of computing at least, 2.1 of
-            moving, 18 % of it hidden; 295,000 tokens/s, MFU 0.54, at most 0.57 were nothing moved
+Result:     (jax 0.10.2, libtpu 0.0.42.1) 4 rows of 4,096 tokens a chip, 128 x 4: 32.8 of 102 GB a chip; 513 GB
+            gathered, 190 GB all-reduced, 279 GB permuted, 92 GB scattered a step; 26.2 s of computing at least, 1.9 of
+            moving, 20 % of it hidden; 303,000 tokens/s, MFU 0.55, at most 0.58 were nothing moved. With
+            plan.explicit=True: 35.3 GB, 30.4 s, MFU 0.50 (gathered heads are divided again over `model`)
 """
 
 from experiments.configs.llama2_7b import SIZES, pretraining

@@ -4,16 +4,18 @@ Reproduces: Touvron et al. 2023, https://arxiv.org/abs/2307.09288, table 1 and s
 Command:    python -m experiments.rehearse --topology=v5e:16x16 --config=experiments/configs/llama2_7b.py
             (also --topology=v5p:4x4x4 :v5p)
 Cost:       not trained here: rehearsed without accelerators, about a minute and a half on two shared cores
-Result:     (jax 0.10.2, libtpu 0.0.42.1) v5e:16x16, a row of 2,048 tokens a chip: 1.88 of 17.2 GB a chip; a step
-            gathers 26.4 GB, 90 % of it behind computing, and scatters 14.9 GB of gradients (padded); at least 0.76 s of
-            computing (0.04 of it attention's kernels), 0.20 s of moving: 624,000 tokens/s, MFU 0.51, at most 0.57 were
-            nothing moved. With plan.explicit=False: 2.11 GB; 30.7 GB gathered, 13.7 GB all-reduced, which sends twice
-            as much; 0.72 and 0.29 s; 593,000 tokens/s, MFU 0.48, at most 0.60.
-            plan.remat=dots, objective.chunks=2: 6.7 GB, MFU 0.52, at most 0.59; with two rows 12.6 GB, 0.53, 0.56.
-            16 rows, objective.chunks=8: 14.3 GB, MFU 0.51. With plan.remat=offload:block also 28 rows fit: 15.4 GB and
+Result:     (jax 0.10.2, libtpu 0.0.42.1) v5e:16x16, a row of 2,048 tokens a chip: 1.83 of 17.2 GB a chip; a step
+            gathers 23.5 GB, 89 % of it behind computing, and scatters 14.7 GB of gradients (padded); at least 0.70 s of
+            computing (0.04 of it attention's kernels), 0.19 s of moving: 667,000 tokens/s, MFU 0.55, at most 0.61 were
+            nothing moved. With plan.explicit=False: 1.97 GB; 30.7 GB gathered, 13.7 GB all-reduced, which sends twice
+            as much; 0.70 and 0.29 s; 610,000 tokens/s, MFU 0.50, at most 0.62.
+            plan.remat=dots, objective.chunks=2: 6.7 GB, MFU 0.59, at most 0.67; with two rows 12.5 GB, 0.57, 0.61.
+            16 rows, objective.chunks=8: 14.6 GB, MFU 0.52. With plan.remat=offload:block also 28 rows fit: 15.4 GB and
             15 in host memory, MFU 0.51 if that traffic hides.
-            v5p:4x4x4, 4 rows of 4,096 (variant v5p): 9.2 of 102 GB; 26.4 GB gathered, 68 % of it behind computing with
-            the options below and none without; 2.97 and 0.07 s; 349,000 tokens/s, MFU 0.51, at most 0.52
+            v5p:4x4x4, 4 rows of 4,096 (variant v5p): 9.3 of 102 GB; 23.5 GB gathered, 89 % of it behind computing with
+            the options below and none without; 2.87 and 0.06 s; 362,000 tokens/s, MFU 0.53, at most 0.53.
+            v5e:2x2, a row a chip, objective.chunks=8, --config.plan.offload="('update','parameters')",
+            plan.master=in_optimizer, plan.explicit=False: 2.45 GB a chip and 26.7 of host memory
 """
 
 import dataclasses

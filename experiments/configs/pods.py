@@ -8,13 +8,13 @@ Command:    python -m experiments.rehearse --topology=v5p:4x4x8 --config=experim
 Cost:       a minute and a half each on two cores with other work beside it, T5 four
 Result:     (jax 0.10.2, libtpu 0.0.42.1) GB a chip; GB gathered, all-reduced, permuted a step; seconds of computing and
             of moving at least; tokens/s; MFU and its bound were nothing moved:
-            llama3_8b       v5p:4x4x8  10.7;  32.7  17.1    0;   3.19  0.11;    635,000; 0.56 0.58
-            llama3_8b       v6e:16x16   6.7;  31.1  18.7    0;   1.12  0.17;  1,622,000; 0.36 0.41
-            llama3_8b_long  v5p:4x4x8   5.1;  32.7  16.1   27;   7.18  0.15;     72,000; 0.09 0.09 (an upper bound of
+            llama3_8b       v5p:4x4x8  10.7;  32.7  17.1    0;   3.12  0.11;    649,000; 0.57 0.59
+            llama3_8b       v6e:16x16   6.4;  31.1  18.7    0;   1.05  0.17;  1,724,000; 0.38 0.44
+            llama3_8b_long  v5p:4x4x8   5.1;  32.7  16.1   27;   7.16  0.15;     72,000; 0.09 0.09 (an upper bound of
                             the time: the compiler counts chunks that a causal mask skips; and the chunks are its own
                             products, not a kernel). Rows of 131,072: 11.8 GB, 124 s
-            gpt3_175b       v5p:8x8x8  20.8;   973  237  821;  19.1   3.70;     98,000; 0.44 0.50
-            t5_11b          v5p:4x8x8   5.3;  50.6  16.7   34;   5.40  0.30;    186,000; 0.11 0.12; 81 GB all-to-all
+            gpt3_175b       v5p:8x8x8  20.7;   818  237  821;  19.1   3.48;     99,000; 0.45 0.50
+            t5_11b          v5p:4x8x8   5.1;  47.4  16.7   34;   5.40  0.30;    186,000; 0.11 0.12; 81 GB all-to-all
             bert_large      v5e:16x16   3.6;   1.3   0.8    0;   0.33  0.02;  6,129,000; 0.24 0.25 (heads of 64, which
                             the attention kernel does not take)
 """

@@ -93,8 +93,8 @@ class PlanConfig:
                 raise ValueError(f"plan.offload=parameters would keep layers with plan.remat={self.remat}: set full")
             if self.precision != "fp32" and (self.precision == "fp16" or self.master == "in_params"):
                 raise ValueError(
-                    "plan.offload=parameters keeps what computes: set plan.precision=bf16 with plan.master=in_optimizer, "
-                    "or fp32"
+                    "plan.offload=parameters keeps what computes: set plan.precision=fp32, or bf16 and "
+                    "plan.master=in_optimizer"
                 )
         if wrong := [option for option in self.compiler if not option.partition("=")[2]]:
             raise ValueError(f"plan.compiler holds {wrong[0]!r}, which is not of the form name=value")

@@ -66,8 +66,8 @@ def test_parameters_of_many_devices(name, axes):
         ({"offload": ("parameters",)}, "goes with update"),
         ({"remat": "none"}, "plan.remat=none: set full"),
         ({"unroll": True}, "excludes plan.pipe, plan.explicit and plan.unroll"),
-        ({"precision": "bf16"}, "set plan.precision=bf16 with plan.master=in_optimizer"),
-        ({"precision": "fp16", "master": "in_optimizer"}, "set plan.precision=bf16"),
+        ({"precision": "bf16"}, "set plan.precision=fp32, or bf16 and plan.master=in_optimizer"),
+        ({"precision": "fp16", "master": "in_optimizer"}, "set plan.precision=fp32"),
     ],
 )
 def test_parameters_refuse(changes, words):
