@@ -329,9 +329,8 @@ def run(
             own_f, own_of = divide(own)
             outer_f, outer_of = divide(outer)
             context_f, context_of = divide(context)
-            wide = lambda tree: jax.tree.map(lambda g: g.astype(jnp.float32), tree)
             empty = Done(
-                *(zeros(x), zeros(x), zeros(own_f, jnp.float32), zeros(outer_f, jnp.float32), zeros(context_f)),
+                *(zeros(x), zeros(x), zeros(own_f), zeros(outer_f), zeros(context_f)),
                 *(zeros(scored), zeros(split)),
             )
             through = lambda o, x, c: stage(own_of(o), x, context_of(c), piece)
@@ -343,15 +342,13 @@ def run(
             def backward() -> Done:
                 _, pull = jax.vjp(through, own_f, x, context_f)
                 d_own, dx, d_context = pull(dy)
-                return empty._replace(dx=dx, own=wide(d_own), context=d_context)
+                return empty._replace(dx=dx, own=d_own, context=d_context)
 
             def backward_last() -> Done:
                 end = lambda o, x, c, out: finish(outer_of(out), through(o, x, c), micro)
                 loss, pull, scores = jax.vjp(end, own_f, x, context_f, outer_f, has_aux=True)
                 d_own, dx, d_context, d_outer = pull(one)
-                return empty._replace(
-                    dx=dx, own=wide(d_own), outer=wide(d_outer), context=d_context, scored=(loss, scores)
-                )
+                return empty._replace(dx=dx, own=d_own, outer=d_outer, context=d_context, scored=(loss, scores))
 
             def inputs_only() -> Done:
                 _, into, pulls = stage.reversible(own, x, context, piece)
@@ -363,11 +360,11 @@ def run(
                 loss, pull, scores = jax.vjp(lambda y, out: finish(outer_of(out), y, micro), y, outer_f, has_aux=True)
                 dy, d_outer = pull(one)
                 dx, outof = stage.of_inputs(pulls, dy)
-                return empty._replace(dx=dx, outer=wide(d_outer), scored=(loss, scores), split=(into, outof))
+                return empty._replace(dx=dx, outer=d_outer, scored=(loss, scores), split=(into, outof))
 
             def weights_only() -> Done:
                 d_own, d_context = stage.of_weights(own, *split, context, piece)
-                return empty._replace(own=wide(d_own), context=d_context)
+                return empty._replace(own=d_own, context=d_context)
 
             idle = lambda: empty
             if schedule.splits:
@@ -389,7 +386,7 @@ def run(
 
             add_at = lambda tree, i, more: jax.tree.map(lambda a, b: a.at[i].add(b.astype(a.dtype)), tree, more)
             d_layers = add_at(d_layers, chunk, done.own)
-            d_outer = jax.tree.map(jnp.add, d_outer, done.outer)
+            d_outer = jax.tree.map(lambda a, b: a + b.astype(a.dtype), d_outer, done.outer)
             d_contexts = add_at(d_contexts, micro, done.context)
             total = jax.tree.map(jnp.add, total, done.scored)
             enters = entry & (at["op"] % 3 == 2)

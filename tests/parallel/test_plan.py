@@ -165,7 +165,7 @@ def test_every_optimizers_state_is_divided(name):
         (lambda: PlanConfig(remat="some"), "remat='some'"),
         (lambda: PlanConfig(attention="flash"), "attention='flash'"),
         (lambda: PlanConfig(pipe=2, seq=2), "plan.pipe and plan.seq exclude each other"),
-        (lambda: PlanConfig(offload=("nvme",)), "offload=nvme is none of optimizer, update, disk"),
+        (lambda: PlanConfig(offload=("nvme",)), "offload=nvme is none of optimizer, update, parameters, disk"),
         (lambda: PlanConfig(compiler=("xla_fast",)), "plan.compiler holds .xla_fast., which is not of the form"),
         (lambda: make(data=2, seq=4).check_batch(8, 1, 10), "=10 does not divide by plan.seq=4: take 8 or 12"),
         (lambda: make(data=3), "need 3 devices, there are 8"),
