@@ -11,7 +11,7 @@ https://arxiv.org/abs/2104.07857.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -113,14 +113,15 @@ def on_host(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def global_norm(grads: Any) -> jax.Array:
-    """Of all gradients together; the squares of those that lie on the host are summed there."""
-    host = jax.memory.Space.Host
-    squares: Callable[[Sequence[Any]], list[Any]] = lambda leaves: [jnp.sum(weights.wide(x) ** 2) for x in leaves]
-    leaves = jax.tree.leaves(grads)
-    there = [_space(x) == host for x in leaves]
-    below = iter(_move(on_host(squares, [x for x, t in zip(leaves, there, strict=True) if t]), jax.memory.Space.Device))
-    above = iter(squares([x for x, t in zip(leaves, there, strict=True) if not t]))
-    return jnp.sqrt(sum(next(below) if t else next(above) for t in there))
+    """Of all gradients together; squares of those that lie on the host are summed there."""
+    square = lambda x: jnp.sum(weights.wide(x) ** 2)
+
+    def one(x: jax.Array) -> jax.Array:
+        if _space(x) == jax.memory.Space.Device:
+            return square(x)
+        return jax.device_put(on_host(square, x), jax.memory.Space.Device)
+
+    return jnp.sqrt(sum(map(one, jax.tree.leaves(grads))))
 
 
 def runner(execution: Execution) -> Callable[[Call], tuple[Any, Any]]:
