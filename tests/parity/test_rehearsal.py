@@ -46,6 +46,17 @@ def test_zero_3(tmp_path):
     assert "a chip holds parameters" in done.stdout and "predicted step" in done.stdout
 
 
+def test_layers_in_host_memory(tmp_path):
+    """The device holds what is outside of layers, and vectors; matrices of layers and all state lie on the host."""
+    flags = ["--config.plan.explicit=False", "--config.plan.master=in_optimizer", "--config.training.batch_size=16"]
+    done, r = rehearse(tmp_path, *flags, "--config.plan.offload=('update', 'parameters')")
+    assert done.returncode == 0, done.stderr
+    layers, outside = 4 * (4 * 512 * 512 + 3 * 512 * 1024), 2 * 4096 * 512 + (4 * 2 + 1) * 512
+    assert r["memory"]["arguments"] == pytest.approx(2 * outside / 16, rel=0.1)
+    assert r["memory"]["host"] >= (2 * layers + 12 * (layers + outside)) / 16
+    assert "of host memory" in done.stdout
+
+
 def test_a_pipeline(tmp_path):
     flags = ["--config.plan.pipe=4", "--config.plan.data=4", "--config.training.batch_size=32"]
     flags += ["--config.plan.explicit=False"]
