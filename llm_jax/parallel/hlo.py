@@ -25,6 +25,7 @@ _MESH = re.compile(
     r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[(.*?)\](?:T\((.*?)\))?\))? \{(.*?)\}"
 )  # sizes, and how devices are numbered: dimensions, order; axes
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_TURN = re.compile(r'op_name="[^"]*/turn_([\d_]+)/while"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -79,6 +80,9 @@ class Program:
             for instruction in self.computations[name].values():
                 callees = instruction.callees
                 often = [self.trips(instruction) if instruction.opcode == "while" else 1.0] * len(callees)
+                turn = _TURN.search(instruction.attributes) if instruction.opcode == "while" and branches else None
+                if turn:  # a loop of no or one turn, of the branches that its name lists
+                    often = [sum(branches[int(i)] for i in turn[1].split("_"))] * len(callees)
                 if instruction.opcode == "conditional" and len(callees) == len(branches):
                     often = list(branches)
                 for callee, n in zip(callees, often, strict=True):

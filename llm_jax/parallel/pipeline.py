@@ -5,9 +5,11 @@ of `apply`, the embedding's part of the model) or puts in what flows out (anothe
 interpreter runs the schedule's table, tick by tick, in `shard_map` over the mesh axis `pipe`; the other axes stay
 automatic, so tensor parallelism and ZeRO go on inside a stage.
 
-A stage keeps its inputs and recomputes in the backward; where weight gradients come later, also what they need.
-Every tick ends with one permutation of activations to the next device and one of their gradients to the previous one.
-Branches compute, and sum over `model` and `data` among devices that take the same one; they reshard nothing.
+A stage keeps what flows into its layers and computes each again in the backward, whose gradients are summed in place,
+layer by layer, divided as ZeRO keeps them. Where weight gradients come later (zero bubble) it keeps its inputs and what
+they need, and a tick adds a whole gradient. Every tick ends with one permutation of activations to the next device and
+one of their gradients to the previous one. What a tick computes sums over `model` and `data` among devices that are at
+the same; it reshards nothing else.
 
 Beside what a schedule holds, every stage has the whole batch's inputs of the first layer and their gradients.
 
@@ -19,7 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llm_jax.nn.stack import Call
@@ -292,6 +294,7 @@ def run(
     contexts: Tree,
     batches: Tree,
     remat: Callable[[Any], Any] = lambda f: f,
+    kept: tuple[list[P], list[P]] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array], Tree, Tree, Tree, Tree]:
     """Runs a schedule: losses and gradients of all micro-batches.
 
@@ -307,12 +310,16 @@ def run(
       contexts: what all layers of a micro-batch see, `[M, ...]`.
       batches: what `finish` needs, `[M, ...]`.
       remat: wraps every layer of a recomputed stage (`jax.checkpoint` with a policy).
+      kept: mesh axes of the sums of gradients, of one layer's floating leaves and of outer's; whole by default, and
+        with schedules that split gradients.
 
     Returns:
       (loss, scores, gradients of layers, of outer, of inputs, of the contexts' floating leaves): sums over
       micro-batches, the last two `[M, ...]`.
     """
     p, v = schedule.stages, schedule.chunks
+    whole = [None] * len(divide(layers)[0]), [None] * len(divide(outer)[0])
+    layer_specs, outer_specs = whole if kept is None or schedule.splits else kept
     table = tables(schedule)
     keeps, keeps_back, keeps_split = slots(schedule, table)
     scored = jax.eval_shape(finish, outer, *(jax.tree.map(lambda x: x[0], t) for t in (inputs, batches)))
@@ -333,22 +340,10 @@ def run(
                 *(zeros(x), zeros(x), zeros(own_f), zeros(outer_f), zeros(context_f)),
                 *(zeros(scored), zeros(split)),
             )
-            through = lambda o, x, c: stage(own_of(o), x, context_of(c), piece)
             one = jnp.ones((), jnp.float32)
 
             def forward() -> Done:
-                return empty._replace(y=through(own_f, x, context_f))
-
-            def backward() -> Done:
-                _, pull = jax.vjp(through, own_f, x, context_f)
-                d_own, dx, d_context = pull(dy)
-                return empty._replace(dx=dx, own=d_own, context=d_context)
-
-            def backward_last() -> Done:
-                end = lambda o, x, c, out: finish(outer_of(out), through(o, x, c), micro)
-                loss, pull, scores = jax.vjp(end, own_f, x, context_f, outer_f, has_aux=True)
-                d_own, dx, d_context, d_outer = pull(one)
-                return empty._replace(dx=dx, own=d_own, outer=d_outer, context=d_context, scored=(loss, scores))
+                return empty._replace(y=stage(own, x, context, piece))
 
             def inputs_only() -> Done:
                 _, into, pulls = stage.reversible(own, x, context, piece)
@@ -367,9 +362,82 @@ def run(
                 return empty._replace(own=d_own, context=d_context)
 
             idle = lambda: empty
-            if schedule.splits:
-                return [idle, forward, inputs_only, weights_only, idle, inputs_only_last, weights_only]
-            return [idle, forward, backward, idle, idle, backward_last, idle]
+            return [idle, forward, inputs_only, weights_only, idle, inputs_only_last, weights_only]
+
+        def pin(x: jax.Array, spec: P | None, before: int = 0) -> jax.Array:
+            """Divides a sum of gradients as they are kept; the spec is of what follows `before` dimensions."""
+            if spec is None:
+                return x
+            inside = jax.sharding.get_abstract_mesh()
+            return jax.lax.with_sharding_constraint(x, NamedSharding(inside, P(*[None] * before, *spec)))
+
+        def turns(
+            carried: Any, op: jax.Array, own: Tree, x: Any, dy: Any, context: Any, micro: Any, at: Any, piece: Any
+        ) -> tuple[Any, Done]:
+            """A tick without W, in loops of no or one turn: what branches return is copied, what loops carry is not.
+
+            Args:
+              carried: what flows into every layer, by chunk and place; sums of gradients of layers; of outer.
+              op: what this tick is about.
+              own: parameters of its piece.
+              x: what flows in.
+              dy: gradient of what flows out.
+              context: of its micro-batch.
+              micro: the batch's.
+              at: chunk and place.
+              piece: number of the piece.
+
+            Returns:
+              (`carried` with this tick's, what else there is to say).
+            """
+            outer_f, outer_of = divide(outer)
+            context_f, context_of = divide(context)
+
+            def turn(ops: tuple[int, ...], body: Callable[[Any], Any], start: Any) -> Any:
+                often = sum((op == i).astype(jnp.int32) for i in ops)
+                with jax.named_scope("turn_" + "_".join(map(str, ops))):
+                    return jax.lax.fori_loop(0, often, lambda _, state: body(state), start)
+
+            def forward(state: Any) -> Any:
+                def one(state: Any, item: Any) -> Any:
+                    x, into = state
+                    j, i, own = item
+                    into = jax.tree.map(lambda a, b: a.at[(*at, j)].set(b), into, x)
+                    return (stage.one(own, i, x, context), into), None
+
+                return jax.lax.scan(one, (x, state[1]), (*layers_here, own))[0]
+
+            def end(state: Any) -> Any:
+                _, d_outer, _ = state
+                loss, pull, scores = jax.vjp(lambda y, out: finish(outer_of(out), y, micro), y, outer_f, has_aux=True)
+                dy, more = pull(jnp.ones((), jnp.float32))
+                return dy, add(d_outer, more, outer_specs), (loss, scores)
+
+            def add(total: list[Any], more: list[Any], specs: list[Any]) -> list[Any]:
+                return [a + pin(b.astype(a.dtype), s) for a, b, s in zip(total, more, specs, strict=True)]
+
+            def backward(state: Any) -> Any:
+                def one(state: Any, item: Any) -> Any:
+                    dy, d_layers, d_context = state
+                    j, i, own = item
+                    own_f, own_of = divide(own)
+                    x = jax.tree.map(lambda a: a[(*at, j)], into)
+                    through = lambda o, x, c: stage.one(own_of(o), i, x, context_of(c))
+                    d_own, dx, more = jax.vjp(through, own_f, x, context_f)[1](dy)
+                    d_layers = [
+                        a.at[at[0], j].add(pin(g.astype(a.dtype), s))
+                        for a, g, s in zip(d_layers, d_own, layer_specs, strict=True)
+                    ]
+                    return (dx, d_layers, jax.tree.map(jnp.add, d_context, more)), None
+
+                return jax.lax.scan(one, state, (*layers_here, own), reverse=True)[0]
+
+            into, d_layers, d_outer = carried
+            layers_here = jnp.arange(cut.each), stage.indices(piece)
+            y, into = turn((1, 5), forward, (zeros(x), into))
+            dy, d_outer, scores = turn((5,), end, (dy, d_outer, zeros(scored)))
+            dx, d_layers, d_context = turn((2, 5), backward, (dy, d_layers, zeros(context_f)))
+            return (into, d_layers, d_outer), Done(y, dx, None, None, d_context, scores, ())
 
         def tick(state: Any, row: Mapping[str, Any]) -> tuple[Any, None]:
             held, back, splits, d_layers, d_outer, d_inputs, d_contexts, total = state
@@ -380,16 +448,21 @@ def run(
             x = jax.tree.map(lambda a, b: jnp.where(entry, a, b), _pick(inputs, micro), stored)
             dy = _pick(_pick(back, chunk), micro % keeps_back)
             own, context, batch = _pick(layers, chunk), _pick(contexts, micro), _pick(batches, micro)
-            split = _pick(_pick(splits, chunk), micro % keeps_split)
             piece = chunk * p + device
-            done = jax.lax.switch(at["op"], branches(own, x, dy, split, context, batch, piece))
+            if schedule.splits:
+                split = _pick(_pick(splits, chunk), micro % keeps_split)
+                done = jax.lax.switch(at["op"], branches(own, x, dy, split, context, batch, piece))
+                d_layers = jax.tree.map(lambda a, b: a.at[chunk].add(b.astype(a.dtype)), d_layers, done.own)
+                d_outer = jax.tree.map(lambda a, b: a + b.astype(a.dtype), d_outer, done.outer)
+            else:
+                place, carried = (chunk, micro % keeps), (splits, d_layers, d_outer)
+                carried, done = turns(carried, at["op"], own, x, dy, context, batch, place, piece)
+                splits, d_layers, d_outer = carried
 
             add_at = lambda tree, i, more: jax.tree.map(lambda a, b: a.at[i].add(b.astype(a.dtype)), tree, more)
-            d_layers = add_at(d_layers, chunk, done.own)
-            d_outer = jax.tree.map(lambda a, b: a + b.astype(a.dtype), d_outer, done.outer)
             d_contexts = add_at(d_contexts, micro, done.context)
             total = jax.tree.map(jnp.add, total, done.scored)
-            enters = entry & (at["op"] % 3 == 2)
+            enters = entry & (at["op"] % 3 == 2)  # a turn that did not happen leaves the dy that it was given
             d_inputs = add_at(d_inputs, micro, jax.tree.map(lambda g: jnp.where(enters, g, 0), done.dx))
             round_ = [(i, (i + 1) % p) for i in range(p)]
             y, dx = _send(done.y, round_), _send(done.dx, [(b, a) for a, b in round_])
@@ -410,9 +483,9 @@ def run(
         start = (
             room(keeps),
             room(keeps_back),
-            (layered(keeps_split), layered(keeps_split)) if schedule.splits else (),
-            zeros(floats(layers), jnp.float32),
-            zeros(floats(outer), jnp.float32),
+            (layered(keeps_split), layered(keeps_split)) if schedule.splits else layered(keeps),
+            [pin(x, s, 2) for x, s in zip(zeros(floats(layers), jnp.float32), layer_specs, strict=True)],
+            [pin(x, s) for x, s in zip(zeros(floats(outer), jnp.float32), outer_specs, strict=True)],
             zeros(inputs),
             zeros(floats(contexts)),
             zeros(scored),

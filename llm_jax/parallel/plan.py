@@ -39,7 +39,7 @@ class PlanConfig:
         and `seq`.
       explicit: of zero=3: layers gather their parameters and scatter gradients themselves (`parallel.explicit`), in the
         place of the compiler; half the bytes of gradients on TPUs. Dropout draws other masks.
-      remat: see `nn.Execution`.
+      remat: see `nn.Execution`. A pipeline computes every layer again, as with `full` (not zero_bubble).
       attention: see `nn.Execution`.
       offload: what lies in host memory between steps: `optimizer` (state, master copy, average; streamed through the
         device for the update) or `update` (the same, and the update is computed on the host), with `update` also

@@ -58,7 +58,7 @@ def _leaves(plan: Plan, program: Program) -> Iterator[tuple[Any, P, P, P]]:
     return zip(jax.tree.leaves(program.params), *(jax.tree.leaves(t, is_leaf=is_spec) for t in trees), strict=True)
 
 
-def _parameters(plan: Plan, program: Program, itemsize: int, micros: int) -> dict[str, float]:
+def _parameters(plan: Plan, program: Program, itemsize: int, micros: int, tied: bool) -> dict[str, float]:
     """What ZeRO and data parallelism move: parameters together, gradients in sums, once a micro-batch."""
     mesh, zero, own = plan.mesh, plan.config.zero, plan.config
     n = size_of(mesh, plan.zero_axes)
@@ -83,7 +83,8 @@ def _parameters(plan: Plan, program: Program, itemsize: int, micros: int) -> dic
                 sent[axis] += sums * micros * size * itemsize * _share(mesh.shape[axis])
         here = size / mesh.shape["data"] if divided and zero >= 2 else size
         sent["replica"] += 2 * micros * here * itemsize * _share(mesh.shape["replica"])
-        if not layers:
+        first_only = table and name[-1] == "embed" and not (tied and name[0] == "vocab")  # its gradient needs no sum
+        if not layers and not first_only:
             sent["pipe"] += 2 * size * itemsize * _share(mesh.shape["pipe"])
     return sent
 
@@ -110,11 +111,12 @@ def estimate(config: Any, plan: Plan, program: Program, kept: float = 0.0) -> Co
     c, own, mesh = config.training, config.plan, plan.mesh
     shape, model = mesh.shape, config.model
     itemsize = jnp.dtype(DTYPES[own.precision]).itemsize
-    recompute = 4 / 3 if own.remat == "full" or own.remat.startswith(("every", "names", "offload")) else 1.0
+    again = own.remat == "full" or own.remat.startswith(("every", "names", "offload"))
+    recompute = 4 / 3 if again or (plan.schedule is not None and not plan.schedule.splits) else 1.0
     micros = plan.micros(c.accumulation)
     rows = c.batch_size / plan.batch_divisor
     flops = program.flops_per_token * c.batch_size * c.sequence_length * recompute / mesh.size
-    sent = _parameters(plan, program, itemsize, micros)
+    sent = _parameters(plan, program, itemsize, micros, getattr(model, "tied", True))
     states = rows * c.sequence_length / shape["seq"] * model.model_dim * itemsize  # of all micro-batches
     if shape["model"] > 1:
         pairs = _pairs(plan, program)

@@ -66,7 +66,17 @@ class _Parts:
         return self.loss_of(self._apply(outer, micro, results), micro[0])
 
 
-def _run_schedule(parts: _Parts, micros: Any, mesh: Mesh, schedule: Schedule) -> tuple[Scored, Any]:
+def _kept(specs: Any, parts: _Parts, path: tuple[str, ...]) -> tuple[list[P], list[P]]:
+    """Mesh axes of gradients of one layer, and of all that is no layer, by floating leaves."""
+    is_spec = lambda x: isinstance(x, P)
+    some = lambda specs, tree: zip(jax.tree.leaves(specs, is_leaf=is_spec), jax.tree.leaves(tree), strict=True)
+    of = lambda specs, tree: [s for s, x in some(specs, tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    layers = of(pipeline.stacks(specs)[path], parts.layers[path])
+    outer = of(pipeline.put(specs, dict.fromkeys(parts.layers)), parts.outer)
+    return [P(*spec[1:]) for spec in layers], outer
+
+
+def _run_schedule(parts: _Parts, micros: Any, mesh: Mesh, schedule: Schedule, specs: Any = None) -> tuple[Scored, Any]:
     """One stack, any schedule: (scored, gradients of all parameters)."""
     outer_f, outer_of = pipeline.divide(parts.outer)
 
@@ -83,6 +93,7 @@ def _run_schedule(parts: _Parts, micros: Any, mesh: Mesh, schedule: Schedule) ->
         *(schedule, mesh, cut, layer, finish),
         *(layers, parts.outer, inputs, contexts, micros),
         remat=parts.remat,
+        kept=None if specs is None else _kept(specs, parts, path),
     )
     if layers is not groups:
         d_layers = jax.tree.map(lambda g, x: jnp.zeros(x.shape, g.dtype).at[group_of].add(g), d_layers, groups)
@@ -136,6 +147,7 @@ def make_gradient(
     form: Callable[[Any], Any],
     ties: Ties | None = None,
     gather: Callable[[Any], Any] = lambda params: params,
+    specs: Any = None,
 ) -> Gradient:
     """Builds `(trainable, prepared, totals, keys, scale) -> ((loss, scores), gradients)`.
 
@@ -149,6 +161,7 @@ def make_gradient(
       form: the parameters that compute, of those that train (joined with what is frozen, cast).
       ties: shared parameters.
       gather: undoes ZeRO's division of the parameters, once a step: a tick's branches must not.
+      specs: mesh axes of the gradients that a device keeps (ZeRO-2 and 3), whole by default.
     """
     whole = lambda trainable: expand(form(trainable), ties) if ties else form(trainable)
 
@@ -163,8 +176,9 @@ def make_gradient(
         join, micros = pipeline.divide(whole(trainable))[1], (prepared, keys)
         parts = _Parts(model, loss_of, gather(join(leaves)))
         if len(parts.layers) == 1:
-            scored, grads = _run_schedule(parts, micros, mesh, schedule)
-            found = pipeline.divide(gather(grads))[0]  # ZeRO's division of gradients too stays outside of the ticks
+            own = None if schedule.splits or ties else specs
+            scored, grads = _run_schedule(parts, micros, mesh, schedule, own)
+            found = pipeline.divide(grads if own else gather(grads))[0]  # a tick divides as it is told or not at all
         else:
             loss = lambda f: _run_in_sequence(_Parts(model, loss_of, gather(join(f))), micros, mesh, schedule.stages)
             scored, found = jax.value_and_grad(loss, has_aux=True)(leaves)

@@ -124,6 +124,7 @@ def build(
     options = StepConfig(c.accumulation, config.optimizer.clip_norm, c.ema, c.trainable, precision, config.plan.unroll)
     keep_grads = keep_grads if plan.mesh.size > 1 else lambda g: g
     pipe = None if plan.schedule is None else (plan.mesh, plan.schedule)
+    kept = plan.specs(params, axes, True) if config.plan.zero >= 2 and pipe else None
     gather = lambda tree: plan.gather(tree, axes)
     where: dict[str, Any] = {}
     on_disk = None
@@ -160,7 +161,7 @@ def build(
         run, where["wrap"] = explicit.runner(plan.mesh, stored, execution), explicit.gathering(plan.mesh, stored)
         trained = config.model.make(dataclasses.replace(execution, stack_runner=run))
     step = make_train_step(
-        trained, objective, tx, options, constrain_grads=keep_grads, pipe=pipe, gather=gather, **where
+        trained, objective, tx, options, constrain_grads=keep_grads, pipe=pipe, gather=gather, divided=kept, **where
     )
     resident = jax.tree.map(lambda s: NamedSharding(s.mesh, s.spec), shardings)
     places: Any = None if given is None else plan.param_shardings(given, axes)

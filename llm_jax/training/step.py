@@ -62,6 +62,7 @@ def make_train_step(
     constrain_grads: Callable[[Any], Any] = _same,
     pipe: tuple[Mesh, Schedule] | None = None,
     gather: Callable[[Any], Any] = _same,
+    divided: Any = None,
     wrap: Callable[[Any], Any] = _same,
     run_update: Callable[..., Any] = lambda update, *args: update(*args),
 ) -> Step:
@@ -80,6 +81,7 @@ def make_train_step(
       constrain_grads: pins the sharding of gradients (ZeRO-2 and 3).
       pipe: mesh and schedule of a pipeline, whose micro-batches take the place of `accumulation`.
       gather: of a pipeline: undoes ZeRO's division of the parameters that compute.
+      divided: of a pipeline: mesh axes of the gradients that a device keeps.
       wrap: of explicit ZeRO: parameters that gather themselves, from those that compute.
       run_update: runs the optimizer's update where its state lies (`parallel.offload`).
 
@@ -151,7 +153,7 @@ def make_train_step(
             check_stages(state.params, pipe[1], carry is not None)
             keys = jax.vmap(lambda i: micro_keys(i)[1])(jnp.arange(count))
             form = lambda trainable: precision.cast(combine(trainable, frozen))
-            piped = make_gradient(model, objective, *pipe, form, ties, gather)
+            piped = make_gradient(model, objective, *pipe, form, ties, gather, divided)
             (loss, scores), grads = piped(trainable, prepared, totals, keys, scale)
             grads = constrain_grads(grads)
         elif count > 1:
