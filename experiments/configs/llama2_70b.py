@@ -6,7 +6,7 @@ Cost:       not trained here: rehearsed without accelerators, 41 s on two cores
 Result:     (jax 0.10.2, libtpu 0.0.42.1) 4 rows of 4,096 tokens a chip, 128 x 4: 32.8 of 102 GB a chip; 513 GB
             gathered, 190 GB all-reduced, 279 GB permuted, 92 GB scattered a step; 26.2 s of computing at least, 1.9 of
             moving, 20 % of it hidden; 303,000 tokens/s, MFU 0.55, at most 0.58 were nothing moved. With
-            plan.explicit=True: 35.3 GB, 30.4 s, MFU 0.50 (gathered heads are divided again over `model`). On half as many,
+            plan.explicit=True: 35.3 GB, 30.4 s, MFU 0.50 (gathered heads are divided again over `model`).
             v5p:4x8x8, training.batch_size=1024: 35.2 GB, 25.7 and 1.8 s, MFU 0.56, at most 0.60
 """
 

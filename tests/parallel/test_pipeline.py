@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from plan_runs import assert_equals_one_device, run_steps
+from plan_runs import assert_equals_one_device, program, run_steps, task
 
 from llm_jax.parallel import hlo, pipeline, schedules
 from llm_jax.parallel.mesh import make_mesh
@@ -18,6 +18,7 @@ ROWS = {  # name: (plan, model); 5 layers are no multiple of 2 or 4, dropout is 
     "xlnet, two streams": (PlanConfig(data=2, pipe=2, model=2, schedule="gpipe"), "xlnet_alone"),
     "t5, two pipelines, zero 3": (PlanConfig(data=4, pipe=2, schedule="gpipe", zero=3), "t5"),
     "transformer, tensor 2": (PlanConfig(data=2, pipe=2, model=2, schedule="gpipe", microbatches=2), "transformer"),
+    "1f1b, zero 3, tensor 2": (PlanConfig(data=2, pipe=2, model=2, schedule="1f1b", zero=3), "deep_tied"),
     "zero bubble, zero 3, tensor 2": (PlanConfig(data=2, pipe=2, model=2, schedule="zero_bubble", zero=3), "deep_tied"),
 }
 
@@ -57,6 +58,19 @@ def test_1f1b_holds_fewer_activations_than_gpipe():
     """Inputs of 4 micro-batches in the place of 8, of a stage and of its 2 layers, 4 KiB each."""
     gpipe, one = (toy(name).memory_analysis().temp_size_in_bytes for name in ("gpipe", "1f1b"))
     assert gpipe - one == 4 * (1 + 2) * 64 * 16 * 4
+
+
+def test_sums_of_gradients_are_divided_where_zero_divides_gradients():
+    """A stage's half of the layers' gradients, of which a device keeps a quarter."""
+    held = {}
+    for zero in (1, 2):
+        plan, made = program(PlanConfig(data=4, pipe=2, zero=zero), "deep_tied")
+        batch = jax.device_put(task("deep_tied")[1][0], plan.batch_sharding())
+        put = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+        state = jax.tree.map(put, made.shapes, made.shardings)
+        held[zero] = made.step.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
+    layers = sum(x.size * 4 for x in jax.tree.leaves(made.shapes.params["decoder"]["layers"]))
+    assert held[1] - held[2] >= layers / 2 * 3 / 4
 
 
 def test_products_of_a_stage():
