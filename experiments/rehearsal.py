@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from llm_jax.nn.execution import Execution
 from llm_jax.nn.splash import BLOCK
 from llm_jax.parallel import chips, hlo
 from llm_jax.parallel.plan import Plan
-from llm_jax.parallel.schedules import branch_shares, tables
+from llm_jax.parallel.schedules import TURNS, tables, turn_shares
 from llm_jax.training import activations, flops, rows
 from llm_jax.training.program import Program, build
 from llm_jax.training.run import RunConfig
@@ -122,9 +122,9 @@ def rehearse(config: RunConfig, topology: str, step: str = "train", hlo_file: st
 PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}  # of T x S x H, a head
 
 
-def kernel_flops(program: hlo.Program, branches: Any, causal: bool) -> float:
+def kernel_flops(program: hlo.Program, turns: Any, causal: bool) -> float:
     """Operations of attention's kernels, whose cycles the compiler does not estimate; hidden blocks are skipped."""
-    times, total = program.calls(branches), 0.0
+    times, total = program.calls(turns), 0.0
     for name, computation in program.computations.items():
         for i in computation.values():
             products = next((n for kernel, n in PRODUCTS.items() if i.name.startswith(kernel)), 0)
@@ -137,14 +137,14 @@ def kernel_flops(program: hlo.Program, branches: Any, causal: bool) -> float:
     return total
 
 
-def in_lockstep(plan: Plan, seconds: Callable[[Sequence[float]], float]) -> float:
-    """Seconds of a step, of a function of how often a pipeline's branches are taken: a tick ends with its slowest."""
+def in_lockstep(plan: Plan, seconds: Callable[[Mapping[str, float] | None], float]) -> float:
+    """Seconds of a step, of a function of how often a tick's turns are taken: a tick ends with its slowest device."""
     if plan.schedule is None:
-        return seconds(())
-    one_hot = np.eye(7).tolist()
-    base = seconds([0.0] * 7)
-    always = [seconds(branches) - base for branches in one_hot]
-    return base + float(np.mean([max(always[op] for op in tick) for tick in tables(plan.schedule)["op"]]))
+        return seconds(None)
+    none, table = dict.fromkeys(TURNS, 0.0), tables(plan.schedule)
+    base = seconds(none)
+    ticks = np.array([(seconds({**none, turn: 1.0}) - base) * table[turn] for turn in TURNS]).sum(axis=0)
+    return base + float(ticks.max(axis=1).mean())  # of [ticks, devices]
 
 
 def measure(
@@ -152,9 +152,9 @@ def measure(
 ) -> dict[str, Any]:
     """What the compiled program says of itself."""
     parsed = hlo.parse(text)
-    found = hlo.collectives(parsed, () if plan.schedule is None else branch_shares(plan.schedule))
-    kernels = in_lockstep(plan, lambda branches: kernel_flops(parsed, branches, causal) / chip.flops)
-    compute = kernels + in_lockstep(plan, lambda branches: parsed.cycles(branches) / chip.clock)
+    found = hlo.collectives(parsed, None if plan.schedule is None else turn_shares(plan.schedule))
+    kernels = in_lockstep(plan, lambda turns: kernel_flops(parsed, turns, causal) / chip.flops)
+    compute = kernels + in_lockstep(plan, lambda turns: parsed.cycles(turns) / chip.clock)
     moving = [c.sent(0) / chip.links for c in found]
     hidden = [min(t, c.times * c.cover / chip.clock) for t, c in zip(moving, found, strict=True)]
     gathers = [(t, h) for t, h, c in zip(moving, hidden, found, strict=True) if c.kind == "all-gather"]

@@ -16,8 +16,13 @@ Result:     (jax 0.10.2, libtpu 0.0.42.1) v5e:16x16, a row of 2,048 tokens a chi
             the options below and none without; 2.87 and 0.06 s; 362,000 tokens/s, MFU 0.53, at most 0.53.
             v5e:2x2, a row a chip, objective.chunks=8, --config.plan.offload="('update','parameters')",
             plan.master=in_optimizer, plan.explicit=False: 2.45 GB a chip and 26.7 of host memory.
-            A pipeline, v5e:16x16, plan.pipe=4, plan.explicit=False, 16 micro-batches of a row: 1F1B 5.6 GB, 5.66 s of
-            computing and 0.47 of moving, MFU 0.28, at most 0.30; GPipe 7.5 GB, 4.38 and 0.47 s, 0.35, 0.39
+            A pipeline, v5e:16x16, plan.pipe=4, plan.explicit=False, training.batch_size=1024, 16 micro-batches:
+            plan.schedule  GB   computing, moving  MFU   at most
+            1f1b           5.7  4.70 s  0.44 s     0.33  0.36
+            eager_1f1b     6.1  3.44    0.44       0.44  0.50
+            gpipe          7.6  3.46    0.44       0.44  0.50
+            interleaved    6.9  3.20    0.45       0.47  0.54 (two chunks; four: 6.5 GB, 3.11 s, 0.48, 0.55)
+            zero_bubble    6.3  6.23    0.44       0.26  0.28
 """
 
 import dataclasses

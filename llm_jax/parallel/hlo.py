@@ -9,7 +9,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ _MESH = re.compile(
     r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[(.*?)\](?:T\((.*?)\))?\))? \{(.*?)\}"
 )  # sizes, and how devices are numbered: dimensions, order; axes
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_TURN = re.compile(r'op_name="[^"]*/turn_([\d_]+)/while"')
+_TURN = re.compile(r'op_name="[^"]*/turn_(\w+)/while"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -67,35 +67,33 @@ class Program:
     entry: str
     devices: int = 1
 
-    def calls(self, branches: Sequence[float] = ()) -> dict[str, float]:
+    def calls(self, turns: Mapping[str, float] | None = None) -> dict[str, float]:
         """How often each computation runs in one call of the program.
 
         Args:
-          branches: how often each branch of a conditional with as many branches is taken, of one time that it is
-            asked; of other conditionals every branch counts as taken.
+          turns: how often a loop of no or one turn, in the scope `turn_NAME`, turns, by name; all other loops turn as
+            often as they say, and of conditionals every branch counts as taken.
         """
         times = dict.fromkeys(self.computations, 0.0)
         times[self.entry] = 1.0
         for name in self._callers_first():
             for instruction in self.computations[name].values():
                 callees = instruction.callees
-                often = [self.trips(instruction) if instruction.opcode == "while" else 1.0] * len(callees)
-                turn = _TURN.search(instruction.attributes) if instruction.opcode == "while" and branches else None
-                if turn:  # a loop of no or one turn, of the branches that its name lists
-                    often = [sum(branches[int(i)] for i in turn[1].split("_"))] * len(callees)
-                if instruction.opcode == "conditional" and len(callees) == len(branches):
-                    often = list(branches)
-                for callee, n in zip(callees, often, strict=True):
-                    times[callee] += times[name] * n
+                often: float = self.trips(instruction) if instruction.opcode == "while" else 1
+                turn = _TURN.search(instruction.attributes) if instruction.opcode == "while" and turns else None
+                if turn and turns:
+                    often = turns[turn[1]]
+                for callee in callees:
+                    times[callee] += times[name] * often
         return times
 
-    def cycles(self, branches: Sequence[float] = ()) -> float:
+    def cycles(self, turns: Mapping[str, float] | None = None) -> float:
         """Cycles that a TPU's compiler estimates for all that computes, loops included; collectives not.
 
         Args:
-          branches: see `calls`.
+          turns: see `calls`.
         """
-        times = self.calls(branches)
+        times = self.calls(turns)
         fused = {
             c for body in self.computations.values() for i in body.values() if i.opcode == "fusion" for c in i.callees
         }
@@ -310,19 +308,19 @@ def _covers(program: Program) -> dict[str, int]:
     return covers
 
 
-def collectives(text: str | Program, branches: Sequence[float] = ()) -> list[Collective]:
+def collectives(text: str | Program, turns: Mapping[str, float] | None = None) -> list[Collective]:
     """All collectives of an optimized program, in the order of the text.
 
     Args:
       text: `compiled.as_text()`, or what `parse` made of it.
-      branches: see `Program.calls`.
+      turns: see `Program.calls`.
 
     A TPU's compiler writes one that runs behind others as a chain: a fusion that starts it, fusions that compute and
     carry it on, a fusion that ends it, each with the collective in its body. Those are one. And it writes a
     reduce-scatter as an all-reduce in the body of a fusion that cuts it.
     """
     program = parse(text) if isinstance(text, str) else text
-    times, covers = program.calls(branches), _covers(program)
+    times, covers = program.calls(turns), _covers(program)
     found = []
     seen = set()
     for name, computation in program.computations.items():

@@ -29,7 +29,8 @@ class PlanConfig:
       data: devices along the batch; -1 takes all that are left.
       replica: groups of `data` devices that hold whole copies (hybrid ZeRO divides inside a group only).
       pipe: devices along the layers (pipeline parallelism). Evaluation runs no pipeline: it gathers the layers.
-      schedule: of the pipeline: gpipe, 1f1b, interleaved or zero_bubble.
+      schedule: of the pipeline: gpipe, 1f1b (holds least), eager_1f1b, interleaved (with chunks the fastest) or
+        zero_bubble.
       microbatches: micro-batches of the pipeline; 0 takes twice as many as stages.
       chunks: pieces of layers a device, for schedule=interleaved.
       seq: devices along the sequence (context parallelism): attention is `nn.ring`'s where its mask is of positions and
@@ -39,7 +40,7 @@ class PlanConfig:
         and `seq`.
       explicit: of zero=3: layers gather their parameters and scatter gradients themselves (`parallel.explicit`), in the
         place of the compiler; half the bytes of gradients on TPUs. Dropout draws other masks.
-      remat: see `nn.Execution`. A pipeline computes every layer again, as with `full` (not zero_bubble).
+      remat: see `nn.Execution`. A pipeline of one stack computes every layer again, as with `full`.
       attention: see `nn.Execution`.
       offload: what lies in host memory between steps: `optimizer` (state, master copy, average; streamed through the
         device for the update) or `update` (the same, and the update is computed on the host), with `update` also
@@ -157,13 +158,13 @@ class Plan:
             offload.check_memory(self.mesh.devices.flat[0])
         self.rules: Rules = dict(TENSOR_PARALLEL)
         self.notes: list[str] = []
-        if config.pipe > 1:  # a tick's branches reshard nothing: devices in other branches would never come
+        if config.pipe > 1:  # a tick's turns reshard nothing: devices at other turns would never come
             self.rules = {**self.rules, "sequence": None}
         self.zero_axes = ("data", "seq") if config.seq > 1 else "data"
         heads = getattr(model_config, "num_heads", 1)
         kv = getattr(model_config, "num_kv_heads", heads)
         if heads % config.model or kv % config.model:
-            if config.pipe > 1:  # whole heads between divided kernels would be resharded inside a tick's branches
+            if config.pipe > 1:  # whole heads between divided kernels would be resharded inside a tick's turns
                 raise ValueError(
                     f"plan.pipe={config.pipe} needs heads that divide by plan.model={config.model}: "
                     f"there are {heads} query and {kv} key heads"

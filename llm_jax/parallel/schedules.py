@@ -8,20 +8,25 @@ into m micro-batches. The work items are
     W  the weight gradients of that piece and micro-batch
 
 F of piece k needs F of piece k - 1, B needs F of its own piece and B of piece k + 1, W needs its B. A schedule is an
-order of items for every device; ticks follow from it.
+order of items for every device; ticks follow from it. Devices exchange at the end of every tick, so a tick lasts as
+long as its slowest device: where in one some go forward and others back, the first wait. Eager 1F1B and the interleaved
+schedule give a device one F and one B in a tick, so that all do the same.
 
 Sources: Huang et al. 2019 (GPipe), https://arxiv.org/abs/1811.06965; Narayanan et al. 2021 (1F1B, interleaved),
-https://arxiv.org/abs/2104.04473; Qi et al. 2023 (zero bubble: ZB-H1), https://arxiv.org/abs/2401.10241.
+https://arxiv.org/abs/2104.04473; Zhuang et al. 2023 (eager 1F1B), https://arxiv.org/abs/2211.05322; Qi et al. 2023
+(zero bubble: ZB-H1), https://arxiv.org/abs/2401.10241.
 """
 
 import dataclasses
+import itertools
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-NAMES = ("gpipe", "1f1b", "interleaved", "zero_bubble")
+NAMES = ("gpipe", "1f1b", "eager_1f1b", "interleaved", "zero_bubble")
+KINDS = "FBW"  # the order within a tick
 COSTS = {"F": 1.0, "B": 1.0, "W": 1.0}
 
 
@@ -48,24 +53,31 @@ class Schedule:
       stages: p, devices.
       micros: m, micro-batches.
       chunks: v, pieces a device.
-      ticks: for every tick, for every device, an item or None.
+      ticks: for every tick, for every device, its items: at most one of each kind, in the order of `KINDS`.
     """
 
     name: str
     stages: int
     micros: int
     chunks: int
-    ticks: tuple[tuple[Item | None, ...], ...]
+    ticks: tuple[tuple[tuple[Item, ...], ...], ...]
 
     @property
     def splits(self) -> bool:
         """Whether weight gradients are items of their own."""
         return self.name == "zero_bubble"
 
+    def items(self) -> Iterator[tuple[int, int, int, Item]]:
+        """(tick, device, piece, item) of all, in order."""
+        for t, tick in enumerate(self.ticks):
+            for device, items in enumerate(tick):
+                for item in items:
+                    yield t, device, item.chunk * self.stages + device, item
+
     def bubble(self) -> float:
-        """Share of all device ticks at which nothing is done."""
-        idle = sum(item is None for tick in self.ticks for item in tick)
-        return idle / (len(self.ticks) * self.stages)
+        """Share of the devices' time at which nothing is done, if all items take as long."""
+        whole = self.span() * self.stages
+        return (whole - sum(1 for _ in self.items())) / whole
 
     def live(self) -> list[int]:
         """For every device the largest number of (micro-batch, chunk) whose inputs it holds at once.
@@ -73,15 +85,11 @@ class Schedule:
         An input is held from its F to the last item that needs it: its B, or W where that is split off.
         """
         last = "W" if self.splits else "B"
-        peaks = []
-        for device in range(self.stages):
-            held, peak = 0, 0
-            for tick in self.ticks:
-                item = tick[device]
-                held += item is not None and item.kind == "F"
-                peak = max(peak, held)
-                held -= item is not None and item.kind == last
-            peaks.append(peak)
+        held, peaks = [0] * self.stages, [0] * self.stages
+        for _, device, _, item in self.items():
+            held[device] += item.kind == "F"
+            peaks[device] = max(peaks[device], held[device])
+            held[device] -= item.kind == last
         return peaks
 
     def times(self, costs: Mapping[str, float] = COSTS) -> list[list[tuple[float, float, Item]]]:
@@ -89,14 +97,10 @@ class Schedule:
         ends: dict[tuple[int, int, str], float] = {}
         free = [0.0] * self.stages
         out: list[list[tuple[float, float, Item]]] = [[] for _ in range(self.stages)]
-        for tick in self.ticks:
-            for device, item in enumerate(tick):
-                if item is None:
-                    continue
-                piece = item.chunk * self.stages + device
-                begin = max([free[device], *(ends[n] for n in _needs(item, piece, self.stages * self.chunks))])
-                free[device] = ends[piece, item.micro, item.kind] = begin + costs[item.kind]
-                out[device].append((begin, free[device], item))
+        for _, device, piece, item in self.items():
+            begin = max([free[device], *(ends[n] for n in _needs(item, piece, self.stages * self.chunks))])
+            free[device] = ends[piece, item.micro, item.kind] = begin + costs[item.kind]
+            out[device].append((begin, free[device], item))
         return out
 
     def span(self, costs: Mapping[str, float] = COSTS) -> float:
@@ -105,7 +109,7 @@ class Schedule:
 
     def lockstep(self, costs: Mapping[str, float] = COSTS) -> float:
         """The same where all devices begin every tick together, as neighbours that exchange at every tick must."""
-        return sum(max((costs[i.kind] for i in tick if i is not None), default=0.0) for tick in self.ticks)
+        return sum(max(sum(costs[i.kind] for i in items) for items in tick) for tick in self.ticks)
 
 
 def _needs(item: Item, piece: int, pieces: int) -> Iterator[tuple[int, int, str]]:
@@ -119,53 +123,39 @@ def _needs(item: Item, piece: int, pieces: int) -> Iterator[tuple[int, int, str]
         yield piece, item.micro, "B"
 
 
-def _gpipe(p: int, m: int, v: int, device: int) -> list[Item]:
+Order = Sequence[tuple[Item, ...]]  # what a device does, one tick's items after the other's
+
+
+def _gpipe(p: int, m: int, v: int, device: int) -> Order:
     del p, v, device
-    return [Item("F", i, 0) for i in range(m)] + [Item("B", i, 0) for i in range(m)]
+    return [(Item(kind, i, 0),) for kind in "FB" for i in range(m)]
 
 
-def _one_forward_one_backward(p: int, m: int, v: int, device: int) -> list[Item]:
-    """Warm-up forwards, then a backward after every forward; with chunks, micro-batches go in groups of p."""
-    total = m * v
-    ahead = p - 1 - device if v == 1 else 2 * (p - 1 - device) + (v - 1) * p
-    ahead = min(ahead, total)
-    group = p * v
-
-    def at(k: int, forward: bool) -> Item:
-        chunk = k % group // p
-        return Item("F" if forward else "B", k // group * p + k % p, chunk if forward else v - 1 - chunk)
-
-    if v == 1:
-        forwards, backwards = ([Item(kind, i, 0) for i in range(m)] for kind in "FB")
-    else:
-        forwards = [at(k, True) for k in range(total)]
-        backwards = [at(k, False) for k in range(total)]
-    out = forwards[:ahead]
-    for k in range(total - ahead):
-        out += [forwards[ahead + k], backwards[k]]
-    return out + backwards[total - ahead :]
+def _one_forward_one_backward(p: int, m: int, v: int, device: int) -> Order:
+    """Warm-up forwards, then a backward after every forward."""
+    del v
+    ahead = min(p - 1 - device, m)
+    out = [(Item("F", i, 0),) for i in range(ahead)]
+    for i in range(m - ahead):
+        out += [(Item("F", ahead + i, 0),), (Item("B", i, 0),)]
+    return out + [(Item("B", i, 0),) for i in range(m - ahead, m)]
 
 
-def _in_order(p: int, v: int, orders: list[list[Item]]) -> tuple[tuple[Item | None, ...], ...]:
-    """Ticks in which every device does the next item of its order as soon as what it needs is there."""
-    done: set[tuple[int, int, str]] = set()
-    left = [list(reversed(order)) for order in orders]
-    ticks = []
-    while any(left):
-        tick: list[Item | None] = []
-        for device in range(p):
-            item = left[device][-1] if left[device] else None
-            piece = 0 if item is None else item.chunk * p + device
-            ready = item is not None and all(n in done for n in _needs(item, piece, p * v))
-            tick.append(left[device].pop() if ready else None)
-        if not any(tick):
-            raise AssertionError(f"no device can go on: {[order[-1] for order in left if order]}")
-        done |= {(i.chunk * p + d, i.micro, i.kind) for d, i in enumerate(tick) if i is not None}
-        ticks.append(tuple(tick))
-    return tuple(ticks)
+def _paired(p: int, m: int, v: int, device: int) -> Order:
+    """Twice the warm-up, then a forward and a backward a tick; with chunks, micro-batches in groups of p."""
+    total, group = m * v, p * v
+    ahead = min(2 * (p - 1 - device) + (v - 1) * p, total)
+
+    def at(kind: str, k: int) -> Item:
+        chunk, micro = k % group // p, k // group * p + k % p
+        return Item(kind, micro if v > 1 else k, (chunk if kind == "F" else v - 1 - chunk) if v > 1 else 0)
+
+    out: list[tuple[Item, ...]] = [(at("F", k),) for k in range(ahead)]
+    out += [(at("F", ahead + k), at("B", k)) for k in range(total - ahead)]
+    return out + [(at("B", k),) for k in range(total - ahead, total)]
 
 
-def _zero_bubble(p: int, m: int, v: int, device: int) -> list[Item]:
+def _zero_bubble(p: int, m: int, v: int, device: int) -> Order:
     """ZB-H1: 1F1B whose weight gradients lag by as many micro-batches as the device is down the pipeline."""
     del v
     ahead = min(p - 1 - device, m)
@@ -174,7 +164,27 @@ def _zero_bubble(p: int, m: int, v: int, device: int) -> list[Item]:
         out += [Item("F", k + ahead, 0)] if k + ahead < m else []
         out += [Item("B", k, 0)]
         out += [Item("W", k - device, 0)] if k >= device else []
-    return out + [Item("W", k, 0) for k in range(max(m - device, 0), m)]
+    out += [Item("W", k, 0) for k in range(max(m - device, 0), m)]
+    return [(item,) for item in out]
+
+
+def _in_order(p: int, v: int, orders: list[Order]) -> tuple[tuple[tuple[Item, ...], ...], ...]:
+    """Ticks in which every device does what is next in its order as soon as what it needs is there."""
+    done: set[tuple[int, int, str]] = set()
+    left = [list(reversed(order)) for order in orders]
+    ticks = []
+    while any(left):
+        tick: list[tuple[Item, ...]] = []
+        for device in range(p):
+            items = left[device][-1] if left[device] else ()
+            own = {(i.chunk * p + device, i.micro, i.kind) for i in items}
+            needed = {n for i in items for n in _needs(i, i.chunk * p + device, p * v)}
+            tick.append(left[device].pop() if items and needed <= done | own else ())
+        if not any(tick):
+            raise AssertionError(f"no device can go on: {[order[-1] for order in left if order]}")
+        done |= {(i.chunk * p + d, i.micro, i.kind) for d, items in enumerate(tick) for i in items}
+        ticks.append(tuple(tick))
+    return tuple(ticks)
 
 
 def make(name: str, stages: int, micros: int, chunks: int = 1) -> Schedule:
@@ -200,7 +210,7 @@ def make(name: str, stages: int, micros: int, chunks: int = 1) -> Schedule:
             f"schedule=interleaved needs microbatches that divide by pipe={stages}, not {micros}: "
             f"{max(micros // stages, 1) * stages} works"
         )
-    order = {"gpipe": _gpipe, "zero_bubble": _zero_bubble}.get(name, _one_forward_one_backward)
+    order = {"gpipe": _gpipe, "1f1b": _one_forward_one_backward, "zero_bubble": _zero_bubble}.get(name, _paired)
     orders = [order(stages, micros, chunks, d) for d in range(stages)]
     return Schedule(name, stages, micros, chunks, _in_order(stages, chunks, orders))
 
@@ -208,74 +218,88 @@ def make(name: str, stages: int, micros: int, chunks: int = 1) -> Schedule:
 def tables(schedule: Schedule) -> dict[str, np.ndarray]:
     """The schedule as arrays `[ticks, p]`.
 
-    `op` is 0 idle, 1 F, 2 B, 3 W, and 4, 5, 6 the same on the last piece. `micro` and `chunk` name the item. `get` is 1
-    where the device's left neighbour has just made its input (`get_micro`, `get_chunk`: for which item), `back` the
-    same for the gradient from the right.
+    `F`, `B` and `W` are 1 where there is such an item, `F_micro`, `F_chunk` and so on name it; `top` is 1 where F,
+    `end` where B is of the last piece. `get` is 1 where the device's left neighbour has just made its input
+    (`get_micro`, `get_chunk`: for which item), `back` the same for the gradient from the right.
     """
     p, last = schedule.stages, schedule.stages * schedule.chunks - 1
-    names = ("op", "micro", "chunk", "get", "get_micro", "get_chunk", "back", "back_micro", "back_chunk")
-    out = {name: np.zeros((len(schedule.ticks), p), np.int32) for name in names}
-    for t, tick in enumerate(schedule.ticks):
-        for d, item in enumerate(tick):
-            if item is None:
-                continue
-            piece = item.chunk * p + d
-            out["op"][t, d] = "FBW".index(item.kind) + 1 + 3 * (piece == last)
-            out["micro"][t, d], out["chunk"][t, d] = item.micro, item.chunk
-            if item.kind == "F" and piece < last:
-                to, chunk = (d + 1) % p, (piece + 1) // p
-                out["get"][t, to], out["get_micro"][t, to], out["get_chunk"][t, to] = 1, item.micro, chunk
-            if item.kind == "B" and piece:
-                to, chunk = (d - 1) % p, (piece - 1) // p
-                out["back"][t, to], out["back_micro"][t, to], out["back_chunk"][t, to] = 1, item.micro, chunk
+    named = [f"{name}{what}" for name in (*KINDS, "get", "back") for what in ("", "_micro", "_chunk")]
+    out = {name: np.zeros((len(schedule.ticks), p), np.int32) for name in (*named, "top", "end")}
+
+    def note(name: str, t: int, device: int, micro: int, chunk: int) -> None:
+        out[name][t, device], out[f"{name}_micro"][t, device], out[f"{name}_chunk"][t, device] = 1, micro, chunk
+
+    for t, d, piece, item in schedule.items():
+        note(item.kind, t, d, item.micro, item.chunk)
+        if item.kind == "F" and piece < last:
+            note("get", t, (d + 1) % p, item.micro, (piece + 1) // p)
+        if item.kind == "B" and piece:
+            note("back", t, (d - 1) % p, item.micro, (piece - 1) // p)
+        if piece == last and item.kind in "FB":
+            out["top" if item.kind == "F" else "end"][t, d] = 1
     return out
 
 
-def branch_shares(schedule: Schedule) -> list[float]:
-    """How often a device takes each of a tick's branches, of all ticks; of the device that does most."""
-    op = tables(schedule)["op"]
-    counts = [[(op[:, d] == i).mean() for i in range(7)] for d in range(schedule.stages)]
-    return [float(x) for x in min(counts, key=lambda row: row[0] + row[4])]
+TURNS = ("F", "end", "B", "W")  # what a tick consists of, each done once or not
 
 
-def slots(schedule: Schedule, table: Mapping[str, np.ndarray]) -> tuple[int, int, int]:
-    """Places a chunk for inputs, gradients, and what waits for W: micro-batch i lives at i modulo their number."""
+def turn_shares(schedule: Schedule) -> dict[str, float]:
+    """How often a device takes each of a tick's turns, of all ticks; of the device that takes most."""
+    table = tables(schedule)
+    shares = [{turn: float(table[turn][:, d].mean()) for turn in TURNS} for d in range(schedule.stages)]
+    return max(shares, key=lambda row: sum(row.values()))
 
-    def spans(begin: str | int, end: int) -> dict[tuple[int, int, int], list[int]]:
-        name = begin if isinstance(begin, str) else "op"
-        there = table[name] > 0 if isinstance(begin, str) else np.isin(table["op"], (begin, begin + 3))
-        prefix = f"{begin}_" if isinstance(begin, str) else ""
-        out: dict[tuple[int, int, int], list[int]] = {}
-        for t, d in zip(*np.nonzero(there), strict=True):
-            out[d, table[f"{prefix}chunk"][t, d], table[f"{prefix}micro"][t, d]] = [t]
-        for t, d in zip(*np.nonzero(np.isin(table["op"], (end, end + 3))), strict=True):
-            key = (d, table["chunk"][t, d], table["micro"][t, d])
-            if key in out:
-                out[key].append(t)
-        return out
 
-    def places(spans: dict[tuple[int, int, int], list[int]]) -> int:
+class Slots(NamedTuple):
+    """Places a chunk: micro-batch i lives at i modulo their number.
+
+    Attributes:
+      inputs: of what a neighbour sends forward, until F.
+      layers: of what flows into every layer, from F to the last item that needs it.
+      back: of gradients that a neighbour sends back, or of what flows out of the last piece, until B.
+      split: of gradients of what flows out of every layer, from B to W.
+    """
+
+    inputs: int
+    layers: int
+    back: int
+    split: int
+
+
+def slots(schedule: Schedule) -> Slots:
+    """How many places a schedule needs."""
+    last = schedule.stages * schedule.chunks - 1
+    Spans = dict[tuple[int, int], tuple[int, int]]  # by piece and micro-batch, from when to when
+    when: dict[str, dict[tuple[int, int], int]] = {kind: {} for kind in KINDS}
+    for t, _, piece, item in schedule.items():
+        when[item.kind][piece, item.micro] = 4 * t + KINDS.index(item.kind)  # the exchange follows, 3
+    sent = lambda kind, piece, micro: when[kind][piece, micro] // 4 * 4 + 3
+
+    def places(spans: Spans) -> int:
         for count in range(1, schedule.micros + 1):
-            taken: dict[tuple[int, int, int], list[list[int]]] = {}
-            for (d, c, i), span in spans.items():
-                taken.setdefault((d, c, i % count), []).append(span)
-            # a place is written after the tick's work, so it may be taken in the tick that frees it
-            if all(a[1] <= b[0] for row in taken.values() for a, b in zip(sorted(row), sorted(row)[1:], strict=False)):
+            taken: dict[tuple[int, int], list[tuple[int, int]]] = {}
+            for (piece, micro), span in spans.items():
+                taken.setdefault((piece, micro % count), []).append(span)
+            if all(a[1] <= b[0] for row in taken.values() for a, b in itertools.pairwise(sorted(row))):
                 return count
-        return schedule.micros
+        return 1
 
-    return places(spans("get", 2)), places(spans("back", 2)), places(spans(2, 3)) if schedule.splits else 1
+    until = when["W" if schedule.splits else "B"]
+    return Slots(
+        places({(k, m): (sent("F", k - 1, m), t) for (k, m), t in when["F"].items() if k}),
+        places({at: (t, until[at]) for at, t in when["F"].items()}),
+        places({(k, m): (when["F"][k, m] if k == last else sent("B", k + 1, m), t) for (k, m), t in when["B"].items()}),
+        places({at: (when["B"][at], t) for at, t in when["W"].items()}),
+    )
 
 
 def timeline(schedule: Schedule) -> str:
     """A line a device, a column a tick: `F3`, `b3` and `w3` of micro-batch 3, a letter for the chunk."""
 
-    def cell(item: Item | None) -> str:
-        if item is None:
-            return "."
-        chunk = string.ascii_lowercase[item.chunk % 26] if schedule.chunks > 1 else ""
-        return f"{item.kind if item.kind == 'F' else item.kind.lower()}{item.micro}{chunk}"
+    def cell(items: tuple[Item, ...]) -> str:
+        chunk = lambda i: string.ascii_lowercase[i.chunk % 26] if schedule.chunks > 1 else ""
+        return "".join(f"{i.kind if i.kind == 'F' else i.kind.lower()}{i.micro}{chunk(i)}" for i in items) or "."
 
-    width = max(len(cell(i)) for tick in schedule.ticks for i in tick) + 1
+    width = max(len(cell(items)) for tick in schedule.ticks for items in tick) + 1
     rows = ("".join(f"{cell(tick[d]):<{width}}" for tick in schedule.ticks).rstrip() for d in range(schedule.stages))
     return "\n".join(rows)

@@ -112,7 +112,9 @@ def estimate(config: Any, plan: Plan, program: Program, kept: float = 0.0) -> Co
     shape, model = mesh.shape, config.model
     itemsize = jnp.dtype(DTYPES[own.precision]).itemsize
     again = own.remat == "full" or own.remat.startswith(("every", "names", "offload"))
-    recompute = 4 / 3 if again or (plan.schedule is not None and not plan.schedule.splits) else 1.0
+    recompute = 4 / 3 if again or plan.schedule is not None else 1.0
+    if plan.schedule is not None and plan.schedule.splits:
+        recompute = 5.25 / 3  # forward; again and back; again, and once more back what lies inside layers
     micros = plan.micros(c.accumulation)
     rows = c.batch_size / plan.batch_divisor
     flops = program.flops_per_token * c.batch_size * c.sequence_length * recompute / mesh.size

@@ -92,7 +92,6 @@ def _run_schedule(parts: _Parts, micros: Any, mesh: Mesh, schedule: Schedule, sp
     loss, scores, d_layers, d_outer, d_inputs, d_contexts = pipeline.run(
         *(schedule, mesh, cut, layer, finish),
         *(layers, parts.outer, inputs, contexts, micros),
-        remat=parts.remat,
         kept=None if specs is None else _kept(specs, parts, path),
     )
     if layers is not groups:
@@ -160,7 +159,7 @@ def make_gradient(
       schedule: what happens when.
       form: the parameters that compute, of those that train (joined with what is frozen, cast).
       ties: shared parameters.
-      gather: undoes ZeRO's division of the parameters, once a step: a tick's branches must not.
+      gather: undoes ZeRO's division of the parameters, once a step: a tick's turns must not.
       specs: mesh axes of the gradients that a device keeps (ZeRO-2 and 3), whole by default.
     """
     whole = lambda trainable: expand(form(trainable), ties) if ties else form(trainable)
@@ -176,7 +175,7 @@ def make_gradient(
         join, micros = pipeline.divide(whole(trainable))[1], (prepared, keys)
         parts = _Parts(model, loss_of, gather(join(leaves)))
         if len(parts.layers) == 1:
-            own = None if schedule.splits or ties else specs
+            own = None if ties else specs
             scored, grads = _run_schedule(parts, micros, mesh, schedule, own)
             found = pipeline.divide(grads if own else gather(grads))[0]  # a tick divides as it is told or not at all
         else:

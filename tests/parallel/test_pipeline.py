@@ -12,6 +12,7 @@ from llm_jax.parallel.plan import Plan, PlanConfig
 ROWS = {  # name: (plan, model); 5 layers are no multiple of 2 or 4, dropout is on in `deep`
     "gpipe, 5 layers in 2": (PlanConfig(data=4, pipe=2, schedule="gpipe"), "deep"),
     "1f1b, 5 layers in 4, zero 1": (PlanConfig(data=2, pipe=4, schedule="1f1b", zero=1), "deep"),
+    "eager 1f1b, zero 2": (PlanConfig(data=2, pipe=4, schedule="eager_1f1b", zero=2), "deep"),
     "interleaved, tied": (PlanConfig(data=4, pipe=2, schedule="interleaved", chunks=2, microbatches=2), "deep_tied"),
     "albert, shared layers, zero 2": (PlanConfig(data=4, pipe=2, schedule="1f1b", zero=2), "albert"),
     "bert, padded rows": (PlanConfig(replica=2, data=2, pipe=2, schedule="zero_bubble", microbatches=2), "bert"),
@@ -30,24 +31,26 @@ def test_equals_accumulation(row):
 
 
 @pytest.mark.parametrize(
-    "name, p, m, v", [("gpipe", 4, 8, 1), ("1f1b", 4, 8, 1), ("interleaved", 4, 16, 2), ("zero_bubble", 4, 8, 1)]
+    "name, v, layers",
+    [("gpipe", 1, 16), ("1f1b", 1, 4), ("eager_1f1b", 1, 7), ("interleaved", 2, 8), ("zero_bubble", 1, 4)],
 )
-def test_places_of_inputs(name, p, m, v):
-    """GPipe holds every micro-batch, the others as many as the pipeline is deep, of each chunk twice as many."""
-    s = schedules.make(name, p, m, v)
-    held, back, split = schedules.slots(s, schedules.tables(s))
-    assert held == {"gpipe": m, "1f1b": p, "interleaved": 2 * p, "zero_bubble": p}[name]
-    assert back <= held <= m and split == (p if s.splits else 1)
+def test_places_of_inputs(name, v, layers):
+    """Of 16 micro-batches in 4 stages: GPipe holds all, 1F1B as many as stages, eager 1F1B not quite twice as many."""
+    places = schedules.slots(schedules.make(name, 4, 16, v))
+    assert places == (1, layers, layers if name == "gpipe" else 1, layers if name == "zero_bubble" else 1)
 
 
-def toy(name, p=4, m=8):
-    """A compiled schedule of wide layers, `tanh(x w)`, and a square loss."""
+def tanh(w, i, x, context):
+    return jax.numpy.tanh(x @ w) + 0 * i
+
+
+def toy(name, p=4, m=8, layer=tanh, w=np.ones((8, 16, 16), np.float32)):
+    """A compiled schedule of wide layers and a square loss."""
     s = schedules.make(name, p, m, 2 if name == "interleaved" else 1)
     mesh = make_mesh({"data": 8 // p, "pipe": p})
-    w, x = np.ones((8, 16, 16), np.float32), np.ones((m, 64, 16), np.float32)
-    layer = lambda w, i, x, context: jax.numpy.tanh(x @ w) + 0 * i
+    x = np.ones((m, 64, 16), np.float32)
     finish = lambda outer, x, micro: ((x**2).sum() * outer, {"square": (x**2).sum()})
-    cut = pipeline.Cut(8, p * s.chunks)
+    cut = pipeline.Cut(len(jax.tree.leaves(w)[0]), p * s.chunks)
     run = jax.jit(
         lambda w, x: pipeline.run(s, mesh, cut, layer, finish, w, np.float32(1), x, np.zeros((m, 1)), np.arange(m))
     )
@@ -55,9 +58,9 @@ def toy(name, p=4, m=8):
 
 
 def test_1f1b_holds_fewer_activations_than_gpipe():
-    """Inputs of 4 micro-batches in the place of 8, of a stage and of its 2 layers, 4 KiB each."""
-    gpipe, one = (toy(name).memory_analysis().temp_size_in_bytes for name in ("gpipe", "1f1b"))
-    assert gpipe - one == 4 * (1 + 2) * 64 * 16 * 4
+    """What flows into 2 layers, of 4 and not 8 micro-batches, and out of the last, of 1 and not 8; each 4 KiB."""
+    gpipe, one = (toy(name).memory_analysis().temp_size_in_bytes / (64 * 16 * 4) for name in ("gpipe", "1f1b"))
+    assert gpipe - one == pytest.approx(4 * 2 + 7, abs=0.5)
 
 
 def test_sums_of_gradients_are_divided_where_zero_divides_gradients():
@@ -73,34 +76,23 @@ def test_sums_of_gradients_are_divided_where_zero_divides_gradients():
     assert held[1] - held[2] >= layers / 2 * 3 / 4
 
 
-def test_products_of_a_stage():
+def test_products_of_a_tick():
     """Of layers of two residual sublayers, four products each: what F, B, and zero bubble's B and W compute."""
 
     def layer(w, i, x, context):
         x = x + jax.numpy.tanh(x @ w["a"]) @ w["b"]
         return x + jax.numpy.tanh(x @ w["c"]) @ w["d"]
 
-    def products(f, *args):
-        program = hlo.parse(jax.jit(f).lower(*args).compile().as_text())
-        times = program.calls()
-        return sum(
-            times[name] for name, body in program.computations.items() for i in body.values() if i.opcode == "dot"
-        )
+    def products(name, turn):
+        text = hlo.parse(toy(name, 1, 1, layer, {k: np.ones((3, 16, 16), np.float32) for k in "abcd"}).as_text())
+        times = text.calls({name: float(name == turn) for name in schedules.TURNS})
+        dots = sum(times[name] for name, body in text.computations.items() for i in body.values() if i.opcode == "dot")
+        return dots / len(schedules.make(name, 1, 1).ticks)
 
-    stage = pipeline.Stage(layer, pipeline.Cut(3, 1), lambda f: f)
-    w, x = {k: np.ones((3, 16, 16), np.float32) for k in "abcd"}, np.ones((8, 16), np.float32)
-    through = lambda w, x: stage(w, x, (), 0)
-
-    def of_inputs(w, x):
-        _, into, pulls = stage.reversible(w, x, (), 0)
-        return stage.of_inputs(pulls, x), into
-
-    (_, outof), into = of_inputs(w, x)
-    of_weights = lambda w, a, b: stage.of_weights(w, a, b, (), 0)[0]
-    assert products(through, w, x) == 3 * 4  # one unit
-    assert products(lambda w, x: jax.vjp(through, w, x)[1](x), w, x) == 3 * 12  # 1F1B's backward, three units
-    assert products(of_inputs, w, x) == 3 * 8
-    assert products(of_weights, w, into, outof) == 3 * 10  # two and a half: a layer's inner gradients again
+    assert products("1f1b", "F") == products("zero_bubble", "F") == 3 * 4  # one unit
+    assert products("1f1b", "B") == 3 * 11  # not quite three: the last product again is for nobody
+    assert products("zero_bubble", "B") == 3 * 7
+    assert products("zero_bubble", "W") == 3 * 10  # two and a half: a layer's inner gradients again
 
 
 def test_neighbours_exchange_once_a_tick():
@@ -165,7 +157,10 @@ def test_models_that_do_not_fit(name, changes, words):
         ({"pipe": 2, "unroll": True}, "plan.pipe and plan.unroll exclude each other"),
         ({"microbatches": 4}, "are of a pipeline: set plan.pipe"),
         ({"pipe": 2, "chunks": 2}, "schedule=1f1b with chunks=2"),
-        ({"pipe": 2, "schedule": "pipedream"}, "schedule='pipedream' is none of gpipe, 1f1b, interleaved, zero_bubble"),
+        (
+            {"pipe": 2, "schedule": "pipedream"},
+            "schedule='pipedream' is none of gpipe, 1f1b, eager_1f1b, interleaved, zero_bubble",
+        ),
     ],
 )
 def test_plans_that_do_not_fit(fields, words):

@@ -37,6 +37,7 @@ PLANS = {  # name: (plan, accumulation)
     "gpipe 2": (PlanConfig(data=4, pipe=2, schedule="gpipe", microbatches=2), 1),
     "gpipe 2, tensor 2, zero 3": (PlanConfig(data=2, pipe=2, model=2, schedule="gpipe", microbatches=2, zero=3), 1),
     "1f1b 2, zero 2": (PlanConfig(data=4, pipe=2, schedule="1f1b", microbatches=2, zero=2), 1),
+    "eager 1f1b 2, zero 3": (PlanConfig(data=4, pipe=2, schedule="eager_1f1b", microbatches=4, zero=3), 1),
     "interleaved 2": (PlanConfig(data=4, pipe=2, schedule="interleaved", chunks=2, microbatches=2), 1),
     "zero bubble 2, tensor 2": (PlanConfig(data=2, pipe=2, model=2, schedule="zero_bubble", microbatches=2), 1),
 }

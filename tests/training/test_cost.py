@@ -7,7 +7,7 @@ import pytest
 from llm_jax.models.llama import LlamaConfig
 from llm_jax.parallel import chips, hlo
 from llm_jax.parallel.plan import Plan, PlanConfig
-from llm_jax.parallel.schedules import branch_shares
+from llm_jax.parallel.schedules import turn_shares
 from llm_jax.training.cost import Cost, estimate
 from llm_jax.training.loop import LoopConfig
 from llm_jax.training.program import build
@@ -35,7 +35,7 @@ def both(plan_config, accumulation=1):
     described = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
     batch = {"input_ids": described(np.zeros((ROWS, T + 1), np.int32), plan.batch_sharding())}
     text = program.step.lower(jax.tree.map(described, program.shapes, program.shardings), batch).compile().as_text()
-    shares = () if plan.schedule is None else branch_shares(plan.schedule)
+    shares = None if plan.schedule is None else turn_shares(plan.schedule)
     sent = {}
     for c in hlo.collectives(text, shares):
         axes = "+".join(hlo.axes_of(c.groups, plan.mesh))
