@@ -13,8 +13,10 @@ Result:     (jax 0.10.2, libtpu 0.0.42.1) GB a chip; GB gathered, all-reduced, p
             llama3_8b_long  v5p:4x4x8   5.1;  32.7  16.1   27;   7.16  0.15;     72,000; 0.09 0.09 (an upper bound of
                             the time: the compiler counts chunks that a causal mask skips; and the chunks are its own
                             products, not a kernel). Rows of 131,072: 11.8 GB, 124 s
-            gpt3_175b       v5p:8x8x8  20.7;   818  237  821;  19.1   3.48;     99,000; 0.45 0.50
-            t5_11b          v5p:4x8x8   5.1;  47.4  16.7   34;   5.40  0.30;    186,000; 0.11 0.12; 81 GB all-to-all
+            gpt3_175b       v5p:8x8x8  19.7;   723  5.0     0;  14.2   1.72;    132,000; 0.60 0.67; 430 GB scattered
+                            (without the option that llama2_70b.py explains 22.6 s a step)
+            t5_11b          v5p:4x8x8   4.9;  51.9  3.9     0;   1.42  0.23;    636,000; 0.38 0.44; 81 GB all-to-all,
+                            13 GB scattered
             bert_large      v5e:16x16   3.6;   1.3   0.8    0;   0.33  0.02;  6,129,000; 0.24 0.25 (heads of 64, which
                             the attention kernel does not take)
 """
@@ -23,6 +25,7 @@ import dataclasses
 from typing import Any
 
 from experiments import cli
+from experiments.configs.llama2_70b import WHOLE
 from llm_jax.models.bert import BertConfig
 from llm_jax.models.gpt import GPTConfig
 from llm_jax.models.llama import LlamaConfig
@@ -55,8 +58,11 @@ PLAN = PlanConfig(zero=3, precision="bf16", remat="full")
 VARIANTS: dict[str, tuple[Any, Any, PlanConfig, int, int]] = {  # model, objective, plan, rows, tokens a row
     "llama3_8b": (LLAMA3, CausalLM(), PLAN, 256, 8192),
     "llama3_8b_long": (LLAMA3, CausalLM(), dataclasses.replace(PLAN, seq=8), 16, 32768),
-    "gpt3_175b": (GPT3, CausalLM(), dataclasses.replace(PLAN, model=8), 1024, 2048),
-    "t5_11b": (T5_11B, Seq2Seq(task="spans", end_id=1), dataclasses.replace(PLAN, model=8), 2048, 512),
+    "gpt3_175b": (GPT3, CausalLM(chunks=4), dataclasses.replace(PLAN, model=8, compiler=WHOLE), 1024, 2048),
+    "t5_11b": (
+        *(T5_11B, Seq2Seq(task="spans", end_id=1)),
+        *(dataclasses.replace(PLAN, model=8, compiler=WHOLE), 2048, 512),
+    ),
     "bert_large": (BERT_LARGE, MaskedLM(pair=0.0), dataclasses.replace(PLAN, zero=1), 4096, 512),
 }
 

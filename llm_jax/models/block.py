@@ -122,7 +122,8 @@ class Block(nn.Module):
             x, cross_cache, cross_shown = add(x, "cross_attention_norm", look)
         std, out_std = a.init_std, c.mlp_out_init_std if c.mlp_out_init_std is not None else a.out_init_std
         mlp = FeedForward(
-            *(c.hidden_dim, c.activation, c.gated, c.mlp_bias, std, out_std, c.activation_dropout), name="mlp"
+            *(c.hidden_dim, c.activation, c.gated, c.mlp_bias, std, out_std, c.activation_dropout, self.execution),
+            name="mlp",
         )
         (x,) = add(x, "mlp_norm", lambda y: (mlp(y, train),))
         return x, ((cache, cross_cache), x if self.output_hidden_states else None, shown, cross_shown)

@@ -159,7 +159,9 @@ class _Layer(nn.Module):
         c = self.config
         h, g = streams
         attention = TwoStreamAttention(c.attention, self.execution, name="attention")
-        mlp = FeedForward(c.hidden_dim, c.activation, False, True, c.init_std, dropout=c.dropout, name="mlp")
+        mlp = FeedForward(
+            c.hidden_dim, c.activation, False, True, c.init_std, dropout=c.dropout, execution=self.execution, name="mlp"
+        )
         norm_1, norm_2 = (LayerNorm(c.norm_eps, name=n) for n in ("attention_norm", "mlp_norm"))
         drop = lambda y: dropout(self, y, c.dropout, train)
         seen, asked, shown, cache = attention(h, g, memory, relations, train, self.output_attentions)

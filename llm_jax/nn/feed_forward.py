@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.nn import ports
 from llm_jax.nn.attend import drop
+from llm_jax.nn.execution import Execution
 from llm_jax.nn.linear import Linear
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -45,6 +46,7 @@ class FeedForward(nn.Module):
       init_std: standard deviation of the kernels.
       out_init_std: of the down kernel; None takes init_std.
       dropout: rate behind the activation.
+      execution: how it runs.
     """
 
     hidden: int
@@ -54,6 +56,7 @@ class FeedForward(nn.Module):
     init_std: float = 0.02
     out_init_std: float | None = None
     dropout: float = 0.0
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, train: bool = False) -> jax.Array:
@@ -62,11 +65,15 @@ class FeedForward(nn.Module):
         init = nn.initializers.normal(self.init_std)
         out_init = init if self.out_init_std is None else nn.initializers.normal(self.out_init_std)
         activate = ACTIVATIONS[self.activation]
-        up_BTF = linear(self.hidden, ("embed", "mlp"), kernel_init=init, name="up")(x_BTD)
+        # or a partitioner may gather whole matrices in the place of a sequence
+        wide = lambda name, x: self.execution.constrain(
+            linear(self.hidden, ("embed", "mlp"), kernel_init=init, name=name)(x), ("batch", "length", "mlp")
+        )
+        up_BTF = wide("up", x_BTD)
         inputs: tuple[jax.Array, ...] = (up_BTF,)
         before: Callable[..., jax.Array] = activate
         if self.gated:
-            gate_BTF = linear(self.hidden, ("embed", "mlp"), kernel_init=init, name="gate")(x_BTD)
+            gate_BTF = wide("gate", x_BTD)
             inputs, before = (gate_BTF, up_BTF), lambda gate, up: activate(gate) * up
         if train and self.dropout > 0:
             before = dropped(before, self.dropout, self.make_rng("dropout"))

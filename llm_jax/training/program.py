@@ -65,6 +65,82 @@ def options_of(given: Sequence[str]) -> dict[str, Any] | None:
     return {name: words.get(value.lower(), value) for name, value in pairs} or None
 
 
+def _pin(shardings: Any) -> Callable[[Any], Any]:
+    """Constrains a tree's arrays to their shardings."""
+    one = lambda g, s: None if g is None else jax.lax.with_sharding_constraint(g, s)
+    return lambda tree: jax.tree.map(one, tree, shardings, is_leaf=lambda x: x is None)
+
+
+def _offloaded_update(
+    config: Any, plan: Plan, shapes: TrainState, axes: Any, tx: Any, scratch: epath.PathLike | None
+) -> OnDisk | HostUpdate | None:
+    """What runs the optimizer's update where its state lies; None where that is the device."""
+    kinds = set(config.plan.offload) & {"update", "disk"}
+    if kinds and config.optimizer.name not in ELEMENTWISE:
+        raise ValueError(
+            f"plan.offload={kinds.pop()} computes elementwise optimizers on the host or by pieces "
+            f"({', '.join(ELEMENTWISE)}), not {config.optimizer.name}: set plan.offload=('optimizer',)"
+        )
+    if "disk" in config.plan.offload:
+        if scratch is None:
+            raise ValueError("plan.offload=disk needs a folder, which only a run has: set plan.offload=()")
+        return OnDisk(scratch, tx.init, shapes)
+    if config.plan.offload:
+        return HostUpdate("update" in config.plan.offload, _pin(plan.update_shardings(shapes.params, axes)))
+    return None
+
+
+class _Runners(NamedTuple):
+    """Who runs the layers where they are not simply scanned.
+
+    Attributes:
+      train: a stack runner.
+      evaluate: another.
+      wrap: see `make_train_step`.
+    """
+
+    train: Any = None
+    evaluate: Any = None
+    wrap: Any = None
+
+
+def _runners(config: Any, plan: Plan, params: Any, axes: Any) -> _Runners:
+    """What host memory, explicit ZeRO and rings ask for."""
+    own, execution = config.plan, plan.execution()
+    if own.explicit:
+        stored = plan.specs(params, axes, True)
+        return _Runners(train=explicit.runner(plan.mesh, stored, execution), wrap=explicit.gathering(plan.mesh, stored))
+    wrap = run = None
+    if own.seq > 1:  # the compiler would gather all positions' gradients for the rows of a table
+        stored = plan.specs(params, axes, own.zero >= 3)
+        wrap = explicit.gathering(plan.mesh, stored, P(explicit.ROWS, "seq"))
+    if "parameters" in own.offload:
+        if config.training.accumulation > 1:
+            raise ValueError(
+                f"training.accumulation={config.training.accumulation} with plan.offload=parameters: set it to 1; "
+                "plan.remat=offload:block makes room for larger batches"
+            )
+        run = offload.runner(execution)
+    return _Runners(run, run, wrap)
+
+
+def _first_state(init: Any, config: Any, shardings: Any, places: Any, on_disk: OnDisk | None) -> tuple[Any, Any, Any]:
+    """(compiled `init`, shardings of what it returns, where it expects given parameters)."""
+    resident = jax.tree.map(lambda s: NamedSharding(s.mesh, s.spec), shardings)
+    on_device: Any = jax.jit(init, out_shardings=resident, donate_argnums=1)
+    if on_disk is not None:
+        shardings = jax.tree.map(lambda s: NamedSharding(s.mesh, P()), shardings)  # of one device, and of empty arrays
+        begin = jax.jit(lambda key, given: on_disk.without(init(key, given), ("opt_state",)), donate_argnums=1)
+        return lambda key, given: on_disk.take(begin(key, given)), shardings, places
+    if "parameters" in config.plan.offload:  # made by the host: the device may not hold all of it
+        host, on_host = offload.cpu(), jax.jit(init, donate_argnums=1)
+        first = lambda key, given: jax.device_put(on_host(jax.device_put(key, host), given), shardings)
+        return first, shardings, host
+    if config.plan.offload:  # down from the device: what a program only passes on would stay there
+        return lambda key, given: jax.device_put(on_device(key, given), shardings), shardings, places
+    return on_device, shardings, places
+
+
 def build(
     config: Any,
     plan: Plan,
@@ -116,66 +192,27 @@ def build(
     shapes = jax.eval_shape(init, jax.random.key(c.seed), given)
     shardings = plan.state_shardings(shapes, axes)
 
-    def pin(shardings: Any) -> Callable[[Any], Any]:
-        one = lambda g, s: None if g is None else jax.lax.with_sharding_constraint(g, s)
-        return lambda tree: jax.tree.map(one, tree, shardings, is_leaf=lambda x: x is None)
-
-    keep_grads = pin(plan.grad_shardings(params, axes))
     options = StepConfig(c.accumulation, config.optimizer.clip_norm, c.ema, c.trainable, precision, config.plan.unroll)
-    keep_grads = keep_grads if plan.mesh.size > 1 else lambda g: g
-    pipe = None if plan.schedule is None else (plan.mesh, plan.schedule)
-    kept = plan.specs(params, axes, True) if config.plan.zero >= 2 and pipe else None
-    gather = lambda tree: plan.gather(tree, axes)
-    where: dict[str, Any] = {}
-    on_disk = None
-    kinds = set(config.plan.offload) & {"update", "disk"}
-    if kinds and config.optimizer.name not in ELEMENTWISE:
-        raise ValueError(
-            f"plan.offload={kinds.pop()} computes elementwise optimizers on the host or by pieces "
-            f"({', '.join(ELEMENTWISE)}), not {config.optimizer.name}: set plan.offload=('optimizer',)"
-        )
-    if "disk" in config.plan.offload:
-        if scratch is None:
-            raise ValueError("plan.offload=disk needs a folder, which only a run has: set plan.offload=()")
-        on_disk = OnDisk(scratch, tx.init, shapes)
-        where = {"run_update": on_disk}
-    elif config.plan.offload:
-        divide = pin(plan.update_shardings(params, axes))
-        where = {"run_update": HostUpdate("update" in config.plan.offload, divide)}
-    trained = model
-    if "parameters" in config.plan.offload:
-        if c.accumulation > 1:
-            raise ValueError(
-                f"training.accumulation={c.accumulation} with plan.offload=parameters: set it to 1; "
-                "plan.remat=offload:block makes room for larger batches"
-            )
-        execution = plan.execution()
-        trained = config.model.make(dataclasses.replace(execution, stack_runner=offload.runner(execution)))
-    evaluated = trained
-    if config.plan.seq > 1:  # the compiler would gather all positions' gradients for the rows of a table
-        stored = plan.specs(params, axes, config.plan.zero >= 3)
-        where["wrap"] = explicit.gathering(plan.mesh, stored, P(explicit.ROWS, "seq"))
-    if config.plan.explicit:
-        execution = plan.execution()
-        stored = plan.specs(params, axes, True)
-        run, where["wrap"] = explicit.runner(plan.mesh, stored, execution), explicit.gathering(plan.mesh, stored)
-        trained = config.model.make(dataclasses.replace(execution, stack_runner=run))
-    step = make_train_step(
-        trained, objective, tx, options, constrain_grads=keep_grads, pipe=pipe, gather=gather, divided=kept, **where
+    by_plan: dict[str, Any] = {}
+    if plan.mesh.size > 1:
+        by_plan["constrain_grads"] = _pin(plan.grad_shardings(params, axes))
+    if plan.schedule is not None:
+        divided = plan.specs(params, axes, True) if config.plan.zero >= 2 else None
+        gather = lambda tree: plan.gather(tree, axes)
+        by_plan.update(pipe=(plan.mesh, plan.schedule), divided=divided, gather=gather)
+    update = _offloaded_update(config, plan, shapes, axes, tx, scratch)
+    if update is not None:
+        by_plan["run_update"] = update
+    on_disk = update if isinstance(update, OnDisk) else None
+    runners = _runners(config, plan, params, axes)
+    if runners.wrap is not None:
+        by_plan["wrap"] = runners.wrap
+    with_runner = lambda run: (
+        config.model.make(dataclasses.replace(plan.execution(), stack_runner=run)) if run else model
     )
-    resident = jax.tree.map(lambda s: NamedSharding(s.mesh, s.spec), shardings)
-    places: Any = None if given is None else plan.param_shardings(given, axes)
-    first: Any = jax.jit(init, out_shardings=resident, donate_argnums=1)
-    if on_disk is not None:
-        shardings = jax.tree.map(lambda s: NamedSharding(s.mesh, P()), shardings)  # of one device, and of empty arrays
-        begin = jax.jit(lambda key, given: on_disk.without(init(key, given), ("opt_state",)), donate_argnums=1)
-        first = lambda key, given: on_disk.take(begin(key, given))
-    elif "parameters" in config.plan.offload:  # made by the host: the device may not hold all of it
-        places, on_cpu = offload.cpu(), jax.jit(init, donate_argnums=1)
-        first = lambda key, given: jax.device_put(on_cpu(jax.device_put(key, places), given), shardings)
-    elif config.plan.offload:  # down from the device: what a program only passes on would stay there
-        on_device = first
-        first = lambda key, given: jax.device_put(on_device(key, given), shardings)
+    step = make_train_step(with_runner(runners.train), objective, tx, options, **by_plan)
+    places = None if given is None else plan.param_shardings(given, axes)
+    first, shardings, places = _first_state(init, config, shardings, places, on_disk)
     width = flops.attention_dim(config.model)
     return Program(
         objective=objective,
@@ -189,7 +226,7 @@ def build(
         step=jax.jit(
             step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options_of(config.plan.compiler)
         ),
-        evaluate=jax.jit(make_eval_step(evaluated, objective.plain(), precision)),
+        evaluate=jax.jit(make_eval_step(with_runner(runners.evaluate), objective.plain(), precision)),
         flops_per_token=flops.flops_per_token(params, config.model.num_layers, c.sequence_length, width),
         on_disk=on_disk,
     )
