@@ -8,7 +8,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import app, flags
@@ -113,12 +113,34 @@ def _fail(message: str, code: int) -> typing.NoReturn:
     os._exit(code) if code == 130 or together else sys.exit(code)  # at exit a job's processes wait for each other
 
 
-def run(main: Callable[[], None]) -> None:
-    """Runs a binary; expected errors become one line on stderr and exit code 1 (130 when interrupted)."""
+def _command(given: Sequence[str], commands: Mapping[str, Sequence[flags.FlagHolder[Any]]]) -> str | None:
+    """The command that was asked for, which takes the flags that were given."""
+    if commands and (not given or given[0] not in commands):
+        _fail(f"expected one of {', '.join(commands)}" + (f", not {given[0]!r}" if given else ""), 2)
+    if len(given) > bool(commands):
+        _fail(f"unexpected argument {given[bool(commands)]!r}; flags start with --", 2)
+    if not commands:
+        return None
+    takers: dict[str, list[str]] = {}
+    for command, of in commands.items():
+        for flag in of:
+            takers.setdefault(flag.name, []).append(command)
+    for name, takes in takers.items():
+        if flags.FLAGS[name].present and given[0] not in takes:
+            _fail(f"--{name} is of {', '.join(takes)}, not of {given[0]}", 2)
+    return given[0]
+
+
+def run(main: Callable[..., None], commands: Mapping[str, Sequence[flags.FlagHolder[Any]]] | None = None) -> None:
+    """Runs a binary; expected errors become one line on stderr and exit code 1 (130 when interrupted).
+
+    Args:
+      main: takes nothing, or the command.
+      commands: which flags each takes; the first argument names one.
+    """
 
     def wrapped(argv: Sequence[str]) -> None:
-        if len(argv) > 1:
-            _fail(f"unexpected argument {argv[1]!r}; flags start with --", 2)
+        command = _command(argv[1:], commands or {})
         absl_logging.set_verbosity(absl_logging.ERROR)  # orbax reports every file
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
@@ -130,7 +152,7 @@ def run(main: Callable[[], None]) -> None:
 
         try:
             setup_devices()
-            main()
+            main() if command is None else main(command)
         except KeyboardInterrupt as e:
             _fail(f"{str(e) or 'interrupted'}; run the same command again to resume", 130)
         except BrokenPipeError:

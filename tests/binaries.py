@@ -27,4 +27,4 @@ def binary(name, *arguments):
 
 def call(name, *arguments):
     with binary(name, *arguments) as module:
-        module.main()
+        module.main(*(a for a in map(str, arguments) if a in getattr(module, "COMMANDS", ())))

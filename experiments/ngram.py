@@ -1,0 +1,185 @@
+"""N-gram language models of files with a sentence a line and blanks between words, `.gz` too.
+
+python -m experiments.ngram train --order=5 --corpus='../shared/data/austen/*.txt' --out=runs/austen.arpa
+python -m experiments.ngram score --model=runs/austen.arpa --text=held_out.txt --json=runs/scores.json
+python -m experiments.ngram next --model=runs/austen.arpa --after="it is a"
+python -m experiments.ngram sample --model=runs/austen.arpa --count=5
+"""
+
+import glob
+import json
+import os
+import time
+from typing import Any
+
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from experiments import cli
+from llm_jax.classic import counting, sentences, smoothing, stored
+from llm_jax.classic.ngram import BackoffModel, Model
+from llm_jax.classic.sentences import BEGIN, END, UNKNOWN
+
+CORPUS = flags.DEFINE_string("corpus", None, "Files to count in; a pattern.")
+HELD_OUT = flags.DEFINE_string("held_out", None, "Files for the weights of --smoothing=interpolated; a pattern.")
+ORDER = flags.DEFINE_integer("order", 3, "Words of the longest n-grams.", lower_bound=1)
+SMOOTHING = flags.DEFINE_enum(
+    "smoothing", "modified_kneser_ney", smoothing.METHODS, "See llm_jax/classic/smoothing.py."
+)
+K = flags.DEFINE_float("k", 1.0, "Of --smoothing=add_k.")
+BACKOFF = flags.DEFINE_float("backoff", 0.4, "Of --smoothing=stupid_backoff.")
+MIN_COUNT = flags.DEFINE_integer("min_count", 1, "Rarer words are unknown.", lower_bound=1)
+MAX_SIZE = flags.DEFINE_integer("max_vocabulary", None, "Keep so many words, the most frequent.", lower_bound=1)
+VOCABULARY = flags.DEFINE_string("vocabulary", None, "File of words, one a line, in the place of the corpus's own.")
+CLOSED = flags.DEFINE_bool("closed", False, "Nothing is ever unknown.")
+INVALID = flags.DEFINE_enum("invalid", "strict", sentences.POLICIES, "What becomes of lines that are no UTF-8.")
+OUT = flags.DEFINE_string("out", None, "ARPA file (.arpa, .lm, with .gz compressed), or a folder of arrays.")
+MODEL = flags.DEFINE_string("model", None, "What train wrote, or any ARPA file.")
+TEXT = flags.DEFINE_string("text", None, "Files to score, a sentence a line; a pattern.")
+JSON_OUT = flags.DEFINE_string("json", None, "Write the numbers to this file.")
+AFTER = flags.DEFINE_string("after", "", "Words of a sentence so far.")
+TOP = flags.DEFINE_integer("top", 10, "How many of the most probable next words.", lower_bound=1)
+COUNT = flags.DEFINE_integer("count", 5, "How many sentences.", lower_bound=1)
+MAX_WORDS = flags.DEFINE_integer("max_words", 50, "Of a sentence.", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "Of what is drawn.")
+
+COMMANDS: dict[str, list[flags.FlagHolder[Any]]] = {
+    "train": [*(CORPUS, HELD_OUT, ORDER, SMOOTHING, K, BACKOFF, MIN_COUNT, MAX_SIZE, VOCABULARY, CLOSED, INVALID, OUT)],
+    "score": [MODEL, TEXT, INVALID, JSON_OUT],
+    "next": [MODEL, AFTER, TOP, JSON_OUT],
+    "sample": [MODEL, AFTER, COUNT, MAX_WORDS, SEED],
+}
+
+
+def _need(*wanted: flags.FlagHolder[Any]) -> None:
+    for flag in wanted:
+        if not flag.value:
+            raise ValueError(f"--{flag.name} is missing")
+
+
+def _reader(pattern: Any) -> sentences.Reader:
+    found = sorted(glob.glob(pattern)) or [pattern]
+    return sentences.Reader(found, INVALID.value)
+
+
+def _say_invalid(reader: sentences.Reader) -> None:
+    if reader.invalid:
+        print(f"{reader.invalid:,} lines were no UTF-8 (--invalid={INVALID.value})")
+
+
+def _without_last_tenth(text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sentences, and the last tenth of them."""
+    begins = np.flatnonzero(text == BEGIN)
+    if len(begins) < 10:
+        raise ValueError("fewer than ten sentences leave none for --smoothing=interpolated: set --held_out")
+    cut = begins[len(begins) * 9 // 10]
+    return text[:cut], text[cut:]
+
+
+def train() -> None:
+    """Counts, smooths, writes."""
+    _need(CORPUS, OUT)
+    if SMOOTHING.value == "add_k" and stored.is_arpa(OUT.value):
+        raise ValueError("--smoothing=add_k is no table of back-offs, as an ARPA file is: give --out a folder's name")
+    for flag, method in ((K, "add_k"), (BACKOFF, "stupid_backoff"), (HELD_OUT, "interpolated")):
+        if flag.present and SMOOTHING.value != method:
+            raise ValueError(f"--{flag.name} is of --smoothing={method}, not of {SMOOTHING.value}")
+    begin = time.perf_counter()
+    given = None
+    if VOCABULARY.value:
+        with open(VOCABULARY.value, encoding="utf-8") as f:
+            given = sentences.Vocabulary(w for w in f.read().split() if w not in sentences.SPECIAL)
+    reader = _reader(CORPUS.value)
+    vocabulary, text = sentences.read(reader, MIN_COUNT.value, MAX_SIZE.value, given)
+    _say_invalid(reader)
+    held_out = None
+    if HELD_OUT.value:
+        held_out = sentences.read(_reader(HELD_OUT.value), vocabulary=vocabulary)[1]
+    elif SMOOTHING.value == "interpolated":
+        text, held_out = _without_last_tenth(text)
+    counts = counting.count(text, len(vocabulary), ORDER.value)
+    model = smoothing.estimate(
+        counts, vocabulary, SMOOTHING.value, held_out, CLOSED.value, k=K.value, backoff=BACKOFF.value
+    )
+    seconds = time.perf_counter() - begin
+    words = int(np.sum((text != BEGIN) & (text != END)))
+    print(f"{words:,} words, {len(vocabulary):,} different, {words / seconds:,.0f} a second")
+    stored.save(model, OUT.value)
+    grams = sum(len(k) for k in model.keys)
+    sizes = ", ".join(f"{len(k):,}" for k in model.keys)
+    memory = f"{model.nbytes / grams:.1f} bytes each" if isinstance(model, BackoffModel) else "counts"
+    print(f"{sizes} n-grams of 1 to {model.order} words ({memory}) in {OUT.value}")
+
+
+def score(model: Model) -> None:
+    """Log-probabilities of lines, perplexity of all."""
+    _need(TEXT)
+    reader = _reader(TEXT.value)
+    _, text = sentences.read(reader, vocabulary=model.vocabulary, keep_empty=True)
+    _say_invalid(reader)
+    begin = time.perf_counter()
+    log_p = model.log_prob(text)
+    seconds = time.perf_counter() - begin
+    begins = np.flatnonzero(text == BEGIN)
+    sums = lambda x: np.add.reduceat(x, begins) if len(begins) else np.zeros(0)
+    totals, tokens = sums(log_p), sums(np.ones(len(text))) - 2
+    unknown = sums((text == UNKNOWN).astype(float))
+    ends, words = len(begins), int(tokens.sum())
+    if not ends:
+        raise ValueError(f"{TEXT.value}: no line")
+    known = log_p[(text != UNKNOWN) & (text != BEGIN)]
+    results = {
+        "perplexity": float(10 ** (-totals.sum() / (words + ends))),
+        "perplexity_without_unknown": float(10 ** (-known.mean())),
+        "log10_probability": float(totals.sum()),
+        "sentences": ends,
+        "tokens": words,
+        "unknown": int(unknown.sum()),
+        "lines": [
+            {"log10_probability": float(p), "tokens": int(t), "unknown": int(u)}
+            for p, t, u in zip(totals, tokens, unknown, strict=True)
+        ],
+    }
+    print(
+        f"perplexity {results['perplexity']:.2f} ({results['perplexity_without_unknown']:.2f} without unknown words), "
+        f"{ends:,} sentences, {words:,} words, {results['unknown']:,} unknown, {len(text) / seconds:,.0f} a second"
+    )
+    if JSON_OUT.value:
+        with open(JSON_OUT.value, "w") as f:
+            json.dump(results, f)
+
+
+def following(model: Model) -> None:
+    """The most probable next words."""
+    p = model.next(model.vocabulary.encode(AFTER.value.split())[:-1].tolist())
+    best = np.argsort(-p, kind="stable")[: TOP.value]
+    found = [{"word": model.vocabulary.words[i], "probability": float(p[i])} for i in best]
+    for row in found:
+        print(f"{row['probability']:.5f} {row['word']}")
+    if JSON_OUT.value:
+        with open(JSON_OUT.value, "w") as f:
+            json.dump({"after": AFTER.value, "next": found}, f)
+
+
+def sample(model: Model) -> None:
+    """Sentences."""
+    rng = np.random.default_rng(SEED.value)
+    after = model.vocabulary.encode(AFTER.value.split())[:-1].tolist()
+    for _ in tqdm(range(COUNT.value), unit="sentence", disable=COUNT.value < 20 or not os.isatty(2)):
+        drawn = model.sample(rng, after, MAX_WORDS.value)
+        print(" ".join([*AFTER.value.split(), *(model.vocabulary.words[w] for w in drawn)]))
+
+
+def main(command: str) -> None:
+    """Runs a command."""
+    if command == "train":
+        train()
+        return
+    _need(MODEL)
+    model = stored.load(MODEL.value)
+    {"score": score, "next": following, "sample": sample}[command](model)
+
+
+if __name__ == "__main__":
+    cli.run(main, COMMANDS)

@@ -1,0 +1,191 @@
+"""Text as numbers for n-grams and word vectors: one sentence a line, words between blanks, `.gz` too.
+
+Words stay bytes until a vocabulary is made: text is UTF-8, which splitting at ASCII blanks does not harm.
+"""
+
+import collections
+import gzip
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+UNKNOWN, BEGIN, END = 0, 1, 2
+SPECIAL = ("<unk>", "<s>", "</s>")
+POLICIES = ("strict", "skip", "replace")
+BLOCK = 1 << 23  # bytes read at once
+LINE_END = b"\0"  # stands for it among words; bytes.split keeps it
+
+
+class TextError(ValueError):
+    """A text that cannot be read as sentences; one line that says why and where."""
+
+
+class _Growing(dict):
+    """Numbers words in the order in which they come."""
+
+    def __missing__(self, word: bytes) -> int:
+        self[word] = number = len(self)
+        return number
+
+
+class Reader:
+    """Sentences of files, a block of lines at a time.
+
+    Attributes:
+      invalid: lines so far that were no UTF-8.
+    """
+
+    def __init__(self, paths: Sequence[epath.PathLike], policy: str = "strict") -> None:
+        """Checks the files.
+
+        Args:
+          paths: of text files.
+          policy: what becomes of lines that are no UTF-8: `strict` is an error, `skip` drops them, `replace` puts
+            U+FFFD in the place of what is wrong.
+
+        Raises:
+          TextError: for a missing file, no file at all, or an unknown policy.
+        """
+        self.paths, self.policy, self.invalid = [epath.Path(p) for p in paths], policy, 0
+        if policy not in POLICIES:
+            raise TextError(f"invalid={policy!r} is none of {', '.join(POLICIES)}")
+        if not self.paths:
+            raise TextError("no file: the pattern of the corpus matches nothing")
+        if missing := [p for p in self.paths if not p.is_file()]:
+            raise TextError(f"{missing[0]} is no file")
+
+    def blocks(self) -> Iterator[bytes]:
+        """Whole lines of valid UTF-8, each ended by a line feed."""
+        for path in self.paths:
+            with path.open("rb") as raw:
+                line = 1
+                for block in _lines(gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw):
+                    yield self._valid(block, path, line)
+                    line += block.count(b"\n")
+
+    def _valid(self, block: bytes, path: epath.Path, line: int) -> bytes:
+        try:
+            block.decode()
+        except UnicodeDecodeError:
+            return b"".join(self._valid_line(x, path, line + i) for i, x in enumerate(block.splitlines(keepends=True)))
+        return block
+
+    def _valid_line(self, text: bytes, path: epath.Path, line: int) -> bytes:
+        try:
+            text.decode()
+        except UnicodeDecodeError as e:
+            if self.policy == "strict":
+                raise TextError(
+                    f"{path}:{line} is no UTF-8 ({e.reason} at byte {e.start}): convert it, or take invalid=skip or "
+                    "invalid=replace"
+                ) from None
+            self.invalid += 1
+            return b"" if self.policy == "skip" else text.decode(errors="replace").encode()
+        return text
+
+    def words(self) -> Iterator[list[bytes]]:
+        """Words of whole lines, each followed by `LINE_END`."""
+        for block in self.blocks():
+            yield block.replace(LINE_END, b" ").replace(b"\n", b" \0 ").split()
+
+
+def _lines(file: Any) -> Iterator[bytes]:
+    """Blocks that end with a line."""
+    rest = b""
+    while block := file.read(BLOCK):
+        rest += block
+        cut = rest.rfind(b"\n") + 1
+        if cut:
+            yield rest[:cut]
+            rest = rest[cut:]
+    if rest:
+        yield rest + b"\n"
+
+
+class Vocabulary:
+    """Words and their numbers: 0 unknown, 1 and 2 the ends of a sentence, then the others.
+
+    Attributes:
+      words: by number.
+      index: numbers by word.
+    """
+
+    def __init__(self, words: Iterable[str]) -> None:
+        """Words without the special ones."""
+        self.words = [*SPECIAL, *words]
+        self.index = {w: i for i, w in enumerate(self.words)}
+        if len(self.index) != len(self.words):
+            twice = next(w for w, n in collections.Counter(self.words).items() if n > 1)
+            raise TextError(f"the vocabulary names {twice!r} twice")
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def encode(self, words: Sequence[str]) -> np.ndarray:
+        """A sentence's numbers, `[T + 2]`, with both ends."""
+        get = self.index.get
+        return np.array([BEGIN, *(get(w, UNKNOWN) for w in words), END], np.int64)
+
+
+def read(
+    reader: Reader,
+    min_count: int = 1,
+    max_size: int | None = None,
+    vocabulary: Vocabulary | None = None,
+    keep_empty: bool = False,
+) -> tuple[Vocabulary, np.ndarray]:
+    """Numbers a text.
+
+    Args:
+      reader: its files.
+      min_count: rarer words are unknown.
+      max_size: how many words are known at most, the most frequent ones (special ones beside them).
+      vocabulary: takes the place of one made from the text.
+      keep_empty: empty lines are sentences of no words.
+
+    Returns:
+      The vocabulary, most frequent words first, and the sentences one after the other, int32 `[T]`, each with both
+      ends. A special word that the text spells out is unknown.
+
+    Raises:
+      TextError: where there is no word, or none frequent enough.
+    """
+    numbers = _Growing({LINE_END: 0})
+    blocks = [np.fromiter(map(numbers.__getitem__, words), np.int32, len(words)) for words in reader.words()]
+    text = np.concatenate(blocks) if blocks else np.zeros(0, np.int32)
+    del blocks
+    if len(numbers) == 1 and not keep_empty:
+        raise TextError(f"{', '.join(str(p) for p in reader.paths[:3])}: no word in the corpus")
+    spelled = [w.decode() for w in numbers]
+    new = np.full(len(numbers), UNKNOWN, np.int32)
+    new[0] = END
+    if vocabulary is None:
+        counts = np.bincount(text, minlength=len(numbers))
+        counts[[i for i, w in enumerate(spelled) if i == 0 or w in SPECIAL]] = 0
+        known = np.argsort(-counts, kind="stable")[: max_size if max_size is not None else len(counts)]
+        known = known[counts[known] >= max(min_count, 1)]
+        if not len(known):
+            raise TextError(f"no word occurs min_count={min_count} times: take a smaller min_count")
+        vocabulary = Vocabulary(spelled[i] for i in known)
+        new[known] = np.arange(len(known)) + len(SPECIAL)
+    else:
+        for i, word in enumerate(spelled):
+            new[i] = vocabulary.index.get(word, UNKNOWN) if i and word not in SPECIAL else new[i]
+    return vocabulary, _with_begins(new[text], keep_empty)
+
+
+def _with_begins(text: np.ndarray, keep_empty: bool) -> np.ndarray:
+    """BEGIN put before sentences that end with END."""
+    ends = text == END
+    if not keep_empty:
+        text = text[~(ends & np.append(True, ends[:-1]))]
+        ends = text == END
+    out = np.empty(len(text) + int(ends.sum()), text.dtype)
+    starts = np.concatenate([[0], np.flatnonzero(ends)[:-1] + 1]) + np.arange(ends.sum())
+    inside = np.ones(len(out), bool)
+    inside[starts] = False
+    out[starts] = BEGIN
+    out[inside] = text
+    return out

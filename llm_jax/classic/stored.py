@@ -1,0 +1,74 @@
+"""N-gram models in folders of arrays, which are mapped and not read: a model may be larger than memory.
+
+`model.json` says the kind and its order, `vocabulary.txt` the words by number, `keys_2.npy` and so on hold the arrays.
+"""
+
+import json
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from llm_jax.classic import arpa
+from llm_jax.classic.ngram import AddKModel, BackoffModel, Model
+from llm_jax.classic.sentences import SPECIAL, Vocabulary
+
+ARRAYS = {"backoff": ("keys", "log_probs", "backoffs"), "add_k": ("keys", "counts")}
+
+
+class StoredError(ValueError):
+    """A folder that is no model; one line that says why."""
+
+
+def is_arpa(path: epath.PathLike) -> bool:
+    """Whether a name is that of an ARPA file."""
+    return str(path).endswith((".arpa", ".arpa.gz", ".lm", ".lm.gz"))
+
+
+def save(model: Model, path: epath.PathLike) -> None:
+    """Writes an ARPA file (`.arpa`, `.lm`, also with `.gz`) or a folder of arrays."""
+    if is_arpa(path):
+        arpa.write(model, path)
+        return
+    folder = epath.Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.json").unlink(missing_ok=True)
+    kind = "add_k" if isinstance(model, AddKModel) else "backoff"
+    for name in ARRAYS[kind]:
+        for n, x in enumerate(getattr(model, name), start=1):
+            with (folder / f"{name}_{n}.npy").open("wb") as f:
+                np.save(f, x)
+    (folder / "vocabulary.txt").write_text("\n".join(model.vocabulary.words) + "\n")
+    about: dict[str, Any] = {"kind": kind, "order": model.order}
+    if isinstance(model, AddKModel):
+        about["k"] = model.k
+    (folder / "model.json").write_text(json.dumps(about))  # the last: a folder without it is no model
+
+
+def load(path: epath.PathLike) -> Model:
+    """Reads what `save` wrote, or any ARPA file; arrays of folders are mapped.
+
+    Raises:
+      ArpaError: see `arpa.read`.
+      StoredError: for a folder that is no model, or whose arrays do not fit together.
+    """
+    folder = epath.Path(path)
+    if not folder.is_dir():
+        return arpa.read(path)
+    if not (folder / "model.json").is_file():
+        raise StoredError(f"{folder} holds no model.json: it is no n-gram model, or writing it was cut short")
+    about = json.loads((folder / "model.json").read_text())
+    words = (folder / "vocabulary.txt").read_text().split("\n")[:-1]
+    vocabulary = Vocabulary(words[len(SPECIAL) :])
+    arrays: dict[str, list[np.ndarray]] = {}
+    for name in ARRAYS[about["kind"]]:
+        orders = about["order"] - (name == "backoffs")
+        try:
+            arrays[name] = [np.load(folder / f"{name}_{n}.npy", mmap_mode="r") for n in range(1, orders + 1)]
+        except (OSError, ValueError) as e:
+            raise StoredError(f"{folder}: {name} cannot be read: {e}") from None
+        if [len(x) for x in arrays[name]] != [len(x) for x in arrays["keys"]][:orders]:
+            raise StoredError(f"{folder}: {name} has other lengths than the keys")
+    if about["kind"] == "add_k":
+        return AddKModel(vocabulary, **arrays, k=about["k"])
+    return BackoffModel(vocabulary, **arrays)

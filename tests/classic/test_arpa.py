@@ -1,0 +1,114 @@
+"""ARPA files: written and read, both dialects, and what is wrong with others."""
+
+import warnings
+
+import numpy as np
+import pytest
+from letters import TEXT
+
+from llm_jax.classic import arpa, counting, sentences, smoothing
+from llm_jax.classic.arpa import ArpaError
+
+GOOD = """a comment
+
+\\data\\
+ngram 1=4
+ngram 2=2
+
+\\1-grams:
+-1.0\t<unk>
+-99\t<s>\t-0.5
+-0.5 a -0.25
+-0.4\t</s>
+
+\\2-grams:
+-0.1\t<s> a
+-0.2 a </s>
+
+\\end\\
+"""
+
+
+@pytest.fixture
+def model(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    vocabulary, text = sentences.read(sentences.Reader([path]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return smoothing.estimate(counting.count(text, len(vocabulary), 3), vocabulary), text
+
+
+@pytest.mark.parametrize("name", ["model.arpa", "model.arpa.gz"])
+def test_round_trip(model, tmp_path, name):
+    ours, text = model
+    arpa.write(ours, tmp_path / name)
+    again = arpa.read(tmp_path / name)
+    assert again.vocabulary.words == ours.vocabulary.words
+    np.testing.assert_allclose(again.log_prob(text), ours.log_prob(text), atol=1e-6)
+
+
+def test_reads_either_dialect(tmp_path):
+    """Missing back-offs, blanks in the place of tabs, words in any order."""
+    path = tmp_path / "model.arpa"
+    path.write_text(GOOD)
+    model = arpa.read(path)
+    numbers = model.vocabulary.encode(["a", "b"])
+    np.testing.assert_allclose(model.log_prob(numbers), [0, -0.1, -0.25 - 1.0, -0.4])
+    np.testing.assert_allclose(model.log_prob(model.vocabulary.encode(["a"])), [0, -0.1, -0.2])
+
+
+def test_without_unknown_words(tmp_path):
+    path = tmp_path / "model.arpa"
+    path.write_text(GOOD.replace("-1.0\t<unk>\n", "").replace("1=4", "1=3"))
+    model = arpa.read(path)
+    assert model.log_prob(model.vocabulary.encode(["z"]))[1] == -0.5 + arpa.UNSEEN_UNKNOWN
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (("ngram 2=2", "ngram 2=3"), "2 2-grams where the header names 3"),
+        (("ngram 2=2", "ngram 2=1"), "more than the 1 2-grams that the header names"),
+        (("ngram 2=2", "ngram 3=2"), "expected 'ngram 2=COUNT', not 'ngram 3=2'"),
+        (("\\2-grams:", "\\3-grams:"), r"expected \\2-grams:, not '\\\\3-grams:'"),
+        (("\\end\\\n", ""), "cut short"),
+        (("-0.2 a </s>", "-0.2 a"), "expected a number, 2 words"),
+        (("-0.2 a </s>", "zero a </s>"), "no number"),
+        (("-0.2 a </s>", "-0.2 a b"), "model.arpa:15: a word that is not among the 1-grams"),
+        (("-0.2 a </s>", "-0.2 <s> a"), "an n-gram stands twice among the 2-grams"),
+        (("-0.4\t</s>", "-0.4\ta"), "a word stands twice among the 1-grams"),
+        (("-0.2 a </s>", "0.2 a </s>"), "a log probability among the 2-grams above 0"),
+        (("-0.2 a </s>", "nan a </s>"), "above 0, or no number"),
+        (("\\data\\\n", "\\1-grams:\n"), "before"),
+        (("ngram 1=4\nngram 2=2\n", ""), "no 'ngram 1=COUNT'"),
+    ],
+)
+def test_errors(tmp_path, change, words):
+    path = tmp_path / "model.arpa"
+    assert change[0] in GOOD
+    path.write_text(GOOD.replace(*change))
+    with pytest.raises(ArpaError, match=words):
+        arpa.read(path)
+
+
+def test_histories_must_be_listed(tmp_path):
+    path = tmp_path / "model.arpa"
+    third = "\\3-grams:\n-0.1\ta a </s>\n\n"
+    path.write_text(GOOD.replace("2=2\n", "2=2\nngram 3=1\n").replace("\\end", third + "\\end"))
+    with pytest.raises(ArpaError, match="its first 2 words are not among the 2-grams"):
+        arpa.read(path)
+
+
+def test_other_errors(model, tmp_path):
+    with pytest.raises(ArpaError, match="gone.arpa is no file"):
+        arpa.read(tmp_path / "gone.arpa")
+    ours, text = model
+    arpa.write(ours, tmp_path / "model.arpa.gz")
+    data = (tmp_path / "model.arpa.gz").read_bytes()
+    (tmp_path / "model.arpa.gz").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ArpaError, match="cut short"):
+        arpa.read(tmp_path / "model.arpa.gz")
+    sized = counting.count(text, len(ours.vocabulary), 2)
+    with pytest.raises(ArpaError, match="no table of back-offs"):
+        arpa.write(smoothing.estimate(sized, ours.vocabulary, "add_k"), tmp_path / "model.arpa")

@@ -1,0 +1,86 @@
+"""Sentences as numbers: thresholds, ends, blanks, compression, and text that is no UTF-8."""
+
+import gzip
+
+import numpy as np
+import pytest
+
+from llm_jax.classic import sentences
+from llm_jax.classic.sentences import BEGIN, END, UNKNOWN, Reader, TextError, Vocabulary, read
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(data, name="text.txt"):
+        path = tmp_path / name
+        path.write_bytes(data if isinstance(data, bytes) else data.encode())
+        return path
+
+    return write
+
+
+def test_numbers(file):
+    vocabulary, text = read(Reader([file("b a\n\n a  b\tb \nc")]))
+    assert vocabulary.words == ["<unk>", "<s>", "</s>", "b", "a", "c"]
+    assert text.tolist() == [BEGIN, 3, 4, END, BEGIN, 4, 3, 3, END, BEGIN, 5, END]
+    assert vocabulary.encode(["a", "z"]).tolist() == [BEGIN, 4, UNKNOWN, END]
+
+
+def test_empty_lines_may_stay(file):
+    vocabulary, _ = read(Reader([file("a\n")]))
+    _, text = read(Reader([file("\na\n\n")]), vocabulary=vocabulary, keep_empty=True)
+    assert text.tolist() == [BEGIN, END, BEGIN, 3, END, BEGIN, END]
+
+
+def test_thresholds(file):
+    path = file("a a a b b c\nd d <s> <s> <s>\n")
+    vocabulary, text = read(Reader([path]), min_count=2)
+    assert vocabulary.words[3:] == ["a", "b", "d"]
+    assert text.tolist().count(UNKNOWN) == 4  # c, and what is spelled as the beginning of a sentence
+    assert read(Reader([path]), max_size=1)[0].words[3:] == ["a"]
+
+
+def test_compressed_and_in_pieces(file, monkeypatch):
+    lines = "".join(f"w{i} x{i % 7}\n" for i in range(1000))
+    whole = read(Reader([file(lines)]))
+    monkeypatch.setattr(sentences, "BLOCK", 100)
+    packed = read(Reader([file(gzip.compress(lines.encode()), "text.gz")]))
+    assert packed[0].words == whole[0].words
+    np.testing.assert_array_equal(packed[1], whole[1])
+
+
+def test_words_beyond_ascii_are_cut_at_ascii_blanks_only(file):
+    vocabulary, _ = read(Reader([file("é\u00a0è \u2003x\n")]))
+    assert vocabulary.words[3:] == ["é\u00a0è", "\u2003x"]
+
+
+@pytest.mark.parametrize("policy, words", [("skip", ["a"]), ("replace", ["a", "b\ufffd"])])
+def test_no_utf8(file, policy, words):
+    reader = Reader([file(b"a\nb\xff\na\n")], policy)
+    assert read(reader)[0].words[3:] == words
+    assert reader.invalid == 1
+
+
+@pytest.mark.parametrize(
+    "data, options, words",
+    [
+        (b"a\nb\xff\n", {}, "text.txt:2 is no UTF-8"),
+        (b"", {}, "text.txt: no word in the corpus"),
+        (b"\n \n", {}, "text.txt: no word in the corpus"),
+        (b"a b c\n", {"min_count": 2}, "no word occurs min_count=2 times"),
+    ],
+)
+def test_errors(file, data, options, words):
+    with pytest.raises(TextError, match=words):
+        read(Reader([file(data)]), **options)
+
+
+def test_errors_of_files(tmp_path):
+    with pytest.raises(TextError, match="gone.txt is no file"):
+        Reader([tmp_path / "gone.txt"])
+    with pytest.raises(TextError, match="matches nothing"):
+        Reader([])
+    with pytest.raises(TextError, match="invalid='drop' is none of"):
+        Reader([tmp_path], "drop")
+    with pytest.raises(TextError, match="names 'a' twice"):
+        Vocabulary(["a", "a"])

@@ -1,0 +1,96 @@
+"""N-gram models against nltk and the kenlm package, on English text."""
+
+import pathlib
+import sysconfig
+
+import kenlm
+import nltk.lm
+import numpy as np
+import pytest
+
+from llm_jax.classic import arpa, counting, sentences, smoothing
+from llm_jax.classic.sentences import BEGIN
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """(vocabulary, training text, held-out text, its lines): words of the standard library's documentation strings."""
+    folder = tmp_path_factory.mktemp("corpus")
+    lines = []
+    for path in sorted(pathlib.Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:60]:
+        words = (line.split() for line in path.read_text(errors="ignore").splitlines())
+        lines += [" ".join(w) for w in words if w]
+    (folder / "train.txt").write_text("\n".join(lines[:-500]) + "\n")
+    (folder / "held_out.txt").write_text("\n".join(lines[-500:]) + "\n")
+    vocabulary, text = sentences.read(sentences.Reader([folder / "train.txt"]))
+    _, held_out = sentences.read(sentences.Reader([folder / "held_out.txt"]), vocabulary=vocabulary)
+    return vocabulary, text, held_out, lines[-500:]
+
+
+@pytest.mark.parametrize("order", [2, 3, 5])
+@pytest.mark.parametrize("method", ["modified_kneser_ney", "kneser_ney", "witten_bell", "absolute", "interpolated"])
+def test_kenlm_scores_our_files_as_we_do(corpus, order, method, tmp_path):
+    vocabulary, text, held_out, lines = corpus
+    model = smoothing.estimate(counting.count(text, len(vocabulary), order), vocabulary, method, held_out=held_out)
+    arpa.write(model, tmp_path / "model.arpa")
+    theirs = kenlm.Model(str(tmp_path / "model.arpa"))
+    ours = model.log_prob(held_out)
+    begins = np.flatnonzero(held_out == BEGIN)
+    for line, begin, end in zip(lines, begins, [*begins[1:], len(held_out)], strict=True):
+        want = [p for p, _, _ in theirs.full_scores(line)]
+        np.testing.assert_allclose(ours[begin + 1 : end], want, atol=1e-5)
+
+
+def test_files_from_elsewhere(corpus, tmp_path):
+    """A file that kenlm reads, with pruned orders and words that nobody knows: the same scores here."""
+    vocabulary, text, held_out, lines = corpus
+    model = smoothing.estimate(counting.count(text, len(vocabulary), 3), vocabulary)
+    rare = counting.count(text, len(vocabulary), 3).counts[2] > 1
+    pruned = type(model)(
+        vocabulary,
+        [*model.keys[:2], model.keys[2][rare]],
+        [*model.log_probs[:2], model.log_probs[2][rare]],
+        model.backoffs,
+    )
+    arpa.write(pruned, tmp_path / "model.arpa")
+    theirs, ours = kenlm.Model(str(tmp_path / "model.arpa")), arpa.read(tmp_path / "model.arpa")
+    _, numbers = sentences.read(_reader(tmp_path, lines), vocabulary=ours.vocabulary)
+    sums = np.add.reduceat(ours.log_prob(numbers), np.flatnonzero(numbers == BEGIN))
+    np.testing.assert_allclose(sums, [theirs.score(line) for line in lines], atol=2e-4, rtol=1e-6)
+
+
+def _reader(folder, lines):
+    (folder / "lines.txt").write_text("\n".join(lines) + "\n")
+    return sentences.Reader([folder / "lines.txt"])
+
+
+class Known(nltk.lm.Vocabulary):
+    """Counts no beginning of a sentence among the words that can follow."""
+
+    def __len__(self):
+        return super().__len__() - 1
+
+
+@pytest.mark.parametrize(
+    "method, theirs, extra",
+    [
+        ("mle", lambda order, v: nltk.lm.MLE(order, vocabulary=v), {}),
+        ("add_k", lambda order, v: nltk.lm.Lidstone(0.3, order, vocabulary=v), {"k": 0.3}),
+    ],
+)
+def test_nltk(corpus, method, theirs, extra):
+    """Probabilities of words after histories that were seen, whose counts are all that both use."""
+    vocabulary, text, _, _ = corpus
+    text = text[: np.flatnonzero(text == BEGIN)[2000]]
+    model = smoothing.estimate(counting.count(text, len(vocabulary), 3), vocabulary, method, **extra)
+    begins = [*np.flatnonzero(text == BEGIN), len(text)]
+    spelled = [[vocabulary.words[w] for w in text[a:b]] for a, b in zip(begins, begins[1:], strict=False)]
+    other = theirs(3, Known(vocabulary.words[1:], unk_label="<unk>"))
+    other.fit([[g for n in (1, 2, 3) for g in nltk.ngrams(s, n) if g != ("<s>",)] for s in spelled])
+    for s in spelled[::40]:
+        history = s[:1]
+        for word in s[1:]:
+            p = model.next([vocabulary.index[w] for w in history])
+            want = other.score(word, history[-2:])
+            np.testing.assert_allclose(p[vocabulary.index[word]], want, rtol=1e-10)
+            history.append(word)
