@@ -6,10 +6,13 @@ python -m experiments.ngram next --model=runs/austen.arpa --after="it is a"
 python -m experiments.ngram sample --model=runs/austen.arpa --count=5
 """
 
+import contextlib
 import glob
 import json
 import os
+import tempfile
 import time
+import warnings
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,7 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments import cli
-from llm_jax.classic import counting, sentences, smoothing, stored
+from llm_jax.classic import counting, sentences, smoothing, stored, streaming
 from llm_jax.classic.ngram import BackoffModel, Model
 from llm_jax.classic.sentences import BEGIN, END, UNKNOWN
 
@@ -33,6 +36,8 @@ MIN_COUNT = flags.DEFINE_integer("min_count", 1, "Rarer words are unknown.", low
 MAX_SIZE = flags.DEFINE_integer("max_vocabulary", None, "Keep so many words, the most frequent.", lower_bound=1)
 VOCABULARY = flags.DEFINE_string("vocabulary", None, "File of words, one a line, in the place of the corpus's own.")
 CLOSED = flags.DEFINE_bool("closed", False, "Nothing is ever unknown.")
+SCRATCH = flags.DEFINE_string("scratch", None, "Count through files in this folder: for corpora beyond memory.")
+WORKERS = flags.DEFINE_integer("workers", 1, "Processes that count, with --scratch.", lower_bound=1)
 INVALID = flags.DEFINE_enum("invalid", "strict", sentences.POLICIES, "What becomes of lines that are no UTF-8.")
 OUT = flags.DEFINE_string("out", None, "ARPA file (.arpa, .lm, with .gz compressed), or a folder of arrays.")
 MODEL = flags.DEFINE_string("model", None, "What train wrote, or any ARPA file.")
@@ -45,7 +50,10 @@ MAX_WORDS = flags.DEFINE_integer("max_words", 50, "Of a sentence.", lower_bound=
 SEED = flags.DEFINE_integer("seed", 0, "Of what is drawn.")
 
 COMMANDS: dict[str, list[flags.FlagHolder[Any]]] = {
-    "train": [*(CORPUS, HELD_OUT, ORDER, SMOOTHING, K, BACKOFF, MIN_COUNT, MAX_SIZE, VOCABULARY, CLOSED, INVALID, OUT)],
+    "train": [
+        *(CORPUS, HELD_OUT, ORDER, SMOOTHING, K, BACKOFF, MIN_COUNT, MAX_SIZE, VOCABULARY, CLOSED, SCRATCH, WORKERS),
+        *(INVALID, OUT),
+    ],
     "score": [MODEL, TEXT, INVALID, JSON_OUT],
     "next": [MODEL, AFTER, TOP, JSON_OUT],
     "sample": [MODEL, AFTER, COUNT, MAX_WORDS, SEED],
@@ -85,26 +93,54 @@ def train() -> None:
     for flag, method in ((K, "add_k"), (BACKOFF, "stupid_backoff"), (HELD_OUT, "interpolated")):
         if flag.present and SMOOTHING.value != method:
             raise ValueError(f"--{flag.name} is of --smoothing={method}, not of {SMOOTHING.value}")
+    if SCRATCH.value and SMOOTHING.value == "interpolated" and not HELD_OUT.value:
+        raise ValueError("--smoothing=interpolated with --scratch needs --held_out")
+    if WORKERS.present and not SCRATCH.value:
+        raise ValueError("--workers count through files: set --scratch to a folder for them")
     begin = time.perf_counter()
     given = None
     if VOCABULARY.value:
         with open(VOCABULARY.value, encoding="utf-8") as f:
             given = sentences.Vocabulary(w for w in f.read().split() if w not in sentences.SPECIAL)
     reader = _reader(CORPUS.value)
-    vocabulary, text = sentences.read(reader, MIN_COUNT.value, MAX_SIZE.value, given)
-    _say_invalid(reader)
+    with contextlib.ExitStack() as stack:
+        vocabulary, counts, held_out = _count(reader, given, stack)
+        _say_invalid(reader)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            model = smoothing.estimate(
+                counts, vocabulary, SMOOTHING.value, held_out, CLOSED.value, k=K.value, backoff=BACKOFF.value
+            )
+        for warning in said:
+            print(f"warning: {warning.message}")
+        seconds = time.perf_counter() - begin
+        words = int(counts.counts[0].sum() - counts.counts[0][END])
+        print(f"{words:,} words, {len(vocabulary):,} different, {words / seconds:,.0f} a second")
+        _save(model)
+
+
+def _count(
+    reader: sentences.Reader, given: sentences.Vocabulary | None, stack: contextlib.ExitStack
+) -> tuple[sentences.Vocabulary, counting.Counts, np.ndarray | None]:
+    """(vocabulary, counts, held-out sentences if any), in memory or through files that go with `stack`."""
+    options: dict[str, Any] = dict(min_count=MIN_COUNT.value, max_size=MAX_SIZE.value, vocabulary=given)
+    if SCRATCH.value:
+        os.makedirs(SCRATCH.value, exist_ok=True)
+        folder = stack.enter_context(tempfile.TemporaryDirectory(dir=SCRATCH.value, prefix="ngrams_"))
+        vocabulary, ends = streaming.write_text(reader, folder, **options)
+        counts = streaming.count(folder, len(vocabulary), ORDER.value, ends, WORKERS.value, os.isatty(2))
+        held_out = sentences.read(_reader(HELD_OUT.value), vocabulary=vocabulary)[1] if HELD_OUT.value else None
+        return vocabulary, counts, held_out
+    vocabulary, text = sentences.read(reader, **options)
     held_out = None
     if HELD_OUT.value:
         held_out = sentences.read(_reader(HELD_OUT.value), vocabulary=vocabulary)[1]
     elif SMOOTHING.value == "interpolated":
         text, held_out = _without_last_tenth(text)
-    counts = counting.count(text, len(vocabulary), ORDER.value)
-    model = smoothing.estimate(
-        counts, vocabulary, SMOOTHING.value, held_out, CLOSED.value, k=K.value, backoff=BACKOFF.value
-    )
-    seconds = time.perf_counter() - begin
-    words = int(np.sum((text != BEGIN) & (text != END)))
-    print(f"{words:,} words, {len(vocabulary):,} different, {words / seconds:,.0f} a second")
+    return vocabulary, counting.count(text, len(vocabulary), ORDER.value), held_out
+
+
+def _save(model: Model) -> None:
     stored.save(model, OUT.value)
     grams = sum(len(k) for k in model.keys)
     sizes = ", ".join(f"{len(k):,}" for k in model.keys)

@@ -129,61 +129,82 @@ class Vocabulary:
         return np.array([BEGIN, *(get(w, UNKNOWN) for w in words), END], np.int64)
 
 
-def read(
+def new_numbers() -> dict[bytes, int]:
+    """Numbers words in the order in which they come, after `LINE_END`, which is 0."""
+    return _Growing({LINE_END: 0})
+
+
+def vocabulary_of(
     reader: Reader,
+    numbers: dict[bytes, int],
+    counts: np.ndarray,
     min_count: int = 1,
     max_size: int | None = None,
     vocabulary: Vocabulary | None = None,
-    keep_empty: bool = False,
 ) -> tuple[Vocabulary, np.ndarray]:
-    """Numbers a text.
+    """(words, most frequent first; the number there of every number of `new_numbers`).
 
     Args:
-      reader: its files.
+      reader: of the text, for errors.
+      numbers: of its words.
+      counts: of them, by number.
       min_count: rarer words are unknown.
       max_size: how many words are known at most, the most frequent ones (special ones beside them).
       vocabulary: takes the place of one made from the text.
-      keep_empty: empty lines are sentences of no words.
 
-    Returns:
-      The vocabulary, most frequent words first, and the sentences one after the other, int32 `[T]`, each with both
-      ends. A special word that the text spells out is unknown.
+    A special word that the text spells out is unknown.
 
     Raises:
       TextError: where there is no word, or none frequent enough.
     """
-    numbers = _Growing({LINE_END: 0})
-    blocks = [np.fromiter(map(numbers.__getitem__, words), np.int32, len(words)) for words in reader.words()]
-    text = np.concatenate(blocks) if blocks else np.zeros(0, np.int32)
-    del blocks
-    if len(numbers) == 1 and not keep_empty:
+    if vocabulary is None and len(numbers) == 1:
         raise TextError(f"{', '.join(str(p) for p in reader.paths[:3])}: no word in the corpus")
     spelled = [w.decode() for w in numbers]
     new = np.full(len(numbers), UNKNOWN, np.int32)
     new[0] = END
     if vocabulary is None:
-        counts = np.bincount(text, minlength=len(numbers))
+        counts = counts.copy()
         counts[[i for i, w in enumerate(spelled) if i == 0 or w in SPECIAL]] = 0
         known = np.argsort(-counts, kind="stable")[: max_size if max_size is not None else len(counts)]
         known = known[counts[known] >= max(min_count, 1)]
         if not len(known):
             raise TextError(f"no word occurs min_count={min_count} times: take a smaller min_count")
-        vocabulary = Vocabulary(spelled[i] for i in known)
         new[known] = np.arange(len(known)) + len(SPECIAL)
-    else:
-        for i, word in enumerate(spelled):
-            new[i] = vocabulary.index.get(word, UNKNOWN) if i and word not in SPECIAL else new[i]
-    return vocabulary, _with_begins(new[text], keep_empty)
+        return Vocabulary(spelled[i] for i in known), new
+    for i, word in enumerate(spelled):
+        new[i] = vocabulary.index.get(word, UNKNOWN) if i and word not in SPECIAL else new[i]
+    return vocabulary, new
 
 
-def _with_begins(text: np.ndarray, keep_empty: bool) -> np.ndarray:
-    """BEGIN put before sentences that end with END."""
+def read(reader: Reader, keep_empty: bool = False, **options: Any) -> tuple[Vocabulary, np.ndarray]:
+    """Numbers a text.
+
+    Args:
+      reader: its files.
+      keep_empty: empty lines are sentences of no words.
+      **options: of `vocabulary_of`.
+
+    Returns:
+      The vocabulary, and the sentences one after the other, int32 `[T]`, each with both ends.
+
+    Raises:
+      TextError: see `vocabulary_of`.
+    """
+    numbers = new_numbers()
+    blocks = [np.fromiter(map(numbers.__getitem__, words), np.int32, len(words)) for words in reader.words()]
+    text = np.concatenate(blocks) if blocks else np.zeros(0, np.int32)
+    vocabulary, new = vocabulary_of(reader, numbers, np.bincount(text, minlength=len(numbers)), **options)
+    return vocabulary, with_begins(new[text], keep_empty)
+
+
+def with_begins(text: np.ndarray, keep_empty: bool = False) -> np.ndarray:
+    """BEGIN put before sentences that end with END; those of no words go, unless they are kept."""
     ends = text == END
     if not keep_empty:
         text = text[~(ends & np.append(True, ends[:-1]))]
         ends = text == END
     out = np.empty(len(text) + int(ends.sum()), text.dtype)
-    starts = np.concatenate([[0], np.flatnonzero(ends)[:-1] + 1]) + np.arange(ends.sum())
+    starts = np.append(0, np.flatnonzero(ends)[:-1] + 1)[: ends.sum()] + np.arange(ends.sum())
     inside = np.ones(len(out), bool)
     inside[starts] = False
     out[starts] = BEGIN

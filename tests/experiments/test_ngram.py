@@ -47,6 +47,13 @@ def test_next_and_samples(folder, capsys):
     assert lines[:3] == lines[3:] and all(line.startswith("a b") for line in lines)
 
 
+def test_counts_through_files(folder):
+    corpus, out = f"--corpus={folder}/*.txt*", f"--out={folder}/streamed.arpa"
+    call("ngram", "train", corpus, out, "--smoothing=witten_bell", f"--scratch={folder}/scratch", "--workers=2")
+    assert (folder / "streamed.arpa").read_bytes() == (folder / "model.arpa").read_bytes()
+    assert not list((folder / "scratch").iterdir())
+
+
 def test_add_k_and_interpolated(folder, capsys):
     corpus = f"--corpus={folder}/*.txt*"
     call("ngram", "train", corpus, f"--out={folder}/add_k", "--smoothing=add_k", "--k=0.1")
@@ -68,6 +75,11 @@ def test_add_k_and_interpolated(folder, capsys):
         (("train", "--corpus=gone.txt"), "--out is missing"),
         (("train", "--corpus=gone.txt", "--out=x.arpa", "--smoothing=add_k"), "give --out a folder's name"),
         (("train", "--corpus=gone.txt", "--out=x.arpa", "--k=2"), "--k is of --smoothing=add_k"),
+        (("train", "--corpus=gone.txt", "--out=x.arpa", "--workers=2"), "set --scratch to a folder"),
+        (
+            ("train", "--corpus=gone.txt", "--out=x.arpa", "--scratch=x", "--smoothing=interpolated"),
+            "with --scratch needs --held_out",
+        ),
         (("next",), "--model is missing"),
     ],
 )

@@ -1,0 +1,182 @@
+"""Counts of n-grams beyond memory: blocks of text are sorted one by one, and what was sorted is merged.
+
+A block holds whole lines. For every order, each block's keys (`counting`) become a sorted run in a file; runs are
+merged range by range of keys into one table; and each block is looked up in it, which gives the histories of the next
+order. What stays in memory are the vocabulary, a block for every process, and a range. Files take 12 bytes a word of
+text and 24 an n-gram, and 16 a word while an order is sorted.
+"""
+
+import concurrent.futures
+import functools
+import multiprocessing
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from llm_jax.classic import counting, sentences
+from llm_jax.classic.counting import ABSENT, Counts
+from llm_jax.classic.sentences import BEGIN, Reader, Vocabulary
+
+RANGE = 1 << 22  # keys that are merged at once
+SAMPLE = 1 << 10  # of so many sorted keys one is a candidate for the end of a range
+
+
+def write_text(reader: Reader, folder: epath.PathLike, **options: Any) -> tuple[Vocabulary, list[int]]:
+    """Numbers a text into `folder/text`, int32.
+
+    Args:
+      reader: its files.
+      folder: for files that are the caller's to delete.
+      **options: of `sentences.vocabulary_of`.
+
+    Returns:
+      The vocabulary, and where blocks end.
+    """
+    folder = epath.Path(folder)
+    numbers = sentences.new_numbers()
+    counts, lengths = np.zeros(0, np.int64), []
+    with (folder / "raw").open("wb") as f:
+        for words in reader.words():
+            block = np.fromiter(map(numbers.__getitem__, words), np.int32, len(words))
+            f.write(block.tobytes())
+            lengths.append(len(block))
+            counts = np.append(counts, np.zeros(len(numbers) - len(counts), np.int64))
+            counts += np.bincount(block, minlength=len(numbers))
+    vocabulary, new = sentences.vocabulary_of(reader, numbers, counts, **options)
+    ends = [0]
+    with (folder / "raw").open("rb") as source, (folder / "text").open("wb") as f:
+        for length in lengths:
+            block = sentences.with_begins(new[np.frombuffer(source.read(4 * length), np.int32)])
+            f.write(block.tobytes())
+            ends.append(ends[-1] + len(block))
+    (folder / "raw").unlink()
+    return vocabulary, ends
+
+
+def _map(folder: epath.Path, name: str, dtype: Any, mode: Any = "r") -> np.ndarray:
+    """A file as an array; an empty one cannot be mapped."""
+    path = folder / name
+    return np.memmap(path, dtype, mode) if path.stat().length else np.zeros(0, dtype)
+
+
+def _sort(folder: epath.Path, n: int, size: int, block: tuple[int, int, int]) -> None:
+    """A sorted run of the keys of order n + 1 in a block."""
+    i, begin, end = block
+    text = np.asarray(_map(folder, "text", np.int32)[begin:end])
+    places = text.astype(np.int64) if n == 1 else np.asarray(_map(folder, "places", np.int64)[begin:end])
+    keys = counting.extend(places, text, size)
+    found, often = np.unique(keys[keys >= 0], return_counts=True)
+    np.concatenate([found, often]).astype(np.int64).tofile(folder / f"run_{i}")
+
+
+def _place(folder: epath.Path, n: int, size: int, block: tuple[int, int, int]) -> None:
+    """The places of a block's n-grams of order n + 1, and of their suffixes."""
+    _, begin, end = block
+    text = np.asarray(_map(folder, "text", np.int32)[begin:end])
+    stored = _map(folder, "places", np.int64, "r+")
+    shorter = text.astype(np.int64) if n == 1 else np.array(stored[begin:end])
+    keys = counting.extend(shorter, text, size)
+    inside = keys >= 0
+    places = np.full(len(text), ABSENT, np.int64)
+    places[inside] = counting.find(_map(folder, f"keys_{n}", np.int64), keys[inside])
+    stored[begin:end] = places
+    if inside.any():
+        _map(folder, f"suffixes_{n}", np.int64, "r+")[places[inside]] = shorter[inside]
+
+
+def merge(runs: Sequence[tuple[np.ndarray, np.ndarray]], write: Callable[[np.ndarray, np.ndarray], None]) -> None:
+    """Merges sorted runs of (keys, counts), equal keys into one, and writes them range by range."""
+    candidates = np.sort(np.concatenate([keys[::SAMPLE] for keys, _ in runs] or [np.zeros(0, np.int64)]))
+    step = max(RANGE // SAMPLE, 1)
+    bounds = [*np.unique(candidates[step::step]), np.iinfo(np.int64).max]
+    begins = [0] * len(runs)
+    for bound in bounds:
+        ends = [int(np.searchsorted(keys, bound)) for keys, _ in runs]
+        pieces = [(k[a:b], c[a:b]) for (k, c), a, b in zip(runs, begins, ends, strict=True)]
+        keys, counts = (np.concatenate(x) for x in zip(*pieces, strict=True))
+        if len(keys):
+            order = np.argsort(keys)
+            keys, counts = keys[order], counts[order]
+            first = np.flatnonzero(np.append(True, keys[1:] != keys[:-1]))
+            write(keys[first], np.add.reduceat(counts, first))
+        begins = ends
+
+
+def count(
+    folder: epath.PathLike, size: int, order: int, ends: Sequence[int], workers: int = 1, progress: bool = False
+) -> Counts:
+    """Counts of all orders up to `order` of what `write_text` wrote, as mapped files; equal to `counting.count`.
+
+    Args:
+      folder: with the text; the tables come beside it.
+      size: V.
+      order: of the longest n-grams.
+      ends: of blocks.
+      workers: processes.
+      progress: shows a bar.
+
+    Raises:
+      ValueError: for orders below 1.
+    """
+    if order < 1:
+        raise ValueError(f"order={order} must be at least 1")
+    folder = epath.Path(folder)
+    blocks = [(i, a, b) for i, (a, b) in enumerate(zip(ends, ends[1:], strict=False))]
+    single = np.zeros(size, np.int64)
+    for _, begin, end in blocks:
+        single += np.bincount(_map(folder, "text", np.int32)[begin:end], minlength=size)
+    single[BEGIN] = 0
+    out = Counts(size, [np.arange(size)], [single], [np.zeros(size, np.int64)])
+    with (folder / "places").open("wb") as f:
+        f.truncate(8 * ends[-1])
+    context = multiprocessing.get_context("spawn")
+    bar = tqdm(total=2 * len(blocks) * (order - 1), unit="block", disable=not progress, desc="counting")
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context) if workers > 1 else None
+    with bar, pool or _Same() as run:
+        for n in range(1, order):
+            for step in (_sort, _place):
+                if step is _place:
+                    _merge_runs(folder, n, len(blocks))
+                work: Iterable[None] = run.map(functools.partial(step, folder, n, size), blocks)
+                for _ in work:
+                    bar.update()
+            for name in ("keys", "counts", "suffixes"):
+                getattr(out, name).append(_map(folder, f"{name}_{n}", np.int64))
+    (folder / "places").unlink()
+    return out
+
+
+class _Same:
+    """Runs here what a pool would run elsewhere."""
+
+    map = staticmethod(map)
+
+    def __enter__(self) -> "_Same":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+
+def _merge_runs(folder: epath.Path, n: int, count: int) -> None:
+    """Runs to `keys_n` and `counts_n`, and room for `suffixes_n`."""
+    runs = []
+    for i in range(count):
+        run = _map(folder, f"run_{i}", np.int64)
+        runs.append((run[: len(run) // 2], run[len(run) // 2 :]))
+    with (folder / f"keys_{n}").open("wb") as k, (folder / f"counts_{n}").open("wb") as c:
+
+        def write(keys: np.ndarray, counts: np.ndarray) -> None:
+            k.write(keys.tobytes())
+            c.write(counts.tobytes())
+
+        merge(runs, write)
+        size = k.tell()
+    with (folder / f"suffixes_{n}").open("wb") as s:
+        s.truncate(size)
+    del runs
+    for i in range(count):
+        (folder / f"run_{i}").unlink()
