@@ -72,7 +72,7 @@ from typing import Any
 
 from absl import app, flags
 
-CASES = ("train", "memory", "decode", "compile", "shakespeare", "encode", "translate", "steps")
+CASES = ("train", "memory", "decode", "compile", "shakespeare", "encode", "translate", "steps", "ngrams")
 CASE = flags.DEFINE_list("cases", ",".join(CASES), f"What to measure: {', '.join(CASES)}.")
 ROUNDS = flags.DEFINE_integer("rounds", 3, "Turns that every contestant takes.", lower_bound=1)
 JSON = flags.DEFINE_string("json", None, "Write the rows to this file.")
@@ -93,7 +93,9 @@ DECODED = {"prompt": 32, "new": 64}  # tokens a row
 def _measure(who: str, what: str, **options: Any) -> dict[str, Any] | None:
     """Runs one measurement in a fresh process; None where the peer is not installed or fails."""
     module = {"ours": "experiments.benchmark_ours", "peer": "experiments.benchmark_peers"}[who]
-    if "family" in options:
+    if options.get("classic"):
+        module = "experiments.benchmark_classic"
+    elif "family" in options:
         engine = "engines" if options.get("engine") else "families_peers"
         module = {"ours": "experiments.benchmark_families", "peer": f"experiments.benchmark_{engine}"}[who]
     spec = json.dumps({"what": what, "tiny": TINY.value, "precision": PRECISION.value, "sizes": SIZES, **options})
@@ -292,6 +294,17 @@ def _steps() -> list[dict[str, Any]]:
     )
 
 
+def _ngrams() -> list[dict[str, Any]]:
+    """Estimation, which has no peer in Python; queries in one call and KenLM's by lines and by words."""
+    what = {"classic": True}
+    loops = {f"kenlm, a loop over {loop}": ("peer", "query", {**what, "loop": loop}) for loop in ("lines", "words")}
+    results = _turns({"estimate": ("ours", "estimate", what), "query": ("ours", "query", what), **loops}, ROUNDS.value)
+    theirs = {name: results[name]["value"] for name in loops if name in results}
+    rows = [_row("n-grams, order 5, from text", results["estimate"]["value"], "-", None, "words/s")]
+    case = "n-grams, order 5, queries"
+    return rows + [_row(case, results["query"]["value"], name, theirs.get(name), "words/s") for name in loops]
+
+
 def main(argv: list[str]) -> None:
     """Measures, prints the table, writes the rows."""
     del argv
@@ -299,7 +312,7 @@ def main(argv: list[str]) -> None:
     if unknown:
         sys.exit(f"error: unknown cases {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
     measure = {"train": _train, "memory": _memory, "decode": _decode, "compile": _compile, "shakespeare": _shakespeare}
-    measure |= {"encode": _encode, "translate": _translate, "steps": _steps}
+    measure |= {"encode": _encode, "translate": _translate, "steps": _steps, "ngrams": _ngrams}
     rows: list[dict[str, Any]] = []
     for name in CASE.value:
         print(name, file=sys.stderr, flush=True)
