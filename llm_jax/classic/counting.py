@@ -70,6 +70,16 @@ def extend(places: np.ndarray, text: np.ndarray, size: int) -> np.ndarray:
     return keys
 
 
+def check_keys(table: np.ndarray, n: int, size: int) -> None:
+    """Refuses keys of order n + 1 that 64 bits do not hold.
+
+    Raises:
+      ValueError: with what to do.
+    """
+    if len(table) * size >= 2**63:
+        raise ValueError(f"{len(table):,} {n}-grams of {size:,} words are too many for order {n + 1}: set min_count")
+
+
 def count(text: np.ndarray, size: int, order: int) -> Counts:
     """Counts of all orders up to `order` in numbered sentences (`sentences.read`).
 
@@ -84,7 +94,8 @@ def count(text: np.ndarray, size: int, order: int) -> Counts:
     single[BEGIN] = 0
     out = Counts(size, [np.arange(size)], [single], [np.zeros(size, np.int64)])
     places = text.astype(np.int64)
-    for _ in range(1, order):
+    for n in range(1, order):
+        check_keys(out.keys[-1], n, size)
         shorter, now = places, extend(places, text, size)
         inside = now >= 0
         found, often, there = rank(now[inside])

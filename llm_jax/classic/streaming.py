@@ -137,6 +137,7 @@ def count(
     pool = concurrent.futures.ProcessPoolExecutor(workers, context) if workers > 1 else None
     with bar, pool or _Same() as run:
         for n in range(1, order):
+            counting.check_keys(out.keys[-1], n, size)
             for step in (_sort, _place):
                 if step is _place:
                     _merge_runs(folder, n, len(blocks))

@@ -14,6 +14,7 @@ from llm_jax.nn.ties import Ties, expand
 from llm_jax.objectives.objective import Objective, Prepared, total_loss
 from llm_jax.parallel import pipeline
 from llm_jax.parallel.schedules import Schedule
+from llm_jax.parallel.stage import is_float
 
 Scored = tuple[jax.Array, dict[str, jax.Array]]  # the loss, and sums of every term
 Micro = tuple[Prepared, jax.Array]  # a micro-batch and its dropout key
@@ -70,7 +71,7 @@ def _kept(specs: Any, parts: _Parts, path: tuple[str, ...]) -> tuple[list[P], li
     """Mesh axes of gradients of one layer, and of all that is no layer, by floating leaves."""
     is_spec = lambda x: isinstance(x, P)
     some = lambda specs, tree: zip(jax.tree.leaves(specs, is_leaf=is_spec), jax.tree.leaves(tree), strict=True)
-    of = lambda specs, tree: [s for s, x in some(specs, tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    of = lambda specs, tree: [s for s, x in some(specs, tree) if is_float(x)]
     layers = of(pipeline.stacks(specs)[path], parts.layers[path])
     outer = of(pipeline.put(specs, dict.fromkeys(parts.layers)), parts.outer)
     return [P(*spec[1:]) for spec in layers], outer

@@ -67,9 +67,15 @@ def test_rings_and_sums_of_a_divided_sequence():
 
 
 def test_tensor_parallelism_within_two_fifths():
-    """XLA gathers some activations twice, and turns some round by all-to-all."""
+    """XLA gathers some activations twice, and turns some round by all-to-all.
+
+    XLA:CPU sums the gradients of the inputs of query, key and value, and of gate and up, one by one; a TPU's compiler
+    adds them before.
+    """
     cost, sent = both(PlanConfig(data=2, model=4))
-    assert cost.sent["model"] <= sent["model"] <= 1.4 * cost.sent["model"]
+    one_by_one = 4 * 3 * (2 * 3 / 4) * (ROWS / 2 * T * 64 * 4)  # layers, sums more, sent of one, its bytes
+    want = cost.sent["model"] + one_by_one
+    assert want <= sent["model"] <= 1.4 * want
 
 
 def test_pipelines_exchange_what_is_said():
