@@ -154,7 +154,7 @@ def run(main: Callable[..., None], commands: Mapping[str, Sequence[flags.FlagHol
             setup_devices()
             main() if command is None else main(command)
         except KeyboardInterrupt as e:
-            _fail(f"{str(e) or 'interrupted'}; run the same command again to resume", 130)
+            _fail((str(e) or "interrupted") + ("" if command else "; run the same command again to resume"), 130)
         except BrokenPipeError:
             sys.exit(1)
         except (ValueError, TypeError, RuntimeError, OSError, MemoryError) as e:
@@ -162,6 +162,7 @@ def run(main: Callable[..., None], commands: Mapping[str, Sequence[flags.FlagHol
                 raise
             text = str(e).strip() or type(e).__name__
             hint = " (too little memory: a smaller training.batch_size, accumulation, or plan.remat=full helps)"
+            hint = "" if command else hint
             memory = isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in text
             first = next((line for line in text.splitlines() if line.strip()), type(e).__name__)
             _fail(processes.explain(first) + (hint if memory else ""), 1)

@@ -73,7 +73,7 @@ def _reader(pattern: Any) -> sentences.Reader:
 
 def _say_invalid(reader: sentences.Reader) -> None:
     if reader.invalid:
-        print(f"{reader.invalid:,} lines were no UTF-8 (--invalid={INVALID.value})")
+        print(f"{reader.invalid:,} lines of {reader.paths[0]} and so on were no UTF-8 (--invalid={INVALID.value})")
 
 
 def _without_last_tenth(text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -93,6 +93,9 @@ def train() -> None:
     for flag, method in ((K, "add_k"), (BACKOFF, "stupid_backoff"), (HELD_OUT, "interpolated")):
         if flag.present and SMOOTHING.value != method:
             raise ValueError(f"--{flag.name} is of --smoothing={method}, not of {SMOOTHING.value}")
+    for threshold in (MIN_COUNT, MAX_SIZE):
+        if threshold.present and VOCABULARY.value:
+            raise ValueError(f"--{threshold.name} and --vocabulary exclude each other")
     if SCRATCH.value and SMOOTHING.value == "interpolated" and not HELD_OUT.value:
         raise ValueError("--smoothing=interpolated with --scratch needs --held_out")
     if WORKERS.present and not SCRATCH.value:
@@ -101,7 +104,10 @@ def train() -> None:
     given = None
     if VOCABULARY.value:
         with open(VOCABULARY.value, encoding="utf-8") as f:
-            given = sentences.Vocabulary(w for w in f.read().split() if w not in sentences.SPECIAL)
+            named = [w for w in f.read().split("\n") if w.strip() and w not in sentences.SPECIAL]
+        if not named:
+            raise ValueError(f"--vocabulary={VOCABULARY.value} names no word")
+        given = sentences.Vocabulary(named)
     reader = _reader(CORPUS.value)
     with contextlib.ExitStack() as stack:
         vocabulary, counts, held_out = _count(reader, given, stack)
@@ -129,15 +135,21 @@ def _count(
         folder = stack.enter_context(tempfile.TemporaryDirectory(dir=SCRATCH.value, prefix="ngrams_"))
         vocabulary, ends = streaming.write_text(reader, folder, **options)
         counts = streaming.count(folder, len(vocabulary), ORDER.value, ends, WORKERS.value, os.isatty(2))
-        held_out = sentences.read(_reader(HELD_OUT.value), vocabulary=vocabulary)[1] if HELD_OUT.value else None
-        return vocabulary, counts, held_out
+        return vocabulary, counts, _held_out(vocabulary)
     vocabulary, text = sentences.read(reader, **options)
-    held_out = None
-    if HELD_OUT.value:
-        held_out = sentences.read(_reader(HELD_OUT.value), vocabulary=vocabulary)[1]
-    elif SMOOTHING.value == "interpolated":
+    held_out = _held_out(vocabulary)
+    if held_out is None and SMOOTHING.value == "interpolated":
         text, held_out = _without_last_tenth(text)
     return vocabulary, counting.count(text, len(vocabulary), ORDER.value), held_out
+
+
+def _held_out(vocabulary: sentences.Vocabulary) -> np.ndarray | None:
+    if not HELD_OUT.value:
+        return None
+    reader = _reader(HELD_OUT.value)
+    text = sentences.read(reader, vocabulary=vocabulary)[1]
+    _say_invalid(reader)
+    return text
 
 
 def _save(model: Model) -> None:
@@ -165,20 +177,21 @@ def score(model: Model) -> None:
     if not ends:
         raise ValueError(f"{TEXT.value}: no line")
     known = log_p[(text != UNKNOWN) & (text != BEGIN)]
+    finite = lambda x: float(x) if np.isfinite(x) else None  # JSON has no infinity
     results = {
-        "perplexity": float(10 ** (-totals.sum() / (words + ends))),
-        "perplexity_without_unknown": float(10 ** (-known.mean())),
-        "log10_probability": float(totals.sum()),
+        "perplexity": finite(10 ** (-totals.sum() / (words + ends))),
+        "perplexity_without_unknown": finite(10 ** (-known.mean())),
+        "log10_probability": finite(totals.sum()),
         "sentences": ends,
         "tokens": words,
         "unknown": int(unknown.sum()),
         "lines": [
-            {"log10_probability": float(p), "tokens": int(t), "unknown": int(u)}
+            {"log10_probability": finite(p), "tokens": int(t), "unknown": int(u)}
             for p, t, u in zip(totals, tokens, unknown, strict=True)
         ],
     }
     print(
-        f"perplexity {results['perplexity']:.2f} ({results['perplexity_without_unknown']:.2f} without unknown words), "
+        f"perplexity {10 ** (-totals.sum() / (words + ends)):.2f} ({10 ** (-known.mean()):.2f} without unknown words), "
         f"{ends:,} sentences, {words:,} words, {results['unknown']:,} unknown, {len(text) / seconds:,.0f} a second"
     )
     if JSON_OUT.value:
@@ -186,11 +199,16 @@ def score(model: Model) -> None:
             json.dump(results, f)
 
 
+def _after() -> list[str]:
+    return [w.decode() for w in AFTER.value.encode().split()]  # at ASCII blanks, as texts
+
+
 def following(model: Model) -> None:
     """The most probable next words."""
-    p = model.next(model.vocabulary.encode(AFTER.value.split())[:-1].tolist())
+    p = model.next(model.vocabulary.encode(_after())[:-1].tolist())
     best = np.argsort(-p, kind="stable")[: TOP.value]
     found = [{"word": model.vocabulary.words[i], "probability": float(p[i])} for i in best]
+    found = [row for row in found if row["probability"] > 0]
     for row in found:
         print(f"{row['probability']:.5f} {row['word']}")
     if JSON_OUT.value:
@@ -201,10 +219,10 @@ def following(model: Model) -> None:
 def sample(model: Model) -> None:
     """Sentences."""
     rng = np.random.default_rng(SEED.value)
-    after = model.vocabulary.encode(AFTER.value.split())[:-1].tolist()
+    after = model.vocabulary.encode(_after())[:-1].tolist()
     for _ in tqdm(range(COUNT.value), unit="sentence", disable=COUNT.value < 20 or not os.isatty(2)):
         drawn = model.sample(rng, after, MAX_WORDS.value)
-        print(" ".join([*AFTER.value.split(), *(model.vocabulary.words[w] for w in drawn)]))
+        print(" ".join([*_after(), *(model.vocabulary.words[w] for w in drawn)]))
 
 
 def main(command: str) -> None:

@@ -15,9 +15,9 @@ from etils import epath
 from llm_jax.classic import counting
 from llm_jax.classic.counting import ABSENT
 from llm_jax.classic.ngram import BackoffModel, Model
-from llm_jax.classic.sentences import SPECIAL, Vocabulary
+from llm_jax.classic.sentences import DAMAGED, SPECIAL, Vocabulary
 
-NEVER = -99.0  # how the format writes the logarithm of zero
+NEVER = -99.0  # how the format writes the logarithm of zero; what is below is as little
 UNSEEN_UNKNOWN = -100.0  # of `<unk>` where a file has none
 
 
@@ -83,7 +83,7 @@ class _Lines:
                 line = line.strip()
                 if line:
                     yield line
-        except (EOFError, gzip.BadGzipFile) as e:
+        except DAMAGED as e:
             raise self.error(f"cut short: {e}") from None
 
     def error(self, text: str) -> ArpaError:
@@ -117,13 +117,14 @@ class _Lines:
             begin = self.number
             words, p, b, line = self.section(n, count, n < len(sizes))
             if n == 1:
+                words = ["<unk>" if w == "<UNK>" else w for w in words]  # SRILM's and KenLM's other name of it
                 known = set(words)
                 if len(known) < len(words):
                     raise ArpaError(f"{self.path}:{begin}: a word stands twice among the 1-grams")
                 vocabulary = Vocabulary(w for w in words if w not in SPECIAL)
                 missing = [i for i, w in enumerate(SPECIAL) if w not in known]
                 key = np.array([*(vocabulary.index[w] for w in words), *missing], np.int64)
-                p = np.concatenate([p, [UNSEEN_UNKNOWN if i == 0 else NEVER for i in missing]])
+                p = np.concatenate([p, [UNSEEN_UNKNOWN if i == 0 else -np.inf for i in missing]])
                 b = np.concatenate([b, np.zeros(len(missing))])
             else:
                 key = self.keys(n, words, vocabulary, keys, begin)
@@ -140,34 +141,35 @@ class _Lines:
     def section(self, n: int, size: int, pays: bool) -> tuple[list[str], np.ndarray, np.ndarray, bytes]:
         """(words one after the other, log probabilities, back-offs, the line behind) of one order."""
         words: list[bytes] = []
-        p, b = np.zeros(size), np.zeros(size)
-        count = 0
+        p: list[float] = []
+        b: list[float] = []
         for line in self.lines:
             if line[:1] == b"\\" and (line == b"\\end\\" or line.endswith(b"-grams:")):
                 break
             parts = line.split()
-            if count == size or not n + 1 <= len(parts) <= n + 1 + pays:
+            if len(p) == size or not n + 1 <= len(parts) <= n + 1 + pays:
                 reason = (
                     f"more than the {size:,} {n}-grams that the header names"
-                    if count == size
+                    if len(p) == size
                     else (f"expected a number, {n} words" + (" and perhaps a number" if pays else ""))
                 )
                 raise self.error(f"{reason}: {line.decode(errors='replace')[:60]!r}")
             try:
-                p[count] = float(parts[0])
-                b[count] = float(parts[n + 1]) if len(parts) == n + 2 else 0.0
+                p.append(float(parts[0]))
+                b.append(float(parts[n + 1]) if len(parts) == n + 2 else 0.0)
             except ValueError:
                 raise self.error(f"no number: {line.decode(errors='replace')[:60]!r}") from None
             words += parts[1 : n + 1]
-            count += 1
         else:
             raise self.error("the file ends before \\end\\: it was cut short")
-        if count < size:
-            raise self.error(f"{count:,} {n}-grams where the header names {size:,}")
-        if not (p <= 1e-4).all() or np.isnan(b).any():
+        if len(p) < size:
+            raise self.error(f"{len(p):,} {n}-grams where the header names {size:,}")
+        probs, pays_ = np.array(p), np.array(b)
+        if not (probs <= 1e-4).all() or not (pays_ < np.inf).all():
             raise self.error(f"a log probability among the {n}-grams above 0, or no number")
+        probs[probs <= NEVER], pays_[pays_ <= NEVER] = -np.inf, -np.inf
         try:
-            return b"\n".join(words).decode().split("\n") if words else [], p, b, line
+            return b"\n".join(words).decode().split("\n") if words else [], probs, pays_, line
         except UnicodeDecodeError as e:
             raise self.error(f"a word among the {n}-grams is no UTF-8 ({e.reason})") from None
 
@@ -176,11 +178,12 @@ class _Lines:
         numbers = np.array([vocabulary.index.get(w, ABSENT) for w in words], np.int64).reshape(-1, n)
         if (numbers < 0).any():
             row = int(np.argmax((numbers < 0).any(axis=1)))
-            raise ArpaError(f"{self.path}:{begin + row + 1}: a word that is not among the 1-grams")
+            raise ArpaError(f"{self.path}:{begin}: a word of {n}-gram {row + 1} is not among the 1-grams")
         places = numbers[:, 0]
         for k in range(1, n - 1):
             places = counting.find(keys[k], places * len(vocabulary) + numbers[:, k])
         if (places < 0).any():
             row = int(np.argmax(places < 0))
-            raise ArpaError(f"{self.path}:{begin + row + 1}: its first {n - 1} words are not among the {n - 1}-grams")
+            text = f"the first {n - 1} words of {n}-gram {row + 1} are not among the {n - 1}-grams"
+            raise ArpaError(f"{self.path}:{begin}: {text}")
         return places * len(vocabulary) + numbers[:, -1]

@@ -56,6 +56,13 @@ def find(table: np.ndarray, keys: np.ndarray) -> np.ndarray:
     return places
 
 
+def take(values: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Values at places, float64; 0 where a place is `ABSENT`."""
+    out, there = np.zeros(len(places)), places >= 0
+    out[there] = values[places[there]]
+    return out
+
+
 def extend(places: np.ndarray, text: np.ndarray, size: int) -> np.ndarray:
     """Keys of one order more, of the n-grams that end at each word; `ABSENT` where the sentence began later.
 
@@ -121,15 +128,13 @@ def places(keys: Sequence[np.ndarray], size: int, text: np.ndarray) -> list[np.n
 
 
 def history(keys: Sequence[np.ndarray], size: int, words: Sequence[int]) -> list[int]:
-    """Places of the last no, one, two, ... words of a text as histories, as many as were seen."""
+    """Places of the last no, one, two, ... words of a text as histories, `ABSENT` where one was not seen."""
     last = np.asarray(words, np.int64)[len(words) - len(keys) + 1 :] if len(words) >= len(keys) else np.asarray(words)
     out = [0]
     for n in range(1, len(last) + 1):
         place = int(last[-n])
         for table, word in zip(keys[1:], last[len(last) - n + 1 :], strict=False):
-            place = int(find(table, np.array([place * size + word]))[0])
-            if place == ABSENT:
-                return out
+            place = int(find(table, np.array([place * size + word]))[0]) if place != ABSENT else ABSENT
         out.append(place)
     return out
 

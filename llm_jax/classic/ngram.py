@@ -98,6 +98,8 @@ class BackoffModel(Model):
         size = len(self.vocabulary)
         out = 10.0 ** self.log_probs[0].astype(np.float64)
         for n, place in enumerate(counting.history(self.keys, size, words)[1:], start=1):
+            if place == ABSENT:
+                continue
             out *= 10.0 ** np.float64(self.backoffs[n - 1][place])
             first, last = np.searchsorted(self.keys[n], [place * size, (place + 1) * size])
             out[self.keys[n][first:last] - place * size] = 10.0 ** self.log_probs[n][first:last].astype(np.float64)
@@ -107,15 +109,17 @@ class BackoffModel(Model):
 
 @dataclasses.dataclass(frozen=True)
 class AddKModel(Model):
-    """`(c(h w) + k) / (c(h) + k V)` of the longest history there is: no table of back-offs can say that.
+    """`(c(h w) + k) / (c(h) + k V')` of the n - 1 words before, V' words that can be: no table of back-offs says that.
 
     Attributes:
       counts: of every n-gram, by order.
       k: what every word has been seen more.
+      closed: nothing is ever unknown.
     """
 
     counts: list[np.ndarray]
     k: float
+    closed: bool = False
 
     def _totals(self, n: int) -> np.ndarray:
         """c(h) of all histories of n words."""
@@ -128,15 +132,21 @@ class AddKModel(Model):
         size = len(self.vocabulary)
         places = counting.places(self.keys, size, text)
         since = np.arange(len(text)) - np.maximum.accumulate(np.where(text == BEGIN, np.arange(len(text)), 0))
-        out = np.zeros(len(text))
+        out, more = np.zeros(len(text)), self._more()
         for n in range(self.order):  # words at which the history has n
             here = (since == n) if n < self.order - 1 else (since >= n)
             here &= text != BEGIN
             before = np.append(ABSENT, places[n - 1][:-1])[here] if n else np.zeros(here.sum(), np.int64)
-            seen, total = places[n][here], np.where(before >= 0, self._totals(n)[before], 0.0)
-            often = np.where(seen >= 0, self.counts[n][seen], 0.0)
-            out[here] = np.log10((often + self.k) / (total + self.k * (size - 1)))
+            often, total = counting.take(self.counts[n], places[n][here]), counting.take(self._totals(n), before)
+            with np.errstate(divide="ignore"):
+                out[here] = np.log10((often + more[text[here]]) / (total + more.sum()))
         return out
+
+    def _more(self) -> np.ndarray:
+        """What is added to the counts of all words, `[V]`."""
+        every = np.full(len(self.vocabulary), self.k)
+        every[[BEGIN, UNKNOWN] if self.closed else [BEGIN]] = 0.0
+        return every
 
     def next(self, words: Sequence[int]) -> np.ndarray:
         """See `Model`."""
@@ -145,9 +155,8 @@ class AddKModel(Model):
         often = np.zeros(size)
         if n == 0:
             often = self.counts[0].astype(np.float64)
-        elif len(found) > n:
+        elif found[n] != ABSENT:
             first, last = np.searchsorted(self.keys[n], [found[n] * size, (found[n] + 1) * size])
             often[self.keys[n][first:last] - found[n] * size] = self.counts[n][first:last]
-        out = (often + self.k) / (often.sum() + self.k * (size - 1))
-        out[BEGIN] = 0.0
-        return out
+        more = self._more()
+        return (often + more) / (often.sum() + more.sum())

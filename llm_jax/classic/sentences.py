@@ -5,6 +5,7 @@ Words stay bytes until a vocabulary is made: text is UTF-8, which splitting at A
 
 import collections
 import gzip
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ UNKNOWN, BEGIN, END = 0, 1, 2
 SPECIAL = ("<unk>", "<s>", "</s>")
 POLICIES = ("strict", "skip", "replace")
 BLOCK = 1 << 23  # bytes read at once
+DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error)  # what reading a compressed file may raise
 LINE_END = b"\0"  # stands for it among words; bytes.split keeps it
 
 
@@ -61,15 +63,19 @@ class Reader:
         for path in self.paths:
             with path.open("rb") as raw:
                 line = 1
-                for block in _lines(gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw):
-                    yield self._valid(block, path, line)
-                    line += block.count(b"\n")
+                try:
+                    for block in _lines(gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw):
+                        yield self._valid(block, path, line)
+                        line += block.count(b"\n")
+                except DAMAGED as e:
+                    raise TextError(f"{path}: damaged or cut short behind line {line - 1}: {e}") from None
 
     def _valid(self, block: bytes, path: epath.Path, line: int) -> bytes:
         try:
             block.decode()
         except UnicodeDecodeError:
-            return b"".join(self._valid_line(x, path, line + i) for i, x in enumerate(block.splitlines(keepends=True)))
+            lines = (x + b"\n" for x in block.split(b"\n")[:-1])
+            return b"".join(self._valid_line(x, path, line + i) for i, x in enumerate(lines))
         return block
 
     def _valid_line(self, text: bytes, path: epath.Path, line: int) -> bytes:
@@ -124,9 +130,9 @@ class Vocabulary:
         return len(self.words)
 
     def encode(self, words: Sequence[str]) -> np.ndarray:
-        """A sentence's numbers, `[T + 2]`, with both ends."""
-        get = self.index.get
-        return np.array([BEGIN, *(get(w, UNKNOWN) for w in words), END], np.int64)
+        """A sentence's numbers, `[T + 2]`, with both ends; a special word is unknown, as in texts."""
+        numbers = (UNKNOWN if w in SPECIAL else self.index.get(w, UNKNOWN) for w in words)
+        return np.array([BEGIN, *numbers, END], np.int64)
 
 
 def new_numbers() -> dict[bytes, int]:
@@ -141,6 +147,7 @@ def vocabulary_of(
     min_count: int = 1,
     max_size: int | None = None,
     vocabulary: Vocabulary | None = None,
+    allow_none: bool = False,
 ) -> tuple[Vocabulary, np.ndarray]:
     """(words, most frequent first; the number there of every number of `new_numbers`).
 
@@ -151,13 +158,14 @@ def vocabulary_of(
       min_count: rarer words are unknown.
       max_size: how many words are known at most, the most frequent ones (special ones beside them).
       vocabulary: takes the place of one made from the text.
+      allow_none: a text of no words will do.
 
     A special word that the text spells out is unknown.
 
     Raises:
       TextError: where there is no word, or none frequent enough.
     """
-    if vocabulary is None and len(numbers) == 1:
+    if len(numbers) == 1 and not allow_none:
         raise TextError(f"{', '.join(str(p) for p in reader.paths[:3])}: no word in the corpus")
     spelled = [w.decode() for w in numbers]
     new = np.full(len(numbers), UNKNOWN, np.int32)
@@ -168,7 +176,8 @@ def vocabulary_of(
         known = np.argsort(-counts, kind="stable")[: max_size if max_size is not None else len(counts)]
         known = known[counts[known] >= max(min_count, 1)]
         if not len(known):
-            raise TextError(f"no word occurs min_count={min_count} times: take a smaller min_count")
+            less = ": take a smaller min_count" if min_count > 1 else "; special words are none"
+            raise TextError(f"no word occurs min_count={min_count} times{less}")
         new[known] = np.arange(len(known)) + len(SPECIAL)
         return Vocabulary(spelled[i] for i in known), new
     for i, word in enumerate(spelled):
@@ -193,7 +202,9 @@ def read(reader: Reader, keep_empty: bool = False, **options: Any) -> tuple[Voca
     numbers = new_numbers()
     blocks = [np.fromiter(map(numbers.__getitem__, words), np.int32, len(words)) for words in reader.words()]
     text = np.concatenate(blocks) if blocks else np.zeros(0, np.int32)
-    vocabulary, new = vocabulary_of(reader, numbers, np.bincount(text, minlength=len(numbers)), **options)
+    vocabulary, new = vocabulary_of(
+        reader, numbers, np.bincount(text, minlength=len(numbers)), **options, allow_none=keep_empty
+    )
     return vocabulary, with_begins(new[text], keep_empty)
 
 

@@ -4,8 +4,9 @@ With c(h w) counts, c(h) their sum over w, t(h) the number of different words af
 times, and p' the model of one word less:
 
     mle                  c(h w) / c(h); nothing else after h
-    add_k                (c(h w) + k) / (c(h) + k V)
-    stupid_backoff       as mle, and 0.4 p' for other words: scores, which do not sum to one
+    add_k                (c(h w) + k) / (c(h) + k V), V without <s>
+    stupid_backoff       as mle, and 0.4 p' for other words: scores, which do not sum to one; an h that was not seen
+                         pays nothing, as in ARPA files (in the paper it pays too)
     interpolated         l_n c(h w) / c(h) + (1 - l_n) p', with l_n by EM on held-out text
     witten_bell          (c(h w) + t(h) p') / (c(h) + t(h))
     absolute             (c(h w) - d) / c(h) + d t(h) / c(h) p', d = n_1 / (n_1 + 2 n_2)
@@ -59,15 +60,15 @@ def adjusted(counts: Counts) -> list[np.ndarray]:
 def discounts(counts: np.ndarray, modified: bool = True) -> tuple[float, ...]:
     """What n-grams seen once, twice, and more often give up.
 
-    Where a corpus has no n-grams seen once, twice or three times, or what comes out is not between 0 and the count,
+    Where a corpus has no n-grams seen once, twice or three times, or what comes out is negative or above the count,
     `FALLBACK` takes their place, with a warning.
     """
     n1, n2, n3, n4 = (int(np.sum(counts == i)) for i in (1, 2, 3, 4))
-    y = n1 / (n1 + 2 * n2) if n1 else 0.0
+    y = n1 / (n1 + 2 * n2) if n1 and n2 else 0.0
     found: tuple[float, ...] = (y, y, y)
     if modified:
         found = (1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3) if n1 and n2 and n3 else (0.0,) * 3
-    if not all(0 < d < i for i, d in enumerate(found, start=1)):
+    if not all(0 < d <= i for i, d in enumerate(found, start=1)):
         warnings.warn(
             f"no discounts from {n1}, {n2}, {n3}, {n4} n-grams seen 1, 2, 3, 4 times: taking {FALLBACK}", stacklevel=2
         )
@@ -104,7 +105,8 @@ def _shares(method: str, now: _Order, backoff: float) -> tuple[np.ndarray, np.nd
 
 def _weight(ratio: np.ndarray, lower: np.ndarray) -> float:
     """The best weight of `ratio` against `lower`, probabilities of the same held-out words, by EM."""
-    weight = 0.5
+    possible = (ratio > 0) | (lower > 0)  # what neither allows says nothing of the two
+    ratio, lower, weight = ratio[possible], lower[possible], 0.5
     for _ in range(100):
         share = weight * ratio / np.maximum(weight * ratio + (1 - weight) * lower, 1e-300)
         before, weight = weight, float(share.mean()) if len(share) else 0.5
@@ -134,19 +136,22 @@ def estimate(
       backoff: of `stupid_backoff`.
 
     Raises:
-      ValueError: for an unknown method, `interpolated` without held-out text, a `k` that is not positive, or a closed
-        vocabulary with unknown words.
+      ValueError: for an unknown method, `interpolated` without held-out text, `k` or `backoff` out of range, or a
+        closed vocabulary with unknown words.
     """
     if method not in METHODS:
         raise ValueError(f"smoothing={method!r} is none of {', '.join(METHODS)}")
-    if method == "interpolated" and held_out is None:
+    if method == "interpolated" and (held_out is None or not len(held_out)):
         raise ValueError("smoothing=interpolated needs held-out text for its weights")
-    if method == "add_k" and not k > 0:
-        raise ValueError(f"k={k} must be positive; k of 0 is smoothing=mle")
-    if closed and counts.counts[0][UNKNOWN]:
-        raise ValueError(f"a closed vocabulary, but {counts.counts[0][UNKNOWN]:,} words are not in it")
+    if method == "add_k" and not 0 < k < float("inf"):
+        raise ValueError(f"k={k} must be positive and finite; k of 0 is smoothing=mle")
+    if method == "stupid_backoff" and not 0 < backoff <= 1:
+        raise ValueError(f"backoff={backoff} must lie in (0, 1]")
+    unknown = int(counts.counts[0][UNKNOWN]) + (0 if held_out is None else int(np.sum(held_out == UNKNOWN)))
+    if closed and unknown:
+        raise ValueError(f"a closed vocabulary, but {unknown:,} words are not in it")
     if method == "add_k":
-        return AddKModel(vocabulary, counts.keys, counts.counts, k)
+        return AddKModel(vocabulary, counts.keys, counts.counts, k, closed)
     table = adjusted(counts) if method.endswith("kneser_ney") else counts.counts
     possible = np.ones(counts.size)
     possible[BEGIN] = 0.0

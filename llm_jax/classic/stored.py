@@ -41,7 +41,7 @@ def save(model: Model, path: epath.PathLike) -> None:
     (folder / "vocabulary.txt").write_text("\n".join(model.vocabulary.words) + "\n")
     about: dict[str, Any] = {"kind": kind, "order": model.order}
     if isinstance(model, AddKModel):
-        about["k"] = model.k
+        about |= {"k": model.k, "closed": model.closed}
     (folder / "model.json").write_text(json.dumps(about))  # the last: a folder without it is no model
 
 
@@ -57,18 +57,27 @@ def load(path: epath.PathLike) -> Model:
         return arpa.read(path)
     if not (folder / "model.json").is_file():
         raise StoredError(f"{folder} holds no model.json: it is no n-gram model, or writing it was cut short")
-    about = json.loads((folder / "model.json").read_text())
-    words = (folder / "vocabulary.txt").read_text().split("\n")[:-1]
+    try:
+        about = json.loads((folder / "model.json").read_text())
+        kind, order = about["kind"], int(about["order"])
+        names = ARRAYS[kind]
+        words = (folder / "vocabulary.txt").read_text().split("\n")
+    except (ValueError, KeyError, TypeError, OSError) as e:
+        raise StoredError(f"{folder}: model.json or vocabulary.txt cannot be read: {e!r}") from None
+    if tuple(words[: len(SPECIAL)]) != SPECIAL or words.pop() != "":
+        raise StoredError(f"{folder}: vocabulary.txt was cut short or is of something else")
     vocabulary = Vocabulary(words[len(SPECIAL) :])
     arrays: dict[str, list[np.ndarray]] = {}
-    for name in ARRAYS[about["kind"]]:
-        orders = about["order"] - (name == "backoffs")
+    for name in names:
+        orders = order - (name == "backoffs")
         try:
             arrays[name] = [np.load(folder / f"{name}_{n}.npy", mmap_mode="r") for n in range(1, orders + 1)]
         except (OSError, ValueError) as e:
             raise StoredError(f"{folder}: {name} cannot be read: {e}") from None
         if [len(x) for x in arrays[name]] != [len(x) for x in arrays["keys"]][:orders]:
             raise StoredError(f"{folder}: {name} has other lengths than the keys")
-    if about["kind"] == "add_k":
-        return AddKModel(vocabulary, **arrays, k=about["k"])
+    if len(arrays["keys"][0]) != len(vocabulary):
+        raise StoredError(f"{folder}: {len(vocabulary):,} words, but arrays of {len(arrays['keys'][0]):,}")
+    if kind == "add_k":
+        return AddKModel(vocabulary, **arrays, k=about["k"], closed=about["closed"])
     return BackoffModel(vocabulary, **arrays)

@@ -4,7 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
-from letters import TEXT
+from letters import PRUNED, TEXT
 
 from llm_jax.classic import arpa, counting, sentences, smoothing
 from llm_jax.classic.arpa import ArpaError
@@ -58,6 +58,18 @@ def test_reads_either_dialect(tmp_path):
     np.testing.assert_allclose(model.log_prob(model.vocabulary.encode(["a"])), [0, -0.1, -0.2])
 
 
+def test_files_without_all_suffixes(tmp_path):
+    """Pruning leaves `<s> a b` without `a b`; a text is still scored as its words one by one."""
+    path = tmp_path / "model.arpa"
+    path.write_text(PRUNED)
+    model = arpa.read(path)
+    for line in ("a b a", "a b b", "b a b", "a b a z"):
+        text = model.vocabulary.encode(line.split())
+        want = [np.log10(model.next(text[:t].tolist())[text[t]]) for t in range(1, len(text))]
+        np.testing.assert_allclose(model.log_prob(text)[1:], want)
+    assert model.log_prob(model.vocabulary.encode(["a", "b", "a"]))[3] == -0.05
+
+
 def test_without_unknown_words(tmp_path):
     path = tmp_path / "model.arpa"
     path.write_text(GOOD.replace("-1.0\t<unk>\n", "").replace("1=4", "1=3"))
@@ -75,11 +87,13 @@ def test_without_unknown_words(tmp_path):
         (("\\end\\\n", ""), "cut short"),
         (("-0.2 a </s>", "-0.2 a"), "expected a number, 2 words"),
         (("-0.2 a </s>", "zero a </s>"), "no number"),
-        (("-0.2 a </s>", "-0.2 a b"), "model.arpa:15: a word that is not among the 1-grams"),
+        (("-0.2 a </s>", "-0.2 a b"), "a word of 2-gram 2 is not among the 1-grams"),
         (("-0.2 a </s>", "-0.2 <s> a"), "an n-gram stands twice among the 2-grams"),
         (("-0.4\t</s>", "-0.4\ta"), "a word stands twice among the 1-grams"),
         (("-0.2 a </s>", "0.2 a </s>"), "a log probability among the 2-grams above 0"),
         (("-0.2 a </s>", "nan a </s>"), "above 0, or no number"),
+        (("-0.5 a -0.25", "-0.5 a inf"), "above 0, or no number"),
+        (("ngram 1=4", "ngram 1=999999999999999"), "4 1-grams where the header names 999,999,999,999,999"),
         (("\\data\\\n", "\\1-grams:\n"), "before"),
         (("ngram 1=4\nngram 2=2\n", ""), "no 'ngram 1=COUNT'"),
     ],
@@ -96,7 +110,7 @@ def test_histories_must_be_listed(tmp_path):
     path = tmp_path / "model.arpa"
     third = "\\3-grams:\n-0.1\ta a </s>\n\n"
     path.write_text(GOOD.replace("2=2\n", "2=2\nngram 3=1\n").replace("\\end", third + "\\end"))
-    with pytest.raises(ArpaError, match="its first 2 words are not among the 2-grams"):
+    with pytest.raises(ArpaError, match="the first 2 words of 3-gram 1 are not among the 2-grams"):
         arpa.read(path)
 
 

@@ -23,7 +23,7 @@ def test_numbers(file):
     vocabulary, text = read(Reader([file("b a\n\n a  b\tb \nc")]))
     assert vocabulary.words == ["<unk>", "<s>", "</s>", "b", "a", "c"]
     assert text.tolist() == [BEGIN, 3, 4, END, BEGIN, 4, 3, 3, END, BEGIN, 5, END]
-    assert vocabulary.encode(["a", "z"]).tolist() == [BEGIN, 4, UNKNOWN, END]
+    assert vocabulary.encode(["a", "z", "<s>"]).tolist() == [BEGIN, 4, UNKNOWN, UNKNOWN, END]
 
 
 def test_empty_lines_may_stay(file):
@@ -61,13 +61,29 @@ def test_no_utf8(file, policy, words):
     assert reader.invalid == 1
 
 
+def test_only_line_feeds_end_lines(file):
+    reader = Reader([file(b"a\rb\xff c\nd e\n")], "skip")
+    assert read(reader)[0].words[3:] == ["d", "e"]
+    with pytest.raises(TextError, match="text.txt:1 is no UTF-8"):
+        read(Reader([file(b"a\rb\xff c\nd e\n")]))
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: data[:40] + b"xx" + data[42:]])
+def test_damaged_files(file, damage):
+    data = gzip.compress("".join(f"w{i}\n" for i in range(1000)).encode())
+    with pytest.raises(TextError, match="text.gz: damaged or cut short"):
+        read(Reader([file(damage(data), "text.gz")]))
+
+
 @pytest.mark.parametrize(
     "data, options, words",
     [
         (b"a\nb\xff\n", {}, "text.txt:2 is no UTF-8"),
         (b"", {}, "text.txt: no word in the corpus"),
         (b"\n \n", {}, "text.txt: no word in the corpus"),
-        (b"a b c\n", {"min_count": 2}, "no word occurs min_count=2 times"),
+        (b"", {"vocabulary": Vocabulary(["a"])}, "text.txt: no word in the corpus"),
+        (b"a b c\n", {"min_count": 2}, "no word occurs min_count=2 times: take a smaller"),
+        (b"<s> </s>\n", {}, "no word occurs min_count=1 times; special words are none"),
     ],
 )
 def test_errors(file, data, options, words):

@@ -7,6 +7,7 @@ import kenlm
 import nltk.lm
 import numpy as np
 import pytest
+from letters import PRUNED
 
 from llm_jax.classic import arpa, counting, sentences, smoothing
 from llm_jax.classic.sentences import BEGIN
@@ -62,6 +63,14 @@ def test_files_from_elsewhere(corpus, tmp_path):
 def _reader(folder, lines):
     (folder / "lines.txt").write_text("\n".join(lines) + "\n")
     return sentences.Reader([folder / "lines.txt"])
+
+
+def test_pruned_files_as_kenlm_reads_them(tmp_path):
+    (tmp_path / "model.arpa").write_text(PRUNED)
+    theirs, ours = kenlm.Model(str(tmp_path / "model.arpa")), arpa.read(tmp_path / "model.arpa")
+    for line in ("a b a", "a b b", "b a b", "a b a z", "a", ""):
+        want = [p for p, _, _ in theirs.full_scores(line)]
+        np.testing.assert_allclose(ours.log_prob(ours.vocabulary.encode(line.split()))[1:], want, atol=1e-6)
 
 
 class Known(nltk.lm.Vocabulary):
