@@ -7,9 +7,10 @@ import sys
 
 import numpy as np
 import pytest
-from binaries import call
+from binaries import binary, call
 from letters import TEXT
 
+from experiments import cli
 from llm_jax.classic import arpa
 
 
@@ -67,26 +68,36 @@ def test_add_k_and_interpolated(folder, capsys):
 @pytest.mark.parametrize(
     "arguments, words",
     [
+        (("--corpus=gone.txt", "--out=x.arpa"), "gone.txt is no file"),
+        (("--corpus=gone.txt",), "--out is missing"),
+        (("--corpus=gone.txt", "--out=x.arpa", "--smoothing=add_k"), "give --out a folder's name"),
+        (("--corpus=gone.txt", "--out=x.arpa", "--k=2"), "--k is of --smoothing=add_k"),
+        (("--corpus=gone.txt", "--out=x.arpa", "--workers=2"), "set --scratch to a folder"),
+        (("--corpus=x", "--out=x.arpa", "--scratch=x", "--smoothing=interpolated"), "with --scratch needs --held_out"),
+        (("--corpus=x", "--out=x.arpa", "--vocabulary=x", "--min_count=2"), "exclude each other"),
+    ],
+)
+def test_errors_of_training(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        call("ngram", "train", *arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
         ((), "expected one of train, score, next, sample"),
         (("count",), "expected one of train, score, next, sample, not 'count'"),
         (("score", "--order=3"), "--order is of train, not of score"),
         (("train", "more"), "unexpected argument 'more'"),
-        (("train", "--corpus=gone.txt", "--out=x.arpa"), "gone.txt is no file"),
-        (("train", "--corpus=gone.txt"), "--out is missing"),
-        (("train", "--corpus=gone.txt", "--out=x.arpa", "--smoothing=add_k"), "give --out a folder's name"),
-        (("train", "--corpus=gone.txt", "--out=x.arpa", "--k=2"), "--k is of --smoothing=add_k"),
-        (("train", "--corpus=gone.txt", "--out=x.arpa", "--workers=2"), "set --scratch to a folder"),
-        (
-            ("train", "--corpus=gone.txt", "--out=x.arpa", "--scratch=x", "--smoothing=interpolated"),
-            "with --scratch needs --held_out",
-        ),
-        (("train", "--corpus=x", "--out=x.arpa", "--vocabulary=x", "--min_count=2"), "exclude each other"),
-        (("next",), "--model is missing"),
     ],
 )
-def test_errors_are_one_line(arguments, words):
-    run = subprocess.run(
-        [sys.executable, "-m", "experiments.ngram", *arguments], capture_output=True, text=True, check=False
-    )
-    assert run.returncode in (1, 2)
-    assert words in run.stderr and run.stderr.count("\n") == 1, run.stderr
+def test_errors_of_commands(arguments, words, capsys):
+    with binary("ngram", *arguments) as module, pytest.raises(SystemExit):
+        cli._command([a for a in arguments if not a.startswith("--")], module.COMMANDS)
+    assert words in capsys.readouterr().err
+
+
+def test_errors_are_one_line():
+    command = [sys.executable, "-m", "experiments.ngram", "next"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (1, "error: --model is missing\n")
