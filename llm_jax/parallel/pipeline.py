@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 from llm_jax.nn.stack import Call
 from llm_jax.parallel.schedules import KINDS, Schedule, slots, tables
-from llm_jax.parallel.stage import Cut, Stage, divide, is_float, pick, pin, put_at, zeros
+from llm_jax.parallel.stage import Cut, Stage, divide, is_float, pick, pin, pin_gradient, put_at, zeros
 
 Tree = Any
 
@@ -214,8 +214,12 @@ def run(
             loss, pull, scores = jax.vjp(lambda y, out: finish(outer_of(out), y, batch), y, outer_f, has_aux=True)
             dy, more = pull(jnp.ones((), jnp.float32))
             pairs = zip(d_outer, more, outer_specs, strict=True)
-            d_outer = [a + pin(g.astype(a.dtype), spec) for a, g, spec in pairs]
+            d_outer = [a + pin_gradient(g.astype(a.dtype), spec) for a, g, spec in pairs]
             return dy, d_outer, jax.tree.map(jnp.add, total, (loss, scores))
+
+        def by_rows(tree: Tree) -> Tree:
+            """Divides activations by rows, between turns: inside one not all devices would reshard them."""
+            return jax.tree.map(lambda x: pin(x, P(("replica", "data"))), tree)
 
         def tick(state: Any, row: Mapping[str, Any]) -> tuple[Any, None]:
             held, into, back, outof, sums, d_outer, d_inputs, d_contexts, total = state
@@ -236,10 +240,10 @@ def run(
             stored, first = pick(held, *place("F", places.inputs)), piece("F") == 0
             x = jax.tree.map(lambda a, b: jnp.where(first, a, b), of(inputs, "F"), stored)
             here = place("F", places.layers)
-            y, into = turn("F", lambda s: stage.forward(piece("F"), s[0], context["F"], s[1], here), (x, into))
+            y, into = turn("F", lambda s: stage.forward(piece("F"), s[0], context["F"], s[1], here), (by_rows(x), into))
 
-            back = keep(back, y, "top", "F", places.back)
-            dy = pick(back, *place("B", places.back))
+            back = keep(back, by_rows(y), "top", "F", places.back)
+            dy = by_rows(pick(back, *place("B", places.back)))
             batch = of(batches, "B")
             dy, d_outer, total = turn("end", lambda s: end(s, batch), (dy, d_outer, total))
 
@@ -259,7 +263,7 @@ def run(
             enters = (piece("B") == 0) & (at["B"] > 0)  # a turn that did not happen leaves the dy that it was given
             d_inputs = add_at(d_inputs, at["B_micro"], jax.tree.map(lambda g: jnp.where(enters, g, 0), dx))
             round_ = [(i, (i + 1) % p) for i in range(p)]
-            y, dx = _send(y, round_), _send(dx, [(b, a) for a, b in round_])
+            y, dx = _send(by_rows(y), round_), _send(by_rows(dx), [(b, a) for a, b in round_])
             held, back = keep(held, y, "get", "get", places.inputs), keep(back, dx, "back", "back", places.back)
             return (held, into, back, outof, sums, d_outer, d_inputs, d_contexts, total), None
 

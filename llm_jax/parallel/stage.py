@@ -83,6 +83,18 @@ def pin(x: jax.Array, spec: P | None, before: int = 0) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(inside, P(*[None] * before, *spec)))
 
 
+def pin_gradient(g: jax.Array, spec: P | None) -> jax.Array:
+    """Divides a gradient as its sum is kept.
+
+    What is not divided over `model` is whole first: the compiler would divide the product over that axis too, and then
+    exchange pieces by a permutation, which waits for the devices that are at other turns.
+    """
+    if spec is None:
+        return g
+    free = jax.sharding.get_abstract_mesh().shape.get("model", 1) > 1 and "model" not in jax.tree.leaves(tuple(spec))
+    return pin(pin(g, P()) if free else g, spec)
+
+
 class Stage:
     """The pieces of one device as functions.
 
@@ -112,7 +124,7 @@ class Stage:
     def add(self, totals: list[jax.Array], more: list[jax.Array], chunk: jax.Array, j: jax.Array) -> list[jax.Array]:
         """The sums with the gradients of a piece's layer j."""
         pairs = zip(totals, more, self.specs, strict=True)
-        return [a.at[chunk, j].add(pin(g.astype(a.dtype), spec)) for a, g, spec in pairs]
+        return [a.at[chunk, j].add(pin_gradient(g.astype(a.dtype), spec)) for a, g, spec in pairs]
 
     def forward(self, piece: jax.Array, x: Any, context: Any, into: Any, at: Any) -> tuple[Any, Any]:
         """(what flows out of a piece, `into` with what flows into its layers at (chunk, place))."""

@@ -95,6 +95,17 @@ def test_products_of_a_tick():
     assert products("zero_bubble", "W") == 3 * 10  # two and a half: a layer's inner gradients again
 
 
+def test_turns_permute_nothing():
+    """A permutation waits for all devices, also for those that are at other turns."""
+    plan, made = program(PlanConfig(data=2, pipe=2, model=2, schedule="gpipe", microbatches=2, zero=3), "bert")
+    batch = jax.device_put(task("bert")[1][0], plan.batch_sharding())
+    put = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    state = jax.tree.map(put, made.shapes, made.shardings)
+    found = hlo.collectives(made.step.lower(state, batch).compile().as_text())
+    inside = [c.kind for c in found if "turn_" in c.where]
+    assert "all-reduce" in inside and "collective-permute" not in inside
+
+
 def test_neighbours_exchange_once_a_tick():
     """One permutation each way a tick, of a micro-batch's activations, and nothing else along `pipe` in the loop."""
     s = schedules.make("1f1b", 4, 8)
