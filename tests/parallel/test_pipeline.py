@@ -58,9 +58,9 @@ def toy(name, p=4, m=8, layer=tanh, w=np.ones((8, 16, 16), np.float32)):
 
 
 def test_1f1b_holds_fewer_activations_than_gpipe():
-    """What flows into 2 layers, of 4 and not 8 micro-batches, and out of the last, of 1 and not 8; each 4 KiB."""
+    """What flows into 2 layers, of 4 and not 8 micro-batches, and out of the last, of 1 and not 8; 2 KiB each."""
     gpipe, one = (toy(name).memory_analysis().temp_size_in_bytes / (64 * 16 * 4) for name in ("gpipe", "1f1b"))
-    assert gpipe - one == pytest.approx(4 * 2 + 7, abs=0.5)
+    assert gpipe - one == pytest.approx((4 * 2 + 7) / 2, abs=0.5)
 
 
 def test_sums_of_gradients_are_divided_where_zero_divides_gradients():
@@ -107,12 +107,13 @@ def test_turns_permute_nothing():
 
 
 def test_neighbours_exchange_once_a_tick():
-    """One permutation each way a tick, of a micro-batch's activations, and nothing else along `pipe` in the loop."""
+    """One permutation each way a tick, of a device's half of a micro-batch, and nothing else along `pipe` there."""
     s = schedules.make("1f1b", 4, 8)
     found = hlo.collectives(toy("1f1b").as_text())
     sent = [c for c in found if c.kind == "collective-permute" and c.times == len(s.ticks)]
-    assert sum(c.size * c.times for c in sent) == 2 * len(s.ticks) * 64 * 16 * 4
-    assert all(c.times == 1 for c in found if c not in sent)
+    assert sum(c.size * c.times for c in sent) == 2 * len(s.ticks) * 64 / 2 * 16 * 4
+    mesh = make_mesh({"data": 2, "pipe": 4})
+    assert all(c.times == 1 for c in found if c not in sent and "pipe" in hlo.axes_of(c.groups, mesh))
 
 
 @pytest.mark.parametrize("way", ["schedule", "in sequence"])
