@@ -1,6 +1,6 @@
 """N-gram language models of files with a sentence a line and blanks between words, `.gz` too.
 
-python -m experiments.ngram train --order=5 --corpus='../shared/data/austen/*.txt' --out=runs/austen.arpa
+python -m experiments.ngram train --order=5 --corpus='../shared/data/austen/*.txt.gz' --out=runs/austen.arpa
 python -m experiments.ngram score --model=runs/austen.arpa --text=held_out.txt --json=runs/scores.json
 python -m experiments.ngram next --model=runs/austen.arpa --after="it is a"
 python -m experiments.ngram sample --model=runs/austen.arpa --count=5
@@ -177,10 +177,11 @@ def score(model: Model) -> None:
     if not ends:
         raise ValueError(f"{TEXT.value}: no line")
     known = log_p[(text != UNKNOWN) & (text != BEGIN)]
+    perplexity, of_known = 10 ** (-totals.sum() / (words + ends)), 10 ** (-known.mean())
     finite = lambda x: float(x) if np.isfinite(x) else None  # JSON has no infinity
     results = {
-        "perplexity": finite(10 ** (-totals.sum() / (words + ends))),
-        "perplexity_without_unknown": finite(10 ** (-known.mean())),
+        "perplexity": finite(perplexity),
+        "perplexity_without_unknown": finite(of_known),
         "log10_probability": finite(totals.sum()),
         "sentences": ends,
         "tokens": words,
@@ -191,7 +192,7 @@ def score(model: Model) -> None:
         ],
     }
     print(
-        f"perplexity {10 ** (-totals.sum() / (words + ends)):.2f} ({10 ** (-known.mean()):.2f} without unknown words), "
+        f"perplexity {perplexity:.2f} ({of_known:.2f} without unknown words), "
         f"{ends:,} sentences, {words:,} words, {results['unknown']:,} unknown, {len(text) / seconds:,.0f} a second"
     )
     if JSON_OUT.value:

@@ -89,7 +89,7 @@ def _place(folder: epath.Path, n: int, size: int, block: tuple[int, int, int]) -
 
 def merge(runs: Sequence[tuple[np.ndarray, np.ndarray]], write: Callable[[np.ndarray, np.ndarray], None]) -> None:
     """Merges sorted runs of (keys, counts), equal keys into one, and writes them range by range."""
-    candidates = np.sort(np.concatenate([keys[::SAMPLE] for keys, _ in runs] or [np.zeros(0, np.int64)]))
+    candidates = np.sort(np.concatenate([keys[::SAMPLE] for keys, _ in runs]))
     step = max(RANGE // SAMPLE, 1)
     bounds = [*np.unique(candidates[step::step]), np.iinfo(np.int64).max]
     begins = [0] * len(runs)

@@ -148,7 +148,7 @@ def _paired(p: int, m: int, v: int, device: int) -> Order:
 
     def at(kind: str, k: int) -> Item:
         chunk, micro = k % group // p, k // group * p + k % p
-        return Item(kind, micro if v > 1 else k, (chunk if kind == "F" else v - 1 - chunk) if v > 1 else 0)
+        return Item(kind, micro, chunk if kind == "F" else v - 1 - chunk)
 
     out: list[tuple[Item, ...]] = [(at("F", k),) for k in range(ahead)]
     out += [(at("F", ahead + k), at("B", k)) for k in range(total - ahead)]

@@ -76,7 +76,7 @@ def zeros(tree: Tree, dtype: Any = None) -> Tree:
 
 
 def pin(x: jax.Array, spec: P | None, before: int = 0) -> jax.Array:
-    """Divides a sum of gradients as it is kept; the spec, if any, is of what follows `before` dimensions."""
+    """Divides an array over mesh axes; the spec, if any, is of what follows `before` dimensions."""
     if spec is None:
         return x
     inside = jax.sharding.get_abstract_mesh()
