@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.compute_on import compute_on
+from jax.experimental import compute_on
 from jax.sharding import NamedSharding
 
 from llm_jax.nn import paths, weights
@@ -26,6 +26,7 @@ from llm_jax.nn.stack import Call, scanned
 KINDS = ("optimizer", "update", "parameters", "disk")
 ELEMENTWISE = ("sgd", "adam", "adamw", "lion")  # optimizers whose update a host can compute, or pieces can take
 HOST = "pinned_host"
+_computed: Any = getattr(compute_on, "compute_on2", compute_on.compute_on)  # jax 0.11 has it under the shorter name
 Update = Callable[[Any, Any, Any], Any]  # (kept, gradients, signals) -> (new, moved)
 
 
@@ -109,7 +110,8 @@ def _space(x: jax.Array) -> Any:
 
 def on_host(function: Callable[..., Any], *args: Any) -> Any:
     """`function(*args)` computed on the host, its results there."""
-    return compute_on("device_host")(jax.jit(function))(*_move(args, jax.memory.Space.Host))
+    there = jax.memory.Space.Host
+    return _computed(function, compute_type="device_host", out_memory_spaces=there)(*_move(args, there))
 
 
 def global_norm(grads: Any) -> jax.Array:
