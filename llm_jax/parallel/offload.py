@@ -174,6 +174,7 @@ class HostUpdate:
         """
         spaces, of_params = jax.tree.map(_space, kept), jax.tree.map(_space, grads)
         if not self.computes:
+            kept, grads = jax.lax.optimization_barrier((kept, grads))  # state comes up when the layers are done
             new, moved = update(_move(kept, jax.memory.Space.Device), grads, signals)
         else:
             opt_state, learn, average = kept
