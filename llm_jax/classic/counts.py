@@ -173,7 +173,9 @@ def ppmi(
     if not out.nnz:
         raise CountsError("the counts hold no pair: no sentence has two known words within the window")
     if not (np.isfinite(out.data).all() and out.data.min() > 0):
-        raise CountsError(f"counts must be finite and not negative, but reach from {out.data.min()} to {out.data.max()}")
+        raise CountsError(
+            f"counts must be finite and not negative, but reach from {out.data.min()} to {out.data.max()}"
+        )
     context = np.asarray(out.sum(axis=0)).ravel() ** smoothing
     with np.errstate(divide="ignore"):  # of words that were not seen
         word, context = np.log(np.asarray(out.sum(axis=1)).ravel()), np.log(context / context.sum())
@@ -208,7 +210,7 @@ def svd_vectors(matrix: scipy.sparse.csr_matrix, dim: int, exponent: float = 0.5
 
 
 def cosine(a: np.ndarray | scipy.sparse.csr_matrix, b: np.ndarray | scipy.sparse.csr_matrix) -> np.ndarray:
-    """Cosine of the angle between every row of `a` `[N, D]` and every row of `b` `[M, D]`, `[N, M]`; 0 for rows of zeros.
+    """Cosines of rows of `a` `[N, D]` with rows of `b` `[M, D]`, dense `[N, M]`; rows of zeros have 0.
 
     Raises:
       CountsError: for rows of other lengths.

@@ -64,9 +64,7 @@ def cooccurrences(
     return vocabulary, scipy.sparse.csr_matrix((values, columns, begins), (len(vocabulary), len(vocabulary)))
 
 
-def _runs(
-    folder: epath.Path, ends: list[int], how: Window, symmetric: bool
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _runs(folder: epath.Path, ends: list[int], how: Window, symmetric: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Sorted pairs and what they count for, of at least `PAIRS` pairs but for the last; none is empty."""
     waiting: list[np.ndarray] = []
     for begin, end in zip(ends, ends[1:], strict=False):
