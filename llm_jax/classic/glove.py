@@ -1,7 +1,7 @@
 """GloVe: word vectors whose products are the logarithms of co-occurrence counts.
 
 Source: Pennington et al. 2014, "GloVe: Global Vectors for Word Representation", https://aclanthology.org/D14-1162; the
-half before the squares, the start and the defaults are those of the authors' C code (`src/glove.c`).
+half before the squares, the start, the defaults and what AdaGrad sums are those of the authors' C code (`src/glove.c`).
 """
 
 from functools import partial
@@ -39,17 +39,19 @@ def loss(words_BE: jax.Array, contexts_BE: jax.Array, log_counts: jax.Array, wei
 
 
 def step(tables: Tables, squares: Tables, pairs: Pairs, learning_rate: float) -> tuple[Tables, Tables, jax.Array]:
-    """AdaGrad on the rows of a batch: (tables, sums of squared gradients, loss before).
+    """AdaGrad on the rows of a batch: (tables, sums of squares, loss before).
 
-    Squares are summed pair by pair, as if pairs came one by one, and before the rows move: a frequent word has many
-    pairs in a batch. (The C code moves first, and squares gradients that the learning rate has already made smaller.)
+    As in the C code, what is squared and summed is a pair's gradient times the learning rate, and a pair moves its
+    rows by that over the root of the sum without its own square. A batch of one pair is a step of the C code. In a
+    larger one the other pairs' squares count already: a frequent word has many, and moves by all of them at once.
     """
     ids = (pairs.words, pairs.contexts)
     rows = [table[i] for table, i in zip(tables, ids, strict=True)]
     value, grads_BE = jax.value_and_grad(loss, (0, 1))(*rows, pairs.log_counts, pairs.weights)
+    grads_BE = [learning_rate * g for g in grads_BE]
     squares = Tables(*(s.at[i].add(g**2) for s, i, g in zip(squares, ids, grads_BE, strict=True)))
-    moves_BE = [-learning_rate * g * jax.lax.rsqrt(s[i]) for s, i, g in zip(squares, ids, grads_BE, strict=True)]
-    return Tables(*(t.at[i].add(m) for t, i, m in zip(tables, ids, moves_BE, strict=True))), squares, value
+    moves_BE = [g * jax.lax.rsqrt(s[i] - g**2) for s, i, g in zip(squares, ids, grads_BE, strict=True)]
+    return Tables(*(t.at[i].add(-m) for t, i, m in zip(tables, ids, moves_BE, strict=True))), squares, value
 
 
 @partial(jax.jit, static_argnums=5, donate_argnums=(0, 1))
