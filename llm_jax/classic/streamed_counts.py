@@ -50,7 +50,7 @@ def cooccurrences(
     vocabulary, ends = streaming.write_text(reader, folder, **options)
     how = Window(len(vocabulary), window, weighting)
     dtype = np.dtype(np.int64 if weighting == "flat" else np.float64)
-    runs = []
+    runs: list[tuple[epath.Path, int]] = []
     for pairs, values in _runs(folder, ends, how, symmetric):
         path = folder / f"pairs_{len(runs)}"
         with path.open("wb") as f:

