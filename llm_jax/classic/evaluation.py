@@ -15,7 +15,7 @@ from etils import epath
 
 from llm_jax.classic.vectors import EPSILON, VectorsError, WordVectors, combine
 
-ROWS, QUESTIONS = 8192, 512  # of scores at once: 16 MiB, near what a cache holds
+ROWS, QUESTIONS = 4096, 64  # of scores at once: 1 MiB, which a cache holds
 
 Pair = tuple[str, str, float]
 Question = tuple[str, str, str, str]

@@ -144,12 +144,12 @@ class VectorFile:
             words, vectors, at = [], [], 0
             while count < wanted:
                 blank = rest.find(b" ", at, at + LONGEST)
-                if (blank < 0 and len(rest) - at >= LONGEST) or blank == at:
+                word = rest[at:blank].replace(b"\n", b"")
+                if (blank < 0 and len(rest) - at >= LONGEST) or (blank >= 0 and not word):
                     text = f"no word {count + 1:,}: damaged, or the first line names another width than the file has"
                     raise VectorsError(f"{self.path}: {text}")
                 if blank < 0 or len(rest) <= blank + nbytes:
                     break
-                word = rest[at:blank].replace(b"\n", b"")
                 at = blank + 1 + nbytes
                 count += 1
                 if self.keep is None or word in self.keep:

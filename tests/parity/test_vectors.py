@@ -54,10 +54,11 @@ def test_words_that_stand_twice(tmp_path):
     theirs = KeyedVectors.load_word2vec_format(str(tmp_path / "vectors"))
     with pytest.warns(UserWarning, match="1 rows repeat a word"):
         found, again = read(tmp_path / "vectors")
-    assert found == theirs.index_to_key
-    np.testing.assert_array_equal(again, theirs.vectors)
+    assert found == theirs.index_to_key[:3] and theirs.index_to_key[3:] == [None]  # a place that gensim leaves over
+    np.testing.assert_array_equal(again, theirs.vectors[:3])
 
 
+@pytest.mark.filterwarnings("ignore:Call to deprecated")
 def test_nearest_and_analogies(small):
     ours, theirs = WordVectors(*small), keyed(*small)
     for word in small[0][:20]:
@@ -101,6 +102,7 @@ def _trained_words(folder):
     return vectors.index_to_key, vectors.vectors
 
 
+@pytest.mark.filterwarnings("ignore:Call to deprecated")  # of gensim, by gensim
 @pytest.mark.parametrize("make", [_random_words, _trained_words])
 def test_evaluation(shared_data, make):
     folder = shared_data / "word_similarity"
@@ -113,27 +115,29 @@ def test_evaluation(shared_data, make):
             pearson, spearman, share = theirs.evaluate_word_pairs(
                 str(folder / name), restrict_vocab=limit, case_insensitive=ignore_case
             )
-            assert got.pairs > 20 and got.pearson == pytest.approx(pearson[0], abs=1e-6)
+            assert got.pairs > 10 and got.pearson == pytest.approx(pearson[0], abs=1e-6)
             assert got.spearman == pytest.approx(spearman[0], abs=1e-5)
             assert 100 * got.missing / len(pairs) == pytest.approx(share)
     sections = read_questions(folder / "questions-words.txt")
-    for limit, ignore_case, method in ((None, True, "3cosadd"), (500, False, "3cosadd"), (None, True, "3cosmul")):
-        got = evaluate_analogies(ours, sections, method, limit, ignore_case, epsilon=1e-6)
-        # gensim's 3CosMul answers outside restrict_vocab, so that it is held to the whole vocabulary only
-        function = "most_similar" if method == "3cosadd" else "most_similar_cosmul"
-        share, want = theirs.evaluate_word_analogies(
-            str(folder / "questions-words.txt"), limit, ignore_case, similarity_function=function
-        )
+    for limit, ignore_case in ((None, True), (2000, False)):
+        got = evaluate_analogies(ours, sections, limit=limit, ignore_case=ignore_case)
+        share, want = theirs.evaluate_word_analogies(str(folder / "questions-words.txt"), limit, ignore_case)
         counts = [(s["section"], len(s["correct"]), len(s["correct"]) + len(s["incorrect"])) for s in want[:-1]]
         assert [(name, x.correct, x.asked) for name, x in got.sections.items()] == counts
         assert got.total.share == share and got.total.asked + got.total.missing == 19544
         assert 0 < got.total.correct < got.total.asked
+    # whatever similarity_function says, gensim's evaluation is by 3CosAdd: 3CosMul is asked one by one
+    some = [q[:3] for questions in sections.values() for q in questions[::100] if all(w in theirs for w in q)]
+    answers = [theirs.most_similar_cosmul(positive=[b, c], negative=[a], topn=1)[0][0] for a, b, c in some]
+    answered = {"some": [(*q, answer) for q, answer in zip(some, answers, strict=True)]}
+    got = evaluate_analogies(ours, answered, "3cosmul", ignore_case=False, epsilon=1e-6).total
+    assert got == (len(some), len(some), 0)
 
 
 def test_planes(small):
     decomposition = pytest.importorskip("sklearn.decomposition", reason="scikit-learn is the oracle here")
-    ours, theirs = pca(small[1]), decomposition.PCA(2, svd_solver="full").fit_transform(small[1])
-    np.testing.assert_allclose(ours, theirs * np.sign((ours * theirs).sum(0)), atol=1e-4)
+    ours, theirs = pca(small[1]), decomposition.PCA(2, svd_solver="full").fit_transform(small[1].astype(float))
+    np.testing.assert_allclose(ours, theirs * np.sign((ours * theirs).sum(0)), atol=1e-10)
     clouds = np.repeat(np.eye(3, 10), 20, 0) + 0.1 * np.random.default_rng(0).normal(size=(60, 10))
     points = tsne(clouds)
     assert points.shape == (60, 2)
