@@ -1,0 +1,94 @@
+"""Words and n-grams of documents, counted: a sparse matrix with a row a document and a column a term.
+
+Words are numbered in one pass over all documents; n-grams are pairs of numbers (see `counting`), and only the different
+ones are ever spelled out.
+"""
+
+import collections
+import itertools
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
+
+import numpy as np
+import scipy.sparse
+
+from llm_jax.classic import counting
+
+Document = str | Sequence[str]
+_WORD = re.compile(r"\w\w+")  # as \b\w\w+\b, which is what scikit-learn says, and takes longer
+
+
+class TermsError(ValueError):
+    """Documents that cannot be counted; one line that says why."""
+
+
+def words(text: str) -> list[str]:
+    """Runs of two or more letters, digits and underscores, lower case: scikit-learn's words."""
+    return _WORD.findall(text.lower())
+
+
+TOKENIZERS: dict[str, Callable[[str], list[str]]] = {"words": words, "blanks": str.split}
+
+
+def _split(documents: Iterable[Document], tokenize: Callable[[str], Sequence[str]]) -> list[Sequence[str]]:
+    if isinstance(documents, str):
+        raise TermsError("documents is one string: give a list of documents")
+    split = [tokenize(d) if isinstance(d, str) else d for d in documents]
+    for i, found in enumerate(split):
+        if not isinstance(found, (list, tuple)):
+            raise TermsError(f"document {i} is a {type(found).__name__}, no string and no list of words")
+    return split
+
+
+def count(
+    documents: Iterable[Document],
+    tokenize: Callable[[str], Sequence[str]] = words,
+    ngrams: tuple[int, int] = (1, 1),
+    stop_words: Collection[str] = (),
+) -> tuple[list[str], scipy.sparse.csr_matrix]:
+    """Counts of all terms.
+
+    Args:
+      documents: strings, or lists of words.
+      tokenize: how a string becomes words.
+      ngrams: the shortest and the longest n-grams that are terms; their words stand between blanks.
+      stop_words: taken out before n-grams are made.
+
+    Returns:
+      The different terms, V, in no order (stop words among them, which nothing holds), and int64 counts `[N, V]`.
+
+    Raises:
+      TermsError: where something is no document or no word.
+    """
+    split = _split(documents, tokenize)
+    lengths = np.fromiter(map(len, split), np.int64, len(split))
+    numbers: collections.defaultdict[str, int] = collections.defaultdict()
+    numbers.default_factory = numbers.__len__
+    text = np.fromiter(map(numbers.__getitem__, itertools.chain.from_iterable(split)), np.int64, lengths.sum())
+    spelled = list(numbers)
+    if (wrong := next((w for w in spelled if not isinstance(w, str)), None)) is not None:
+        raise TermsError(f"{wrong!r} among the words of the documents is no string")
+    if ngrams[1] > 1 and (wrong := next((w for w in spelled if " " in w), None)) is not None:
+        raise TermsError(f"the word {wrong!r} holds a blank, which stands between the words of an n-gram")
+    document = np.repeat(np.arange(len(split)), lengths)
+    if stop_words:
+        kept = np.array([w not in stop_words for w in spelled], bool)[text]
+        text, document = text[kept], document[kept]
+    terms: list[str] = []
+    columns, rows = [], []
+    grams, places, ends = spelled, text, np.arange(len(text))
+    for n in range(1, ngrams[1] + 1):
+        if n > 1:  # numbers of the grams that end at each word: of the one before, and the word
+            ends = ends[ends >= n - 1]
+            ends = ends[document[ends] == document[ends - n + 1]]
+            found, _, ranks = counting.rank(places[ends - 1] * len(spelled) + text[ends])
+            before, last = np.divmod(found, len(spelled))
+            grams = [f"{grams[a]} {spelled[b]}" for a, b in zip(before.tolist(), last.tolist(), strict=True)]
+            places = np.full(len(text), counting.ABSENT)
+            places[ends] = ranks
+        if n >= ngrams[0]:
+            columns.append(places[ends] + len(terms))
+            rows.append(document[ends])
+            terms += grams
+    where = np.concatenate(rows), np.concatenate(columns)
+    return terms, scipy.sparse.csr_matrix((np.ones(len(where[0]), np.int64), where), (len(split), len(terms)))
