@@ -134,7 +134,7 @@ def fit(
         return NaiveBayes(kind, there - absent, log_priors + absent.sum(1))
     sums = (one_hot @ counts).toarray()
     if kind == "complement":
-        sums = sums.sum(0) - sums
+        sums = sums.sum(0) - sums  # before alpha is added, or a small one would be lost
     seen = sums + alpha
     logs = np.log(seen) - np.log(seen.sum(1, keepdims=True))
     if kind == "multinomial":

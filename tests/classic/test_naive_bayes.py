@@ -56,6 +56,13 @@ def test_complement_by_its_equations():
     np.testing.assert_allclose(normed.weights_CV.sum(1), 1)
 
 
+def test_complement_keeps_a_small_alpha():
+    """Where only one class holds a term, nothing but alpha is left of it in the others."""
+    counts = np.array([[0.1], [0.2], [0.0]]) + [0.0, 0.7]
+    model = fit(counts, np.array([0, 0, 1]), 2, "complement", 1e-18)
+    np.testing.assert_allclose(model.weights_CV[0, 0], -math.log(1e-18 / 0.7), rtol=1e-14)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_sums_to_one_for_sparse_and_dense(kind):
     rng = np.random.default_rng(0)
