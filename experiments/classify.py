@@ -8,6 +8,14 @@ r"""Text classifiers from before pre-training: naive Bayes on counts or tf-idf.
     python -m experiments.classify evaluate --model_folder=runs/nb --data=sst2
 
 Sets are read by experiments/text_sets.py. `train` writes the model, `classify.json` (labels) and `metrics.json`.
+
+Result, in % of dev and of test, alpha 1, words of two or more characters; pairs are --ngrams=1,2:
+                  multinomial, counts   with pairs   complement, tfidf   with pairs   bernoulli    with pairs
+    sst2          80.4, 81.6            79.2, 81.9   80.5, 82.2          80.5, 82.2   80.1, 81.4   78.2, 79.2
+    trec          73.2, 75.4            81.0, 81.6   71.4, 81.4          82.4, 86.8   71.2, 66.4   67.7, 56.6
+    mr            77.1, 77.3            77.4, 77.2   77.1, 77.2          78.3, 77.9   77.5, 76.6   78.2, 77.2
+    20newsgroups  87.9, 79.1            84.1, 70.4   91.3, 83.4          93.3, 84.8   74.1, 63.2   63.7, 48.7
+Socher et al. 2013 report 81.8 for naive Bayes on SST-2's test part, 83.1 with pairs.
 """
 
 import json
@@ -23,7 +31,9 @@ from experiments import cli, text_sets
 from llm_jax.classic import naive_bayes, terms, tfidf
 from llm_jax.data import labeled
 
-DATA = flags.DEFINE_string("data", None, f"{', '.join(text_sets.NAMES)}, or files of labelled texts.")
+DATA: flags.FlagHolder[Any] = flags.DEFINE_string(
+    "data", None, f"{', '.join(text_sets.NAMES)}, or files of labelled texts."
+)
 DEV = flags.DEFINE_string("dev", None, "Files held out, of --data that is files; a tenth of it by default.")
 TEST = flags.DEFINE_string("test", None, "Files of the test part, of --data that is files.")
 FIELDS = flags.DEFINE_list("fields", ["text", "label"], "The text and the label, of --data that is files.")
@@ -42,8 +52,8 @@ KIND = flags.DEFINE_enum("kind", "multinomial", naive_bayes.KINDS, "See llm_jax/
 ALPHA = flags.DEFINE_float("alpha", 1.0, "What every term has been seen more in every class.")
 PRIORS = flags.DEFINE_enum("priors", "fitted", ["fitted", "uniform"], "Of the classes; not of --kind=complement.")
 WEIGHT_NORM = flags.DEFINE_bool("weight_norm", False, "Of --kind=complement: normalise weights.")
-OUT = flags.DEFINE_string("out", None, "Folder for the model.")
-FOLDER = flags.DEFINE_string("model_folder", None, "What train wrote.")
+OUT: flags.FlagHolder[Any] = flags.DEFINE_string("out", None, "Folder for the model.")
+FOLDER: flags.FlagHolder[Any] = flags.DEFINE_string("model_folder", None, "What train wrote.")
 TEXTS = flags.DEFINE_multi_string("text", [], "A text, may be repeated.")
 JSON_OUT = flags.DEFINE_string("json", None, "Write the numbers to this file.")
 
@@ -97,11 +107,11 @@ def _options() -> tfidf.Options:
     lengths = NGRAMS.value
     if len(lengths) not in (1, 2) or not all(n.strip().isdecimal() for n in lengths):
         raise ValueError(f"--ngrams={','.join(lengths)} must be a length, or the shortest and the longest")
-    counts = {"use_idf": False, "norm": "none"} if FEATURES.value == "counts" else {}
+    weighed = FEATURES.value == "tfidf"
     return tfidf.Options(
         tokenize=TOKENIZE.value, ngrams=(int(lengths[0]), int(lengths[-1])), min_df=_number(MIN_DF),
         max_df=_number(MAX_DF), max_features=MAX_FEATURES.value, binary=BINARY.value, sublinear_tf=SUBLINEAR.value,
-        **counts,
+        use_idf=weighed, norm="l2" if weighed else "none",
     )  # fmt: skip
 
 

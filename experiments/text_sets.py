@@ -90,7 +90,8 @@ def read(
     """
     shared = labels.FOLDER
     if data == "sst2":
-        return _read(*(f"{shared}/sst2/{part}.tsv" for part in TextSets._fields), labels.SST2.fields)
+        task = labels.SST2
+        return _read(f"{shared}/{task.train}", f"{shared}/{task.held}", f"{shared}/sst2/test.tsv", task.fields)
     if data == "trec":
         task = labels.TREC
         return _read(f"{shared}/{task.train}", None, f"{shared}/{task.held}", task.fields, task.layout)

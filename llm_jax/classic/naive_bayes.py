@@ -18,6 +18,7 @@ import json
 import math
 import zipfile
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 import scipy.sparse
@@ -27,7 +28,7 @@ from etils import epath
 from llm_jax.classic.stored import StoredError
 
 KINDS = ("multinomial", "complement", "bernoulli")
-Counts = scipy.sparse.csr_matrix | np.ndarray
+Counts: TypeAlias = "scipy.sparse.csr_matrix | np.ndarray"
 
 
 class NaiveBayesError(ValueError):

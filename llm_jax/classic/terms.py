@@ -2,6 +2,9 @@
 
 Words are numbered in one pass over all documents; n-grams are pairs of numbers (see `counting`), and only the different
 ones are ever spelled out.
+
+Where the time goes (SST-2, single words): half is the regular expression that finds words, a quarter their numbers in
+Python's dictionary; with pairs of words it is spelling and sorting the different ones.
 """
 
 import collections
