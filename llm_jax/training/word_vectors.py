@@ -1,0 +1,162 @@
+"""Trains word2vec with the loop, checkpoints and metrics of every run."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llm_jax.classic import noise, sentences, word2vec
+from llm_jax.classic.sentences import Reader
+from llm_jax.classic.windows import Windows
+from llm_jax.classic.word2vec import Known, Word2VecConfig
+from llm_jax.parallel.mesh import make_mesh
+from llm_jax.storage.checkpoints import Checkpoints
+from llm_jax.training import metrics
+from llm_jax.training.loop import LoopConfig, run_loop
+from llm_jax.training.state import TrainState
+from llm_jax.training.workdir import Workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How long and how fast.
+
+    Attributes:
+      epochs: times through the text.
+      rate: learning rate at the beginning.
+      last_rate: at the end; it falls along a line.
+      seed: of the tables, of what stays of the text and of what is drawn.
+    """
+
+    epochs: int = 5
+    rate: float = 0.025
+    last_rate: float = 1e-4
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        """Checks ranges."""
+        if self.epochs < 1:
+            raise ValueError(f"epochs={self.epochs} must be at least 1")
+        if not 0 <= self.last_rate <= self.rate < float("inf"):
+            raise ValueError(
+                f"learning_rate={self.rate} must be a number, and the last one, {self.last_rate}, not above it"
+            )
+
+
+class Text(NamedTuple):
+    """Known words of a text.
+
+    Attributes:
+      words: int32 `[T]`.
+      sentences: the sentence of each, int32 `[T]`.
+      counts: of words, `[V]`.
+    """
+
+    words: np.ndarray
+    sentences: np.ndarray
+    counts: np.ndarray
+
+
+def read(reader: Reader, min_count: int = 5, max_size: int | None = None) -> tuple[list[str], Text]:
+    """(vocabulary, text), without the words that are too rare.
+
+    Raises:
+      TextError: see `sentences.read`.
+    """
+    vocabulary, marked = sentences.read(reader, min_count=min_count, max_size=max_size)
+    first, known = len(sentences.SPECIAL), marked >= len(sentences.SPECIAL)
+    of = np.cumsum(marked == sentences.BEGIN, dtype=np.int32)[known]
+    words = marked[known] - first
+    return vocabulary.words[first:], Text(words, of, np.bincount(words, minlength=len(vocabulary) - first))
+
+
+def make_step(config: Word2VecConfig, schedule: Schedule, windows: Windows) -> Any:
+    """Builds `step(state, batch, known) -> (state, metrics)`; a step whose loss is not finite changes nothing."""
+
+    def step(state: TrainState, batch: Any, known: Known) -> tuple[TrainState, dict[str, jax.Array]]:
+        done = (state.step + jnp.arange(config.blocks) / config.blocks) / windows.steps
+        rates = schedule.rate + (schedule.last_rate - schedule.rate) * done
+        key = jax.random.fold_in(state.key, state.step)
+        tables, total, pairs = word2vec.run_blocks(config, state.params, batch, key, known, rates)
+        finite = jnp.isfinite(total)
+        bad = jnp.where(finite, 0, state.bad_steps + 1)
+        tables = jax.tree.map(lambda new, old: jnp.where(finite, new, old), tables, state.params)
+        numbers = {"loss": total / jnp.maximum(pairs, 1), "tokens": jnp.float32(windows.words), "bad_steps": bad}
+        return state.replace(step=state.step + 1, params=tables, bad_steps=bad), numbers
+
+    return step
+
+
+def first_state(config: Word2VecConfig, schedule: Schedule, size: int) -> TrainState:
+    """Before the first step, of a vocabulary of `size` words."""
+    init_key, key = jax.random.split(jax.random.key(schedule.seed))
+    params = word2vec.init(config, size, init_key)
+    return TrainState(jnp.int32(0), params, (), None, None, None, key, None, jnp.int32(0))
+
+
+def train(
+    config: Word2VecConfig,
+    schedule: Schedule,
+    text: Text,
+    workdir: epath.PathLike,
+    devices: Sequence[Any] | None = None,
+    checkpoint_every: int = 500,
+) -> tuple[np.ndarray, Windows]:
+    """Trains, or goes on with what `workdir` holds.
+
+    Args:
+      config: of the model.
+      schedule: how long and how fast.
+      text: see `read`.
+      workdir: of this run.
+      devices: the tiles of a block are divided over these; all by default.
+      checkpoint_every: steps.
+
+    Returns:
+      (vectors, float32 `[V, D]`; the windows that were seen).
+
+    Raises:
+      ValueError: where tiles do not divide over devices, or another run's settings lie in `workdir`.
+      TrainingError: where the loss stays without a number; what was learned before is saved.
+    """
+    mesh = make_mesh({"data": len(devices or jax.devices())}, devices)
+    if config.tiles % mesh.size:
+        raise ValueError(f"a block's {config.tiles} tiles do not divide over {mesh.size} devices: set block")
+    keep = noise.keep_probabilities(text.counts, config.sample, config.subsampling)
+    windows = Windows(config, text.words, text.sentences, keep, schedule.epochs, schedule.seed)
+    settings = {"model": dataclasses.asdict(config), "schedule": dataclasses.asdict(schedule), "words": len(text.counts)}
+    whole, divided = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, "data"))
+    with Workdir(workdir) as run:
+        run.settle_config(settings)
+        checkpoints = Checkpoints(epath.Path(workdir) / "checkpoints", 1)
+        begin = jax.jit(lambda: first_state(config, schedule, len(text.counts)), out_shardings=whole)
+        state = begin()
+        if checkpoints.latest() is not None:
+            shapes = jax.eval_shape(lambda s: s, state)
+            restored = checkpoints.restore(shapes, None, jax.tree.map(lambda _: whole, shapes))
+            state = restored.state
+            windows.restore(restored.run["data"])
+        step = jax.jit(make_step(config, schedule, windows), donate_argnums=0, out_shardings=(whole, None))
+        known = jax.device_put(word2vec.known(config, text.counts), whole)
+        writer = metrics.MetricsWriter(workdir, int(state.step))
+        often = dict(log_every=max(1, windows.steps // 100), checkpoint_every=checkpoint_every)
+        loop = LoopConfig(steps=windows.steps, max_bad_steps=1, **often)
+        put = lambda batch: jax.device_put(batch, divided)
+        try:
+            state, _ = run_loop(
+                *(state, lambda s, b: step(s, b, known), windows, put, checkpoints, writer, loop),
+                *(lambda _: {}, {"config": settings}),
+                workdir=workdir,
+            )
+        finally:
+            writer.close()
+            checkpoints.close()
+        metrics.plot_loss(workdir, "loss (nats per pair)")
+    return np.asarray(state.params["context"]), windows
