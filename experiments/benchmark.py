@@ -60,6 +60,7 @@ On an NVIDIA H100 (bfloat16, 32 rows of 1,024 tokens, jax 0.11.2):
 - a vocabulary padded to a multiple of 128, without which cuBLAS is not used for the rows of 50,257 (24 of 86 ms), and
   logits kept in bfloat16 under the float32 loss: unrolled, 89 to 73 ms, 17.0 to 13.6 GB.
 - command buffers for decoding: 1,453 tokens/s as XLA has them by default, 1,433 around the whole loop, 477 without.
+- a model of 1.2 billion parameters under plans for one device: `benchmark_plans.py`.
 """
 
 import functools
@@ -72,7 +73,7 @@ from typing import Any
 
 from absl import app, flags
 
-CASES = ("train", "memory", "decode", "compile", "shakespeare", "encode", "translate", "steps", "ngrams")
+CASES = ("train", "memory", "decode", "compile", "shakespeare", "encode", "translate", "steps", "ngrams", "plans")
 CASE = flags.DEFINE_list("cases", ",".join(CASES), f"What to measure: {', '.join(CASES)}.")
 ROUNDS = flags.DEFINE_integer("rounds", 3, "Turns that every contestant takes.", lower_bound=1)
 JSON = flags.DEFINE_string("json", None, "Write the rows to this file.")
@@ -95,6 +96,8 @@ def _measure(who: str, what: str, **options: Any) -> dict[str, Any] | None:
     module = {"ours": "experiments.benchmark_ours", "peer": "experiments.benchmark_peers"}[who]
     if options.get("classic"):
         module = "experiments.benchmark_classic"
+    elif "variant" in options:
+        module = "experiments.benchmark_plans"
     elif "family" in options:
         engine = "engines" if options.get("engine") else "families_peers"
         module = {"ours": "experiments.benchmark_families", "peer": f"experiments.benchmark_{engine}"}[who]
@@ -305,6 +308,22 @@ def _ngrams() -> list[dict[str, Any]]:
     return rows + [_row(case, results["query"]["value"], name, theirs.get(name), "words/s") for name in loops]
 
 
+def _plans() -> list[dict[str, Any]]:
+    """Speed and memory of a model of 1.2 billion parameters under plans for one accelerator."""
+    if _device()["platform"] == "cpu" and not TINY.value:
+        print("plans: left out, they are of an accelerator", file=sys.stderr)
+        return []
+    from experiments.benchmark_plans import VARIANTS  # which needs all that a run needs
+
+    rows = []
+    for name in VARIANTS:
+        ours = _turns({name: ("ours", "plan", {"variant": name})}, ROUNDS.value)[name]
+        limit = _product() / ours["flops_per_token"]
+        rows.append(_row(f"train Llama 1B, {name}", ours["value"], "-", None, "tokens/s", limit))
+        rows.append(_row(f"peak memory, {name}", ours["peak_bytes"], "-", None, "bytes"))
+    return rows
+
+
 def main(argv: list[str]) -> None:
     """Measures, prints the table, writes the rows."""
     del argv
@@ -312,7 +331,7 @@ def main(argv: list[str]) -> None:
     if unknown:
         sys.exit(f"error: unknown cases {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
     measure = {"train": _train, "memory": _memory, "decode": _decode, "compile": _compile, "shakespeare": _shakespeare}
-    measure |= {"encode": _encode, "translate": _translate, "steps": _steps, "ngrams": _ngrams}
+    measure |= {"encode": _encode, "translate": _translate, "steps": _steps, "ngrams": _ngrams, "plans": _plans}
     rows: list[dict[str, Any]] = []
     for name in CASE.value:
         print(name, file=sys.stderr, flush=True)
