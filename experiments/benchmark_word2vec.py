@@ -30,7 +30,7 @@ def ours(spec: dict[str, Any]) -> tuple[float, list[str], np.ndarray]:
     words, text = word_vectors.read(sentences.Reader([spec["path"]]), MIN_COUNT)
     keep = noise.keep_probabilities(text.counts, config.sample, config.subsampling)
     windows = Windows(config, text.words, text.sentences, keep, schedule.epochs, schedule.seed)
-    step = jax.jit(word_vectors.make_step(config, schedule, windows), donate_argnums=0)
+    step = jax.jit(word_vectors.make_step(config, schedule, windows.steps, 0.0), donate_argnums=0)
     known = word2vec.known(config, text.counts)
     state = jax.jit(lambda: word_vectors.first_state(config, schedule, len(words)))()
     for i in range(windows.steps):

@@ -1,6 +1,6 @@
 """What is drawn for word vectors: which words of a text stay, and words from the noise distribution.
 
-Sources: Mikolov et al. 2013, https://arxiv.org/abs/1310.4546, sections 2.2 and 2.3; the formula of its program, word2vec.c.
+Sources: Mikolov et al. 2013, https://arxiv.org/abs/1310.4546, sections 2.2 and 2.3; its program, word2vec.c.
 """
 
 import jax

@@ -21,7 +21,6 @@ class Windows:
 
     Attributes:
       steps: of all epochs.
-      words: of the text that a step stands for, before sub-sampling.
     """
 
     def __init__(
@@ -50,7 +49,6 @@ class Windows:
         if not total:
             raise ValueError(f"sample={config.sample} leaves no word of the text: take a larger one, or 0")
         self.steps = -(-total // (config.block * config.blocks))
-        self.words = len(text) * epochs / self.steps
         self._step = 0
         self._cache: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._pool = ThreadPoolExecutor(1)  # makes the next batch meanwhile; nobody else touches the cache

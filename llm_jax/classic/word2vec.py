@@ -91,17 +91,17 @@ class Known(NamedTuple):
       context_scale: factor of the gradients of `context`'s rows, `[V]`; see `row_pairs`.
       predicted_scale: of the other table's.
       cumulative: see `noise.cumulative`; None without draws.
-      log_expected: see `noise.log_expected`, of sampled.
+      log_expected: log of how often each word is expected among those drawn, of sampled; zeros of full.
       nodes: see `huffman.Paths`, of hierarchical.
       signs: the same.
     """
 
     context_scale: jax.Array
     predicted_scale: jax.Array
-    cumulative: jax.Array | None = None
-    log_expected: jax.Array | None = None
-    nodes: jax.Array | None = None
-    signs: jax.Array | None = None
+    cumulative: Any = None
+    log_expected: Any = None
+    nodes: Any = None
+    signs: Any = None
 
 
 def known(config: Word2VecConfig, counts: np.ndarray) -> Known:
@@ -118,7 +118,7 @@ def known(config: Word2VecConfig, counts: np.ndarray) -> Known:
         return Known(scale(pairs), scale(below), nodes=jnp.asarray(tree.nodes), signs=jnp.asarray(tree.signs))
     q = noise.shares(counts, config.exponent)
     if config.loss == "full":
-        return Known(scale(pairs), scale(2 * predicted))
+        return Known(scale(pairs), scale(2 * predicted), log_expected=jnp.zeros(len(counts)))
     both = predicted + config.negatives * predicted.sum() * q
     if config.loss == "negative_sampling":
         return Known(scale(pairs), scale(both), jnp.asarray(noise.cumulative(counts, config.exponent)))
@@ -139,7 +139,7 @@ class Tiles(NamedTuple):
     """Tiles of text, with their surroundings.
 
     Attributes:
-      words: int32 `[B, L + 2 W]`.
+      words: int32 `[B, M]`, M = L + 2 W.
       sentences: the sentence of each, int32; -1 where there is no word.
       windows: of the centres, int32 `[B, L]`.
     """
@@ -148,123 +148,162 @@ class Tiles(NamedTuple):
     sentences: jax.Array
     windows: jax.Array
 
-
-def band(tiles: Tiles) -> jax.Array:
-    """Which words (m) are in the window of which centre (l): float32 `[B, L, L + 2 W]`."""
-    length, width = tiles.windows.shape[1], tiles.words.shape[1]
-    reach = (width - length) // 2
-    distance = jnp.abs(jnp.arange(length)[:, None] + reach - jnp.arange(width)[None, :])
-    near = (distance > 0) & (distance <= tiles.windows[:, :, None])
-    own = tiles.sentences[:, reach : reach + length, None]
-    return (near & (own == tiles.sentences[:, None, :]) & (own >= 0)).astype(jnp.float32)
+    def centres(self, x: jax.Array) -> jax.Array:
+        """Of words, those in the middle: `[..., M]` to `[..., L]`."""
+        length = self.windows.shape[-1]
+        reach = (self.words.shape[-1] - length) // 2
+        return x[..., reach : reach + length]
 
 
-def _predicting(config: Word2VecConfig, context_BMD: jax.Array, band_BLM: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(what predicts, of each centre the weights of what predicts it).
+def band(tile: Tiles) -> jax.Array:
+    """Which words are in the window of which centre of one tile: float32 `[L, M]`."""
+    length, width = len(tile.windows), len(tile.words)
+    distance = jnp.abs(jnp.arange(length)[:, None] + (width - length) // 2 - jnp.arange(width)[None, :])
+    near = (distance > 0) & (distance <= tile.windows[:, None])
+    own = tile.centres(tile.sentences)[:, None]
+    return (near & (own == tile.sentences[None, :]) & (own >= 0)).astype(jnp.float32)
 
-    Skip-gram's are the contexts themselves, `[B, M, D]`; the mean's `[B, L, D]`, with the weights of a diagonal
-    `[B, L]`. The gradient of a mean goes undivided to its words, as the program and gensim have it.
+
+class Touched(NamedTuple):
+    """Rows that tiles touch.
+
+    Attributes:
+      context: `[B, M]`.
+      predicted: centres `[B, L]`; of hierarchical their nodes `[B, L, P]`.
+      drawn: `[B, S]`; of full all words, `[V]`; None of hierarchical.
     """
+
+    context: jax.Array
+    predicted: jax.Array
+    drawn: Any
+
+
+def touched(config: Word2VecConfig, tiles: Tiles, key: jax.Array, known: Known, size: int) -> Touched:
+    """Finds them, and draws words from `key`."""
+    centres_BL = tiles.centres(tiles.words)
+    if config.loss == "hierarchical":
+        return Touched(tiles.words, known.nodes[centres_BL], None)
+    if config.loss == "full":
+        return Touched(tiles.words, centres_BL, jnp.arange(size))
+    return Touched(tiles.words, centres_BL, noise.draw(key, known.cumulative, (len(centres_BL), config.shared)))
+
+
+class _Pairs(NamedTuple):
+    """What predicts the centres of a tile: K vectors that all centres share, or (K = 1) one of each centre.
+
+    Attributes:
+      h: contexts `[M, D]`, or means `[L, D]`.
+      weights: of each centre with each of its predictors, `[L, K]`.
+      shared: whether they are.
+    """
+
+    h: jax.Array
+    weights: jax.Array
+    shared: bool
+
+    def scores(self, x_LD: jax.Array) -> jax.Array:
+        """Of centres with their predictors, `[L, K]`."""
+        return x_LD @ self.h.T if self.shared else jnp.sum(x_LD * self.h, axis=-1, keepdims=True)
+
+    def counts(self, against_LS: jax.Array) -> jax.Array:
+        """Pairs of every predictor that count against drawn words, `[M or L, S]`."""
+        return self.weights.T @ against_LS if self.shared else self.weights * against_LS
+
+    def sums(self, values: jax.Array, against_LS: jax.Array) -> jax.Array:
+        """Of values `[M or L, S]` over the drawn words that count against a centre, `[L, K]`."""
+        if self.shared:
+            return against_LS @ values.T
+        return jnp.sum(against_LS * values, axis=-1, keepdims=True)
+
+    def of_each(self, values: jax.Array) -> jax.Array:
+        """Values of predictors as values of pairs, `[1, M]` or `[L, 1]`."""
+        return values[None, :] if self.shared else values[:, None]
+
+
+def _pairs(config: Word2VecConfig, context_MD: jax.Array, band_LM: jax.Array) -> _Pairs:
+    """The gradient of a mean goes undivided to its words, as the program and gensim have it."""
     if config.architecture == "skip_gram":
-        return context_BMD, band_BLM
-    count_BL = band_BLM.sum(-1)
-    total_BLD = jnp.einsum("blm,bmd->bld", band_BLM, context_BMD)
-    mean_BLD = total_BLD / jnp.maximum(count_BL, 1)[..., None]
-    return total_BLD + jax.lax.stop_gradient(mean_BLD - total_BLD), (count_BL > 0).astype(jnp.float32)
+        return _Pairs(context_MD, band_LM, True)
+    count_L1 = jnp.sum(band_LM, axis=-1, keepdims=True)
+    total_LD = band_LM @ context_MD
+    mean_LD = total_LD / jnp.maximum(count_L1, 1)
+    return _Pairs(total_LD + jax.lax.stop_gradient(mean_LD - total_LD), jnp.minimum(count_L1, 1), False)
 
 
-def _scores(h: jax.Array, x_BLD: jax.Array, weights: jax.Array) -> jax.Array:
-    """Of each centre with what predicts it, shaped as `weights`."""
-    return jnp.einsum("bld,bmd->blm" if weights.ndim == 3 else "bld,bld->bl", x_BLD, h)
+def _logistic(pairs: _Pairs, x_LD: jax.Array, drawn_SD: jax.Array, against_LS: jax.Array, each: float) -> jax.Array:
+    """Negative sampling; `each` drawn word stands for so many of a pair."""
+    own = jnp.sum(pairs.weights * jax.nn.softplus(-pairs.scores(x_LD)))
+    return own + each * jnp.sum(pairs.counts(against_LS) * jax.nn.softplus(pairs.h @ drawn_SD.T))
 
 
-def _counts(weights: jax.Array, counted_BLS: jax.Array) -> jax.Array:
-    """How many pairs of each predicting row count with each drawn word: `[B, M or L, S]`."""
-    return jnp.einsum("blm,bls->bms" if weights.ndim == 3 else "bl,bls->bls", weights, counted_BLS)
-
-
-def _logistic(h, weights, x_BLD, other_BSD, hit_BLS, per_pair: float) -> jax.Array:
-    """Negative sampling; a drawn word does not count against the pairs that it is the centre of."""
-    against = per_pair * _counts(weights, 1 - hit_BLS)
-    own = jnp.sum(weights * jax.nn.softplus(-_scores(h, x_BLD, weights)))
-    return own + jnp.sum(against * jax.nn.softplus(jnp.matmul(h, other_BSD.swapaxes(1, 2))))
-
-
-def _softmax(h, weights, x_BLD, other_BSD, hit_BLS, own_q_BL, other_q_BS) -> jax.Array:
-    """Softmax of the centre among itself and the drawn words that it is not."""
-    other = jnp.matmul(h, other_BSD.swapaxes(1, 2)) - other_q_BS[:, None, :]
-    top = jax.lax.stop_gradient(other.max(-1))
-    powers = jnp.exp(other - top[..., None])
-    others = jnp.einsum("bms,bls->blm" if weights.ndim == 3 else "bls,bls->bl", powers, 1 - hit_BLS)
-    own = _scores(h, x_BLD, weights) - (own_q_BL[..., None] if weights.ndim == 3 else own_q_BL)
-    top = top[:, None, :] if weights.ndim == 3 else top
-    alone = others <= 0  # no drawn word but itself
-    rest = jnp.where(alone, -jnp.inf, jnp.log(jnp.where(alone, 1, others)) + top)
-    return jnp.sum(jnp.where(weights > 0, jnp.logaddexp(own, rest) - own, 0))
-
-
-def _tree(h, weights, nodes_BLPD, signs_BLP) -> jax.Array:
-    """One logistic decision a node."""
-    if weights.ndim == 3:
-        scores, weights = jnp.einsum("bmd,blpd->blpm", h, nodes_BLPD), weights[:, :, None, :]
-        signs = signs_BLP[..., None]
-    else:
-        scores, weights, signs = jnp.einsum("bld,blpd->blp", h, nodes_BLPD), weights[..., None], signs_BLP
-    return jnp.sum(weights * jnp.abs(signs) * jax.nn.softplus(-signs * scores))
-
-
-def loss(
-    config: Word2VecConfig, rows: tuple[jax.Array, ...], tiles: Tiles, drawn_BS: jax.Array | None, known: Known
+def _softmax(
+    pairs: _Pairs, x_LD: jax.Array, drawn_SD: jax.Array, against_LS: jax.Array, own_q_L: jax.Array, drawn_q_S: jax.Array
 ) -> jax.Array:
-    """Sum over all pairs of a block, from its gathered rows.
+    """Softmax of a centre among itself and drawn words."""
+    drawn = pairs.h @ drawn_SD.T - drawn_q_S[None, :]
+    top = jax.lax.stop_gradient(drawn.max(-1))
+    others = pairs.sums(jnp.exp(drawn - top[:, None]), against_LS)
+    alone = others <= 0  # no drawn word but itself
+    rest = jnp.where(alone, -jnp.inf, jnp.log(jnp.where(alone, 1, others)) + pairs.of_each(top))
+    own = pairs.scores(x_LD) - own_q_L[:, None]
+    return jnp.sum(jnp.where(pairs.weights > 0, jnp.logaddexp(own, rest) - own, 0))
+
+
+def _tree(pairs: _Pairs, nodes_LPD: jax.Array, signs_LP: jax.Array) -> jax.Array:
+    """One logistic decision a node."""
+    shape = (*signs_LP.shape, -1)
+    if pairs.shared:
+        scores = (nodes_LPD.reshape(-1, nodes_LPD.shape[-1]) @ pairs.h.T).reshape(shape)
+    else:
+        scores = jnp.sum(nodes_LPD * pairs.h[:, None, :], axis=-1, keepdims=True)
+    signs = signs_LP[:, :, None]
+    return jnp.sum(pairs.weights[:, None, :] * jnp.abs(signs) * jax.nn.softplus(-signs * scores))
+
+
+def loss(config: Word2VecConfig, rows: Touched, tile: Tiles, drawn_S: Any, known: Known) -> jax.Array:
+    """Sum over all pairs of one tile.
 
     Args:
       config: of the model.
-      rows: contexts `[B, M, D]`; centres `[B, L, D]` and drawn words `[B, S, D]`, or nodes `[B, L, P, D]`.
-      tiles: of text.
-      drawn_BS: which words were drawn; of full all, `[1, V]`.
+      rows: vectors of what it touches: `[M, D]`; `[L, D]` or `[L, P, D]`; `[S, D]`.
+      tile: words `[M]`, sentences, windows `[L]`.
+      drawn_S: which words were drawn.
       known: see `Known`.
     """
-    h, weights = _predicting(config, rows[0], band(tiles))
-    reach = (tiles.words.shape[1] - tiles.windows.shape[1]) // 2
-    centres_BL = tiles.words[:, reach : reach + tiles.windows.shape[1]]
+    pairs, centres_L = _pairs(config, rows.context, band(tile)), tile.centres(tile.words)
     if config.loss == "hierarchical":
-        return _tree(h, weights, rows[1], known.signs[centres_BL])
-    hit_BLS = (drawn_BS[:, None, :] == centres_BL[:, :, None]).astype(jnp.float32)
+        return _tree(pairs, rows.predicted, known.signs[centres_L])
+    against_LS = (drawn_S[None, :] != centres_L[:, None]).astype(jnp.float32)
     if config.loss == "negative_sampling":
-        return _logistic(h, weights, *rows[1:], hit_BLS, config.negatives / config.shared)
-    q = jnp.zeros(1) if known.log_expected is None else known.log_expected
-    own_q, other_q = (q[i] if len(q) > 1 else jnp.zeros(i.shape) for i in (centres_BL, drawn_BS))
-    return _softmax(h, weights, *rows[1:], hit_BLS, own_q, other_q)
+        return _logistic(pairs, rows.predicted, rows.drawn, against_LS, config.negatives / config.shared)
+    own_q, drawn_q = known.log_expected[centres_L], known.log_expected[drawn_S]
+    return _softmax(pairs, rows.predicted, rows.drawn, against_LS, own_q, drawn_q)
 
 
-def _touched(config: Word2VecConfig, tiles: Tiles, key: jax.Array, known: Known, size: int) -> tuple[Any, Any, Any]:
-    """(rows of `context`, rows of `predicted` in the order of `loss`, what was drawn)."""
-    reach = config.window
-    centres_BL = tiles.words[:, reach : reach + tiles.windows.shape[1]]
-    if config.loss == "hierarchical":
-        return tiles.words, (known.nodes[centres_BL],), None
-    if config.loss == "full":
-        drawn_BS = jnp.arange(size)[None]
-    else:
-        drawn_BS = noise.draw(key, known.cumulative, (len(centres_BL), config.shared))
-    return tiles.words, (centres_BL, drawn_BS), drawn_BS
+def block_loss(config: Word2VecConfig, rows: Touched, tiles: Tiles, at: Touched, known: Known) -> jax.Array:
+    """`loss` of all tiles together, `[B, ...]` each."""
+    drawn_axis = None if config.loss in ("full", "hierarchical") else 0
+    row_axes = jax.tree.map(lambda _: 0, rows)._replace(drawn=drawn_axis)
+    each = jax.vmap(lambda rows, tile, drawn: loss(config, rows, tile, drawn, known), (row_axes, 0, drawn_axis))
+    return jnp.sum(each(rows, tiles, at.drawn))
 
 
 def update(
-    config: Word2VecConfig, tables: dict[str, jax.Array], tiles: Tiles, key: jax.Array, known: Known, rate: jax.Array
+    config: Word2VecConfig, tables: dict[str, jax.Array], tiles: Tiles, at: Touched, known: Known, rate: jax.Array
 ) -> tuple[dict[str, jax.Array], jax.Array]:
     """A step of gradient descent on the rows that a block touches: (new tables, the block's loss)."""
     context, predicted = tables["context"], tables["predicted"]
-    words, others, drawn = _touched(config, tiles, key, known, len(predicted))
-    rows = (context[words], *(predicted[i] for i in others))
-    value, grads = jax.value_and_grad(lambda r: loss(config, r, tiles, drawn, known))(rows)
-    add = lambda table, index, scale, g: table.at[index.reshape(-1)].add(
-        (-rate * scale[index][..., None] * g).reshape(-1, config.size)
-    )
-    context = add(context, words, known.context_scale, grads[0])
-    for index, g in zip(others, grads[1:], strict=True):
-        predicted = add(predicted, index, known.predicted_scale, g)
+    rows = Touched(context[at.context], predicted[at.predicted], None if at.drawn is None else predicted[at.drawn])
+    value, grads = jax.value_and_grad(lambda rows: block_loss(config, rows, tiles, at, known))(rows)
+
+    def add(table: jax.Array, index: jax.Array, scale: jax.Array, grad: jax.Array) -> jax.Array:
+        moves = -rate * scale[index][..., None] * grad
+        return table.at[index.reshape(-1)].add(moves.reshape(-1, config.size))
+
+    context = add(context, at.context, known.context_scale, grads.context)
+    predicted = add(predicted, at.predicted, known.predicted_scale, grads.predicted)
+    if at.drawn is not None:
+        predicted = add(predicted, at.drawn, known.predicted_scale, grads.drawn)
     return {"context": context, "predicted": predicted}, value
 
 
@@ -294,9 +333,11 @@ def run_blocks(
         if config.dynamic:
             windows = jax.random.randint(window_key, shape, 1, config.window + 1, jnp.int32)
         tiles = Tiles(words, sentences, windows)
-        tables, value = update(config, tables, tiles, draw_key, known, rate)
-        weights = _predicting(config, jnp.zeros((*words.shape, 1)), band(tiles))[1]
-        return (tables, total + value, pairs + weights.sum()), None
+        at = touched(config, tiles, draw_key, known, len(tables["predicted"]))
+        tables, value = update(config, tables, tiles, at, known, rate)
+        near = jax.vmap(band)(tiles)
+        count = near.sum() if config.architecture == "skip_gram" else near.any(-1).sum().astype(jnp.float32)
+        return (tables, total + value, pairs + count), None
 
     keys = jax.random.split(key, len(rates))
     start = (tables, jnp.float32(0), jnp.float32(0))

@@ -1,6 +1,7 @@
 """Output layers: one head, several ways to pay for a large vocabulary.
 
-Sources: sampled softmax with the log-q correction, Jean et al. 2015, https://arxiv.org/abs/1412.2007, eq. 8.
+Sources: sampled softmax with the log-q correction, Jean et al. 2015, https://arxiv.org/abs/1412.2007, eq. 8; negative
+sampling, Mikolov et al. 2013, https://arxiv.org/abs/1310.4546, eq. 4; hierarchical softmax, the same, eq. 3.
 """
 
 from collections.abc import Callable
@@ -122,3 +123,33 @@ def sampled_softmax(
     other_TS = head.some_logits(h_TD, sampled_S) - log_q_V[sampled_S][None, :]
     other_TS = jnp.where(sampled_S[None, :] == labels_T[:, None], MASKED, other_TS)
     return jax.nn.logsumexp(jnp.concatenate([own_T[:, None], other_TS], axis=1), axis=1) - own_T
+
+
+def negative_sampling(h_TD: jax.Array, head: Head, labels_T: jax.Array, sampled_S: jax.Array) -> jax.Array:
+    """Logistic loss `[T]`: the label against each of the sampled entries that it is not.
+
+    Args:
+      h_TD: last hidden states.
+      head: the output layer.
+      labels_T: targets.
+      sampled_S: entries drawn from the noise, shared by all positions.
+    """
+    own_T = jnp.sum(h_TD * head.rows(labels_T), axis=-1)
+    own_T = own_T if head.bias is None else own_T + head.bias[labels_T]
+    against_TS = jnp.where(
+        sampled_S[None, :] == labels_T[:, None], 0, jax.nn.softplus(head.some_logits(h_TD, sampled_S))
+    )
+    return jax.nn.softplus(-own_T) + jnp.sum(against_TS, axis=-1)
+
+
+def hierarchical_softmax(h_TD: jax.Array, nodes_ND: jax.Array, path_TP: jax.Array, signs_TP: jax.Array) -> jax.Array:
+    """Negative log-likelihood `[T]` of leaves of a binary tree, one logistic decision an inner node.
+
+    Args:
+      h_TD: last hidden states.
+      nodes_ND: vectors of the inner nodes.
+      path_TP: nodes on the way to each target.
+      signs_TP: +1 to the first child, -1 to the second, 0 behind the end of the way.
+    """
+    scores_TP = jnp.einsum("td,tpd->tp", h_TD, nodes_ND[path_TP])
+    return jnp.sum(jnp.abs(signs_TP) * jax.nn.softplus(-signs_TP * scores_TP), axis=-1)

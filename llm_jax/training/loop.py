@@ -235,8 +235,9 @@ def run_loop(
             if final or (config.eval_every and step % config.eval_every == 0):
                 with untimed():
                     last_eval, evaluated = evaluate(state), step
-                    writer.write(step, last_eval)
-                    bar.write(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in last_eval.items()))
+                    if last_eval:
+                        writer.write(step, last_eval)
+                        bar.write(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in last_eval.items()))
             stopping = _agreed(bool(stop))
             if final or step % config.checkpoint_every == 0 or stopping:
                 with untimed():

@@ -1,7 +1,6 @@
 """Trains word2vec with the loop, checkpoints and metrics of every run."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -57,11 +56,13 @@ class Text(NamedTuple):
       words: int32 `[T]`.
       sentences: the sentence of each, int32 `[T]`.
       counts: of words, `[V]`.
+      total: words of the text, those that are too rare included.
     """
 
     words: np.ndarray
     sentences: np.ndarray
     counts: np.ndarray
+    total: int
 
 
 def read(reader: Reader, min_count: int = 5, max_size: int | None = None) -> tuple[list[str], Text]:
@@ -73,22 +74,30 @@ def read(reader: Reader, min_count: int = 5, max_size: int | None = None) -> tup
     vocabulary, marked = sentences.read(reader, min_count=min_count, max_size=max_size)
     first, known = len(sentences.SPECIAL), marked >= len(sentences.SPECIAL)
     of = np.cumsum(marked == sentences.BEGIN, dtype=np.int32)[known]
-    words = marked[known] - first
-    return vocabulary.words[first:], Text(words, of, np.bincount(words, minlength=len(vocabulary) - first))
+    words = marked[known] - np.int32(first)
+    total = int(len(marked) - 2 * np.count_nonzero(marked == sentences.BEGIN))
+    return vocabulary.words[first:], Text(words, of, np.bincount(words, minlength=len(vocabulary) - first), total)
 
 
-def make_step(config: Word2VecConfig, schedule: Schedule, windows: Windows) -> Any:
-    """Builds `step(state, batch, known) -> (state, metrics)`; a step whose loss is not finite changes nothing."""
+def make_step(config: Word2VecConfig, schedule: Schedule, steps: int, words: float) -> Any:
+    """Builds `step(state, batch, known) -> (state, metrics)`; a step whose loss is not finite changes nothing.
+
+    Args:
+      config: of the model.
+      schedule: of the rate.
+      steps: of the run.
+      words: of the text, that a step stands for.
+    """
 
     def step(state: TrainState, batch: Any, known: Known) -> tuple[TrainState, dict[str, jax.Array]]:
-        done = (state.step + jnp.arange(config.blocks) / config.blocks) / windows.steps
+        done = (state.step + jnp.arange(config.blocks) / config.blocks) / steps
         rates = schedule.rate + (schedule.last_rate - schedule.rate) * done
         key = jax.random.fold_in(state.key, state.step)
         tables, total, pairs = word2vec.run_blocks(config, state.params, batch, key, known, rates)
         finite = jnp.isfinite(total)
         bad = jnp.where(finite, 0, state.bad_steps + 1)
         tables = jax.tree.map(lambda new, old: jnp.where(finite, new, old), tables, state.params)
-        numbers = {"loss": total / jnp.maximum(pairs, 1), "tokens": jnp.float32(windows.words), "bad_steps": bad}
+        numbers = {"loss": total / jnp.maximum(pairs, 1), "tokens": jnp.float32(words), "bad_steps": bad}
         return state.replace(step=state.step + 1, params=tables, bad_steps=bad), numbers
 
     return step
@@ -108,7 +117,7 @@ def train(
     workdir: epath.PathLike,
     devices: Sequence[Any] | None = None,
     checkpoint_every: int = 500,
-) -> tuple[np.ndarray, Windows]:
+) -> np.ndarray:
     """Trains, or goes on with what `workdir` holds.
 
     Args:
@@ -120,7 +129,7 @@ def train(
       checkpoint_every: steps.
 
     Returns:
-      (vectors, float32 `[V, D]`; the windows that were seen).
+      Vectors, float32 `[V, D]`.
 
     Raises:
       ValueError: where tiles do not divide over devices, or another run's settings lie in `workdir`.
@@ -131,7 +140,11 @@ def train(
         raise ValueError(f"a block's {config.tiles} tiles do not divide over {mesh.size} devices: set block")
     keep = noise.keep_probabilities(text.counts, config.sample, config.subsampling)
     windows = Windows(config, text.words, text.sentences, keep, schedule.epochs, schedule.seed)
-    settings = {"model": dataclasses.asdict(config), "schedule": dataclasses.asdict(schedule), "words": len(text.counts)}
+    settings = {
+        "model": dataclasses.asdict(config),
+        "schedule": dataclasses.asdict(schedule),
+        "words": len(text.counts),
+    }
     whole, divided = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, "data"))
     with Workdir(workdir) as run:
         run.settle_config(settings)
@@ -143,11 +156,12 @@ def train(
             restored = checkpoints.restore(shapes, None, jax.tree.map(lambda _: whole, shapes))
             state = restored.state
             windows.restore(restored.run["data"])
-        step = jax.jit(make_step(config, schedule, windows), donate_argnums=0, out_shardings=(whole, None))
+        words = text.total * schedule.epochs / windows.steps
+        step = jax.jit(make_step(config, schedule, windows.steps, words), donate_argnums=0, out_shardings=(whole, None))
         known = jax.device_put(word2vec.known(config, text.counts), whole)
         writer = metrics.MetricsWriter(workdir, int(state.step))
-        often = dict(log_every=max(1, windows.steps // 100), checkpoint_every=checkpoint_every)
-        loop = LoopConfig(steps=windows.steps, max_bad_steps=1, **often)
+        lines = max(1, windows.steps // 100)
+        loop = LoopConfig(windows.steps, log_every=lines, checkpoint_every=checkpoint_every, max_bad_steps=1)
         put = lambda batch: jax.device_put(batch, divided)
         try:
             state, _ = run_loop(
@@ -159,4 +173,4 @@ def train(
             writer.close()
             checkpoints.close()
         metrics.plot_loss(workdir, "loss (nats per pair)")
-    return np.asarray(state.params["context"]), windows
+    return np.asarray(state.params["context"])

@@ -1,0 +1,167 @@
+"""Word vectors of files with a sentence a line and blanks between words, `.gz` too.
+
+python -m experiments.word2vec train --corpus='texts/*.txt' --architecture=skip_gram --loss=negative_sampling --size=100
+    --window=5 --min_count=5 --epochs=3 --seed=1 --out=runs/vectors.txt
+python -m experiments.word2vec evaluate --vectors=runs/vectors.txt --json=runs/quality.json
+python -m experiments.word2vec nearest --vectors=runs/vectors.txt --word=money
+python -m experiments.word2vec analogy --vectors=runs/vectors.txt --words=man,king,woman
+python -m experiments.word2vec plot --vectors=runs/vectors.txt --words=man,woman,king,queen --out=runs/plot.png
+
+Training writes checkpoints into a folder beside the vectors (or --workdir), and the same command goes on from there.
+"""
+
+import glob
+import json
+import math
+import os
+import statistics
+from typing import Any
+
+import numpy as np
+from absl import flags
+from etils import epath
+
+from experiments import cli
+from llm_jax.classic import evaluation, noise, plots, sentences, word2vec
+from llm_jax.classic.vectors import METHODS, WordVectors
+from llm_jax.classic.word2vec import Word2VecConfig
+from llm_jax.interop import vectors as files
+from llm_jax.training import metrics, word_vectors
+
+DEFAULT = Word2VecConfig()
+CORPUS: flags.FlagHolder[Any] = flags.DEFINE_string("corpus", None, "Files to learn from; a pattern.")
+INVALID = flags.DEFINE_enum("invalid", "strict", sentences.POLICIES, "What becomes of lines that are no UTF-8.")
+MIN_COUNT = flags.DEFINE_integer("min_count", 5, "Rarer words are left out.", lower_bound=1)
+MAX_SIZE = flags.DEFINE_integer("max_vocabulary", None, "Keep so many words, the most frequent.", lower_bound=2)
+MODEL: list[flags.FlagHolder[Any]] = [
+    flags.DEFINE_enum("architecture", DEFAULT.architecture, word2vec.ARCHITECTURES, "See classic/word2vec.py."),
+    flags.DEFINE_enum("loss", DEFAULT.loss, word2vec.LOSSES, "See classic/word2vec.py."),
+    flags.DEFINE_integer("size", DEFAULT.size, "Width of the vectors."),
+    flags.DEFINE_integer("window", DEFAULT.window, "Words on either side, at most."),
+    flags.DEFINE_bool("dynamic", DEFAULT.dynamic, "Draw each window from 1 to --window."),
+    flags.DEFINE_integer("negatives", DEFAULT.negatives, "Negative words a pair."),
+    flags.DEFINE_float("exponent", DEFAULT.exponent, "Of the counts that negatives are drawn by."),
+    flags.DEFINE_float("sample", DEFAULT.sample, "Frequency above which words are left out at random; 0 keeps all."),
+    flags.DEFINE_enum("subsampling", DEFAULT.subsampling, noise.FORMULAS, "Formula of --sample."),
+    flags.DEFINE_integer("block", DEFAULT.block, "Words whose gradient is taken at once."),
+    flags.DEFINE_integer("blocks", DEFAULT.blocks, "Blocks a step."),
+]
+EPOCHS = flags.DEFINE_integer("epochs", 5, "Times through the corpus.")
+RATE = flags.DEFINE_float("learning_rate", 0.025, "At the beginning; it falls along a line.")
+SEED = flags.DEFINE_integer("seed", 1, "Of everything that is drawn.")
+WORKDIR: flags.FlagHolder[Any] = flags.DEFINE_string("workdir", None, "Folder of the run; OUT.run by default.")
+FORMAT = flags.DEFINE_enum("format", "word2vec", ["word2vec", "word2vec_binary", "glove"], "Of the vectors written.")
+OUT: flags.FlagHolder[Any] = flags.DEFINE_string("out", None, "File of vectors, or of a plot.")
+VECTORS: flags.FlagHolder[Any] = flags.DEFINE_string("vectors", None, "File of vectors, of any format.")
+LIMIT = flags.DEFINE_integer("limit", None, "Read the first so many words only.", lower_bound=1)
+TESTS = flags.DEFINE_string("tests", "../shared/data/word_similarity", "Folder of the test sets.")
+ANSWERS = flags.DEFINE_integer("answers", 300_000, "Analogies among the first so many words.", lower_bound=1)
+METHOD = flags.DEFINE_enum("method", "3cosadd", METHODS, "How analogies are scored.")
+WORD: flags.FlagHolder[Any] = flags.DEFINE_string("word", None, "Whose neighbours.")
+WORDS = flags.DEFINE_list("words", [], "Of an analogy (a to b as c to what), or of a plot.")
+TOP = flags.DEFINE_integer("top", 10, "How many.", lower_bound=1)
+PLANE = flags.DEFINE_enum("plane", "pca", ["pca", "tsne"], "How the plot's plane is found.")
+JSON_OUT: flags.FlagHolder[Any] = flags.DEFINE_string("json", None, "Write the numbers to this file.")
+
+READ = [VECTORS, LIMIT]
+COMMANDS: dict[str, list[flags.FlagHolder[Any]]] = {
+    "train": [CORPUS, INVALID, MIN_COUNT, MAX_SIZE, *MODEL, EPOCHS, RATE, SEED, WORKDIR, FORMAT, OUT],
+    "evaluate": [*READ, TESTS, ANSWERS, METHOD, JSON_OUT],
+    "nearest": [*READ, WORD, TOP, JSON_OUT],
+    "analogy": [*READ, WORDS, METHOD, TOP, JSON_OUT],
+    "plot": [*READ, WORDS, PLANE, OUT],
+}
+
+
+def _need(*wanted: flags.FlagHolder[Any]) -> None:
+    for flag in wanted:
+        if not flag.value:
+            raise ValueError(f"--{flag.name} is missing")
+
+
+def _write(found: Any) -> None:
+    if JSON_OUT.value:
+        epath.Path(JSON_OUT.value).write_text(json.dumps(found, indent=2))
+
+
+def train() -> None:
+    """Reads, trains, writes vectors and, beside them, how fast that was."""
+    _need(CORPUS, OUT)
+    config = Word2VecConfig(**{flag.name: flag.value for flag in MODEL})
+    schedule = word_vectors.Schedule(EPOCHS.value, RATE.value, min(RATE.value, 1e-4), SEED.value)
+    reader = sentences.Reader(sorted(glob.glob(CORPUS.value)) or [CORPUS.value], INVALID.value)
+    words, text = word_vectors.read(reader, MIN_COUNT.value, MAX_SIZE.value)
+    if reader.invalid:
+        print(f"{reader.invalid:,} lines were no UTF-8 (--invalid={INVALID.value})")
+    share = len(text.words) / text.total
+    print(f"{text.total:,} words, {len(words):,} different ones kept, which are {share:.1%} of the text")
+    workdir = WORKDIR.value or f"{OUT.value}.run"
+    table = word_vectors.train(config, schedule, text, workdir)
+    files.write(OUT.value, words, table, FORMAT.value)
+    rates = [r["train/tokens_per_second"] for r in metrics.read_metrics(workdir) if "train/tokens_per_second" in r]
+    about = {"words_per_second": statistics.median(rates) if rates else None, "epochs": EPOCHS.value}
+    epath.Path(f"{OUT.value}.json").write_text(json.dumps(about))
+    speed = f", {about['words_per_second']:,.0f} words a second" if rates else ""
+    print(f"{len(words):,} vectors of {config.size} numbers in {OUT.value}{speed}")
+
+
+def evaluate(vectors: WordVectors) -> None:
+    """Likeness and analogies."""
+    found: dict[str, Any] = {}
+    for name, suffix in (("wordsim353", "tsv"), ("simlex999", "txt")):
+        pairs = evaluation.read_pairs(os.path.join(TESTS.value, f"{name}.{suffix}"))
+        like = evaluation.evaluate_similarity(vectors, pairs)
+        found[name] = None if math.isnan(like.spearman) else like.spearman
+        correlations = f"Spearman {like.spearman:.4f}, Pearson {like.pearson:.4f}"
+        print(f"{name}: {correlations}, {like.pairs} pairs, {like.missing} unknown")
+    questions = evaluation.read_questions(os.path.join(TESTS.value, "questions-words.txt"))
+    r = evaluation.evaluate_analogies(vectors, questions, METHOD.value, ANSWERS.value)
+    for name, part in (("all", r.total), ("semantic", r.semantic), ("syntactic", r.syntactic), *r.sections.items()):
+        print(f"analogies, {name}: {part.correct:,} of {part.asked:,} ({part.share:.2%}), {part.missing:,} unknown")
+    found["analogies"] = None if math.isnan(r.total.share) else r.total.share
+    about = epath.Path(f"{VECTORS.value}.json")
+    if about.exists():
+        found["words_per_second"] = json.loads(about.read_text())["words_per_second"]
+    _write(found)
+
+
+def nearest(vectors: WordVectors) -> None:
+    """Words like a word."""
+    _need(WORD)
+    found = vectors.nearest(WORD.value, TOP.value)
+    for word, score in found:
+        print(f"{score:.4f} {word}")
+    _write({"word": WORD.value, "nearest": found})
+
+
+def analogy(vectors: WordVectors) -> None:
+    """What is to the third word as the second to the first."""
+    if len(WORDS.value) != 3:
+        raise ValueError(f"--words={','.join(WORDS.value)} must be three words: man,king,woman")
+    a, b, c = WORDS.value
+    found = vectors.analogy(a, b, c, TOP.value, METHOD.value)
+    for word, score in found:
+        print(f"{score:.4f} {word}")
+    _write({"words": WORDS.value, "analogy": found})
+
+
+def plot(vectors: WordVectors) -> None:
+    """Words in a plane."""
+    _need(WORDS, OUT)
+    rows = vectors.unit[[vectors.row(w) for w in WORDS.value]]
+    plots.draw(WORDS.value, {"pca": plots.pca, "tsne": plots.tsne}[PLANE.value](rows), OUT.value)
+
+
+def main(command: str) -> None:
+    """Runs a command."""
+    if command == "train":
+        train()
+        return
+    _need(VECTORS)
+    words, table = files.read(VECTORS.value, limit=LIMIT.value)
+    commands = {"evaluate": evaluate, "nearest": nearest, "analogy": analogy, "plot": plot}
+    commands[command](WordVectors(words, np.asarray(table)))
+
+
+if __name__ == "__main__":
+    cli.run(main, COMMANDS)

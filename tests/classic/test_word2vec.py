@@ -1,0 +1,191 @@
+"""word2vec on tiles, held to loops over pairs."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from llm_jax.classic import huffman, noise, word2vec
+from llm_jax.classic.word2vec import Tiles, Word2VecConfig
+from llm_jax.nn import output
+from llm_jax.nn.output import Head
+
+V, D, W, L, B, S = 11, 6, 2, 4, 3, 5
+COUNTS = np.arange(2 * V, V, -1) ** 2
+RNG = np.random.default_rng(0)
+TABLES = {n: RNG.normal(size=(V, D)).astype(np.float32) for n in ("context", "predicted")}
+TEXT = RNG.integers(0, V, L * B + 2 * W).astype(np.int32)
+SENTENCES = np.repeat([-1, 0, 1, -1], [2, 6, 6, 2]).astype(np.int32)
+WINDOWS = RNG.integers(1, W + 1, (B, L)).astype(np.int32)
+DRAWN = RNG.integers(0, V, (B, S)).astype(np.int32)
+tiles_of = lambda x: np.stack([x[i : i + L + 2 * W] for i in range(0, L * B, L)])
+TILES = Tiles(tiles_of(TEXT), tiles_of(SENTENCES), WINDOWS)
+KINDS = [(a, loss) for a in word2vec.ARCHITECTURES for loss in word2vec.LOSSES]
+
+
+def config_of(architecture, loss, **fields):
+    return Word2VecConfig(architecture, loss, size=D, window=W, shared=S, negatives=S, tile=L, block=L * B, **fields)
+
+
+def pairs():
+    """(tile, centre, contexts) of all centres."""
+    for i in range(L * B):
+        at, window = i + W, WINDOWS.ravel()[i]
+        near = [j for j in range(at - window, at + window + 1) if j != at and SENTENCES[j] == SENTENCES[at] >= 0]
+        if near:
+            yield i // L, TEXT[at], TEXT[near]
+
+
+def softplus(x):
+    return np.logaddexp(0, x)
+
+
+def one_loss(loss, h, centre, drawn, tree):
+    """Of one prediction, from its formula."""
+    out = TABLES["predicted"].astype(np.float64)
+    scores = out @ h
+    if loss == "full":
+        return np.logaddexp.reduce(scores) - scores[centre]
+    if loss == "negative_sampling":
+        return softplus(-scores[centre]) + sum(softplus(scores[d]) for d in drawn if d != centre)
+    if loss == "hierarchical":
+        return sum(softplus(-s * scores[n]) for n, s in zip(tree.nodes[centre], tree.signs[centre], strict=True) if s)
+    scores = scores - np.log(S * noise.shares(COUNTS))
+    return np.logaddexp.reduce([scores[centre], *(scores[d] for d in drawn if d != centre)]) - scores[centre]
+
+
+def touched(config, known):
+    at = word2vec.touched(config, TILES, jax.random.key(0), known, V)
+    return at._replace(drawn=DRAWN) if config.loss in ("negative_sampling", "sampled") else at
+
+
+@pytest.mark.parametrize(("architecture", "loss"), KINDS)
+def test_a_block_is_the_sum_over_its_pairs(architecture, loss):
+    """The loss, and gradient descent on the whole tables by differences of it."""
+    config = config_of(architecture, loss, row_pairs=10**6)
+    tree = huffman.paths(COUNTS) if loss == "hierarchical" else None
+    context = TABLES["context"].astype(np.float64)
+    expected = 0.0
+    for tile, centre, near in pairs():
+        inputs = context[near] if architecture == "skip_gram" else [context[near].mean(0)]
+        expected += sum(one_loss(loss, h, centre, DRAWN[tile], tree) for h in inputs)
+    known = word2vec.known(config, COUNTS)
+    at = touched(config, known)
+    tables = {"context": TABLES["context"], "predicted": TABLES["predicted"][: V - 1 if tree else V]}
+
+    def whole(tables):
+        take = lambda table, index: None if index is None else tables[table][index]
+        rows = word2vec.Touched(take("context", at[0]), take("predicted", at[1]), take("predicted", at[2]))
+        return word2vec.block_loss(config, rows, TILES, at, known)
+
+    @jax.jit
+    def both(tables):
+        return jax.value_and_grad(whole)(tables), word2vec.update(config, tables, TILES, at, known, 0.1)
+
+    (value, grads), (moved, again) = both(jax.tree.map(jnp.asarray, tables))
+    np.testing.assert_allclose(value, expected, rtol=2e-6)
+    assert value == again
+    for name, table in tables.items():
+        np.testing.assert_allclose(moved[name], table - 0.1 * grads[name], rtol=1e-5, atol=1e-6)
+
+
+def test_only_touched_rows_move():
+    config = config_of("skip_gram", "negative_sampling")
+    known = word2vec.known(config, np.full(1000, 7))
+    tables = {n: np.asarray(RNG.normal(size=(1000, D)), np.float32) for n in TABLES}
+    at = touched(config, known)
+    moved = jax.jit(lambda t: word2vec.update(config, t, TILES, at, known, 0.1)[0])(tables)
+    near = np.unique(TEXT[SENTENCES >= 0])
+    assert set(np.flatnonzero((moved["context"] != tables["context"]).any(1))) <= set(near)
+    assert set(np.flatnonzero((moved["predicted"] != tables["predicted"]).any(1))) <= {*near, *DRAWN.ravel()}
+
+
+@pytest.mark.parametrize("architecture", word2vec.ARCHITECTURES)
+def test_sampling_the_whole_vocabulary_is_the_full_softmax(architecture):
+    full, sampled = config_of(architecture, "full"), dataclasses.replace(config_of(architecture, "sampled"), shared=V)
+    known = word2vec.known(full, COUNTS)  # whose correction is zero
+    at = touched(full, known)
+    all_words = at._replace(drawn=jnp.tile(jnp.arange(V), (B, 1)))
+
+    @jax.jit
+    def both(context, predicted):
+        rows = lambda at: word2vec.Touched(context[at.context], predicted[at.predicted], predicted[at.drawn])
+        return [word2vec.block_loss(c, rows(a), TILES, a, known) for c, a in ((full, at), (sampled, all_words))]
+
+    a, b = both(*map(jnp.asarray, TABLES.values()))
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_the_output_layers_of_language_models_say_the_same():
+    """One centre a row of hidden states."""
+    h, labels = RNG.normal(size=(4, D)).astype(np.float32), np.array([0, 3, 10, 3])
+    head, tree = Head(TABLES["predicted"], None, V, True), huffman.paths(COUNTS)
+    got = output.negative_sampling(h, head, labels, DRAWN[0])
+    expected = [one_loss("negative_sampling", x, y, DRAWN[0], None) for x, y in zip(h, labels, strict=True)]
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    way = functools.partial(output.hierarchical_softmax, nodes_ND=jnp.asarray(TABLES["predicted"]))
+    got = way(h, path_TP=tree.nodes[labels], signs_TP=tree.signs[labels])
+    expected = [one_loss("hierarchical", x, y, None, tree) for x, y in zip(h, labels, strict=True)]
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    every = np.arange(V)
+    sums = [
+        float(jnp.exp(-way(np.tile(x, (V, 1)), path_TP=tree.nodes[every], signs_TP=tree.signs[every])).sum()) for x in h
+    ]
+    np.testing.assert_allclose(sums, 1, rtol=1e-6)
+
+
+def test_near_words_count_more():
+    """Pairs at distance d are in (W - d + 1) / W of the windows."""
+    config = Word2VecConfig(window=4, tile=8, block=4000, blocks=1, size=1)
+    words = np.zeros((1, 500, 16), np.int32)
+    seen = {}
+
+    def spy(config, tables, tiles, at, known, rate):
+        seen["band"] = jax.vmap(word2vec.band)(tiles)
+        return tables, jnp.float32(0)
+
+    known = word2vec.known(config, COUNTS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(word2vec, "update", spy)
+        batch = {"words": words, "sentences": words}
+        tables = word2vec.init(config, V, jax.random.key(0))
+        with jax.disable_jit():
+            word2vec.run_blocks(config, tables, batch, jax.random.key(1), known, jnp.zeros(1))
+    near = np.asarray(seen["band"])
+    for distance in range(1, 5):
+        counts = [near[:, i, i + 4 + side * distance].sum() for i in range(8) for side in (-1, 1)]
+        p = scipy.stats.binomtest(int(sum(counts[::2])), 4000, (4 - distance + 1) / 4).pvalue
+        assert p > 1e-3
+        assert counts[::2] == counts[1::2]
+    assert near[:, np.arange(8), np.arange(8) + 4].sum() == 0
+
+
+def test_rows_of_many_pairs_move_by_their_mean():
+    config = config_of("skip_gram", "negative_sampling", sample=0.0)
+    counts = np.array([900, 90, 10])
+    expected = config.block * counts / 1000 * (W + 1)
+    capped = word2vec.known(dataclasses.replace(config, row_pairs=8), counts)
+    np.testing.assert_allclose(capped.context_scale, np.minimum(1, 8 / expected), rtol=1e-6)
+    assert (word2vec.known(config, counts).context_scale == 1).all()
+    tree = word2vec.known(dataclasses.replace(config, row_pairs=8, loss="hierarchical"), counts)
+    below = [expected[1:].sum(), expected.sum()]  # the root is the last
+    np.testing.assert_allclose(tree.predicted_scale, np.minimum(1, 8 / np.array(below)), rtol=1e-6)
+
+
+BAD = {
+    "architecture='bow' is none of skip_gram, cbow": dict(architecture="bow"),
+    "loss='softmax' is none of negative_sampling": dict(loss="softmax"),
+    "window=0 must be at least 1": dict(window=0),
+    "size=0 must be at least 1": dict(size=0),
+    "block=1000 must be a multiple of tile=32": dict(block=1000),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_configs(message):
+    with pytest.raises(ValueError, match=message):
+        Word2VecConfig(**BAD[message])

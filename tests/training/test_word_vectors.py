@@ -1,0 +1,89 @@
+"""Runs of word2vec: they resume, spread over devices, and learn."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from llm_jax.classic.sentences import Reader
+from llm_jax.classic.vectors import WordVectors
+from llm_jax.classic.word2vec import Word2VecConfig
+from llm_jax.training import word_vectors
+from llm_jax.training.loop import TrainingError
+from llm_jax.training.word_vectors import Schedule
+from llm_jax.training.workdir import WorkdirError
+
+CONFIG = Word2VecConfig(size=16, window=3, tile=8, block=128, blocks=4, shared=8, sample=0.0)
+TOPICS = ("red green blue black white", "cat dog cow horse sheep", "one two three four five")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Sentences of one topic each, with words of none between."""
+    rng = np.random.default_rng(0)
+    topics = [[*t.split(), "the", "of"] for t in TOPICS]
+    lines = [" ".join(rng.choice(topics[i % 3], 8)) for i in range(1200)]
+    path = tmp_path_factory.mktemp("text") / "topics.txt"
+    path.write_text("\n".join([*lines, "rare words here"]))
+    return word_vectors.read(Reader([path]), min_count=5)
+
+
+def test_a_text_without_its_rare_words(text):
+    words, known = text
+    assert known.total == 9603 and len(known.words) == 9600 == known.counts.sum() and "rare" not in words
+    assert words[:2] == ["the", "of"] or words[:2] == ["of", "the"]
+    assert (np.diff(known.sentences) >= 0).all() and len(np.unique(known.sentences)) == 1200
+
+
+@pytest.mark.parametrize("loss", ["negative_sampling", "hierarchical"])
+def test_words_of_a_topic_come_together(text, tmp_path, loss):
+    words, known = text
+    table = word_vectors.train(
+        dataclasses.replace(CONFIG, loss=loss, row_pairs=16), Schedule(8, 0.1), known, tmp_path, jax.devices()[:1]
+    )
+    vectors = WordVectors(words, table)
+    for topic in TOPICS:
+        names = topic.split()
+        for word in names:
+            assert {w for w, _ in vectors.nearest(word, 4, ("the", "of"))} == set(names) - {word}
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) > 10 and (tmp_path / "loss.png").exists()
+
+
+def test_goes_on_where_it_stopped(text, tmp_path, monkeypatch):
+    schedule, known, one = Schedule(2), text[1], jax.devices()[:1]
+    whole = word_vectors.train(CONFIG, schedule, known, tmp_path / "whole", one)
+    make = word_vectors.LoopConfig
+    monkeypatch.setattr(word_vectors, "LoopConfig", lambda steps, **kw: make(steps // 2, **kw))
+    word_vectors.train(CONFIG, schedule, known, tmp_path / "parts", one)
+    monkeypatch.undo()
+    parts = word_vectors.train(CONFIG, schedule, known, tmp_path / "parts", one)
+    np.testing.assert_array_equal(parts, whole)
+    again = word_vectors.train(CONFIG, schedule, known, tmp_path / "parts", one)  # nothing is left to do
+    np.testing.assert_array_equal(again, whole)
+    with pytest.raises(WorkdirError, match=r"another config \(schedule.seed: 1 -> 2\)"):
+        word_vectors.train(CONFIG, Schedule(2, seed=2), known, tmp_path / "parts", one)
+
+
+def test_tiles_over_devices(text, tmp_path):
+    known, devices = text[1], jax.devices()
+    one = word_vectors.train(CONFIG, Schedule(1), known, tmp_path / "one", devices[:1])
+    four = word_vectors.train(CONFIG, Schedule(1), known, tmp_path / "four", devices[:4])
+    np.testing.assert_allclose(four, one, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="16 tiles do not divide over 3 devices: set block"):
+        word_vectors.train(CONFIG, Schedule(1), known, tmp_path / "three", devices[:3])
+
+
+def test_what_was_learned_before_a_bad_step_stays(text, tmp_path):
+    config = dataclasses.replace(CONFIG, row_pairs=10**6)
+    with pytest.raises(TrainingError, match="not finite"):
+        word_vectors.train(config, Schedule(2, 1e30, 1e30), text[1], tmp_path, jax.devices()[:1])
+    assert any(p.name.isdigit() for p in (tmp_path / "checkpoints").iterdir())
+
+
+def test_bad_schedules():
+    with pytest.raises(ValueError, match="epochs=0 must be at least 1"):
+        Schedule(0)
+    with pytest.raises(ValueError, match="learning_rate=nan must be a number"):
+        Schedule(rate=float("nan"))
