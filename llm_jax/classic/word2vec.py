@@ -188,76 +188,91 @@ def touched(config: Word2VecConfig, tiles: Tiles, key: jax.Array, known: Known, 
     return Touched(tiles.words, centres_BL, noise.draw(key, known.cumulative, (len(centres_BL), config.shared)))
 
 
-class _Pairs(NamedTuple):
-    """What predicts the centres of a tile: K vectors that all centres share, or (K = 1) one of each centre.
+class _Scores(NamedTuple):
+    """Products of a tile's rows, K predictors a centre: all contexts of the tile (skip-gram), or (K = 1) its own mean.
 
     Attributes:
-      h: contexts `[M, D]`, or means `[L, D]`.
-      weights: of each centre with each of its predictors, `[L, K]`.
-      shared: whether they are.
+      own: of centres `[L, K]`, or of their nodes `[L, P, K]`, with their predictors.
+      drawn: of predictors with drawn words: `[K, S]`, of means `[L, S]`; None without.
     """
 
-    h: jax.Array
-    weights: jax.Array
-    shared: bool
-
-    def scores(self, x_LD: jax.Array) -> jax.Array:
-        """Of centres with their predictors, `[L, K]`."""
-        return x_LD @ self.h.T if self.shared else jnp.sum(x_LD * self.h, axis=-1, keepdims=True)
-
-    def counts(self, against_LS: jax.Array) -> jax.Array:
-        """Pairs of every predictor that count against drawn words, `[M or L, S]`."""
-        return self.weights.T @ against_LS if self.shared else self.weights * against_LS
-
-    def sums(self, values: jax.Array, against_LS: jax.Array) -> jax.Array:
-        """Of values `[M or L, S]` over the drawn words that count against a centre, `[L, K]`."""
-        if self.shared:
-            return against_LS @ values.T
-        return jnp.sum(against_LS * values, axis=-1, keepdims=True)
-
-    def of_each(self, values: jax.Array) -> jax.Array:
-        """Values of predictors as values of pairs, `[1, M]` or `[L, 1]`."""
-        return values[None, :] if self.shared else values[:, None]
+    own: jax.Array
+    drawn: Any
 
 
-def _pairs(config: Word2VecConfig, context_MD: jax.Array, band_LM: jax.Array) -> _Pairs:
-    """The gradient of a mean goes undivided to its words, as the program and gensim have it."""
-    if config.architecture == "skip_gram":
-        return _Pairs(context_MD, band_LM, True)
+def _turned(x: jax.Array) -> jax.Array:
+    """A transpose that is written out: XLA:CPU takes slow loops for products whose first factor is read across."""
+    return jax.lax.optimization_barrier(x.T)
+
+
+def _is_mean(config: Word2VecConfig) -> bool:
+    return config.architecture == "cbow"
+
+
+def _predictors(config: Word2VecConfig, context_MD: jax.Array, band_LM: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(what predicts: contexts `[M, D]` or means `[L, D]`; which centres by which, `[L, K]`)."""
+    if not _is_mean(config):
+        return context_MD, band_LM
     count_L1 = jnp.sum(band_LM, axis=-1, keepdims=True)
-    total_LD = band_LM @ context_MD
-    mean_LD = total_LD / jnp.maximum(count_L1, 1)
-    return _Pairs(total_LD + jax.lax.stop_gradient(mean_LD - total_LD), jnp.minimum(count_L1, 1), False)
+    return band_LM @ context_MD / jnp.maximum(count_L1, 1), jnp.minimum(count_L1, 1)
 
 
-def _logistic(pairs: _Pairs, x_LD: jax.Array, drawn_SD: jax.Array, against_LS: jax.Array, each: float) -> jax.Array:
-    """Negative sampling; `each` drawn word stands for so many of a pair."""
-    own = jnp.sum(pairs.weights * jax.nn.softplus(-pairs.scores(x_LD)))
-    return own + each * jnp.sum(pairs.counts(against_LS) * jax.nn.softplus(pairs.h @ drawn_SD.T))
+def _scores(config: Word2VecConfig, h: jax.Array, rows: Touched) -> _Scores:
+    x = rows.predicted
+    if not _is_mean(config):
+        own = (x.reshape(-1, config.size) @ h.T).reshape(*x.shape[:-1], len(h))
+    elif config.loss == "hierarchical":
+        own = jnp.sum(x * h[:, None, :], axis=-1, keepdims=True)
+    else:
+        own = jnp.sum(x * h, axis=-1, keepdims=True)
+    return _Scores(own, None if rows.drawn is None else h @ rows.drawn.T)
+
+
+def _logistic(config: Word2VecConfig, scores: _Scores, weights_LK: jax.Array, against_LS: jax.Array) -> jax.Array:
+    """Negative sampling; a drawn word stands for `negatives` / S of each pair that it is not the centre of."""
+    counts = weights_LK * against_LS if _is_mean(config) else _turned(weights_LK) @ against_LS
+    against = config.negatives / config.shared * jnp.sum(counts * jax.nn.softplus(scores.drawn))
+    return jnp.sum(weights_LK * jax.nn.softplus(-scores.own)) + against
 
 
 def _softmax(
-    pairs: _Pairs, x_LD: jax.Array, drawn_SD: jax.Array, against_LS: jax.Array, own_q_L: jax.Array, drawn_q_S: jax.Array
+    config: Word2VecConfig,
+    scores: _Scores,
+    weights_LK: jax.Array,
+    against_LS: jax.Array,
+    own_q_L: jax.Array,
+    drawn_q_S: jax.Array,
 ) -> jax.Array:
-    """Softmax of a centre among itself and drawn words."""
-    drawn = pairs.h @ drawn_SD.T - drawn_q_S[None, :]
-    top = jax.lax.stop_gradient(drawn.max(-1))
-    others = pairs.sums(jnp.exp(drawn - top[:, None]), against_LS)
-    alone = others <= 0  # no drawn word but itself
-    rest = jnp.where(alone, -jnp.inf, jnp.log(jnp.where(alone, 1, others)) + pairs.of_each(top))
-    own = pairs.scores(x_LD) - own_q_L[:, None]
-    return jnp.sum(jnp.where(pairs.weights > 0, jnp.logaddexp(own, rest) - own, 0))
-
-
-def _tree(pairs: _Pairs, nodes_LPD: jax.Array, signs_LP: jax.Array) -> jax.Array:
-    """One logistic decision a node."""
-    shape = (*signs_LP.shape, -1)
-    if pairs.shared:
-        scores = (nodes_LPD.reshape(-1, nodes_LPD.shape[-1]) @ pairs.h.T).reshape(shape)
+    """Softmax of a centre among itself and the drawn words that it is not."""
+    drawn = scores.drawn - drawn_q_S[None, :]
+    top = jax.lax.stop_gradient(jnp.max(drawn, axis=-1, keepdims=True))
+    powers = jnp.exp(drawn - top)
+    if _is_mean(config):
+        others_LK, top_LK = jnp.sum(against_LS * powers, axis=-1, keepdims=True), top
     else:
-        scores = jnp.sum(nodes_LPD * pairs.h[:, None, :], axis=-1, keepdims=True)
+        others_LK, top_LK = _turned(powers @ against_LS.T), top.T
+    alone = others_LK <= 0  # no drawn word but itself
+    rest = jnp.where(alone, -jnp.inf, jnp.log(jnp.where(alone, 1, others_LK)) + top_LK)
+    own = scores.own - own_q_L[:, None]
+    return jnp.sum(jnp.where(weights_LK > 0, jnp.logaddexp(own, rest) - own, 0))
+
+
+def _tree(scores: _Scores, weights_LK: jax.Array, signs_LP: jax.Array) -> jax.Array:
+    """One logistic decision a node."""
     signs = signs_LP[:, :, None]
-    return jnp.sum(pairs.weights[:, None, :] * jnp.abs(signs) * jax.nn.softplus(-signs * scores))
+    return jnp.sum(weights_LK[:, None, :] * jnp.abs(signs) * jax.nn.softplus(-signs * scores.own))
+
+
+def _loss(
+    config: Word2VecConfig, scores: _Scores, weights_LK: jax.Array, centres_L: jax.Array, drawn_S: Any, known: Known
+) -> jax.Array:
+    if config.loss == "hierarchical":
+        return _tree(scores, weights_LK, known.signs[centres_L])
+    against_LS = (drawn_S[None, :] != centres_L[:, None]).astype(jnp.float32)
+    if config.loss == "negative_sampling":
+        return _logistic(config, scores, weights_LK, against_LS)
+    own_q, drawn_q = known.log_expected[centres_L], known.log_expected[drawn_S]
+    return _softmax(config, scores, weights_LK, against_LS, own_q, drawn_q)
 
 
 def loss(config: Word2VecConfig, rows: Touched, tile: Tiles, drawn_S: Any, known: Known) -> jax.Array:
@@ -270,31 +285,55 @@ def loss(config: Word2VecConfig, rows: Touched, tile: Tiles, drawn_S: Any, known
       drawn_S: which words were drawn.
       known: see `Known`.
     """
-    pairs, centres_L = _pairs(config, rows.context, band(tile)), tile.centres(tile.words)
-    if config.loss == "hierarchical":
-        return _tree(pairs, rows.predicted, known.signs[centres_L])
-    against_LS = (drawn_S[None, :] != centres_L[:, None]).astype(jnp.float32)
-    if config.loss == "negative_sampling":
-        return _logistic(pairs, rows.predicted, rows.drawn, against_LS, config.negatives / config.shared)
-    own_q, drawn_q = known.log_expected[centres_L], known.log_expected[drawn_S]
-    return _softmax(pairs, rows.predicted, rows.drawn, against_LS, own_q, drawn_q)
+    h, weights_LK = _predictors(config, rows.context, band(tile))
+    return _loss(config, _scores(config, h, rows), weights_LK, tile.centres(tile.words), drawn_S, known)
 
 
-def block_loss(config: Word2VecConfig, rows: Touched, tiles: Tiles, at: Touched, known: Known) -> jax.Array:
-    """`loss` of all tiles together, `[B, ...]` each."""
-    drawn_axis = None if config.loss in ("full", "hierarchical") else 0
+def gradient(config: Word2VecConfig, rows: Touched, tile: Tiles, drawn_S: Any, known: Known) -> Touched:
+    """Of `loss`, by rows; but that of a mean goes undivided to its words, as the program and gensim have it.
+
+    Only the slopes of scores are left to autodiff, whose products of rows have their first factor across (`_turned`).
+    """
+    band_LM = band(tile)
+    h, weights_LK = _predictors(config, rows.context, band_LM)
+    scores = _scores(config, h, rows)
+    slopes = jax.grad(lambda s: _loss(config, s, weights_LK, tile.centres(tile.words), drawn_S, known))(scores)
+    x = rows.predicted
+    if not _is_mean(config):
+        own = slopes.own.reshape(-1, len(h))
+        d_x, d_h = (own @ h).reshape(x.shape), _turned(own) @ x.reshape(-1, config.size)
+    elif config.loss == "hierarchical":
+        d_x, d_h = slopes.own * h[:, None, :], jnp.sum(slopes.own * x, axis=1)
+    else:
+        d_x, d_h = slopes.own * h, slopes.own * x
+    d_drawn = None
+    if rows.drawn is not None:
+        d_h, d_drawn = d_h + slopes.drawn @ rows.drawn, _turned(slopes.drawn) @ h
+    return Touched(_turned(band_LM) @ d_h if _is_mean(config) else d_h, d_x, d_drawn)
+
+
+def over_tiles(function: Any, config: Word2VecConfig, rows: Touched, tiles: Tiles, at: Touched, known: Known) -> Any:
+    """`loss` or `gradient` of every tile of a block, `[B, ...]` each."""
+    drawn_axis = 0 if at.drawn is not None and at.drawn.ndim == 2 else None
     row_axes = jax.tree.map(lambda _: 0, rows)._replace(drawn=drawn_axis)
-    each = jax.vmap(lambda rows, tile, drawn: loss(config, rows, tile, drawn, known), (row_axes, 0, drawn_axis))
-    return jnp.sum(each(rows, tiles, at.drawn))
+    each = lambda rows, tile, drawn: function(config, rows, tile, drawn, known)
+    return jax.vmap(each, (row_axes, 0, drawn_axis))(rows, tiles, at.drawn)
+
+
+def rows_of(tables: dict[str, jax.Array], at: Touched) -> Touched:
+    """The vectors of what is touched."""
+    context, predicted = tables["context"], tables["predicted"]
+    return Touched(context[at.context], predicted[at.predicted], None if at.drawn is None else predicted[at.drawn])
 
 
 def update(
     config: Word2VecConfig, tables: dict[str, jax.Array], tiles: Tiles, at: Touched, known: Known, rate: jax.Array
-) -> tuple[dict[str, jax.Array], jax.Array]:
-    """A step of gradient descent on the rows that a block touches: (new tables, the block's loss)."""
+) -> dict[str, jax.Array]:
+    """A step of gradient descent on the rows that a block touches."""
     context, predicted = tables["context"], tables["predicted"]
-    rows = Touched(context[at.context], predicted[at.predicted], None if at.drawn is None else predicted[at.drawn])
-    value, grads = jax.value_and_grad(lambda rows: block_loss(config, rows, tiles, at, known))(rows)
+    grads = over_tiles(gradient, config, rows_of(tables, at), tiles, at, known)
+    if config.loss == "full":
+        grads = grads._replace(drawn=jnp.sum(grads.drawn, axis=0))
 
     def add(table: jax.Array, index: jax.Array, scale: jax.Array, grad: jax.Array) -> jax.Array:
         moves = -rate * scale[index][..., None] * grad
@@ -304,12 +343,12 @@ def update(
     predicted = add(predicted, at.predicted, known.predicted_scale, grads.predicted)
     if at.drawn is not None:
         predicted = add(predicted, at.drawn, known.predicted_scale, grads.drawn)
-    return {"context": context, "predicted": predicted}, value
+    return {"context": context, "predicted": predicted}
 
 
 def run_blocks(
     config: Word2VecConfig, tables: dict[str, jax.Array], batch: Any, key: jax.Array, known: Known, rates: jax.Array
-) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
+) -> tuple[dict[str, jax.Array], jax.Array]:
     """A step: its blocks one after the other.
 
     Args:
@@ -321,12 +360,13 @@ def run_blocks(
       rates: learning rate of each block.
 
     Returns:
-      (new tables, summed loss, pairs).
+      (new tables; mean loss of a pair of the last block, before its step).
     """
+    count = len(rates)
 
     def block(carry, x):
-        tables, total, pairs = carry
-        words, sentences, rate, key = x
+        tables, _ = carry
+        words, sentences, rate, key, is_last = x
         window_key, draw_key = jax.random.split(key)
         shape = (words.shape[0], words.shape[1] - 2 * config.window)
         windows = jnp.full(shape, config.window)
@@ -334,11 +374,14 @@ def run_blocks(
             windows = jax.random.randint(window_key, shape, 1, config.window + 1, jnp.int32)
         tiles = Tiles(words, sentences, windows)
         at = touched(config, tiles, draw_key, known, len(tables["predicted"]))
-        tables, value = update(config, tables, tiles, at, known, rate)
-        near = jax.vmap(band)(tiles)
-        count = near.sum() if config.architecture == "skip_gram" else near.any(-1).sum().astype(jnp.float32)
-        return (tables, total + value, pairs + count), None
 
-    keys = jax.random.split(key, len(rates))
-    start = (tables, jnp.float32(0), jnp.float32(0))
-    return jax.lax.scan(block, start, (batch["words"], batch["sentences"], rates, keys))[0]
+        def mean() -> jax.Array:
+            near = jax.vmap(band)(tiles)
+            pairs = jnp.sum(jnp.any(near > 0, axis=-1) if _is_mean(config) else near)
+            return jnp.sum(over_tiles(loss, config, rows_of(tables, at), tiles, at, known)) / jnp.maximum(pairs, 1)
+
+        value = jax.lax.cond(is_last, mean, lambda: jnp.float32(0))
+        return (update(config, tables, tiles, at, known, rate), value), None
+
+    xs = batch["words"], batch["sentences"], rates, jax.random.split(key, count), jnp.arange(count) == count - 1
+    return jax.lax.scan(block, (tables, jnp.float32(0)), xs)[0]

@@ -93,11 +93,12 @@ def make_step(config: Word2VecConfig, schedule: Schedule, steps: int, words: flo
         done = (state.step + jnp.arange(config.blocks) / config.blocks) / steps
         rates = schedule.rate + (schedule.last_rate - schedule.rate) * done
         key = jax.random.fold_in(state.key, state.step)
-        tables, total, pairs = word2vec.run_blocks(config, state.params, batch, key, known, rates)
-        finite = jnp.isfinite(total)
+        tables, value = word2vec.run_blocks(config, state.params, batch, key, known, rates)
+        sums = [jnp.sum(x) for x in tables.values()]
+        finite = jnp.isfinite(value + sums[0] + sums[1])
         bad = jnp.where(finite, 0, state.bad_steps + 1)
         tables = jax.tree.map(lambda new, old: jnp.where(finite, new, old), tables, state.params)
-        numbers = {"loss": total / jnp.maximum(pairs, 1), "tokens": jnp.float32(words), "bad_steps": bad}
+        numbers = {"loss": value, "tokens": jnp.float32(words), "bad_steps": bad}
         return state.replace(step=state.step + 1, params=tables, bad_steps=bad), numbers
 
     return step
