@@ -45,7 +45,7 @@ class Lstm(nn.Module):
 
     Attributes:
       hidden: H, width of the cell.
-      features: P, width of the projected output.
+      features: P, width of the projected output; None projects nothing, and P is H.
       cell_clip: bound on the cell, None for none.
       projection_clip: bound on the output.
       reverse: reads from the end.
@@ -53,7 +53,7 @@ class Lstm(nn.Module):
     """
 
     hidden: int
-    features: int
+    features: int | None
     cell_clip: float | None = None
     projection_clip: float | None = None
     reverse: bool = False
@@ -68,19 +68,24 @@ class Lstm(nn.Module):
         """
         param = functools.partial(weights.parameter, self)
         gates = Linear(4 * self.hidden, ("embed", "mlp"), kernel_init=self.kernel_init, name="input")(x_BTD)
+        width = self.hidden if self.features is None else self.features
         recurrent = weights.cast(
-            param("recurrent", self.kernel_init, (self.features, 4 * self.hidden), ("embed", "mlp")), x_BTD.dtype
+            param("recurrent", self.kernel_init, (width, 4 * self.hidden), ("embed", "mlp")), x_BTD.dtype
         )
-        projection = weights.cast(
-            param("projection", self.kernel_init, (self.hidden, self.features), ("mlp", "embed")), x_BTD.dtype
-        )
+        projection = None
+        if self.features is not None:
+            projection = weights.cast(
+                param("projection", self.kernel_init, (self.hidden, width), ("mlp", "embed")), x_BTD.dtype
+            )
 
         def read(state: LstmState, inputs: tuple[jax.Array, jax.Array]) -> tuple[LstmState, jax.Array]:
             x, real = inputs
             i, j, f, o = jnp.split(x + weights.matmul(state.output_BP, recurrent), 4, axis=-1)
             cell = jax.nn.sigmoid(f + FORGET_BIAS) * state.cell_BH + jax.nn.sigmoid(i) * jnp.tanh(j)
             cell = _clip(cell, self.cell_clip)
-            output = _clip(weights.matmul(jax.nn.sigmoid(o) * jnp.tanh(cell), projection), self.projection_clip)
+            output = jax.nn.sigmoid(o) * jnp.tanh(cell)
+            if projection is not None:
+                output = _clip(weights.matmul(output, projection), self.projection_clip)
             keep = lambda new, old: jnp.where(jnp.broadcast_to(real[:, None], new.shape), new, old)
             new = LstmState(keep(cell, state.cell_BH), keep(output, state.output_BP))
             return new, keep(output, jnp.zeros_like(output))
