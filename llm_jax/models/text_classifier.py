@@ -174,9 +174,7 @@ class TextClassifier(nn.Module):
     execution: Execution = Execution()
 
     @nn.compact
-    def __call__(
-        self, input_ids: jax.Array, attention_mask: jax.Array | None = None, train: bool = False
-    ) -> Output:
+    def __call__(self, input_ids: jax.Array, attention_mask: jax.Array | None = None, train: bool = False) -> Output:
         """Reads texts; words that `attention_mask` hides change nothing, wherever they stand.
 
         Args:
