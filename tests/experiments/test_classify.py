@@ -9,6 +9,8 @@ from binaries import binary, call
 
 from experiments import cli, text_sets
 from llm_jax.classic import naive_bayes, tfidf
+from llm_jax.interop import vectors
+from llm_jax.storage.safetensors import TensorFolder
 
 GOOD, BAD = ("a good film", "good good fun", "fun film , good cast"), ("a bad film", "bad bad plot", "dull plot , bad")
 
@@ -63,6 +65,78 @@ def test_flags_reach_the_model(folder, kind):
     want = tfidf.Options("blanks", (1, 2), frozenset(), 2, 0.9, 9, binary=True, sublinear_tf=True)
     assert features.options == want
     assert json.loads((folder / kind / "metrics.json").read_text())["dev"]["accuracy"] == 1
+
+
+WORDS = ["a", "good", "bad", "film", "fun", "plot", "dull", ",", "sofa"]
+
+
+def stored(folder):
+    about = json.loads((folder / "text_classifier.json").read_text())
+    files = TensorFolder(folder)
+    return about, {name: np.array(files[name]) for name in files}
+
+
+def words_run(folder, out, *flags):
+    call("classify", "train", f"--data={folder}/train.tsv", f"--test={folder}/test.tsv", f"--out={folder}/{out}",
+         "--batch_size=15", "--learning_rate=0.05", *(f.format(folder) for f in flags))  # fmt: skip
+    return folder / out
+
+
+MATRIX = np.random.default_rng(0).normal(size=(len(WORDS), 5))
+CNN = ("--model=cnn", "--vectors={0}/vectors.txt", "--filters=3", "--widths=1,2")
+
+
+@pytest.fixture(scope="module")
+def cnn(folder):
+    vectors.write(folder / "vectors.txt", WORDS, MATRIX)
+    return words_run(folder, "cnn", *CNN, "--epochs=4")
+
+
+def test_a_cnn_trains_and_answers(folder, cnn, capsys):
+    metrics = json.loads((cnn / "metrics.json").read_text())
+    assert metrics["train"]["accuracy"] > 0.9 and metrics["dev"]["accuracy"] == 1 and metrics["test"]["texts"] == 4
+    call("classify", "evaluate", f"--model_folder={cnn}", f"--data={folder}/train.tsv", f"--test={folder}/test.tsv",
+         f"--json={folder}/again.json")  # fmt: skip
+    again = json.loads((folder / "again.json").read_text())
+    assert again == {part: metrics[part] for part in ("train", "dev", "test")}
+    call("classify", "predict", f"--model_folder={cnn}", "--text=good fun", "--text=zz", "--text=dull",
+         f"--json={folder}/said.json")  # fmt: skip
+    rows = json.loads((folder / "said.json").read_text())
+    assert rows[0]["label"] == "+" and rows[2]["label"] == "-"
+    assert all(sum(r["probabilities"].values()) == pytest.approx(1, abs=1e-5) for r in rows)
+    about, params = stored(cnn)
+    assert about["model"]["vocab_size"] == len(about["words"]) + 2 and about["length"] == 6
+    table = dict(zip(["pad", "?", *about["words"]], params["embed/embedding"], strict=True))
+    assert (table["pad"] == 0).all() and np.abs(table["?"]).max() > 0
+    np.testing.assert_allclose(table["sofa"], MATRIX[-1], rtol=1e-6)  # stands in no text
+    assert np.abs(table["good"] - MATRIX[1]).max() > 1e-3 and np.abs(table["good"] - MATRIX[1]).max() < 2
+
+
+def test_the_epoch_of_the_lowest_loss_is_kept_and_runs_resume(folder, cnn):
+    short = words_run(folder, "short", *CNN, "--epochs=2")
+    words_run(folder, "short", *CNN, "--epochs=4")
+    for name, x in stored(cnn)[1].items():
+        np.testing.assert_array_equal(stored(short)[1][name], x, err_msg=name)
+    rows = [json.loads(line) for line in (short / "metrics.jsonl").read_text().splitlines()]
+    losses = {r["step"]: r["eval/loss"] for r in rows if "eval/loss" in r}
+    kept = {int(p.name) for p in (short / "checkpoints").iterdir() if p.name.isdigit()}
+    assert len(losses) == 4 and {min(losses, key=losses.get), max(losses)} == kept
+    with pytest.raises(ValueError, match="another config .*filters: 3 -> 2"):
+        words_run(folder, "short", *CNN, "--filters=2")
+
+
+def test_an_lstm_on_projected_vectors(folder, cnn, capsys):
+    out = words_run(folder, "lstm", "--model=lstm", "--vectors={0}/vectors.txt", "--embedding=projected",
+                    "--word_dim=3", "--hidden_dim=4", "--epochs=4", "--input_dropout=0.1", "--pooling=max")  # fmt: skip
+    assert "8 of 17 words trained on have a vector" in capsys.readouterr().out
+    about, params = stored(out)
+    rows = params["embed/embedding"]
+    table = dict(zip(about["words"], rows[2:], strict=True))
+    for word, row in zip(WORDS, MATRIX, strict=True):
+        np.testing.assert_allclose(table[word], row, rtol=1e-6)
+    np.testing.assert_allclose(rows[1], rows[2:].mean(0), atol=1e-6)
+    assert (rows[0] == 0).all() and params["embed_projection/kernel"].shape == (5, 3)
+    assert json.loads((out / "metrics.json").read_text())["train"]["accuracy"] > 0.9
 
 
 def test_quality_in_closed_form():
@@ -124,12 +198,29 @@ def test_newsgroups(tmp_path):
         (("--data={0}/train.tsv", "--kind=complement", "--priors=uniform"), "have no effect with kind='complement'"),
         (("--data={0}/train.tsv", "--source=x"), "--source is of --data=20newsgroups"),
         (("--data=sst2", "--test=x"), "--test is of --data that is files, not of sst2"),
+        (("--data={0}/train.tsv", "--model=lstm", "--alpha=2"), "--alpha is of --model=naive_bayes, not of lstm"),
+        (("--data={0}/train.tsv", "--epochs=2"), "--epochs is of --model=lstm and cnn, not of naive_bayes"),
+        (("--data={0}/train.tsv", "--model=cnn", "--pooling=max"), "--pooling is of --model=lstm, not of cnn"),
+        (("--data={0}/train.tsv", "--model=lstm", "--filters=2"), "--filters is of --model=cnn, not of lstm"),
+        (("--data={0}/train.tsv", "--model=cnn", "--widths=x"), "--widths=x must be whole numbers"),
+        (("--data={0}/train.tsv", "--model=cnn", "--extra_words=2"), "--extra_words is of --vectors"),
+        (
+            ("--data={0}/train.tsv", "--model=cnn", "--vectors=x", "--word_dim=2"),
+            "--word_dim is the width of --vectors",
+        ),
+        (("--data={0}/train.tsv", "--model=cnn", "--embedding=frozen"), "'frozen' is of pre-trained vectors"),
+        (("--data={0}/train.tsv", "--model=cnn", "--vectors=gone"), "gone is no file"),
+        (("--data={0}/train.tsv", "--model=cnn", "--vectors={0}/other.vec"), "holds none of the 17 words"),
+        (("--data={0}/train.tsv", "--model=cnn", "--min_count=99"), "a vocabulary of no word"),
+        (("--data={0}/train.tsv", "--model=cnn", "--learning_rate=nan"), "learning_rate=nan must be a positive number"),
+        (("--data={0}/train.tsv", "--model=lstm", "--dropout=1"), r"dropout=1.0 must lie in \[0, 1\)"),
     ],
 )
 def test_errors_of_training(folder, arguments, words, tmp_path):
     table(folder / "one.tsv", [(t, "+") for t in (*GOOD, "x y", "z")])
     table(folder / "other.tsv", [("good", "?")])
     (folder / "empty.tsv").write_text("text\tlabel\n")
+    vectors.write(folder / "other.vec", ["oiseau"], np.ones((1, 2)))
     given = [a.format(folder) for a in arguments]
     if not any(a.startswith("--out") for a in given) and arguments != ("--data=x",):
         given.append(f"--out={tmp_path}/model")
@@ -146,11 +237,14 @@ def test_errors_of_training(folder, arguments, words, tmp_path):
         (("predict", "--model_folder=gone", "--text=a"), "--model_folder=gone holds no classify.json"),
         (("evaluate", "--model_folder=gone", "--data=mr"), "--model_folder=gone holds no classify.json"),
         (("predict", "--model_folder={0}/bad", "--text=a"), "classify.json cannot be read: KeyError"),
+        (("predict", "--model_folder={0}/begun", "--text=a"), "begun holds no text_classifier.json"),
     ],
 )
 def test_errors_of_using(folder, arguments, words):
     (folder / "bad").mkdir(exist_ok=True)
     (folder / "bad" / "classify.json").write_text('{"model": "svm", "labels": []}')
+    (folder / "begun").mkdir(exist_ok=True)
+    (folder / "begun" / "classify.json").write_text('{"model": "lstm", "labels": ["a", "b"]}')
     with pytest.raises(ValueError, match=words):
         call("classify", *(a.format(folder) for a in arguments))
 
