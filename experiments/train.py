@@ -2,12 +2,14 @@
 
     python -m experiments.train --config=experiments/configs/demo.py --workdir=runs/demo
     python -m experiments.train --config=experiments/configs/demo.py --workdir=runs/x --config.model.num_layers=4
+    python -m experiments.train --config=experiments/configs/demo.py --workdir=runs/v --vectors=glove.6B.50d.txt
 
 The same command resumes an interrupted run.
 """
 
 import json
 import logging
+from typing import Any
 
 from absl import flags
 
@@ -17,7 +19,34 @@ CONFIG = cli.define_config("experiments/configs/demo.py", "Experiment file, FILE
 WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Everything the run writes; may be remote (gs://...).")
 RESTORE = flags.DEFINE_integer("restore_step", None, "Resume from this checkpoint instead of the newest.")
 log = logging.getLogger(__name__ if __name__ != "__main__" else "experiments.train")
+VECTORS = flags.DEFINE_string("vectors", None, "Word vectors that the token table begins with (interop/embeddings.py).")
 SAMPLES = flags.DEFINE_integer("samples", 3, "Continuations printed at the end.", lower_bound=0)
+
+
+def start(config: Any) -> dict[str, Any]:
+    """What `run.train` starts from where there are --vectors."""
+    import jax
+    import numpy as np
+    from etils import epath
+
+    from llm_jax.classic.vectors import WordVectors
+    from llm_jax.interop import embeddings, vectors
+    from llm_jax.nn import weights
+    from llm_jax.training.rows import get_tokenizer
+
+    if VECTORS.value is None:
+        return {}
+    tokenizer, model = get_tokenizer(config, epath.Path(WORKDIR.value)), config.model.make()
+    words = set(embeddings.words_of(tokenizer).values())
+    known, matrix = vectors.read(VECTORS.value, keep=words | {w.lower() for w in words})
+    if not known:
+        raise ValueError(f"--vectors={VECTORS.value} holds none of the tokenizer's {len(words):,} words")
+    fresh = jax.jit(lambda key: model.init(key, np.ones((1, 2), np.int32))["params"])
+    params = weights.split_axes(fresh(jax.random.key(config.training.seed)))[0]
+    laid = embeddings.lay(params, tokenizer, WordVectors(known, matrix))
+    covered = f"{laid.coverage.found:,} of {laid.coverage.words:,} words have a vector"
+    print(f"{covered}, {laid.kept:.1%} of whose squared length is kept")
+    return {"params": laid.params, "tokenizer": tokenizer, "extra": {"vectors": VECTORS.value}}
 
 
 def main() -> None:
@@ -27,7 +56,7 @@ def main() -> None:
 
     config = cli.from_config_dict(run.RunConfig, CONFIG.value)
     log.info("config %s", json.dumps(config.to_dict()))
-    trained = run.train(config, WORKDIR.value, restore_step=RESTORE.value)
+    trained = run.train(config, WORKDIR.value, restore_step=RESTORE.value, **start(config))
     print(report.summary(config, trained, WORKDIR.value))
     for text in report.samples(trained, SAMPLES.value, config):
         print("-" * 80, text, sep="\n")

@@ -64,5 +64,6 @@ def configs(
     widths = tuple(map(int, value["widths"]))
     model = TextClassifierConfig(kind, model_dim=value["word_dim"], widths=widths, labels=labels, **sizes, **rates)
     names = ("epochs", "batch_size", "learning_rate", "seed", "min_count", "max_length", "vectors", "extra_words")
-    how = {name: value[name] for name in (*names, "embedding")}
-    return model, TextConfig(**how, **({} if tokenize is None else {"tokenize": tokenize}))
+    how: dict[str, Any] = {name: value[name] for name in (*names, "embedding")}
+    how |= {} if tokenize is None else {"tokenize": tokenize}
+    return model, TextConfig(**how)

@@ -24,9 +24,14 @@ class Coverage(NamedTuple):
     occurrences: float | None
 
     @property
+    def found(self) -> int:
+        """Words with a vector."""
+        return self.exact + self.lowered
+
+    @property
     def share(self) -> float:
         """Of the words."""
-        return (self.exact + self.lowered) / self.words
+        return self.found / self.words
 
 
 def look_up(

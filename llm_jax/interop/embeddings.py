@@ -38,8 +38,12 @@ def words_of(tokenizer: Tokenizer) -> dict[int, str]:
     Of a vocabulary of pieces a beginning counts as the word that it spells alone.
     """
     starts = tokenizer.starts_word() & ~tokenizer.is_special()
-    spelled = {int(i): tokenizer.decode([i], skip_special_tokens=False).strip() for i in np.flatnonzero(starts)}
+    spelled = {i: tokenizer.decode([i], skip_special_tokens=False).strip() for i in np.flatnonzero(starts).tolist()}
     return {i: word for i, word in spelled.items() if word}
+
+
+def _size(x: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
 
 
 def lay(params: Any, tokenizer: Tokenizer, vectors: WordVectors, rescale: bool = True) -> Laid:
@@ -70,7 +74,6 @@ def lay(params: Any, tokenizer: Tokenizer, vectors: WordVectors, rescale: bool =
     places = np.array(list(words))[found >= 0]
     rows, kept = resize(vectors.matrix[found[found >= 0]], table.shape[1])
     if rescale:
-        size = lambda x: float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
-        rows = rows * (size(np.asarray(table)[places]) / max(size(rows), np.finfo(np.float32).tiny))
+        rows = rows * (_size(np.asarray(table)[places]) / max(_size(rows), 1e-30))
     new = jnp.asarray(table).at[places].set(jnp.asarray(rows, table.dtype))
     return Laid(weights.replace(params, path, lambda *_: new), coverage, kept)

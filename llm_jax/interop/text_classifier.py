@@ -49,7 +49,7 @@ def load(folder: epath.PathLike) -> LogProbs:
 
 def log_probs(model: TextClassifierConfig, params: Any, words: Words, length: int, batch_size: int = 100) -> LogProbs:
     """`texts -> float32 [N, C]`, natural logarithms."""
-    module = model.make()
+    module: Any = model.make()
     run = jax.jit(lambda params, ids: jax.nn.log_softmax(module.apply({"params": params}, ids).logits))
 
     def apply(texts: Sequence[str]) -> np.ndarray:

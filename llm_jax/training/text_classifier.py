@@ -80,7 +80,8 @@ def train(
     )  # fmt: skip
     optimizer = OptimizerConfig("adam", config.learning_rate, "constant", b2=0.999, weight_decay=0.0, clip_norm=5.0)
     devices = math.gcd(config.batch_size, jax.device_count())
-    run = RunConfig(model=model, objective=Labels(), optimizer=optimizer, plan=PlanConfig(data=devices), training=loop)
+    objective = Labels()
+    run = RunConfig(model=model, objective=objective, optimizer=optimizer, plan=PlanConfig(data=devices), training=loop)
     plan = Plan(run.plan, model, jax.devices()[:devices])
     settings = {name: configs.to_dict(part) for name, part in (("model", model), ("training", loop), ("how", config))}
     del settings["how"]["epochs"]  # more of them go on with a finished run
@@ -99,7 +100,7 @@ def train(
             loader.restore(restored.run["data"])
             log.info("resuming from step %d", restored.step)
         place = lambda batch: jax.device_put(batch, plan.batch_sharding())
-        terms = program.objective.coefficients
+        terms = objective.coefficients
 
         def evaluate(state: Any) -> dict[str, float]:
             if held_rows is None:
@@ -116,7 +117,7 @@ def train(
         finally:
             writer.close()
             checkpoints.close()
-        metrics.plot_loss(folder, program.objective.loss_unit)
+        metrics.plot_loss(folder, objective.loss_unit)
     text_classifier.save(model, params, known.words, known.length, folder)
     return text_classifier.log_probs(model, params, known.words, known.length)
 

@@ -79,8 +79,8 @@ class Known(NamedTuple):
         line = f"{len(self.words) - len(SPECIAL):,} words, texts of {self.length} at most"
         if self.coverage is None or self.coverage.occurrences is None:
             return line
-        share, found = self.coverage.occurrences, self.coverage.exact + self.coverage.lowered
-        return f"{line}; {found:,} of {self.coverage.words:,} words trained on have a vector, {share:.1%} of the text"
+        share = self.coverage.occurrences
+        return f"{line}; {self.coverage.found:,} of {self.coverage.words:,} words trained on have a vector, {share:.1%} of the text"
 
 
 def know(texts: Sequence[str], config: TextConfig) -> Known:
