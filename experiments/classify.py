@@ -12,12 +12,16 @@ r"""Text classifiers from before pre-training: naive Bayes on counts or tf-idf; 
 Sets are read by experiments/text_sets.py. `train` writes the model, `classify.json` (labels) and `metrics.json`.
 The same command resumes an LSTM or a CNN; the epoch of the lowest loss on dev is kept.
 
-Result, in % of dev and of test, alpha 1, words of two or more characters; pairs are --ngrams=1,2:
+Result of naive Bayes, in % of dev and of test, alpha 1, words of two or more characters; pairs are --ngrams=1,2:
                   multinomial, counts   with pairs   complement, tfidf   with pairs   bernoulli    with pairs
     sst2          80.4, 81.5            79.2, 81.9   80.5, 82.2          80.5, 82.2   80.0, 81.4   78.2, 79.2
     trec          73.2, 75.4            81.0, 81.6   71.4, 81.4          82.4, 86.8   71.2, 66.4   67.7, 56.6
     mr            77.1, 77.3            77.4, 77.2   77.1, 77.1          78.3, 77.9   77.5, 76.6   78.2, 77.1
     20newsgroups  87.9, 79.1            84.1, 70.4   91.3, 83.4          93.3, 84.8   74.1, 63.2   63.7, 48.7
+Result of words under a net, with GloVe 6B 50d trained and --input_dropout=0.3, one seed (--seed=1), dev and test:
+    sst2          lstm, --epochs=6: 80.4, 82.0 (the fourth is kept)    cnn, --epochs=10: 79.2, 82.2 (the ninth)
+    trec          cnn, --epochs=8: 82.6, 84.6, the last the best
+98.8 % of SST-2's training text has a vector. A step took 0.4 s (lstm) and 0.13 s (cnn) on a core shared with others.
 Socher et al. 2013 report 81.8 for naive Bayes on SST-2's test part, 83.1 with pairs.
 """
 

@@ -42,18 +42,25 @@ class Words:
     def __len__(self) -> int:
         return len(self.words)
 
-    def encode(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, int]:
-        """(rows of the words, padded behind, int32 `[N, length]`; how many texts were cut to that length)."""
-        cut, ids = 0, np.full((len(texts), length), PAD, np.int32)
-        for row, text in zip(ids, texts, strict=True):
-            found = TOKENIZERS[self.tokenize](text)
-            cut += len(found) > length
-            kept = [self.index.get(w, UNKNOWN) for w in found[:length]]
+    def encode(self, texts: Sequence[str], limit: int) -> tuple[np.ndarray, int]:
+        """Texts as rows.
+
+        Args:
+          texts: N of them.
+          limit: words of a text at most; of longer ones the beginning is taken.
+
+        Returns:
+          Rows of the words, padded behind to the longest text, int32 `[N, T]` with T from 1; how many texts were cut.
+        """
+        split = [TOKENIZERS[self.tokenize](text) for text in texts]
+        longest = max(map(len, split), default=0)
+        ids = np.full((len(texts), max(1, min(longest, limit))), PAD, np.int32)
+        for row, found in zip(ids, split, strict=True):
+            kept = [self.index.get(w, UNKNOWN) for w in found[:limit]]
             row[: len(kept)] = kept
-        return ids, cut
+        return ids, sum(len(found) > limit for found in split)
 
 
-def count(texts: Sequence[str], tokenize: str) -> tuple[collections.Counter[str], int]:
-    """(how often each word stands in texts, words of the longest)."""
-    split = [TOKENIZERS[tokenize](text) for text in texts]
-    return collections.Counter(itertools.chain.from_iterable(split)), max(map(len, split), default=0)
+def count(texts: Iterable[str], tokenize: str) -> collections.Counter[str]:
+    """How often each word stands in texts."""
+    return collections.Counter(itertools.chain.from_iterable(map(TOKENIZERS[tokenize], texts)))

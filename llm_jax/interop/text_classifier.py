@@ -18,12 +18,12 @@ FILE = "text_classifier.json"
 LogProbs = Callable[[Sequence[str]], np.ndarray]  # of the classes of texts, `[N, C]`
 
 
-def save(model: TextClassifierConfig, params: Any, words: Words, length: int, folder: epath.PathLike) -> None:
+def save(model: TextClassifierConfig, params: Any, words: Words, max_length: int, folder: epath.PathLike) -> None:
     """Writes `text_classifier.json` and `model.safetensors`."""
     folder = epath.Path(folder)
     (folder / FILE).unlink(missing_ok=True)
     write_folder(folder, ((path, np.asarray(x)) for path, x in paths.flatten(params)))
-    vocabulary = {"tokenize": words.tokenize, "length": length, "words": words.words[len(SPECIAL) :]}
+    vocabulary = {"tokenize": words.tokenize, "max_length": max_length, "words": words.words[len(SPECIAL) :]}
     (folder / FILE).write_text(json.dumps({"model": configs.to_dict(model), **vocabulary}))  # the last
 
 
@@ -39,22 +39,24 @@ def load(folder: epath.PathLike) -> LogProbs:
     try:
         about = json.loads(file.read_text())
         model = configs.from_dict(TextClassifierConfig, about["model"])
-        words, length = Words(about["words"], about["tokenize"]), int(about["length"])
+        words, max_length = Words(about["words"], about["tokenize"]), int(about["max_length"])
         stored = TensorFolder(folder)
         params = paths.nested((name, np.asarray(stored[name])) for name in stored)
     except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{file}: the model cannot be read: {e}") from None
-    return log_probs(model, params, words, length)
+    return log_probs(model, params, words, max_length)
 
 
-def log_probs(model: TextClassifierConfig, params: Any, words: Words, length: int, batch_size: int = 100) -> LogProbs:
+def log_probs(
+    model: TextClassifierConfig, params: Any, words: Words, max_length: int, batch_size: int = 100
+) -> LogProbs:
     """`texts -> float32 [N, C]`, natural logarithms."""
     module: Any = model.make()
     run = jax.jit(lambda params, ids: jax.nn.log_softmax(module.apply({"params": params}, ids).logits))
 
     def apply(texts: Sequence[str]) -> np.ndarray:
-        ids, _ = words.encode(texts, length)
-        padded = np.pad(ids, ((0, -len(ids) % batch_size), (0, 0)))
+        ids, _ = words.encode(texts, max_length)
+        padded = np.pad(ids, ((0, -len(ids) % batch_size), (0, -ids.shape[1] % 64)))  # few shapes
         parts = [np.asarray(run(params, padded[i : i + batch_size])) for i in range(0, len(padded), batch_size)]
         return np.concatenate(parts)[: len(ids)]
 

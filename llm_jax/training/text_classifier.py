@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 
 from llm_jax import config as configs
+from llm_jax.classic.words import Words
 from llm_jax.data.loader import Loader
 from llm_jax.interop import text_classifier
 from llm_jax.interop.text_classifier import LogProbs
@@ -70,11 +71,11 @@ def train(
       TrainingError: where the loss stays without a number.
     """
     model = sized(model, known, config.embedding)
-    rows, held_rows = (None if part is None else _rows(part, known) for part in (texts, held))
+    rows, held_rows = (None if part is None else _rows(part, known.words, config.max_length) for part in (texts, held))
     assert rows is not None
     epoch = -(-len(rows) // config.batch_size)
     loop = LoopConfig(
-        *(config.epochs * epoch, config.batch_size, known.length), seed=config.seed, log_every=max(1, epoch // 10),
+        *(config.epochs * epoch, config.batch_size, rows.ids.shape[1]), seed=config.seed, log_every=max(1, epoch // 10),
         eval_every=epoch, checkpoint_every=epoch, keep_last=1, keep_best=int(held_rows is not None),
         trainable=None if config.embedding == "trained" else REST,
     )  # fmt: skip
@@ -118,14 +119,14 @@ def train(
             writer.close()
             checkpoints.close()
         metrics.plot_loss(folder, objective.loss_unit)
-    text_classifier.save(model, params, known.words, known.length, folder)
-    return text_classifier.log_probs(model, params, known.words, known.length)
+    text_classifier.save(model, params, known.words, config.max_length, folder)
+    return text_classifier.log_probs(model, params, known.words, config.max_length)
 
 
-def _rows(part: tuple[Sequence[str], np.ndarray], known: Known) -> Texts:
-    ids, cut = known.words.encode(part[0], known.length)
+def _rows(part: tuple[Sequence[str], np.ndarray], words: Words, limit: int) -> Texts:
+    ids, cut = words.encode(part[0], limit)
     if cut:
-        log.info("%s of %s texts cut to %d words", f"{cut:,}", f"{len(ids):,}", known.length)
+        log.info("%s of %s texts cut to %d words", f"{cut:,}", f"{len(ids):,}", limit)
     return Texts(ids, part[1])
 
 

@@ -64,23 +64,21 @@ class Known(NamedTuple):
 
     Attributes:
       words: the vocabulary.
-      length: words of a row.
       table: rows of the words, float32 `[V, E]`, None where they are drawn.
       coverage: of the training texts' words by pre-trained vectors, None without.
     """
 
     words: Words
-    length: int
     table: np.ndarray | None
     coverage: Coverage | None
 
     def describe(self) -> str:
         """One line: words, and how many have a vector."""
-        line = f"{len(self.words) - len(SPECIAL):,} words, texts of {self.length} at most"
+        line = f"{len(self.words) - len(SPECIAL):,} words are known"
         if self.coverage is None or self.coverage.occurrences is None:
             return line
-        share = self.coverage.occurrences
-        return f"{line}; {self.coverage.found:,} of {self.coverage.words:,} words trained on have a vector, {share:.1%} of the text"
+        found = f"{self.coverage.found:,} of {self.coverage.words:,} words trained on have a vector"
+        return f"{line}; {found}, {self.coverage.occurrences:.1%} of the text"
 
 
 def know(texts: Sequence[str], config: TextConfig) -> Known:
@@ -89,11 +87,10 @@ def know(texts: Sequence[str], config: TextConfig) -> Known:
     Raises:
       WordsError, VectorsError: for texts without words, files without vectors for them.
     """
-    counts, longest = count(texts, config.tokenize)
+    counts = count(texts, config.tokenize)
     often = [w for w, n in counts.most_common() if n >= config.min_count]
-    length = max(1, min(longest, config.max_length))
     if config.vectors is None:
-        return Known(Words(often, config.tokenize), length, None, None)
+        return Known(Words(often, config.tokenize), None, None)
     found = dict(zip(*vectors.read(config.vectors, keep={x for w in counts for x in (w, w.lower())}), strict=True))
     rest: dict[str, np.ndarray] = {}
     if config.extra_words:
@@ -109,7 +106,7 @@ def know(texts: Sequence[str], config: TextConfig) -> Known:
     table, _ = embed(words.words[len(SPECIAL) :], given, rng)
     special = np.zeros((len(SPECIAL), table.shape[1]), np.float32)
     special[UNKNOWN] = table.mean(0)
-    return Known(words, length, np.concatenate([special, table]), coverage)
+    return Known(words, np.concatenate([special, table]), coverage)
 
 
 class Texts:

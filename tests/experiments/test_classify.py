@@ -105,7 +105,7 @@ def test_a_cnn_trains_and_answers(folder, cnn, capsys):
     assert rows[0]["label"] == "+" and rows[2]["label"] == "-"
     assert all(sum(r["probabilities"].values()) == pytest.approx(1, abs=1e-5) for r in rows)
     about, params = stored(cnn)
-    assert about["model"]["vocab_size"] == len(about["words"]) + 2 and about["length"] == 6
+    assert about["model"]["vocab_size"] == len(about["words"]) + 2 and about["max_length"] == 400
     table = dict(zip(["pad", "?", *about["words"]], params["embed/embedding"], strict=True))
     assert (table["pad"] == 0).all() and np.abs(table["?"]).max() > 0
     np.testing.assert_allclose(table["sofa"], MATRIX[-1], rtol=1e-6)  # stands in no text
