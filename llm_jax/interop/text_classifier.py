@@ -43,20 +43,24 @@ def load(folder: epath.PathLike) -> LogProbs:
         stored = TensorFolder(folder)
         params = paths.nested((name, np.asarray(stored[name])) for name in stored)
     except (KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"{file}: the model cannot be read: {e}") from None
+        raise ValueError(f"{file}: the model cannot be read: {e!r}") from None
+    if model.vocab_size != len(words):
+        raise ValueError(f"{file}: vocab_size={model.vocab_size} with {len(words)} words")
     return log_probs(model, params, words, max_length)
 
 
 def log_probs(
     model: TextClassifierConfig, params: Any, words: Words, max_length: int, batch_size: int = 100
 ) -> LogProbs:
-    """`texts -> float32 [N, C]`, natural logarithms."""
+    """`texts -> float32 [N, C]`, natural logarithms; of a text longer than `max_length` words its beginning is read."""
     module: Any = model.make()
     run = jax.jit(lambda params, ids: jax.nn.log_softmax(module.apply({"params": params}, ids).logits))
 
     def apply(texts: Sequence[str]) -> np.ndarray:
         ids, _ = words.encode(texts, max_length)
         padded = np.pad(ids, ((0, -len(ids) % batch_size), (0, -ids.shape[1] % 64)))  # few shapes
+        if not len(ids):
+            return np.zeros((0, model.num_labels), np.float32)
         parts = [np.asarray(run(params, padded[i : i + batch_size])) for i in range(0, len(padded), batch_size)]
         return np.concatenate(parts)[: len(ids)]
 

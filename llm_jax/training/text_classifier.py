@@ -61,7 +61,7 @@ def train(
       known: see `know`.
       texts: what is trained on, and the numbers of their classes.
       held: what tells the best epoch; without it the last one is taken.
-      folder: of this run. Batches are divided over as many devices as divide them.
+      folder: of this run, which is one process; batches are divided over as many of its devices as divide them.
 
     Returns:
       Log-probabilities of the classes of texts, see `interop.text_classifier.log_probs`.
