@@ -47,7 +47,9 @@ def check_command(command):
         return
     binary = re.match(r"python -m experiments\.(\w+)", command)
     assert binary is not None, command
-    source = (ROOT / "experiments" / f"{binary[1]}.py").read_text() + (ROOT / "experiments" / "cli.py").read_text()
+    read = lambda name: (ROOT / "experiments" / f"{name}.py").read_text()
+    imported = re.findall(r"^from experiments import (.+)$", read(binary[1]), re.M)
+    source = "".join(map(read, [binary[1], *(name for line in imported for name in line.split(", "))]))
     defaults = (FinetuneConfig if binary[1] == "finetune" else RunConfig)()
     for flag in re.findall(r"--([\w.]+)=", command):
         if not flag.startswith("config."):
