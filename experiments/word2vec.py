@@ -43,7 +43,7 @@ MODEL: list[flags.FlagHolder[Any]] = [
     flags.DEFINE_float("exponent", DEFAULT.exponent, "Of the counts that negatives are drawn by."),
     flags.DEFINE_float("sample", DEFAULT.sample, "Frequency above which words are left out at random; 0 keeps all."),
     flags.DEFINE_enum("subsampling", DEFAULT.subsampling, noise.FORMULAS, "Formula of --sample."),
-    flags.DEFINE_integer("block", DEFAULT.block, "Words whose gradient is taken at once."),
+    flags.DEFINE_integer("block", DEFAULT.block, "Words whose gradient is taken at once; 0 chooses."),
     flags.DEFINE_integer("blocks", DEFAULT.blocks, "Blocks a step."),
 ]
 EPOCHS = flags.DEFINE_integer("epochs", 5, "Times through the corpus.")

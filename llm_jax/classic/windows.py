@@ -48,7 +48,7 @@ class Windows:
         total = int(self.ends[-1])
         if not total:
             raise ValueError(f"sample={config.sample} leaves no word of the text: take a larger one, or 0")
-        self.steps = -(-total // (config.block * config.blocks))
+        self.steps = -(-total // (config.block_words * config.blocks))
         self._step = 0
         self._cache: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._pool = ThreadPoolExecutor(1)  # makes the next batch meanwhile; nobody else touches the cache
@@ -100,7 +100,7 @@ class Windows:
 
     def _batch(self, step: int) -> dict[str, np.ndarray]:
         c = self.config
-        centres, width = c.block * c.blocks, c.length + 2 * c.window
+        centres, width = c.block_words * c.blocks, c.length + 2 * c.window
         begin = step % self.steps * centres
         span = self._span(begin - c.window, begin + centres + c.window)
         rows = [sliding_window_view(x, width)[:: c.length].reshape(c.blocks, c.tiles, width) for x in span]

@@ -41,10 +41,10 @@ class Word2VecConfig:
       sample: see `noise.keep_probabilities`; 0 keeps every word.
       subsampling: formula of it.
       tile: L; 0 takes 32, of hierarchical 8, since a centre has many nodes.
-      block: words whose gradient is taken at once.
+      block: words whose gradient is taken at once; 0 takes 1,024, of hierarchical 256: its upper nodes are in all pairs.
       blocks: a step.
-      row_pairs: a row of more expected pairs a block moves by so many times their mean gradient, as the sum of many
-        gradients taken at the same place may lead anywhere.
+      row_terms: a row that more terms of a block's loss are expected to hold (a pair has one and one a negative, or one
+        a node) moves by so many times their mean gradient: a sum of many, taken at the same place, may lead anywhere.
     """
 
     architecture: str = "skip_gram"
@@ -58,37 +58,42 @@ class Word2VecConfig:
     sample: float = 1e-3
     subsampling: str = "program"
     tile: int = 0
-    block: int = 1024
+    block: int = 0
     blocks: int = 64
-    row_pairs: int = 256
+    row_terms: int = 256
 
     def __post_init__(self) -> None:
         """Checks names and ranges."""
         for name, choices in (("architecture", ARCHITECTURES), ("loss", LOSSES), ("subsampling", noise.FORMULAS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(choices)}")
-        for name in ("size", "window", "negatives", "shared", "block", "blocks", "row_pairs"):
+        for name in ("size", "window", "negatives", "shared", "blocks", "row_terms"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.tile < 0 or self.block % self.length:
+        if min(self.tile, self.block) < 0 or self.block_words % self.length:
             raise ValueError(f"block={self.block} must be a multiple of tile={self.length}")
+
+    @property
+    def block_words(self) -> int:
+        """Of a block."""
+        return self.block or (256 if self.loss == "hierarchical" else 1024)
 
     @property
     def length(self) -> int:
         """L."""
-        return self.tile or min(8 if self.loss == "hierarchical" else 32, self.block)
+        return self.tile or min(8 if self.loss == "hierarchical" else 32, self.block_words)
 
     @property
     def tiles(self) -> int:
         """B, of a block."""
-        return self.block // self.length
+        return self.block_words // self.length
 
 
 class Known(NamedTuple):
     """What the vocabulary's counts tell, on the device.
 
     Attributes:
-      context_scale: factor of the gradients of `context`'s rows, `[V]`; see `row_pairs`.
+      context_scale: factor of the gradients of `context`'s rows, `[V]`; see `row_terms`.
       predicted_scale: of the other table's.
       cumulative: see `noise.cumulative`; None without draws.
       log_expected: log of how often each word is expected among those drawn, of sampled; zeros of full.
@@ -107,24 +112,23 @@ class Known(NamedTuple):
 def known(config: Word2VecConfig, counts: np.ndarray) -> Known:
     """For a vocabulary of `counts`, `[V]`."""
     stays = counts * noise.keep_probabilities(counts, config.sample, config.subsampling)
-    words = config.block * stays / stays.sum()  # expected in a block
+    words = config.block_words * stays / stays.sum()  # expected in a block
     pairs = words * (config.window + 1 if config.dynamic else 2 * config.window)
-    predicted = pairs if config.architecture == "skip_gram" else words
-    scale = lambda expected: jnp.asarray(np.minimum(1, config.row_pairs / np.maximum(expected, 1e-9)), jnp.float32)
+    predicted = words if _is_mean(config) else pairs
+    scale = lambda terms: jnp.asarray(np.minimum(1, config.row_terms / np.maximum(terms, 1e-9)), jnp.float32)
     if config.loss == "hierarchical":
         tree = huffman.paths(counts)
-        each = np.abs(tree.signs) * predicted[:, None]
-        below = np.bincount(tree.nodes.ravel(), each.ravel(), len(counts) - 1)
-        return Known(scale(pairs), scale(below), nodes=jnp.asarray(tree.nodes), signs=jnp.asarray(tree.signs))
-    q = noise.shares(counts, config.exponent)
+        length = (tree.lengths * predicted).sum() / predicted.sum()
+        below = np.bincount(tree.nodes.ravel(), (np.abs(tree.signs) * predicted[:, None]).ravel(), len(counts) - 1)
+        nodes, signs = jnp.asarray(tree.nodes), jnp.asarray(tree.signs)
+        return Known(scale(pairs * length), scale(below), nodes=nodes, signs=signs)
     if config.loss == "full":
-        return Known(scale(pairs), scale(2 * predicted), log_expected=jnp.zeros(len(counts)))
-    both = predicted + config.negatives * predicted.sum() * q
-    if config.loss == "negative_sampling":
-        return Known(scale(pairs), scale(both), jnp.asarray(noise.cumulative(counts, config.exponent)))
-    log_expected = jnp.asarray(np.log(config.shared * q), jnp.float32)
+        return Known(scale(2 * pairs), scale(2 * predicted), log_expected=jnp.zeros(len(counts)))
+    q, drawn = noise.shares(counts, config.exponent), jnp.asarray(noise.cumulative(counts, config.exponent))
+    if config.loss == "sampled":
+        return Known(scale(2 * pairs), scale(2 * predicted), drawn, jnp.asarray(np.log(config.shared * q), jnp.float32))
     return Known(
-        scale(pairs), scale(2 * predicted), jnp.asarray(noise.cumulative(counts, config.exponent)), log_expected
+        scale(pairs * (1 + config.negatives)), scale(predicted + config.negatives * predicted.sum() * q), drawn
     )
 
 

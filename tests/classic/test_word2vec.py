@@ -75,7 +75,7 @@ def undivided(config, context_MD, band_LM, predictors=word2vec._predictors):
 @pytest.mark.parametrize(("architecture", "loss"), KINDS)
 def test_a_block_is_the_sum_over_its_pairs(architecture, loss):
     """The loss, and gradient descent on the whole tables by differences of it."""
-    config = config_of(architecture, loss, row_pairs=10**6)
+    config = config_of(architecture, loss, row_terms=10**6)
     tree = huffman.paths(COUNTS) if loss == "hierarchical" else None
     context = TABLES["context"].astype(np.float64)
     expected = 0.0
@@ -173,16 +173,19 @@ def test_near_words_count_more():
     assert near[:, np.arange(8), np.arange(8) + 4].sum() == 0
 
 
-def test_rows_of_many_pairs_move_by_their_mean():
+def test_rows_of_many_terms_move_by_their_mean():
     config = config_of("skip_gram", "negative_sampling", sample=0.0)
     counts = np.array([900, 90, 10])
-    expected = config.block * counts / 1000 * (W + 1)
-    capped = word2vec.known(dataclasses.replace(config, row_pairs=8), counts)
-    np.testing.assert_allclose(capped.context_scale, np.minimum(1, 8 / expected), rtol=1e-6)
+    pairs = config.block * counts / 1000 * (W + 1)
+    capped = lambda loss: word2vec.known(dataclasses.replace(config, row_terms=8, loss=loss), counts)
+    expected = pairs * (1 + S)
+    np.testing.assert_allclose(capped("negative_sampling").context_scale, np.minimum(1, 8 / expected), rtol=1e-6)
     assert (word2vec.known(config, counts).context_scale == 1).all()
-    tree = word2vec.known(dataclasses.replace(config, row_pairs=8, loss="hierarchical"), counts)
-    below = [expected[1:].sum(), expected.sum()]  # the root is the last
-    np.testing.assert_allclose(tree.predicted_scale, np.minimum(1, 8 / np.array(below)), rtol=1e-6)
+    np.testing.assert_allclose(capped("full").predicted_scale, np.minimum(1, 8 / (2 * pairs)), rtol=1e-6)
+    below = np.array([pairs[1:].sum(), pairs.sum()])  # the root is the last
+    np.testing.assert_allclose(capped("hierarchical").predicted_scale, np.minimum(1, 8 / below), rtol=1e-6)
+    length = (pairs[0] + 2 * pairs[1:].sum()) / pairs.sum()
+    np.testing.assert_allclose(capped("hierarchical").context_scale, np.minimum(1, 8 / (length * pairs)), rtol=1e-6)
 
 
 BAD = {

@@ -40,7 +40,7 @@ def test_a_text_without_its_rare_words(text):
 def test_words_of_a_topic_come_together(text, tmp_path, loss):
     words, known = text
     table = word_vectors.train(
-        dataclasses.replace(CONFIG, loss=loss, row_pairs=16), Schedule(8, 0.1), known, tmp_path, jax.devices()[:1]
+        dataclasses.replace(CONFIG, loss=loss, row_terms=16), Schedule(8, 0.1), known, tmp_path, jax.devices()[:1]
     )
     vectors = WordVectors(words, table)
     for topic in TOPICS:
@@ -76,7 +76,7 @@ def test_tiles_over_devices(text, tmp_path):
 
 
 def test_what_was_learned_before_a_bad_step_stays(text, tmp_path):
-    config = dataclasses.replace(CONFIG, row_pairs=10**6)
+    config = dataclasses.replace(CONFIG, row_terms=10**6)
     with pytest.raises(TrainingError, match="not finite"):
         word_vectors.train(config, Schedule(2, 1e30, 1e30), text[1], tmp_path, jax.devices()[:1])
     assert any(p.name.isdigit() for p in (tmp_path / "checkpoints").iterdir())
