@@ -73,7 +73,19 @@ from typing import Any
 
 from absl import app, flags
 
-CASES = ("train", "memory", "decode", "compile", "shakespeare", "encode", "translate", "steps", "ngrams", "plans")
+CASES = (
+    "train",
+    "memory",
+    "decode",
+    "compile",
+    "shakespeare",
+    "encode",
+    "translate",
+    "steps",
+    "ngrams",
+    "word2vec",
+    "plans",
+)
 CASE = flags.DEFINE_list("cases", ",".join(CASES), f"What to measure: {', '.join(CASES)}.")
 ROUNDS = flags.DEFINE_integer("rounds", 3, "Turns that every contestant takes.", lower_bound=1)
 JSON = flags.DEFINE_string("json", None, "Write the rows to this file.")
@@ -82,6 +94,9 @@ SHAKESPEARE = flags.DEFINE_string(
     "shakespeare",
     "../shared/data/tinyshakespeare/input.txt",
     "nanoGPT's character corpus; its case is left out without.",
+)
+TEXT = flags.DEFINE_string(
+    "text", None, "Of word2vec: a sentence a line, blanks between words; the standard library's sources by default."
 )
 PRECISION = flags.DEFINE_enum("precision", None, ["fp32", "bf16"], "fp32 on a CPU, bf16 on a GPU by default.")
 
@@ -98,6 +113,8 @@ def _measure(who: str, what: str, **options: Any) -> dict[str, Any] | None:
         module = "experiments.benchmark_classic"
     elif "variant" in options:
         module = "experiments.benchmark_plans"
+    elif "epochs" in options:
+        module = "experiments.benchmark_word2vec"
     elif "family" in options:
         engine = "engines" if options.get("engine") else "families_peers"
         module = {"ours": "experiments.benchmark_families", "peer": f"experiments.benchmark_{engine}"}[who]
@@ -308,6 +325,24 @@ def _ngrams() -> list[dict[str, Any]]:
     return rows + [_row(case, results["query"]["value"], name, theirs.get(name), "words/s") for name in loops]
 
 
+def _word2vec() -> list[dict[str, Any]]:
+    """Raw words a second of training beside gensim with two workers."""
+    kinds = {
+        "skip-gram, negative sampling": {},
+        "skip-gram, hierarchical softmax": {"loss": "hierarchical"},
+        "CBOW, negative sampling": {"architecture": "cbow"},
+    }
+    rows = []
+    for name, config in kinds.items():
+        options = {"config": config, "epochs": 3, "seed": 1, "workers": 2, "path": TEXT.value}
+        contestants = {"ours": ("ours", "ours", options), "gensim": ("peer", "gensim", options)}
+        results = _turns(contestants, ROUNDS.value)
+        theirs = results.get("gensim")
+        case = f"word2vec, {name}"
+        rows.append(_row(case, results["ours"]["value"], "gensim, 2 workers", theirs and theirs["value"], "words/s"))
+    return rows
+
+
 def _plans() -> list[dict[str, Any]]:
     """Speed and memory of a model of 1.2 billion parameters under plans for one accelerator."""
     if _device()["platform"] == "cpu" and not TINY.value:
@@ -332,6 +367,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: unknown cases {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
     measure = {"train": _train, "memory": _memory, "decode": _decode, "compile": _compile, "shakespeare": _shakespeare}
     measure |= {"encode": _encode, "translate": _translate, "steps": _steps, "ngrams": _ngrams, "plans": _plans}
+    measure |= {"word2vec": _word2vec}
     rows: list[dict[str, Any]] = []
     for name in CASE.value:
         print(name, file=sys.stderr, flush=True)

@@ -34,7 +34,8 @@ def _median(run: Callable[[], Any]) -> float:
     return statistics.median(times)
 
 
-def _lines(tiny: bool) -> list[str]:
+def library_lines(tiny: bool) -> list[str]:
+    """Of the standard library's sources, words between blanks."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[: 5 if tiny else None]
     words = (line.split() for f in files for line in f.read_text(errors="ignore").splitlines())
     return [" ".join(w) for w in words if w]
@@ -48,7 +49,7 @@ def _estimate(path: str) -> tuple[Any, Any]:
 def measure(spec: dict[str, Any], folder: str) -> dict[str, Any]:
     """`value` in words a second."""
     path = os.path.join(folder, "text.txt")
-    lines = _lines(spec["tiny"])
+    lines = library_lines(spec["tiny"])
     Path(path).write_text("\n".join(lines) + "\n")
     words = sum(len(line.split()) for line in lines)
     if spec["what"] == "estimate":

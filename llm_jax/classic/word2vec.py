@@ -41,7 +41,7 @@ class Word2VecConfig:
       sample: see `noise.keep_probabilities`; 0 keeps every word.
       subsampling: formula of it.
       tile: L; 0 takes 32, of hierarchical 8, since a centre has many nodes.
-      block: words whose gradient is taken at once; 0 takes 1,024, of hierarchical 256: its upper nodes are in all pairs.
+      block: words whose gradient is taken at once; 0 takes 1,024, of hierarchical 256: all pairs hold its upper nodes.
       blocks: a step.
       row_terms: a row that more terms of a block's loss are expected to hold (a pair has one and one a negative, or one
         a node) moves by so many times their mean gradient: a sum of many, taken at the same place, may lead anywhere.
