@@ -8,8 +8,8 @@ out the first step, which compiles.
 On the Brown corpus (1.1 million words), jax 0.11.2, gensim 4.4 with 2 workers on the host's processor: on an NVIDIA
 H100, 5 epochs, skip-gram with negative sampling 19.1 million words/s against 0.54 (with 16 workers 2.16); on an H200,
 40 epochs against 3 of gensim's, 14.5 against 0.37, CBOW 15.3 against 1.08. Over 5 seeds of 5 epochs (mean, and spread
-of seeds) skip-gram's WordSim-353 was 0.267 (0.009) against 0.259 (0.008), SimLex-999 0.148 (0.004) against 0.157 (0.006),
-analogies 2.9 % (0.2) against 3.0 % (0.1).
+of seeds) skip-gram's WordSim-353 was 0.267 (0.009) against 0.259 (0.008), SimLex-999 0.148 (0.004) against 0.157
+(0.006), analogies 2.9 % (0.2) against 3.0 % (0.1).
 
 Tried: blocks of 4,096 words and more (up to 52 million words/s) learn nothing on so small a text; gradients of the rows
 by autodiff, whose transposed products XLA:CPU computes by slow loops (35 in the place of 16 us a word for trees); a
@@ -39,7 +39,7 @@ def ours(spec: dict[str, Any]) -> tuple[float, list[str], np.ndarray]:
     from llm_jax.classic.windows import Windows
     from llm_jax.training import word_vectors
 
-    config = word2vec.Word2VecConfig(**spec["config"], **({"block": 64, "blocks": 2} if spec.get("tiny") else {}))
+    config = word2vec.Word2VecConfig(**{**spec["config"], **({"block": 64, "blocks": 2} if spec.get("tiny") else {})})
     schedule = word_vectors.Schedule(spec["epochs"], seed=spec["seed"])
     words, text = word_vectors.read(sentences.Reader([spec["path"]]), MIN_COUNT)
     keep = noise.keep_probabilities(text.counts, config.sample, config.subsampling)
