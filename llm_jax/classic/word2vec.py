@@ -40,7 +40,7 @@ class Word2VecConfig:
       exponent: of the counts that negatives are drawn by.
       sample: see `noise.keep_probabilities`; 0 keeps every word.
       subsampling: formula of it.
-      tile: L; 0 takes 32, of hierarchical 8, since a centre has many nodes.
+      tile: L; 0 takes 32, of hierarchical 8, since a centre has many nodes, of full the block.
       block: words whose gradient is taken at once; 0 takes 1,024, of hierarchical 256: all pairs hold its upper nodes.
       blocks: a step.
       row_terms: a row that more terms of a block's loss are expected to hold (a pair has one and one a negative, or one
@@ -81,7 +81,8 @@ class Word2VecConfig:
     @property
     def length(self) -> int:
         """L."""
-        return self.tile or min(8 if self.loss == "hierarchical" else 32, self.block_words)
+        usual = {"hierarchical": 8, "full": self.block_words}.get(self.loss, 32)
+        return self.tile or min(usual, self.block_words)
 
     @property
     def tiles(self) -> int:
