@@ -1,6 +1,8 @@
 """Trains word2vec with the loop, checkpoints and metrics of every run."""
 
 import dataclasses
+import logging
+import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +23,8 @@ from llm_jax.training import metrics
 from llm_jax.training.loop import LoopConfig, run_loop
 from llm_jax.training.state import TrainState
 from llm_jax.training.workdir import Workdir
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +121,6 @@ def train(
     text: Text,
     workdir: epath.PathLike,
     devices: Sequence[Any] | None = None,
-    checkpoint_every: int = 500,
 ) -> np.ndarray:
     """Trains, or goes on with what `workdir` holds.
 
@@ -127,7 +130,6 @@ def train(
       text: see `read`.
       workdir: of this run.
       devices: the tiles of a block are divided over these; all by default.
-      checkpoint_every: steps.
 
     Returns:
       Vectors, float32 `[V, D]`.
@@ -144,7 +146,7 @@ def train(
     settings = {
         "model": dataclasses.asdict(config),
         "schedule": dataclasses.asdict(schedule),
-        "words": len(text.counts),
+        "text": {"words": text.total, "known": len(text.counts), "crc32": zlib.crc32(text.words)},
     }
     whole, divided = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, "data"))
     with Workdir(workdir) as run:
@@ -157,12 +159,13 @@ def train(
             restored = checkpoints.restore(shapes, None, jax.tree.map(lambda _: whole, shapes))
             state = restored.state
             windows.restore(restored.run["data"])
+            log.info("resuming from step %d", restored.step)
         words = text.total * schedule.epochs / windows.steps
         step = jax.jit(make_step(config, schedule, windows.steps, words), donate_argnums=0, out_shardings=(whole, None))
         known = jax.device_put(word2vec.known(config, text.counts), whole)
         writer = metrics.MetricsWriter(workdir, int(state.step))
-        lines = max(1, windows.steps // 100)
-        loop = LoopConfig(windows.steps, log_every=lines, checkpoint_every=checkpoint_every, max_bad_steps=1)
+        lines, saves = (max(1, windows.steps // n) for n in (100, 10))
+        loop = LoopConfig(windows.steps, log_every=lines, checkpoint_every=saves, max_bad_steps=1)
         put = lambda batch: jax.device_put(batch, divided)
         try:
             state, _ = run_loop(

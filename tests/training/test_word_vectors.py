@@ -64,6 +64,9 @@ def test_goes_on_where_it_stopped(text, tmp_path, monkeypatch):
     np.testing.assert_array_equal(again, whole)
     with pytest.raises(WorkdirError, match=r"another config \(schedule.seed: 1 -> 2\)"):
         word_vectors.train(CONFIG, Schedule(2, seed=2), known, tmp_path / "parts", one)
+    other = known._replace(words=known.words[::-1].copy())
+    with pytest.raises(WorkdirError, match="text.crc32"):
+        word_vectors.train(CONFIG, schedule, other, tmp_path / "parts", one)
 
 
 def test_tiles_over_devices(text, tmp_path):
