@@ -146,7 +146,7 @@ def train(
     settings = {
         "model": dataclasses.asdict(config),
         "schedule": dataclasses.asdict(schedule),
-        "text": {"words": text.total, "known": len(text.counts), "crc32": zlib.crc32(text.words)},
+        "text": {"words": text.total, "known": len(text.counts), "crc32": zlib.crc32(text.words.data)},
     }
     whole, divided = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, "data"))
     with Workdir(workdir) as run:
