@@ -92,7 +92,7 @@ def plot(losses: dict[str, np.ndarray], trained_length: int, path: pathlib.Path)
     axes.axvline(trained_length, color="gray", linestyle="--", linewidth=1)
     axes.set(xlabel="position in the row, tokens (dashed: the trained length)", ylabel="nats a token")
     axes.set_ylim(0.95 * min(inside), 1.15 * max(inside))  # what fails far out leaves the picture
-    axes.legend()
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))  # beside the curves, which fill the picture
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
