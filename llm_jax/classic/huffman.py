@@ -14,7 +14,7 @@ class Paths(NamedTuple):
 
     Attributes:
       nodes: inner nodes passed, int32 `[V, P]`; the root is V - 2.
-      signs: +1 where the way goes to the first child, -1 to the second, 0 behind its end; float32 `[V, P]`.
+      signs: +1 where the way goes to the first child, -1 to the second, 0 before its beginning; float32 `[V, P]`.
     """
 
     nodes: np.ndarray

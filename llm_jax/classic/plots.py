@@ -75,10 +75,7 @@ def draw(
     Raises:
       VectorsError: for points of another shape, or an arrow with a word that is not drawn.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # no backend is chosen for the process, which may be a notebook's
 
     points = np.asarray(points, np.float64)
     if points.shape != (len(words), 2):
@@ -86,7 +83,8 @@ def draw(
     place = dict(zip(words, points, strict=True))
     if missing := [w for pair in arrows for w in pair if w not in place]:
         raise VectorsError(f"{missing[0]!r} of an arrow is not among the words drawn")
-    figure, axes = pyplot.subplots(figsize=(10, 8))
+    figure = Figure(figsize=(10, 8))
+    axes = figure.subplots()
     axes.scatter(*points.T, s=12)
     for word, point in zip(words, points, strict=True):
         axes.annotate(word, point, xytext=(4, 3), textcoords="offset points", fontsize=9, parse_math=False)
@@ -98,4 +96,3 @@ def draw(
     figure.tight_layout()
     with epath.Path(path).open("wb") as f:
         figure.savefig(f, dpi=120, format=epath.Path(path).suffix[1:] or "png")
-    pyplot.close(figure)

@@ -43,8 +43,9 @@ class Word2VecConfig:
       tile: L; 0 takes 32, of hierarchical 8, since a centre has many nodes, of full the block.
       block: words whose gradient is taken at once; 0 takes 1,024, of hierarchical 256: all pairs hold its upper nodes.
       blocks: a step.
-      row_terms: a row that more terms of a block's loss are expected to hold (a pair has one and one a negative, or one
-        a node) moves by so many times their mean gradient: a sum of many, taken at the same place, may lead anywhere.
+      row_rate: most that the learning rate times a row's terms in a block may be (a pair has one term and one a
+        negative, or one a node); rows with more move by so many times their mean gradient. A sum of many that are taken
+        at the same place may lead anywhere: a text may repeat a word on and on, and Huffman's root is in all pairs.
     """
 
     architecture: str = "skip_gram"
@@ -60,16 +61,18 @@ class Word2VecConfig:
     tile: int = 0
     block: int = 0
     blocks: int = 64
-    row_terms: int = 256
+    row_rate: float = 2.0
 
     def __post_init__(self) -> None:
         """Checks names and ranges."""
         for name, choices in (("architecture", ARCHITECTURES), ("loss", LOSSES), ("subsampling", noise.FORMULAS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(choices)}")
-        for name in ("size", "window", "negatives", "shared", "blocks", "row_terms"):
+        for name in ("size", "window", "negatives", "shared", "blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not self.row_rate > 0:
+            raise ValueError(f"row_rate={self.row_rate} must be positive")
         if min(self.tile, self.block) < 0 or self.block_words % self.length:
             raise ValueError(f"block={self.block} must be a multiple of tile={self.length}")
 
@@ -94,16 +97,12 @@ class Known(NamedTuple):
     """What the vocabulary's counts tell, on the device.
 
     Attributes:
-      context_scale: factor of the gradients of `context`'s rows, `[V]`; see `row_terms`.
-      predicted_scale: of the other table's.
       cumulative: see `noise.cumulative`; None without draws.
       log_expected: log of how often each word is expected among those drawn, of sampled; zeros of full.
       nodes: see `huffman.Paths`, of hierarchical.
       signs: the same.
     """
 
-    context_scale: jax.Array
-    predicted_scale: jax.Array
     cumulative: Any = None
     log_expected: Any = None
     nodes: Any = None
@@ -112,25 +111,14 @@ class Known(NamedTuple):
 
 def known(config: Word2VecConfig, counts: np.ndarray) -> Known:
     """For a vocabulary of `counts`, `[V]`."""
-    stays = counts * noise.keep_probabilities(counts, config.sample, config.subsampling)
-    words = config.block_words * stays / stays.sum()  # expected in a block
-    pairs = words * (config.window + 1 if config.dynamic else 2 * config.window)
-    predicted = words if _is_mean(config) else pairs
-    scale = lambda terms: jnp.asarray(np.minimum(1, config.row_terms / np.maximum(terms, 1e-9)), jnp.float32)
     if config.loss == "hierarchical":
         tree = huffman.paths(counts)
-        length = (tree.lengths * predicted).sum() / predicted.sum()
-        below = np.bincount(tree.nodes.ravel(), (np.abs(tree.signs) * predicted[:, None]).ravel(), len(counts) - 1)
-        nodes, signs = jnp.asarray(tree.nodes), jnp.asarray(tree.signs)
-        return Known(scale(pairs * length), scale(below), nodes=nodes, signs=signs)
+        return Known(nodes=jnp.asarray(tree.nodes), signs=jnp.asarray(tree.signs))
     if config.loss == "full":
-        return Known(scale(2 * pairs), scale(2 * predicted), log_expected=jnp.zeros(len(counts)))
+        return Known(log_expected=jnp.zeros(len(counts)))
     q, drawn = noise.shares(counts, config.exponent), jnp.asarray(noise.cumulative(counts, config.exponent))
-    if config.loss == "sampled":
-        return Known(scale(2 * pairs), scale(2 * predicted), drawn, jnp.asarray(np.log(config.shared * q), jnp.float32))
-    return Known(
-        scale(pairs * (1 + config.negatives)), scale(predicted + config.negatives * predicted.sum() * q), drawn
-    )
+    expected = jnp.asarray(np.log(config.shared * q), jnp.float32) if config.loss == "sampled" else None
+    return Known(drawn, expected)
 
 
 def init(config: Word2VecConfig, size: int, key: jax.Array) -> dict[str, jax.Array]:
@@ -331,24 +319,45 @@ def rows_of(tables: dict[str, jax.Array], at: Touched) -> Touched:
     return Touched(context[at.context], predicted[at.predicted], None if at.drawn is None else predicted[at.drawn])
 
 
+def terms(config: Word2VecConfig, rows: Touched, tile: Tiles, drawn_S: Any, known: Known) -> Touched:
+    """How many terms of a tile's loss each row stands in: `[M]`; `[L]` or `[L, P]`; `[S]`."""
+    del rows
+    band_LM = band(tile)
+    pairs_L = jnp.max(band_LM, axis=-1) if _is_mean(config) else jnp.sum(band_LM, axis=-1)
+    if config.loss == "hierarchical":
+        steps_LP = jnp.abs(known.signs[tile.centres(tile.words)])
+        return Touched(jnp.sum(steps_LP, axis=-1) @ band_LM, steps_LP * pairs_L[:, None], None)
+    logistic = config.loss == "negative_sampling"
+    each = 1 + config.negatives if logistic else 2  # of a softmax: its label, and the rest
+    drawn = jnp.sum(pairs_L) * (config.negatives if logistic else 1) / len(drawn_S)
+    own_L = pairs_L if logistic else 2 * pairs_L
+    return Touched(each * jnp.sum(band_LM, axis=0), own_L, jnp.full(len(drawn_S), drawn))
+
+
 def update(
     config: Word2VecConfig, tables: dict[str, jax.Array], tiles: Tiles, at: Touched, known: Known, rate: jax.Array
 ) -> dict[str, jax.Array]:
     """A step of gradient descent on the rows that a block touches."""
     context, predicted = tables["context"], tables["predicted"]
-    grads = over_tiles(gradient, config, rows_of(tables, at), tiles, at, known)
-    if config.loss == "full":
-        grads = grads._replace(drawn=jnp.sum(grads.drawn, axis=0))
+    rows = rows_of(tables, at)
+    grads, counts = (over_tiles(f, config, rows, tiles, at, known) for f in (gradient, terms))
+    if config.loss == "full":  # all tiles drew the same words
+        grads, counts = (x._replace(drawn=jnp.sum(x.drawn, axis=0)) for x in (grads, counts))
 
-    def add(table: jax.Array, index: jax.Array, scale: jax.Array, grad: jax.Array) -> jax.Array:
-        moves = -rate * scale[index][..., None] * grad
-        return table.at[index.reshape(-1)].add(moves.reshape(-1, config.size))
+    def descend(table: jax.Array, *touched: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        total = jnp.zeros(len(table))
+        for index, _, count in touched:
+            total = total.at[index].add(count)
+        scale = jnp.minimum(rate, config.row_rate / jnp.maximum(total, 1))
+        for index, grad, _ in touched:
+            table = table.at[index].add(-scale[index][..., None] * grad)
+        return table
 
-    context = add(context, at.context, known.context_scale, grads.context)
-    predicted = add(predicted, at.predicted, known.predicted_scale, grads.predicted)
+    chosen = [(at.predicted, grads.predicted, counts.predicted)]
     if at.drawn is not None:
-        predicted = add(predicted, at.drawn, known.predicted_scale, grads.drawn)
-    return {"context": context, "predicted": predicted}
+        chosen.append((at.drawn, grads.drawn, counts.drawn))
+    context = descend(context, (at.context, grads.context, counts.context))
+    return {"context": context, "predicted": descend(predicted, *chosen)}
 
 
 def run_blocks(
@@ -365,13 +374,13 @@ def run_blocks(
       rates: learning rate of each block.
 
     Returns:
-      (new tables; mean loss of a pair of the last block, before its step).
+      (new tables; mean loss of a pair of the first block, before its step).
     """
     count = len(rates)
 
     def block(carry, x):
-        tables, _ = carry
-        words, sentences, rate, key, is_last = x
+        tables, before = carry
+        words, sentences, rate, key, is_first = x
         window_key, draw_key = jax.random.split(key)
         shape = (words.shape[0], words.shape[1] - 2 * config.window)
         windows = jnp.full(shape, config.window)
@@ -385,8 +394,8 @@ def run_blocks(
             pairs = jnp.sum(jnp.any(near > 0, axis=-1) if _is_mean(config) else near)
             return jnp.sum(over_tiles(loss, config, rows_of(tables, at), tiles, at, known)) / jnp.maximum(pairs, 1)
 
-        value = jax.lax.cond(is_last, mean, lambda: jnp.float32(0))
+        value = jax.lax.cond(is_first, mean, lambda: before)
         return (update(config, tables, tiles, at, known, rate), value), None
 
-    xs = batch["words"], batch["sentences"], rates, jax.random.split(key, count), jnp.arange(count) == count - 1
+    xs = batch["words"], batch["sentences"], rates, jax.random.split(key, count), jnp.arange(count) == 0
     return jax.lax.scan(block, (tables, jnp.float32(0)), xs)[0]

@@ -149,7 +149,7 @@ def hierarchical_softmax(h_TD: jax.Array, nodes_ND: jax.Array, path_TP: jax.Arra
       h_TD: last hidden states.
       nodes_ND: vectors of the inner nodes.
       path_TP: nodes on the way to each target.
-      signs_TP: +1 to the first child, -1 to the second, 0 behind the end of the way.
+      signs_TP: +1 to the first child, -1 to the second, 0 where there is no node.
     """
     scores_TP = jnp.einsum("td,tpd->tp", h_TD, nodes_ND[path_TP])
     return jnp.sum(jnp.abs(signs_TP) * jax.nn.softplus(-signs_TP * scores_TP), axis=-1)

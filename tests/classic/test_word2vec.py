@@ -75,7 +75,7 @@ def undivided(config, context_MD, band_LM, predictors=word2vec._predictors):
 @pytest.mark.parametrize(("architecture", "loss"), KINDS)
 def test_a_block_is_the_sum_over_its_pairs(architecture, loss):
     """The loss, and gradient descent on the whole tables by differences of it."""
-    config = config_of(architecture, loss, row_terms=10**6)
+    config = config_of(architecture, loss, row_rate=1e6)
     tree = huffman.paths(COUNTS) if loss == "hierarchical" else None
     context = TABLES["context"].astype(np.float64)
     expected = 0.0
@@ -173,19 +173,36 @@ def test_near_words_count_more():
     assert near[:, np.arange(8), np.arange(8) + 4].sum() == 0
 
 
-def test_rows_of_many_terms_move_by_their_mean():
-    config = config_of("skip_gram", "negative_sampling", sample=0.0)
-    counts = np.array([900, 90, 10])
-    pairs = config.block * counts / 1000 * (W + 1)
-    capped = lambda loss: word2vec.known(dataclasses.replace(config, row_terms=8, loss=loss), counts)
-    expected = pairs * (1 + S)
-    np.testing.assert_allclose(capped("negative_sampling").context_scale, np.minimum(1, 8 / expected), rtol=1e-6)
-    assert (word2vec.known(config, counts).context_scale == 1).all()
-    np.testing.assert_allclose(capped("full").predicted_scale, np.minimum(1, 8 / (2 * pairs)), rtol=1e-6)
-    below = np.array([pairs[1:].sum(), pairs.sum()])  # the root is the last
-    np.testing.assert_allclose(capped("hierarchical").predicted_scale, np.minimum(1, 8 / below), rtol=1e-6)
-    length = (pairs[0] + 2 * pairs[1:].sum()) / pairs.sum()
-    np.testing.assert_allclose(capped("hierarchical").context_scale, np.minimum(1, 8 / (length * pairs)), rtol=1e-6)
+@pytest.mark.parametrize(("architecture", "loss"), KINDS)
+def test_rows_of_many_terms_move_by_their_mean(architecture, loss):
+    """Counted by loops over pairs."""
+    config = config_of(architecture, loss)
+    tree = huffman.paths(COUNTS) if loss == "hierarchical" else None
+    known = word2vec.known(config, COUNTS)
+    at = touched(config, known)
+    total = {n: np.zeros(V) for n in TABLES}
+    for tile, centre, near in pairs():
+        count = len(near) if architecture == "skip_gram" else 1
+        if tree:
+            total["context"] += np.bincount(near, minlength=V) * tree.lengths[centre]
+            total["predicted"] += np.bincount(tree.nodes[centre], np.abs(tree.signs[centre]), V) * count
+            continue
+        logistic = loss == "negative_sampling"
+        total["context"] += np.bincount(near, minlength=V) * (1 + S if logistic else 2)
+        total["predicted"][centre] += count if logistic else 2 * count
+        drawn = np.arange(V) if loss == "full" else DRAWN[tile]
+        total["predicted"] += np.bincount(drawn, minlength=V) * count * (S if logistic else 1) / len(drawn)
+    tables = {"context": TABLES["context"], "predicted": TABLES["predicted"][: V - 1 if tree else V]}
+    few = dataclasses.replace(config, row_rate=0.5)
+    free, bounded = jax.jit(
+        lambda t: [
+            word2vec.update(c, t, TILES, at, known, 0.1) for c in (dataclasses.replace(config, row_rate=1e6), few)
+        ]
+    )(tables)
+    for name, table in tables.items():
+        scale = np.minimum(1, 5 / np.maximum(total[name][: len(table)], 1))[:, None]
+        assert (scale < 1).any()
+        np.testing.assert_allclose(bounded[name] - table, (free[name] - table) * scale, rtol=1e-4, atol=1e-6)
 
 
 BAD = {

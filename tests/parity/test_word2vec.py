@@ -106,7 +106,7 @@ def test_every_step_of_a_run(sentences, architecture, loss):
     assert np.abs(between[0] - before).max() > 1e-3 and np.abs(between[1]).max() > 1e-2
 
     config = Word2VecConfig(
-        architecture, loss, D, window=1, negatives=S, shared=S, sample=0, tile=1, block=1, row_terms=10**6
+        architecture, loss, D, window=1, negatives=S, shared=S, sample=0, tile=1, block=1, row_rate=1e6
     )
     known = word2vec.known(config, counts)
     if of_tree:  # ties of counts are broken in other ways

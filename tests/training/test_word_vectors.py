@@ -9,7 +9,7 @@ import pytest
 from llm_jax.classic.sentences import Reader
 from llm_jax.classic.vectors import WordVectors
 from llm_jax.classic.word2vec import Word2VecConfig
-from llm_jax.training import word_vectors
+from llm_jax.training import metrics, word_vectors
 from llm_jax.training.loop import TrainingError
 from llm_jax.training.word_vectors import Schedule
 from llm_jax.training.workdir import WorkdirError
@@ -40,7 +40,7 @@ def test_a_text_without_its_rare_words(text):
 def test_words_of_a_topic_come_together(text, tmp_path, loss):
     words, known = text
     table = word_vectors.train(
-        dataclasses.replace(CONFIG, loss=loss, row_terms=16), Schedule(8, 0.1), known, tmp_path, jax.devices()[:1]
+        dataclasses.replace(CONFIG, loss=loss, row_rate=1.6), Schedule(8, 0.1), known, tmp_path, jax.devices()[:1]
     )
     vectors = WordVectors(words, table)
     for topic in TOPICS:
@@ -49,6 +49,17 @@ def test_words_of_a_topic_come_together(text, tmp_path, loss):
             assert {w for w, _ in vectors.nearest(word, 4, ("the", "of"))} == set(names) - {word}
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert len(lines) > 10 and (tmp_path / "loss.png").exists()
+
+
+def test_a_word_again_and_again(tmp_path):
+    """A block of one word is many terms of few rows."""
+    lines = ["x " * 300, "a b c d e f g h " * 40] * 20
+    (tmp_path / "text.txt").write_text("\n".join(lines))
+    _, known = word_vectors.read(Reader([tmp_path / "text.txt"]))
+    config = Word2VecConfig(size=16, sample=0.0, blocks=2)
+    word_vectors.train(config, Schedule(5, 0.05), known, tmp_path / "run", jax.devices()[:1])
+    rows = metrics.read_metrics(tmp_path / "run")
+    assert max(r["train/loss"] for r in rows) < 8 and rows[-1]["train/loss"] < 0.8 * rows[0]["train/loss"]
 
 
 def test_goes_on_where_it_stopped(text, tmp_path, monkeypatch):
@@ -79,7 +90,7 @@ def test_tiles_over_devices(text, tmp_path):
 
 
 def test_what_was_learned_before_a_bad_step_stays(text, tmp_path):
-    config = dataclasses.replace(CONFIG, row_terms=10**6)
+    config = dataclasses.replace(CONFIG, row_rate=1e6)
     with pytest.raises(TrainingError, match="not finite"):
         word_vectors.train(config, Schedule(2, 1e30, 1e30), text[1], tmp_path, jax.devices()[:1])
     assert any(p.name.isdigit() for p in (tmp_path / "checkpoints").iterdir())
