@@ -5,11 +5,16 @@ sentence a line, null for the standard library's sources; `config` fields of `Wo
 `workers` of gensim; `save` a file for words and vectors. Vocabularies are made before the clock starts; ours leaves
 out the first step, which compiles.
 
-On the Brown corpus (1.1 million words), jax 0.11.2, gensim 4.4 with 2 workers on the host's processor: on an NVIDIA
-H100, 5 epochs, skip-gram with negative sampling 19.1 million words/s against 0.54 (with 16 workers 2.16); on an H200,
-40 epochs against 3 of gensim's, 14.5 against 0.37, CBOW 15.3 against 1.08. Over 5 seeds of 5 epochs (mean, and spread
-of seeds) skip-gram's WordSim-353 was 0.267 (0.009) against 0.259 (0.008), SimLex-999 0.148 (0.004) against 0.157
-(0.006), analogies 2.9 % (0.2) against 3.0 % (0.1).
+On the Brown corpus (1.1 million words), gensim 4.4 with 2 workers on the same machine's processor. Two quiet cores of an
+Intel Xeon, jax 0.10.2, 3 epochs: skip-gram with negative sampling 786,000 words/s against 624,000 (1.26), with a tree
+178,000 against 583,000 (0.31), CBOW 1,039,000 against 1,997,000 (0.52). An NVIDIA H100, jax 0.11.2, 5 epochs: skip-gram
+19.1 million against 0.54 (with 16 workers 2.16); an H200, 40 epochs against 3 of gensim's, 14.5 against 0.37, CBOW 15.3
+against 1.08 (on both before rows were counted in the block).
+
+After 5 epochs (WordSim-353, SimLex-999, analogies; means of 5 seeds with their spread; CBOW and trees one seed):
+    skip-gram  0.250 (0.007)  0.145 (0.004)  2.6 % (0.2)    gensim  0.259 (0.008)  0.157 (0.006)  3.0 % (0.1)
+    CBOW       0.103          0.106          2.5 %                  0.096 (0.010)  0.113 (0.013)  2.9 % (0.2)
+    tree       0.294          0.095          3.8 %                  0.277 (0.014)  0.087 (0.006)  3.8 % (0.1)
 
 Tried: blocks of 4,096 words and more (up to 52 million words/s) learn nothing on so small a text; gradients of the rows
 by autodiff, whose transposed products XLA:CPU computes by slow loops (35 in the place of 16 us a word for trees); a
