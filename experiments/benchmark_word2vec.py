@@ -6,8 +6,8 @@ sentence a line, null for the standard library's sources; `config` fields of `Wo
 out the first step, which compiles.
 
 On the Brown corpus (1.1 million words), gensim 4.4 with 2 workers on the same machine's processor. Two quiet cores of
-an Intel Xeon, jax 0.10.2, 3 epochs: skip-gram with negative sampling 786,000 words/s against 624,000 (1.26), with a tree
-178,000 against 583,000 (0.31), CBOW 1,039,000 against 1,997,000 (0.52). An NVIDIA H100, jax 0.11.2, 5 epochs: skip-gram
+an Intel Xeon, jax 0.10.2, 3 epochs: skip-gram with negative sampling 786,000 words/s against 624,000 (1.26), with a
+tree 178,000 against 583,000 (0.31), CBOW 1,039,000 against 1,997,000 (0.52). An NVIDIA H100, jax 0.11.2, 5 epochs: skip-gram
 19.1 million against 0.54 (with 16 workers 2.16); an H200, 40 epochs against 3 of gensim's, 14.5 against 0.37, CBOW 15.3
 against 1.08 (on both before rows were counted in the block).
 
