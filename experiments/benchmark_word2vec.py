@@ -7,9 +7,9 @@ out the first step, which compiles.
 
 On the Brown corpus (1.1 million words), gensim 4.4 with 2 workers on the same machine's processor. Two quiet cores of
 an Intel Xeon, jax 0.10.2, 3 epochs: skip-gram with negative sampling 786,000 words/s against 624,000 (1.26), with a
-tree 178,000 against 583,000 (0.31), CBOW 1,039,000 against 1,997,000 (0.52). An NVIDIA H100, jax 0.11.2, 5 epochs: skip-gram
-19.1 million against 0.54 (with 16 workers 2.16); an H200, 40 epochs against 3 of gensim's, 14.5 against 0.37, CBOW 15.3
-against 1.08 (on both before rows were counted in the block).
+tree 178,000 against 583,000 (0.31), CBOW 1,039,000 against 1,997,000 (0.52). An NVIDIA H100, jax 0.11.2, 5 epochs:
+skip-gram 19.1 million against 0.54 (with 16 workers 2.16); an H200, 40 epochs against 3 of gensim's, 14.5 against
+0.37, CBOW 15.3 against 1.08 (on both before rows were counted in the block).
 
 After 5 epochs (WordSim-353, SimLex-999, analogies; means of 5 seeds with their spread; CBOW and trees one seed):
     skip-gram  0.250 (0.007)  0.145 (0.004)  2.6 % (0.2)    gensim  0.259 (0.008)  0.157 (0.006)  3.0 % (0.1)
