@@ -50,10 +50,4 @@ def paths(counts: np.ndarray) -> Paths:
         nodes.append(np.where(below, parent[at] - size, 0))
         signs.append(np.where(below, sign[at], 0))
         at = np.where(below, parent[at], root)
-    return Paths(_from_root(nodes).astype(np.int32), _from_root(signs).astype(np.float32))
-
-
-def _from_root(upward: list[np.ndarray]) -> np.ndarray:
-    """Steps `P x [V]` from words to the root, turned around for each word."""
-    steps = np.stack(upward, 1)
-    return steps[:, ::-1]
+    return Paths(np.stack(nodes[::-1], 1).astype(np.int32), np.stack(signs[::-1], 1).astype(np.float32))
