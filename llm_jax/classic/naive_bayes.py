@@ -14,9 +14,7 @@ Source: McCallum and Nigam 1998, "A comparison of event models for naive Bayes t
 """
 
 import dataclasses
-import json
 import math
-import zipfile
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -25,6 +23,7 @@ import scipy.sparse
 import scipy.special
 from etils import epath
 
+from llm_jax.classic import described
 from llm_jax.classic.stored import StoredError
 
 KINDS = ("multinomial", "complement", "bernoulli")
@@ -171,12 +170,7 @@ def predict(model: NaiveBayes, counts_NV: Counts) -> np.ndarray:
 
 def save(model: NaiveBayes, path: epath.PathLike) -> None:
     """Writes `naive_bayes.json` and `naive_bayes.npz` into a folder."""
-    folder = epath.Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "naive_bayes.json").unlink(missing_ok=True)
-    with (folder / "naive_bayes.npz").open("wb") as f:
-        np.savez(f, weights=model.weights_CV, bias=model.bias_C)
-    (folder / "naive_bayes.json").write_text(json.dumps({"kind": model.kind}))  # the last: without it, no model
+    described.write(path, "naive_bayes", {"kind": model.kind}, weights=model.weights_CV, bias=model.bias_C)
 
 
 def load(path: epath.PathLike) -> NaiveBayes:
@@ -185,16 +179,9 @@ def load(path: epath.PathLike) -> NaiveBayes:
     Raises:
       StoredError: for a folder that holds none, or whose files are damaged or do not fit together.
     """
-    folder = epath.Path(path)
-    if not (folder / "naive_bayes.json").is_file():
-        raise StoredError(f"{folder} holds no naive_bayes.json: it is no classifier, or writing it was cut short")
-    try:
-        kind = json.loads((folder / "naive_bayes.json").read_text())["kind"]
-        with (folder / "naive_bayes.npz").open("rb") as f:
-            arrays = np.load(f)
-            weights, bias = arrays["weights"], arrays["bias"]
-    except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as e:
-        raise StoredError(f"{folder}: naive_bayes.json or naive_bayes.npz cannot be read: {e!r}") from None
+    with described.reading(path, "naive_bayes", "classifier") as (about, read):
+        kind, arrays = about["kind"], read()
+        weights, bias = arrays["weights"], arrays["bias"]
     if kind not in KINDS or weights.ndim != 2 or bias.shape != weights.shape[:1]:
-        raise StoredError(f"{folder}: kind {kind!r} with weights {weights.shape} and biases {bias.shape} is no model")
+        raise StoredError(f"{path}: kind {kind!r} with weights {weights.shape} and biases {bias.shape} is no model")
     return NaiveBayes(kind, weights, bias)

@@ -8,15 +8,13 @@ Source: Sparck Jones 1972, "A statistical interpretation of term specificity"; s
 
 import dataclasses
 import functools
-import json
-import zipfile
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import scipy.sparse
 from etils import epath
 
-from llm_jax.classic import counting
+from llm_jax.classic import counting, described
 from llm_jax.classic.stored import StoredError
 from llm_jax.classic.terms import TOKENIZERS, Document, count
 
@@ -201,12 +199,7 @@ def save(model: TfIdf, path: epath.PathLike) -> None:
     about = dataclasses.asdict(model.options) | {"stop_words": sorted(model.options.stop_words)}
     if not isinstance(about["tokenize"], str):
         raise StoredError(f"tokenize={about['tokenize']!r} cannot be saved: give lists of words, and leave it away")
-    folder = epath.Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tfidf.json").unlink(missing_ok=True)
-    with (folder / "tfidf.npz").open("wb") as f:
-        np.savez(f, idf=model.idf)
-    (folder / "tfidf.json").write_text(json.dumps({"options": about, "terms": model.terms}))  # the last
+    described.write(path, "tfidf", {"options": about, "terms": model.terms}, idf=model.idf)
 
 
 def load(path: epath.PathLike) -> TfIdf:
@@ -215,18 +208,10 @@ def load(path: epath.PathLike) -> TfIdf:
     Raises:
       StoredError: for a folder that holds none, or whose files are damaged or do not fit together.
     """
-    folder = epath.Path(path)
-    if not (folder / "tfidf.json").is_file():
-        raise StoredError(f"{folder} holds no tfidf.json: it is no tf-idf, or writing it was cut short")
-    try:
-        about = json.loads((folder / "tfidf.json").read_text())
+    with described.reading(path, "tfidf", "tf-idf") as (about, read):
         given, terms = about["options"], list(about["terms"])
         tuples = {"ngrams": tuple(given["ngrams"]), "stop_words": frozenset(given["stop_words"])}
-        options = Options(**given | tuples)
-        with (folder / "tfidf.npz").open("rb") as f:
-            idf = np.load(f)["idf"]
-    except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as e:
-        raise StoredError(f"{folder}: tfidf.json or tfidf.npz cannot be read: {e!r}") from None
+        options, idf = Options(**given | tuples), read()["idf"]
     if idf.shape != (len(terms),):
-        raise StoredError(f"{folder}: {len(terms):,} terms, but weights of shape {idf.shape}")
+        raise StoredError(f"{path}: {len(terms):,} terms, but weights of shape {idf.shape}")
     return TfIdf(options, terms, idf)
