@@ -30,7 +30,9 @@ from llm_jax.training import metrics, word_vectors
 
 DEFAULT = Word2VecConfig()
 CORPUS: flags.FlagHolder[Any] = flags.DEFINE_string("corpus", None, "Files to learn from; a pattern.")
-INVALID = flags.DEFINE_enum("invalid", "strict", sentences.POLICIES, "What becomes of lines that are no UTF-8.")
+INVALID = flags.DEFINE_enum(
+    "invalid", "strict", sentences.POLICIES, "What becomes of lines, or words, that are no UTF-8."
+)
 MIN_COUNT = flags.DEFINE_integer("min_count", 5, "Rarer words are left out.", lower_bound=1)
 MAX_SIZE = flags.DEFINE_integer("max_vocabulary", None, "Keep so many words, the most frequent.", lower_bound=2)
 MODEL: list[flags.FlagHolder[Any]] = [
@@ -39,16 +41,17 @@ MODEL: list[flags.FlagHolder[Any]] = [
     flags.DEFINE_integer("size", DEFAULT.size, "Width of the vectors."),
     flags.DEFINE_integer("window", DEFAULT.window, "Words on either side, at most."),
     flags.DEFINE_bool("dynamic", DEFAULT.dynamic, "Draw each window from 1 to --window."),
-    flags.DEFINE_integer("negatives", DEFAULT.negatives, "Negative words a pair."),
-    flags.DEFINE_float("exponent", DEFAULT.exponent, "Of the counts that negatives are drawn by."),
+    flags.DEFINE_integer("negatives", DEFAULT.negatives, "Negative words a pair, of negative sampling."),
+    flags.DEFINE_integer("shared", DEFAULT.shared, "Words drawn for 32 centres, of negative sampling and sampled."),
+    flags.DEFINE_float("exponent", DEFAULT.exponent, "Of the counts that words are drawn by."),
     flags.DEFINE_float("sample", DEFAULT.sample, "Frequency above which words are left out at random; 0 keeps all."),
     flags.DEFINE_enum("subsampling", DEFAULT.subsampling, noise.FORMULAS, "Formula of --sample."),
-    flags.DEFINE_integer("block", DEFAULT.block, "Words whose gradient is taken at once; 0 chooses."),
+    flags.DEFINE_integer("block", DEFAULT.block, "Words whose gradient is taken at once; a GPU wants about 1,024."),
     flags.DEFINE_integer("blocks", DEFAULT.blocks, "Blocks a step."),
 ]
 EPOCHS = flags.DEFINE_integer("epochs", 5, "Times through the corpus.")
 RATE = flags.DEFINE_float("learning_rate", 0.025, "At the beginning; it falls along a line.")
-SEED = flags.DEFINE_integer("seed", 1, "Of everything that is drawn.")
+SEED = flags.DEFINE_integer("seed", 1, "Of everything that is drawn.", lower_bound=0)
 WORKDIR: flags.FlagHolder[Any] = flags.DEFINE_string("workdir", None, "Folder of the run; OUT.run by default.")
 FORMAT = flags.DEFINE_enum("format", "word2vec", ["word2vec", "word2vec_binary", "glove"], "Of the vectors written.")
 OUT: flags.FlagHolder[Any] = flags.DEFINE_string("out", None, "File of vectors, or of a plot.")
@@ -63,7 +66,11 @@ TOP = flags.DEFINE_integer("top", 10, "How many.", lower_bound=1)
 PLANE = flags.DEFINE_enum("plane", "pca", ["pca", "tsne"], "How the plot's plane is found.")
 JSON_OUT: flags.FlagHolder[Any] = flags.DEFINE_string("json", None, "Write the numbers to this file.")
 
-READ = [VECTORS, LIMIT]
+READ = [VECTORS, LIMIT, INVALID]
+LOSSES = {
+    "negatives": ("negative_sampling",),
+    **dict.fromkeys(("shared", "exponent"), ("negative_sampling", "sampled")),
+}
 COMMANDS: dict[str, list[flags.FlagHolder[Any]]] = {
     "train": [CORPUS, INVALID, MIN_COUNT, MAX_SIZE, *MODEL, EPOCHS, RATE, SEED, WORKDIR, FORMAT, OUT],
     "evaluate": [*READ, TESTS, ANSWERS, METHOD, JSON_OUT],
@@ -84,10 +91,32 @@ def _write(found: Any) -> None:
         epath.Path(JSON_OUT.value).write_text(json.dumps(found, indent=2))
 
 
+def _config() -> Word2VecConfig:
+    values = {flag.name: flag for flag in MODEL}
+    loss = values["loss"].value
+    for name, losses in LOSSES.items():
+        if values[name].present and loss not in losses:
+            raise ValueError(f"--{name} is of --loss={' and '.join(losses)}, not of {loss}")
+    if values["subsampling"].present and not values["sample"].value:
+        raise ValueError("--subsampling has no effect with --sample=0")
+    return Word2VecConfig(**{name: flag.value for name, flag in values.items()})
+
+
+def _about() -> dict[str, Any]:
+    """What training wrote of the vectors that are read now."""
+    path = _beside(VECTORS.value)
+    known = json.loads(path.read_text()) if path.exists() else {}
+    return known if known.get("bytes") == epath.Path(VECTORS.value).stat().length else {}
+
+
+def _beside(vectors: str) -> epath.Path:
+    return epath.Path(f"{vectors}.training.json")
+
+
 def train() -> None:
     """Reads, trains, writes vectors and, beside them, how fast that was."""
     _need(CORPUS, OUT)
-    config = Word2VecConfig(**{flag.name: flag.value for flag in MODEL})
+    config = _config()
     schedule = word_vectors.Schedule(EPOCHS.value, RATE.value, min(RATE.value, 1e-4), SEED.value)
     reader = sentences.Reader(sorted(glob.glob(CORPUS.value)) or [CORPUS.value], INVALID.value)
     words, text = word_vectors.read(reader, MIN_COUNT.value, MAX_SIZE.value)
@@ -99,9 +128,10 @@ def train() -> None:
     table = word_vectors.train(config, schedule, text, workdir)
     files.write(OUT.value, words, table, FORMAT.value)
     rates = [r["train/tokens_per_second"] for r in metrics.read_metrics(workdir) if "train/tokens_per_second" in r]
-    about = {"words_per_second": statistics.median(rates) if rates else None, "epochs": EPOCHS.value}
-    epath.Path(f"{OUT.value}.json").write_text(json.dumps(about))
-    speed = f", {about['words_per_second']:,.0f} words a second" if rates else ""
+    rate = statistics.median(rates) if rates else None
+    about = {"words_per_second": rate, "epochs": EPOCHS.value, "bytes": epath.Path(OUT.value).stat().length}
+    _beside(OUT.value).write_text(json.dumps(about))
+    speed = f", {rate:,.0f} words a second" if rates else ""
     print(f"{len(words):,} vectors of {config.size} numbers in {OUT.value}{speed}")
 
 
@@ -119,9 +149,8 @@ def evaluate(vectors: WordVectors) -> None:
     for name, part in (("all", r.total), ("semantic", r.semantic), ("syntactic", r.syntactic), *r.sections.items()):
         print(f"analogies, {name}: {part.correct:,} of {part.asked:,} ({part.share:.2%}), {part.missing:,} unknown")
     found["analogies"] = None if math.isnan(r.total.share) else r.total.share
-    about = epath.Path(f"{VECTORS.value}.json")
-    if about.exists():
-        found["words_per_second"] = json.loads(about.read_text())["words_per_second"]
+    if rate := _about().get("words_per_second"):
+        found["words_per_second"] = rate
     _write(found)
 
 
@@ -150,6 +179,7 @@ def plot(vectors: WordVectors) -> None:
     _need(WORDS, OUT)
     rows = vectors.unit[[vectors.row(w) for w in WORDS.value]]
     plots.draw(WORDS.value, {"pca": plots.pca, "tsne": plots.tsne}[PLANE.value](rows), OUT.value)
+    print(f"{len(WORDS.value)} words in {OUT.value}")
 
 
 def main(command: str) -> None:
@@ -158,7 +188,7 @@ def main(command: str) -> None:
         train()
         return
     _need(VECTORS)
-    words, table = files.read(VECTORS.value, limit=LIMIT.value)
+    words, table = files.read(VECTORS.value, limit=LIMIT.value, invalid=INVALID.value)
     commands = {"evaluate": evaluate, "nearest": nearest, "analogy": analogy, "plot": plot}
     commands[command](WordVectors(words, np.asarray(table)))
 

@@ -21,6 +21,7 @@ class Windows:
 
     Attributes:
       steps: of all epochs.
+      reach: words on either side of a tile: the window, or less where no sentence is as long.
     """
 
     def __init__(
@@ -37,18 +38,24 @@ class Windows:
           seed: of what stays.
 
         Raises:
-          ValueError: where no word stays.
+          ValueError: where no word stays, or no sentence has two words.
         """
         self.config, self.text, self.sentences, self.keep, self.seed = config, text, sentences, keep, seed
         self.pieces = -(-len(text) // PIECE)
         if not len(text):
             raise ValueError("no word of the text is in the vocabulary: take a smaller min_count")
+        edges = np.flatnonzero(np.diff(sentences)) + 1
+        self.reach = min(config.window, int(np.diff(edges, prepend=0, append=len(text)).max()) - 1)
+        if not self.reach:
+            raise ValueError(
+                "no sentence of the text has two words of the vocabulary: there are no pairs to learn from"
+            )
         sizes = [int(self._stays(i).sum()) for i in range(self.pieces * epochs)]
         self.ends = np.cumsum(sizes)
         total = int(self.ends[-1])
         if not total:
             raise ValueError(f"sample={config.sample} leaves no word of the text: take a larger one, or 0")
-        self.steps = -(-total // (config.block_words * config.blocks))
+        self.steps = -(-total // (config.block * config.blocks))
         self._step = 0
         self._cache: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._pool = ThreadPoolExecutor(1)  # makes the next batch meanwhile; nobody else touches the cache
@@ -92,7 +99,7 @@ class Windows:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        """`words` and `sentences`, int32 `[blocks, tiles, L + 2 W]`; behind the last step the first ones again."""
+        """`words` and `sentences`, int32 `[blocks, tiles, L + 2 reach]`; behind the last step the first ones again."""
         step, ready = self._step, self._next
         batch = ready[1] if ready is not None and ready[0] == step else self._pool.submit(self._batch, step)
         self._step, self._next = step + 1, (step + 1, self._pool.submit(self._batch, step + 1))
@@ -100,9 +107,9 @@ class Windows:
 
     def _batch(self, step: int) -> dict[str, np.ndarray]:
         c = self.config
-        centres, width = c.block_words * c.blocks, c.length + 2 * c.window
+        centres, width = c.block * c.blocks, c.length + 2 * self.reach
         begin = step % self.steps * centres
-        span = self._span(begin - c.window, begin + centres + c.window)
+        span = self._span(begin - self.reach, begin + centres + self.reach)
         rows = [sliding_window_view(x, width)[:: c.length].reshape(c.blocks, c.tiles, width) for x in span]
         return dict(zip(("words", "sentences"), rows, strict=True))
 

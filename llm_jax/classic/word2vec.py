@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.classic import huffman, noise
+from llm_jax.classic.tiles import Tiles, band, draw_windows
 
 ARCHITECTURES = ("skip_gram", "cbow")
 LOSSES = ("negative_sampling", "hierarchical", "sampled", "full")
@@ -36,12 +37,12 @@ class Word2VecConfig:
       window: W, words on either side at most.
       dynamic: the window of every centre is drawn from 1..W, so that near words count more.
       negatives: negative words a pair.
-      shared: S, words drawn a tile, of negative_sampling and sampled; weighted to stand for `negatives` a pair.
+      shared: S, words drawn a tile, of negative_sampling and sampled; there weighted to stand for `negatives` a pair.
       exponent: of the counts that negatives are drawn by.
       sample: see `noise.keep_probabilities`; 0 keeps every word.
       subsampling: formula of it.
-      tile: L; 0 takes 32, of hierarchical 8, since a centre has many nodes, of full the block.
-      block: words whose gradient is taken at once; 0 takes 1,024, of hierarchical 256: all pairs hold its upper nodes.
+      tile: L; 0 takes 32, of hierarchical 8, since a centre has many nodes.
+      block: words whose gradient is taken at once.
       blocks: a step.
       row_rate: most that the learning rate times a row's terms in a block may be (a pair has one term and one a
         negative, or one a node); rows with more move by so many times their mean gradient. A sum of many that are taken
@@ -54,13 +55,13 @@ class Word2VecConfig:
     window: int = 5
     dynamic: bool = True
     negatives: int = 5
-    shared: int = 32
+    shared: int = 64
     exponent: float = 0.75
     sample: float = 1e-3
     subsampling: str = "program"
     tile: int = 0
-    block: int = 0
-    blocks: int = 64
+    block: int = 256
+    blocks: int = 256
     row_rate: float = 2.0
 
     def __post_init__(self) -> None:
@@ -68,29 +69,25 @@ class Word2VecConfig:
         for name, choices in (("architecture", ARCHITECTURES), ("loss", LOSSES), ("subsampling", noise.FORMULAS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(choices)}")
-        for name in ("size", "window", "negatives", "shared", "blocks"):
+        for name in ("size", "window", "negatives", "shared", "block", "blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not np.isfinite(self.exponent):
+            raise ValueError(f"exponent={self.exponent} must be a finite number")
         if not self.row_rate > 0:
             raise ValueError(f"row_rate={self.row_rate} must be positive")
-        if min(self.tile, self.block) < 0 or self.block_words % self.length:
+        if self.tile < 0 or self.block % self.length:
             raise ValueError(f"block={self.block} must be a multiple of tile={self.length}")
-
-    @property
-    def block_words(self) -> int:
-        """Of a block."""
-        return self.block or (256 if self.loss == "hierarchical" else 1024)
 
     @property
     def length(self) -> int:
         """L."""
-        usual = {"hierarchical": 8, "full": self.block_words}.get(self.loss, 32)
-        return self.tile or min(usual, self.block_words)
+        return self.tile or min(8 if self.loss == "hierarchical" else 32, self.block)
 
     @property
     def tiles(self) -> int:
         """B, of a block."""
-        return self.block_words // self.length
+        return self.block // self.length
 
 
 class Known(NamedTuple):
@@ -128,35 +125,6 @@ def init(config: Word2VecConfig, size: int, key: jax.Array) -> dict[str, jax.Arr
     return {"context": context, "predicted": jnp.zeros((rows, config.size))}
 
 
-class Tiles(NamedTuple):
-    """Tiles of text, with their surroundings.
-
-    Attributes:
-      words: int32 `[B, M]`, M = L + 2 W.
-      sentences: the sentence of each, int32; -1 where there is no word.
-      windows: of the centres, int32 `[B, L]`.
-    """
-
-    words: jax.Array
-    sentences: jax.Array
-    windows: jax.Array
-
-    def centres(self, x: jax.Array) -> jax.Array:
-        """Of words, those in the middle: `[..., M]` to `[..., L]`."""
-        length = self.windows.shape[-1]
-        reach = (self.words.shape[-1] - length) // 2
-        return x[..., reach : reach + length]
-
-
-def band(tile: Tiles) -> jax.Array:
-    """Which words are in the window of which centre of one tile: float32 `[L, M]`."""
-    length, width = len(tile.windows), len(tile.words)
-    distance = jnp.abs(jnp.arange(length)[:, None] + (width - length) // 2 - jnp.arange(width)[None, :])
-    near = (distance > 0) & (distance <= tile.windows[:, None])
-    own = tile.centres(tile.sentences)[:, None]
-    return (near & (own == tile.sentences[None, :]) & (own >= 0)).astype(jnp.float32)
-
-
 class Touched(NamedTuple):
     """Rows that tiles touch.
 
@@ -171,14 +139,10 @@ class Touched(NamedTuple):
     drawn: Any
 
 
-def touched(config: Word2VecConfig, tiles: Tiles, key: jax.Array, known: Known, size: int) -> Touched:
-    """Finds them, and draws words from `key`."""
-    centres_BL = tiles.centres(tiles.words)
-    if config.loss == "hierarchical":
-        return Touched(tiles.words, known.nodes[centres_BL], None)
-    if config.loss == "full":
-        return Touched(tiles.words, centres_BL, jnp.arange(size))
-    return Touched(tiles.words, centres_BL, noise.draw(key, known.cumulative, (len(centres_BL), config.shared)))
+def touched(config: Word2VecConfig, tiles: Tiles, drawn: Any, known: Known) -> Touched:
+    """Finds them; `drawn` as there."""
+    of_tree = config.loss == "hierarchical"
+    return Touched(tiles.words, known.nodes[tiles.centres] if of_tree else tiles.centres, drawn)
 
 
 class _Scores(NamedTuple):
@@ -221,11 +185,20 @@ def _scores(config: Word2VecConfig, h: jax.Array, rows: Touched) -> _Scores:
     return _Scores(own, None if rows.drawn is None else h @ rows.drawn.T)
 
 
+@jax.custom_jvp
+def _softplus(x: jax.Array) -> jax.Array:
+    """With a slope of one exponential, where JAX's takes the softplus itself."""
+    return jax.nn.softplus(x)
+
+
+_softplus.defjvps(lambda dx, _, x: jax.nn.sigmoid(x) * dx)
+
+
 def _logistic(config: Word2VecConfig, scores: _Scores, weights_LK: jax.Array, against_LS: jax.Array) -> jax.Array:
     """Negative sampling; a drawn word stands for `negatives` / S of each pair that it is not the centre of."""
     counts = weights_LK * against_LS if _is_mean(config) else _turned(weights_LK) @ against_LS
-    against = config.negatives / config.shared * jnp.sum(counts * jax.nn.softplus(scores.drawn))
-    return jnp.sum(weights_LK * jax.nn.softplus(-scores.own)) + against
+    against = config.negatives / config.shared * jnp.sum(counts * _softplus(scores.drawn))
+    return jnp.sum(weights_LK * _softplus(-scores.own)) + against
 
 
 def _softmax(
@@ -253,7 +226,7 @@ def _softmax(
 def _tree(scores: _Scores, weights_LK: jax.Array, signs_LP: jax.Array) -> jax.Array:
     """One logistic decision a node."""
     signs = signs_LP[:, :, None]
-    return jnp.sum(weights_LK[:, None, :] * jnp.abs(signs) * jax.nn.softplus(-signs * scores.own))
+    return jnp.sum(weights_LK[:, None, :] * jnp.abs(signs) * _softplus(-signs * scores.own))
 
 
 def _loss(
@@ -274,12 +247,12 @@ def loss(config: Word2VecConfig, rows: Touched, tile: Tiles, drawn_S: Any, known
     Args:
       config: of the model.
       rows: vectors of what it touches: `[M, D]`; `[L, D]` or `[L, P, D]`; `[S, D]`.
-      tile: words `[M]`, sentences, windows `[L]`.
+      tile: words `[M]`, near `[L, M]`.
       drawn_S: which words were drawn.
       known: see `Known`.
     """
-    h, weights_LK = _predictors(config, rows.context, band(tile))
-    return _loss(config, _scores(config, h, rows), weights_LK, tile.centres(tile.words), drawn_S, known)
+    h, weights_LK = _predictors(config, rows.context, tile.near)
+    return _loss(config, _scores(config, h, rows), weights_LK, tile.centres, drawn_S, known)
 
 
 def gradient(config: Word2VecConfig, rows: Touched, tile: Tiles, drawn_S: Any, known: Known) -> Touched:
@@ -287,10 +260,9 @@ def gradient(config: Word2VecConfig, rows: Touched, tile: Tiles, drawn_S: Any, k
 
     Only the slopes of scores are left to autodiff, whose products of rows have their first factor across (`_turned`).
     """
-    band_LM = band(tile)
-    h, weights_LK = _predictors(config, rows.context, band_LM)
+    h, weights_LK = _predictors(config, rows.context, tile.near)
     scores = _scores(config, h, rows)
-    slopes = jax.grad(lambda s: _loss(config, s, weights_LK, tile.centres(tile.words), drawn_S, known))(scores)
+    slopes = jax.grad(lambda s: _loss(config, s, weights_LK, tile.centres, drawn_S, known))(scores)
     x = rows.predicted
     if not _is_mean(config):
         own = slopes.own.reshape(-1, len(h))
@@ -302,7 +274,20 @@ def gradient(config: Word2VecConfig, rows: Touched, tile: Tiles, drawn_S: Any, k
     d_drawn = None
     if rows.drawn is not None:
         d_h, d_drawn = d_h + slopes.drawn @ rows.drawn, _turned(slopes.drawn) @ h
-    return Touched(_turned(band_LM) @ d_h if _is_mean(config) else d_h, d_x, d_drawn)
+    return Touched(_turned(tile.near) @ d_h if _is_mean(config) else d_h, d_x, d_drawn)
+
+
+def terms(config: Word2VecConfig, tile: Tiles, drawn_S: Any, known: Known) -> Touched:
+    """How many terms of a tile's loss each row stands in: `[M]`; `[L]` or `[L, P]`; `[S]`."""
+    pairs_L = jnp.max(tile.near, axis=-1) if _is_mean(config) else jnp.sum(tile.near, axis=-1)
+    if config.loss == "hierarchical":
+        steps_LP = jnp.abs(known.signs[tile.centres])
+        return Touched(jnp.sum(steps_LP, axis=-1) @ tile.near, steps_LP * pairs_L[:, None], None)
+    logistic = config.loss == "negative_sampling"
+    each = 1 + config.negatives if logistic else 2  # of a softmax: its label, and the rest
+    drawn = jnp.sum(pairs_L) * (config.negatives if logistic else 1) / len(drawn_S)
+    own_L = pairs_L if logistic else 2 * pairs_L
+    return Touched(each * jnp.sum(tile.near, axis=0), own_L, jnp.full(len(drawn_S), drawn))
 
 
 def over_tiles(function: Any, config: Word2VecConfig, rows: Touched, tiles: Tiles, at: Touched, known: Known) -> Any:
@@ -319,45 +304,50 @@ def rows_of(tables: dict[str, jax.Array], at: Touched) -> Touched:
     return Touched(context[at.context], predicted[at.predicted], None if at.drawn is None else predicted[at.drawn])
 
 
-def terms(config: Word2VecConfig, rows: Touched, tile: Tiles, drawn_S: Any, known: Known) -> Touched:
-    """How many terms of a tile's loss each row stands in: `[M]`; `[L]` or `[L, P]`; `[S]`."""
-    del rows
-    band_LM = band(tile)
-    pairs_L = jnp.max(band_LM, axis=-1) if _is_mean(config) else jnp.sum(band_LM, axis=-1)
-    if config.loss == "hierarchical":
-        steps_LP = jnp.abs(known.signs[tile.centres(tile.words)])
-        return Touched(jnp.sum(steps_LP, axis=-1) @ band_LM, steps_LP * pairs_L[:, None], None)
-    logistic = config.loss == "negative_sampling"
-    each = 1 + config.negatives if logistic else 2  # of a softmax: its label, and the rest
-    drawn = jnp.sum(pairs_L) * (config.negatives if logistic else 1) / len(drawn_S)
-    own_L = pairs_L if logistic else 2 * pairs_L
-    return Touched(each * jnp.sum(band_LM, axis=0), own_L, jnp.full(len(drawn_S), drawn))
-
-
 def update(
     config: Word2VecConfig, tables: dict[str, jax.Array], tiles: Tiles, at: Touched, known: Known, rate: jax.Array
 ) -> dict[str, jax.Array]:
     """A step of gradient descent on the rows that a block touches."""
     context, predicted = tables["context"], tables["predicted"]
     rows = rows_of(tables, at)
-    grads, counts = (over_tiles(f, config, rows, tiles, at, known) for f in (gradient, terms))
+    counted = lambda config, rows, *tile: terms(config, *tile)
+    grads, counts = (over_tiles(f, config, rows, tiles, at, known) for f in (gradient, counted))
     if config.loss == "full":  # all tiles drew the same words
         grads, counts = (x._replace(drawn=jnp.sum(x.drawn, axis=0)) for x in (grads, counts))
 
     def descend(table: jax.Array, *touched: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        total = jnp.zeros(len(table))
-        for index, _, count in touched:
-            total = total.at[index].add(count)
+        flat = ((i.ravel(), g.reshape(-1, config.size), n.ravel()) for i, g, n in touched)
+        index, grad, count = (jnp.concatenate(x) for x in zip(*flat, strict=True))
+        total = jnp.zeros(len(table)).at[index].add(count)
         scale = jnp.minimum(rate, config.row_rate / jnp.maximum(total, 1))
-        for index, grad, _ in touched:
-            table = table.at[index].add(-scale[index][..., None] * grad)
-        return table
+        return table.at[index].add(-scale[index, None] * grad)
 
     chosen = [(at.predicted, grads.predicted, counts.predicted)]
     if at.drawn is not None:
         chosen.append((at.drawn, grads.drawn, counts.drawn))
     context = descend(context, (at.context, grads.context, counts.context))
     return {"context": context, "predicted": descend(predicted, *chosen)}
+
+
+def draw(config: Word2VecConfig, key: jax.Array, known: Known, shape: tuple[int, ...]) -> tuple[jax.Array, Any]:
+    """(windows of centres, int32 `[..., L]`; `Touched.drawn` of tiles, `[..., S]`) for tiles of `shape`.
+
+    All of a step's at once: a device draws few numbers in as much time as many.
+    """
+    window_key, draw_key = jax.random.split(key)
+    windows = draw_windows(window_key, (*shape, config.length), config.window, config.dynamic)
+    if config.loss == "hierarchical":
+        return windows, None
+    if config.loss == "full":
+        words = jnp.arange(len(known.log_expected))
+        return windows, jnp.broadcast_to(words, (shape[0], len(words)))
+    return windows, noise.draw(draw_key, known.cumulative, (*shape, config.shared))
+
+
+def mean_loss(config: Word2VecConfig, tables: dict[str, jax.Array], tiles: Tiles, at: Touched, known: Known) -> Any:
+    """Of a pair."""
+    pairs = jnp.sum(jnp.any(tiles.near > 0, axis=-1) if _is_mean(config) else tiles.near)
+    return jnp.sum(over_tiles(loss, config, rows_of(tables, at), tiles, at, known)) / jnp.maximum(pairs, 1)
 
 
 def run_blocks(
@@ -368,7 +358,7 @@ def run_blocks(
     Args:
       config: of the model.
       tables: see `init`.
-      batch: `words` and `sentences`, int32 `[blocks, B, L + 2 W]`.
+      batch: `words` and `sentences`, int32 `[blocks, B, M]`; M may be less than L + 2 W where sentences are short.
       key: of what is drawn.
       known: see `Known`.
       rates: learning rate of each block.
@@ -376,26 +366,13 @@ def run_blocks(
     Returns:
       (new tables; mean loss of a pair of the first block, before its step).
     """
-    count = len(rates)
+    windows, drawn = draw(config, key, known, batch["words"].shape[:2])
 
-    def block(carry, x):
-        tables, before = carry
-        words, sentences, rate, key, is_first = x
-        window_key, draw_key = jax.random.split(key)
-        shape = (words.shape[0], words.shape[1] - 2 * config.window)
-        windows = jnp.full(shape, config.window)
-        if config.dynamic:
-            windows = jax.random.randint(window_key, shape, 1, config.window + 1, jnp.int32)
-        tiles = Tiles(words, sentences, windows)
-        at = touched(config, tiles, draw_key, known, len(tables["predicted"]))
+    def block(words, sentences, windows, drawn):
+        tiles = Tiles(words, jax.lax.optimization_barrier(band(sentences, windows)))
+        return tiles, touched(config, tiles, drawn, known)
 
-        def mean() -> jax.Array:
-            near = jax.vmap(band)(tiles)
-            pairs = jnp.sum(jnp.any(near > 0, axis=-1) if _is_mean(config) else near)
-            return jnp.sum(over_tiles(loss, config, rows_of(tables, at), tiles, at, known)) / jnp.maximum(pairs, 1)
-
-        value = jax.lax.cond(is_first, mean, lambda: before)
-        return (update(config, tables, tiles, at, known, rate), value), None
-
-    xs = batch["words"], batch["sentences"], rates, jax.random.split(key, count), jnp.arange(count) == 0
-    return jax.lax.scan(block, (tables, jnp.float32(0)), xs)[0]
+    xs = batch["words"], batch["sentences"], windows, drawn
+    value = mean_loss(config, tables, *block(*jax.tree.map(lambda x: x[0], xs)), known)
+    step = lambda tables, x: (update(config, tables, *block(*x[0]), known, x[1]), None)
+    return jax.lax.scan(step, tables, (xs, rates))[0], value

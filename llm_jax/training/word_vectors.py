@@ -47,10 +47,10 @@ class Schedule:
         """Checks ranges."""
         if self.epochs < 1:
             raise ValueError(f"epochs={self.epochs} must be at least 1")
-        if not 0 <= self.last_rate <= self.rate < float("inf"):
-            raise ValueError(
-                f"learning_rate={self.rate} must be a number, and the last one, {self.last_rate}, not above it"
-            )
+        if not 0 < self.rate < float("inf"):
+            raise ValueError(f"learning_rate={self.rate} must be a positive number")
+        if not 0 <= self.last_rate <= self.rate:
+            raise ValueError(f"last_rate={self.last_rate} must be from 0 to learning_rate={self.rate}")
 
 
 class Text(NamedTuple):

@@ -1,10 +1,12 @@
 """Tiles of a sub-sampled text."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import scipy.stats
 
-from llm_jax.classic import windows
+from llm_jax.classic import tiles, windows
 from llm_jax.classic.word2vec import Word2VecConfig
 
 CONFIG = Word2VecConfig(window=2, tile=4, block=8, blocks=3)  # 24 words a step
@@ -82,3 +84,16 @@ def test_nothing_to_see(text):
         windows.Windows(CONFIG, empty, empty, np.ones(3, np.float32), 1, seed=0)
     with pytest.raises(ValueError, match="leaves no word of the text: take a larger one, or 0"):
         windows.Windows(CONFIG, *text, np.zeros(50, np.float32), 1, seed=0)
+    with pytest.raises(ValueError, match="no sentence of the text has two words"):
+        windows.Windows(CONFIG, text[0], np.arange(1000, dtype=np.int32), np.ones(50, np.float32), 1, seed=0)
+
+
+def test_no_tile_is_wider_than_sentences(text):
+    """A window beyond all of them sees them whole."""
+    words, sentences = text[0], np.repeat(np.arange(250, dtype=np.int32), 4)
+    config = dataclasses.replace(CONFIG, window=10**6)
+    loader = windows.Windows(config, words, sentences, np.ones(50, np.float32), 1, seed=3)
+    batch = next(loader)
+    assert loader.reach == 3 and batch["words"].shape == (3, 2, 4 + 2 * 3)
+    near = tiles.band(batch["sentences"], np.full((3, 2, 4), 10**6))
+    np.testing.assert_array_equal(near.sum(-1), 3)

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.stats
 
 from llm_jax.classic import huffman, noise, word2vec
-from llm_jax.classic.word2vec import Tiles, Word2VecConfig
+from llm_jax.classic.tiles import Tiles, band
+from llm_jax.classic.word2vec import Word2VecConfig
 from llm_jax.nn import output
 from llm_jax.nn.output import Head
 
@@ -23,7 +23,7 @@ SENTENCES = np.repeat([-1, 0, 1, -1], [2, 6, 6, 2]).astype(np.int32)
 WINDOWS = RNG.integers(1, W + 1, (B, L)).astype(np.int32)
 DRAWN = RNG.integers(0, V, (B, S)).astype(np.int32)
 tiles_of = lambda x: np.stack([x[i : i + L + 2 * W] for i in range(0, L * B, L)])
-TILES = Tiles(tiles_of(TEXT), tiles_of(SENTENCES), WINDOWS)
+TILES = Tiles(tiles_of(TEXT), band(tiles_of(SENTENCES), WINDOWS))
 KINDS = [(a, loss) for a in word2vec.ARCHITECTURES for loss in word2vec.LOSSES]
 
 
@@ -59,8 +59,8 @@ def one_loss(loss, h, centre, drawn, tree):
 
 
 def touched(config, known):
-    at = word2vec.touched(config, TILES, jax.random.key(0), known, V)
-    return at._replace(drawn=DRAWN) if config.loss in ("negative_sampling", "sampled") else at
+    drawn = {"hierarchical": None, "full": jnp.arange(V)}.get(config.loss, DRAWN)
+    return word2vec.touched(config, TILES, drawn, known)
 
 
 def undivided(config, context_MD, band_LM, predictors=word2vec._predictors):
@@ -147,32 +147,6 @@ def test_the_output_layers_of_language_models_say_the_same():
     np.testing.assert_allclose(sums, 1, rtol=1e-6)
 
 
-def test_near_words_count_more():
-    """Pairs at distance d are in (W - d + 1) / W of the windows."""
-    config = Word2VecConfig(window=4, tile=8, block=4000, blocks=1, size=1)
-    words = np.zeros((1, 500, 16), np.int32)
-    seen = {}
-
-    def spy(config, tables, tiles, at, known, rate):
-        seen["band"] = jax.vmap(word2vec.band)(tiles)
-        return tables
-
-    known = word2vec.known(config, COUNTS)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(word2vec, "update", spy)
-        batch = {"words": words, "sentences": words}
-        tables = word2vec.init(config, V, jax.random.key(0))
-        with jax.disable_jit():
-            word2vec.run_blocks(config, tables, batch, jax.random.key(1), known, jnp.zeros(1))
-    near = np.asarray(seen["band"])
-    for distance in range(1, 5):
-        counts = [near[:, i, i + 4 + side * distance].sum() for i in range(8) for side in (-1, 1)]
-        p = scipy.stats.binomtest(int(sum(counts[::2])), 4000, (4 - distance + 1) / 4).pvalue
-        assert p > 1e-3
-        assert counts[::2] == counts[1::2]
-    assert near[:, np.arange(8), np.arange(8) + 4].sum() == 0
-
-
 @pytest.mark.parametrize(("architecture", "loss"), KINDS)
 def test_rows_of_many_terms_move_by_their_mean(architecture, loss):
     """Counted by loops over pairs."""
@@ -205,11 +179,27 @@ def test_rows_of_many_terms_move_by_their_mean(architecture, loss):
         np.testing.assert_allclose(bounded[name] - table, (free[name] - table) * scale, rtol=1e-4, atol=1e-6)
 
 
+def test_what_is_drawn():
+    """Windows alike from 1 to W, words by their noise, for every tile anew; all words of a full softmax."""
+    config = config_of("skip_gram", "sampled")
+    windows, drawn = word2vec.draw(config, jax.random.key(0), word2vec.known(config, COUNTS), (200, B))
+    assert windows.shape == (200, B, L) and drawn.shape == (200, B, S)
+    np.testing.assert_allclose(np.mean(np.asarray(windows) == 1), 1 / W, atol=0.03)
+    share = np.bincount(np.ravel(drawn), minlength=V) / drawn.size
+    np.testing.assert_allclose(share, noise.shares(COUNTS), atol=0.03)
+    assert len(np.unique(np.asarray(drawn).reshape(-1, S), axis=0)) > 500
+    config = dataclasses.replace(config, dynamic=False, loss="full")
+    windows, drawn = word2vec.draw(config, jax.random.key(0), word2vec.known(config, COUNTS), (2, B))
+    assert (windows == W).all() and (drawn == np.arange(V)[None]).all() and drawn.shape == (2, V)
+
+
 BAD = {
     "architecture='bow' is none of skip_gram, cbow": dict(architecture="bow"),
     "loss='softmax' is none of negative_sampling": dict(loss="softmax"),
     "window=0 must be at least 1": dict(window=0),
     "size=0 must be at least 1": dict(size=0),
+    "exponent=nan must be a finite number": dict(exponent=float("nan")),
+    "block=0 must be at least 1": dict(block=0),
     "block=1000 must be a multiple of tile=32": dict(block=1000),
 }
 

@@ -59,6 +59,27 @@ def test_evaluation(folder, capsys):
     assert "analogies, syntactic: 0 of 0 (nan%), 1 unknown" in shown
 
 
+def test_results_and_speed_are_files_of_their_own(folder, capsys):
+    """Whatever lies beside vectors; and vectors from elsewhere under the same name have no speed."""
+    words, table = vectors.read(folder / "vectors.txt")
+    path = folder / "other.txt"
+    vectors.write(path, words[:-1], table[:-1])
+    (folder / "other.txt.training.json").write_text((folder / "vectors.txt.training.json").read_text())
+    for _ in range(2):
+        call("word2vec", "evaluate", f"--vectors={path}", f"--tests={folder}", f"--json={path}.json")
+        assert set(json.loads((folder / "other.txt.json").read_text())) == {"wordsim353", "simlex999", "analogies"}
+
+
+def test_words_that_are_no_utf8(folder, capsys):
+    path = folder / "latin.txt"
+    path.write_bytes(b"2 2\nol\xe9 1 2\nhat 3 4\n")
+    with pytest.raises(VectorsError, match="invalid=skip"):
+        call("word2vec", "nearest", f"--vectors={path}", "--word=hat")
+    with pytest.warns(UserWarning, match="1 words were no UTF-8"):
+        call("word2vec", "nearest", f"--vectors={path}", "--word=hat", "--invalid=replace")
+    assert capsys.readouterr().out == "0.9839 ol\ufffd\n"
+
+
 def test_answers(folder, capsys):
     read = f"--vectors={folder}/vectors.txt"
     call("word2vec", "nearest", read, "--word=cat", "--top=3", f"--json={folder}/nearest.json")
@@ -78,7 +99,22 @@ BAD = [
     (
         ("train", "--corpus={}/0.txt", "--out=x", "--learning_rate=nan"),
         ValueError,
-        "learning_rate=nan must be a number",
+        "learning_rate=nan must be a positive number",
+    ),
+    (
+        ("train", "--corpus={}/0.txt", "--out=x", "--loss=sampled", "--negatives=3"),
+        ValueError,
+        "--negatives is of --loss=negative_sampling, not of sampled",
+    ),
+    (
+        ("train", "--corpus={}/0.txt", "--out=x", "--loss=full", "--exponent=0.5"),
+        ValueError,
+        "--exponent is of --loss=negative_sampling and sampled, not of full",
+    ),
+    (
+        ("train", "--corpus={}/0.txt", "--out=x", "--subsampling=paper", "--sample=0"),
+        ValueError,
+        "--subsampling has no effect with --sample=0",
     ),
     (("train", "--corpus={}/0.txt", "--out=x", "--size=0"), ValueError, "size=0 must be at least 1"),
     (("train", "--corpus={}/0.txt", "--out=x", "--block=100"), ValueError, "block=100 must be a multiple of tile=32"),

@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 
 from llm_jax.classic import huffman, noise, word2vec
-from llm_jax.classic.word2vec import Tiles, Word2VecConfig
+from llm_jax.classic.tiles import Tiles, band
+from llm_jax.classic.word2vec import Word2VecConfig
 
 gensim = pytest.importorskip("gensim.models", reason="gensim is not installed")
 D, S, RATE = 8, 1, 0.025  # with more draws a word may come twice, and the second one sees the first move
 WORDS = [f"w{i}" for i in range(12)]
 
 
-@pytest.fixture(scope="module")
-def sentences():
+def sentences(longest):
     rng = np.random.default_rng(0)
     p = 1 / np.arange(1, 13)
-    return [list(rng.choice(WORDS, 2, False, p / p.sum())) for _ in range(80)]
+    return [list(rng.choice(WORDS, rng.integers(2, longest + 1), False, p / p.sum())) for _ in range(80)]
 
 
 def counted(model):
@@ -61,36 +61,40 @@ def looked_up(x):
 
 
 def steps(sigmoid, context, rows, turns):
-    """Gradient descent on one (input, [(row, label), ...]) after the other: both tables."""
+    """Gradient descent on one (contexts, [(row, label), ...]) after the other: both tables."""
     context, predicted = context.astype(np.float64), np.zeros((rows, D))
-    for word, targets in turns:
-        work = np.zeros(D)
+    for words, targets in turns:
+        work, h = np.zeros(D), context[words].mean(0)
         for row, label in targets:
-            slope = (label - sigmoid(context[word] @ predicted[row])) * RATE
+            slope = (label - sigmoid(h @ predicted[row])) * RATE
             work += slope * predicted[row]
-            predicted[row] += slope * context[word]
-        context[word] += work
+            predicted[row] += slope * h
+        context[words] += work  # undivided
     return context, predicted
 
 
 @pytest.mark.parametrize("architecture", word2vec.ARCHITECTURES)
 @pytest.mark.parametrize("loss", ["negative_sampling", "hierarchical"])
-def test_every_step_of_a_run(sentences, architecture, loss):
-    """Sentences of two words: each centre has one context, so that a block of one centre is a step of gensim's.
+def test_every_step_of_a_run(architecture, loss):
+    """A block of one centre is a step of gensim's: for means always, for pairs in sentences of two words.
 
     Its sigmoids come from a table, so that a third one stands between: with the table it is gensim's run, without ours.
     """
+    text = sentences(5 if architecture == "cbow" else 2)
     of_tree = loss == "hierarchical"
     model = gensim.Word2Vec(
         vector_size=D, window=1, min_count=1, sample=0, seed=3, sg=int(architecture == "skip_gram"), hs=int(of_tree),
         negative=0 if of_tree else S, workers=1, alpha=RATE, min_alpha=RATE,
     )  # fmt: skip
-    model.build_vocab(sentences)
+    model.build_vocab(text)
     counts, index = counted(model), model.wv.key_to_index
     points = [model.wv.get_vecattr(w, "point") for w in model.wv.index_to_key] if of_tree else None
     codes = [model.wv.get_vecattr(w, "code") for w in model.wv.index_to_key] if of_tree else None
     rows = len(counts) - of_tree
-    pairs = [(index[x], index[y]) for a, b in sentences for x, y in ((a, b), (b, a))]  # centre, context
+    rows_of = [[index[w] for w in line] for line in text]
+    around = [(line[i - 1] if i else None, line[i], *line[i + 1 : i + 2]) for line in rows_of for i in range(len(line))]
+    pairs = [(x, [y for y in (left, *right) if y is not None]) for left, x, *right in around]  # centre, contexts
+    assert {len(near) for _, near in pairs} == ({1, 2} if architecture == "cbow" else {1})
     before = np.array(model.wv.vectors)
     if of_tree:
         turns = [(y, list(zip(points[x], 1 - np.array(codes[x], int), strict=True))) for x, y in pairs]
@@ -99,7 +103,7 @@ def test_every_step_of_a_run(sentences, architecture, loss):
         turns = [
             (y, [(x, 1), *((n, 0) for n in drawn[0] if n != x)]) for (x, y), drawn in zip(pairs, negatives, strict=True)
         ]
-    model.train(sentences, total_examples=len(sentences), epochs=1)
+    model.train(text, total_examples=len(text), epochs=1)
     between = steps(looked_up, before, rows, turns)
     np.testing.assert_allclose(between[0], model.wv.vectors, rtol=0, atol=1e-6)
     np.testing.assert_allclose(between[1], (model.syn1 if of_tree else model.syn1neg)[:rows], rtol=0, atol=1e-6)
@@ -117,14 +121,13 @@ def test_every_step_of_a_run(sentences, architecture, loss):
 
     @jax.jit
     def step(tables, tiles, drawn):
-        at = word2vec.touched(config, tiles, jax.random.key(0), known, rows)
-        at = at if drawn is None else at._replace(drawn=drawn)
-        return word2vec.update(config, tables, tiles, at, known, RATE)
+        return word2vec.update(config, tables, tiles, word2vec.touched(config, tiles, drawn, known), known, RATE)
 
     tables = {"context": jnp.asarray(before), "predicted": jnp.zeros((rows, D))}
-    for i, (x, y) in enumerate(pairs):
-        words, of = ((0, x, y), (-1, 0, 0)) if i % 2 == 0 else ((y, x, 0), (0, 0, -1))
-        tiles = Tiles(np.array([words], np.int32), np.array([of], np.int32), np.ones((1, 1), np.int32))
+    for i, (left, x, *right) in enumerate(around):
+        words = [w or 0 for w in (left, x, *(right or [None]))]
+        of = np.array([[-1 if left is None else 0, 0, 0 if right else -1]], np.int32)
+        tiles = Tiles(np.array([words], np.int32), band(of, np.ones((1, 1), np.int32)))
         tables = step(tables, tiles, None if of_tree else negatives[i])
     expected = steps(exact, before, rows, turns)
     np.testing.assert_allclose(tables["context"], expected[0], rtol=0, atol=2e-6)

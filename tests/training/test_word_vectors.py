@@ -99,5 +99,5 @@ def test_what_was_learned_before_a_bad_step_stays(text, tmp_path):
 def test_bad_schedules():
     with pytest.raises(ValueError, match="epochs=0 must be at least 1"):
         Schedule(0)
-    with pytest.raises(ValueError, match="learning_rate=nan must be a number"):
+    with pytest.raises(ValueError, match="learning_rate=nan must be a positive number"):
         Schedule(rate=float("nan"))
