@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 export JAX_PLATFORMS ?= cpu
 # large pages for malloc: XLA:CPU takes fresh memory every step, and small pages fault a quarter of the time away
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1

@@ -23,6 +23,11 @@ def pytest_configure(config):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
+def pytest_collection_modifyitems(items):
+    """Files of long tests first: what comes last runs while other workers idle."""
+    items.sort(key=lambda item: item.path.parent.name not in ("parallel", "launch", "experiments"))
+
+
 @pytest.fixture
 def shared_data():
     """The folder of small real data sets; the test is skipped, saying so, where it is absent."""
