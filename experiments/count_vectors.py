@@ -54,7 +54,7 @@ def main() -> None:
         if flag.present:
             raise ValueError(f"--{name} is of --method={'svd' if is_glove else 'glove'}, not of {METHOD.value}")
     reader = sentences.Reader(sorted(glob.glob(CORPUS.value)) or [CORPUS.value], INVALID.value)
-    kept = dict(min_count=MIN_COUNT.value, max_size=MAX_SIZE.value)
+    kept: dict[str, Any] = dict(min_count=MIN_COUNT.value, max_size=MAX_SIZE.value)
     how = (WINDOW.value, WEIGHTING.value or ("harmonic" if is_glove else "linear"))
     with contextlib.ExitStack() as stack:
         if SCRATCH.value:
@@ -68,7 +68,7 @@ def main() -> None:
         first = len(sentences.SPECIAL)  # marks of sentences and unknown words are nobody's contexts
         words, found = vocabulary.words[first:], found[first:, first:]
         print(f"{len(words):,} words, {found.nnz:,} pairs")
-        given = {name: flag.value for name, flag in (OF_GLOVE if is_glove else OF_SVD).items()}
+        given: dict[str, Any] = {name: flag.value for name, flag in (OF_GLOVE if is_glove else OF_SVD).items()}
         if is_glove:
             key = jax.random.key(given.pop("seed"))
             table, losses = glove.train(found, key, SIZE.value, progress=True, **given)
