@@ -11,7 +11,7 @@ Sources: Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054; Thakur et al
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from llm_jax.nn.execution import Execution
 from llm_jax.nn.stack import Call
 from llm_jax.parallel.pipeline import unusable_outputs
 from llm_jax.parallel.rules import size_of
+from llm_jax.parallel.stage import pin
 
 ROWS = ("replica", "data")
 Groups = tuple[tuple[int, ...], ...]
@@ -103,17 +104,24 @@ class Gathered(weights.Weight):
         if x.ndim < len(sizes) or any(n % size for n, size in zip(x.shape, sizes, strict=False)):
             return fn(x, self.array)  # a few chosen positions, or none: the compiler's
         place = next((i for i, axes in enumerate(self.spec) if axes is not None), None)
+        inside = jax.sharding.get_abstract_mesh()  # of a pipeline's stage
+        on_cpu = not inside.empty and self.mesh.devices.flat[0].platform == "cpu"
+        array = weights.wide(self.array) if on_cpu else self.array  # which sums no bfloat16 where not all is manual
 
         def local(own: jax.Array, x: jax.Array) -> jax.Array:
             whole = own if place is None else gather(own, place, self.scatter, self.spec[place])
-            return fn(x, whole)
+            return fn(x, whole.astype(self.array.dtype))
 
         manual = {axis for axes in self.rows for axis in ((axes,) if isinstance(axes, str) else axes)}
         run = jax.shard_map(
-            local, mesh=self.mesh, in_specs=(self.spec, self.rows), out_specs=self.rows, axis_names=manual,
+            local,
+            mesh=self.mesh if inside.empty else inside,
+            in_specs=(self.spec, self.rows),
+            out_specs=self.rows,
+            axis_names=manual,
             check_vma=False,
-        )  # fmt: skip
-        return run(self.array, x)
+        )
+        return run(array, x)
 
     def matmul(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """`x[B, T, in] @ self`."""
@@ -166,6 +174,31 @@ def _has_rows(path: Any) -> bool:
 def is_turned(path: str) -> bool:
     """Whether layers gather a parameter as its transpose where its columns are divided: plain kernels of a stack."""
     return paths.is_stacked(path) and path.endswith("/kernel")
+
+
+def gathering_layer(mesh: Mesh, stored: Sequence[P], whole: Sequence[P]) -> Callable[[Any], Any]:
+    """Gathers one layer's parameters inside a pipeline's turn: kernels where they multiply, others before.
+
+    Args:
+      mesh: the devices.
+      stored: mesh axes of the layer's parameters, by leaves.
+      whole: the same without ZeRO's division.
+    """
+    scatter = stages(mesh, "data")
+    by_rows = lambda x: Gathered(x, mesh, P("data", None), P(ROWS), scatter)  # other axes are the compiler's
+
+    def one(path: str, x: jax.Array, lies: P, computes: P) -> Any:
+        if lies == computes:
+            return x
+        if not is_turned(f"layers/{path}"):
+            return pin(x, computes)
+        return by_rows(x) if lies[0] == "data" else weights.Transposed(by_rows(x.T))  # type: ignore[arg-type]
+
+    def gathers(layer: Any) -> Any:
+        leaves = zip(paths.flatten(layer), stored, whole, strict=True)
+        return jax.tree.unflatten(jax.tree.structure(layer), [one(*item, *specs) for item, *specs in leaves])
+
+    return gathers
 
 
 def runner(mesh: Mesh, specs: Any, execution: Execution) -> Callable[[Call], tuple[Any, Any]]:

@@ -8,8 +8,8 @@ automatic, so tensor parallelism and ZeRO go on inside a stage.
 A stage keeps what flows into its layers and computes each again in the backward, whose gradients are summed in place,
 layer by layer, divided as ZeRO keeps them. A tick is four loops of no or one turn: what branches return is copied, what
 loops carry is not. Every tick ends with one permutation of activations to the next device and one of their gradients to
-the previous one. What a tick computes sums over `model` and `data` among devices that are at the same; it reshards
-nothing else.
+the previous one. What a tick computes sums over `model` and `data` among devices that are at the same, and gathers over
+`data` what ZeRO-3 divides, a layer at a time; it reshards nothing else.
 
 Beside what a schedule holds, every stage has the whole batch's inputs of the first layer and their gradients.
 
@@ -177,6 +177,7 @@ def run(
     contexts: Tree,
     batches: Tree,
     kept: tuple[list[P], list[P]] | None = None,
+    held: list[P] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array], Tree, Tree, Tree, Tree]:
     """Runs a schedule: losses and gradients of all micro-batches.
 
@@ -192,6 +193,7 @@ def run(
       contexts: what all layers of a micro-batch see, `[M, ...]`.
       batches: what `finish` needs, `[M, ...]`.
       kept: mesh axes of the sums of gradients, of one layer's floating leaves and of outer's; whole by default.
+      held: mesh axes that one layer's parameters are divided over, by leaves; `layer` gathers them.
 
     Returns:
       (loss, scores, gradients of layers, of outer, of inputs, of the contexts' floating leaves): sums over
@@ -205,7 +207,10 @@ def run(
 
     def local(layers: Tree, outer: Tree, inputs: Tree, contexts: Tree, batches: Tree, rows: Mapping[str, Any]) -> Any:
         device = jax.lax.axis_index("pipe")
-        stage = Stage(cut, layer, pick(layers, 0), layer_specs)
+        leaves, form = jax.tree.flatten(pick(layers, 0))
+        lie = [None] * len(leaves) if held is None else held
+        own = jax.tree.unflatten(form, [pin(x, spec, 2) for x, spec in zip(leaves, lie, strict=True)])
+        stage = Stage(cut, layer, own, layer_specs)
         outer_f, outer_of = divide(outer)
 
         def end(state: Any, batch: Any) -> Any:

@@ -271,12 +271,17 @@ class Plan:
         specs = jax.tree.unflatten(jax.tree.structure(params), flat)
         if not divided:
             return specs
-        turned = {"turned": explicit.is_turned} if self.config.explicit else {}
+        own = self.config.explicit or (
+            self.schedule is not None and self.config.zero >= 3
+        )  # layers gather kernels themselves
+        turned = {"turned": explicit.is_turned} if own else {}
         return zero.divide_tree(specs, params, names, self.mesh, self.zero_axes, **turned)
 
-    def gather(self, params: Any, axes: Any) -> Any:
-        """Parameters that compute, without ZeRO's division (inside `jit`)."""
-        return jax.tree.map(jax.lax.with_sharding_constraint, params, self._named(self.specs(params, axes, False)))
+    def staged(self, params: Any, axes: Any) -> Any:
+        """Mesh axes of parameters between a pipeline's turns: matrices of layers as stored, all else whole."""
+        whole, stored = (self.specs(params, axes, divided) for divided in (False, True))
+        one = lambda path, x, w, s: P(w[0], *s[1:]) if paths.is_stacked(path) and x.ndim > 2 else w
+        return paths.map_with_path(one, params, whole, stored)
 
     def param_shardings(self, params: Any, axes: Any) -> Any:
         """Shardings that parameters are stored in."""

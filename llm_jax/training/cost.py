@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from llm_jax.parallel import chips
+from llm_jax.parallel.pipeline import stacks
 from llm_jax.parallel.plan import Plan
 from llm_jax.parallel.rules import logical_axes, size_of
 from llm_jax.training.precision import DTYPES
@@ -64,26 +65,30 @@ def _parameters(plan: Plan, program: Program, itemsize: int, micros: int, tied: 
     n = size_of(mesh, plan.zero_axes)
     stored_size = 4 if own.master == "in_params" else itemsize
     sent = dict.fromkeys(("data", "replica", "seq", "data+seq", "pipe"), 0.0)
+    staged = zero >= 3 and plan.schedule is not None and len(stacks(program.params)) == 1  # whose turns gather matrices
+    each = 3 if plan.schedule is not None and plan.schedule.splits else 2
     for x, name, spec, stored in _leaves(plan, program):
         layers = bool(name) and name[0] == "layers"
+        matrix = layers and len(x.shape) > 2
         size = math.prod(x.shape) / math.prod(size_of(mesh, a) for a in spec if a is not None)
         divided = stored != spec and n > 1
         if divided and zero >= 3:  # a layer's twice, forward and backward, the tables' once
-            turns = 1 if plan.schedule else micros * (2 if layers else 1)
+            turns = micros * each if staged and matrix else 1 if plan.schedule else micros * (2 if layers else 1)
             sent["data"] += turns * size * itemsize * _share(n)
         elif divided and zero >= 1:
             sent["data"] += size * stored_size * _share(n)
         table = not layers and len(x.shape) > 1
-        written = (layers or table) if own.explicit else table and own.seq > 1
+        written = (layers or table) if own.explicit else (staged and matrix) or (table and own.seq > 1)
+        first_only = table and name[-1] == "embed" and not (tied and name[0] == "vocab")
+        times = 1 if plan.schedule is not None and first_only else micros  # outside of the pipeline, of all at once
         sums = 1 if divided and zero >= 3 and written else 2  # compilers sum and cut, where ZeRO scatters
         if own.seq > 1 and table:  # at once over both
-            sent["data+seq"] += sums * micros * size * itemsize * _share(n)
+            sent["data+seq"] += sums * times * size * itemsize * _share(n)
         else:
             for axis in ("data", "seq"):
-                sent[axis] += sums * micros * size * itemsize * _share(mesh.shape[axis])
+                sent[axis] += sums * times * size * itemsize * _share(mesh.shape[axis])
         here = size / mesh.shape["data"] if divided and zero >= 2 else size
         sent["replica"] += 2 * micros * here * itemsize * _share(mesh.shape["replica"])
-        first_only = table and name[-1] == "embed" and not (tied and name[0] == "vocab")  # its gradient needs no sum
         if not layers and not first_only:
             sent["pipe"] += 2 * size * itemsize * _share(mesh.shape["pipe"])
     return sent

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from llm_jax.nn.stack import Call
 from llm_jax.nn.ties import Ties, expand
 from llm_jax.objectives.objective import Objective, Prepared, total_loss
-from llm_jax.parallel import pipeline
+from llm_jax.parallel import explicit, pipeline
 from llm_jax.parallel.schedules import Schedule
 from llm_jax.parallel.stage import is_float
 
@@ -67,17 +67,35 @@ class _Parts:
         return self.loss_of(self._apply(outer, micro, results), micro[0])
 
 
-def _kept(specs: Any, parts: _Parts, path: tuple[str, ...]) -> tuple[list[P], list[P]]:
-    """Mesh axes of gradients of one layer, and of all that is no layer, by floating leaves."""
-    is_spec = lambda x: isinstance(x, P)
-    some = lambda specs, tree: zip(jax.tree.leaves(specs, is_leaf=is_spec), jax.tree.leaves(tree), strict=True)
-    of = lambda specs, tree: [s for s, x in some(specs, tree) if is_float(x)]
-    layers = of(pipeline.stacks(specs)[path], parts.layers[path])
-    outer = of(pipeline.put(specs, dict.fromkeys(parts.layers)), parts.outer)
-    return [P(*spec[1:]) for spec in layers], outer
+class Division(NamedTuple):
+    """Mesh axes of every parameter of a model.
+
+    Attributes:
+      computing: without ZeRO's division; None where nothing is divided.
+      held: between the turns of a pipeline of one stack, which gather a layer at a time; None where all lies as it
+        computes.
+      kept: of its gradients; None for whole ones.
+    """
+
+    computing: Any = None
+    held: Any = None
+    kept: Any = None
 
 
-def _run_schedule(parts: _Parts, micros: Any, mesh: Mesh, schedule: Schedule, specs: Any = None) -> tuple[Scored, Any]:
+def _leaves(specs: Any) -> list[P]:
+    return jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, P))
+
+
+def _of_layer(specs: Any, path: tuple[str, ...]) -> list[P]:
+    """Mesh axes of one layer, by leaves."""
+    return [P(*spec[1:]) for spec in _leaves(pipeline.stacks(specs)[path])]
+
+
+def _floating(specs: Sequence[P], tree: Any) -> list[P]:
+    return [spec for spec, x in zip(specs, jax.tree.leaves(tree), strict=True) if is_float(x)]
+
+
+def _run_schedule(parts: _Parts, micros: Any, mesh: Mesh, schedule: Schedule, division: Division) -> tuple[Scored, Any]:
     """One stack, any schedule: (scored, gradients of all parameters)."""
     outer_f, outer_of = pipeline.divide(parts.outer)
 
@@ -90,10 +108,16 @@ def _run_schedule(parts: _Parts, micros: Any, mesh: Mesh, schedule: Schedule, sp
     ((path, groups),) = parts.layers.items()
     finish = lambda outer, carry, micro: parts.finish(outer, [carry], micro)
     cut = pipeline.Cut(len(group_of), schedule.stages * schedule.chunks)
+    computing, held, kept = (specs and _of_layer(specs, path) for specs in division)
+    if held and computing:
+        given, gathers = layer, explicit.gathering_layer(mesh, held, computing)
+        layer = lambda p, *rest: given(gathers(p), *rest)
+    outer = division.kept and _leaves(pipeline.put(division.kept, dict.fromkeys(parts.layers)))
     loss, scores, d_layers, d_outer, d_inputs, d_contexts = pipeline.run(
         *(schedule, mesh, cut, layer, finish),
         *(layers, parts.outer, inputs, contexts, micros),
-        kept=None if specs is None else _kept(specs, parts, path),
+        kept=(_floating(kept, groups), _floating(outer, parts.outer)) if kept and outer else None,
+        held=held,
     )
     if layers is not groups:
         d_layers = jax.tree.map(lambda g, x: jnp.zeros(x.shape, g.dtype).at[group_of].add(g), d_layers, groups)
@@ -146,8 +170,7 @@ def make_gradient(
     schedule: Schedule,
     form: Callable[[Any], Any],
     ties: Ties | None = None,
-    gather: Callable[[Any], Any] = lambda params: params,
-    specs: Any = None,
+    division: Division = Division(),
 ) -> Gradient:
     """Builds `(trainable, prepared, totals, keys, scale) -> ((loss, scores), gradients)`.
 
@@ -160,10 +183,15 @@ def make_gradient(
       schedule: what happens when.
       form: the parameters that compute, of those that train (joined with what is frozen, cast).
       ties: shared parameters.
-      gather: undoes ZeRO's division of the parameters, once a step: a tick's turns must not.
-      specs: mesh axes of the gradients that a device keeps (ZeRO-2 and 3), whole by default.
+      division: of the parameters over mesh axes, ties not counted; what is not divided between turns is gathered once a
+        step.
     """
     whole = lambda trainable: expand(form(trainable), ties) if ties else form(trainable)
+    computing, held, kept = division = Division() if ties else division
+
+    def pinned(tree: Any, specs: Any) -> Any:
+        one = lambda x, spec: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+        return tree if specs is None else jax.tree.map(one, tree, specs)
 
     def gradient(
         trainable: Any, prepared: Prepared, totals: Mapping[str, jax.Array], keys: jax.Array, scale: Any
@@ -174,13 +202,14 @@ def make_gradient(
 
         leaves, pull = jax.vjp(lambda trainable: pipeline.divide(whole(trainable))[0], trainable)
         join, micros = pipeline.divide(whole(trainable))[1], (prepared, keys)
-        parts = _Parts(model, loss_of, gather(join(leaves)))
-        if len(parts.layers) == 1:
-            own = None if ties else specs
-            scored, grads = _run_schedule(parts, micros, mesh, schedule, own)
-            found = pipeline.divide(grads if own else gather(grads))[0]  # a tick divides as it is told or not at all
+        params = join(leaves)
+        if len(pipeline.stacks(params)) == 1:
+            parts = _Parts(model, loss_of, pinned(params, computing if held is None else held))
+            scored, grads = _run_schedule(parts, micros, mesh, schedule, division)
+            found = pipeline.divide(pinned(grads, computing) if kept is None else grads)[0]  # a tick divides as told
         else:
-            loss = lambda f: _run_in_sequence(_Parts(model, loss_of, gather(join(f))), micros, mesh, schedule.stages)
+            whole_parts = lambda f: _Parts(model, loss_of, pinned(join(f), computing))
+            loss = lambda f: _run_in_sequence(whole_parts(f), micros, mesh, schedule.stages)
             scored, found = jax.value_and_grad(loss, has_aux=True)(leaves)
         (grads,) = pull([g.astype(x.dtype) for g, x in zip(found, leaves, strict=True)])
         return scored, jax.tree.map(lambda g: g.astype(jnp.float32), grads)

@@ -18,7 +18,7 @@ from llm_jax.parallel.offload import ELEMENTWISE, HostUpdate
 from llm_jax.parallel.plan import Plan
 from llm_jax.training import flops
 from llm_jax.training.optimizers import OptimizerConfig, make_optimizer
-from llm_jax.training.pipelined import check_stages
+from llm_jax.training.pipelined import Division, check_stages
 from llm_jax.training.precision import Precision
 from llm_jax.training.rows import carries
 from llm_jax.training.state import TrainState, init_state
@@ -197,9 +197,9 @@ def build(
     if plan.mesh.size > 1:
         by_plan["constrain_grads"] = _pin(plan.grad_shardings(params, axes))
     if plan.schedule is not None:
-        divided = plan.specs(params, axes, True) if config.plan.zero >= 2 else None
-        gather = lambda tree: plan.gather(tree, axes)
-        by_plan.update(pipe=(plan.mesh, plan.schedule), divided=divided, gather=gather)
+        held = plan.staged(params, axes) if config.plan.zero >= 3 else None
+        kept = plan.specs(params, axes, True) if config.plan.zero >= 2 else None
+        by_plan.update(pipe=(plan.mesh, plan.schedule), division=Division(plan.specs(params, axes, False), held, kept))
     update = _offloaded_update(config, plan, shapes, axes, tx, scratch)
     if update is not None:
         by_plan["run_update"] = update

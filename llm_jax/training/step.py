@@ -16,7 +16,7 @@ from llm_jax.nn.ties import Ties, expand
 from llm_jax.objectives.objective import Objective, total_loss
 from llm_jax.parallel.offload import Signals, global_norm
 from llm_jax.parallel.schedules import Schedule
-from llm_jax.training.pipelined import check_stages, make_gradient
+from llm_jax.training.pipelined import Division, check_stages, make_gradient
 from llm_jax.training.precision import Precision, round_at_random
 from llm_jax.training.state import TrainState
 from llm_jax.training.trainable import combine, partition
@@ -61,8 +61,7 @@ def make_train_step(
     ties: Ties | None = None,
     constrain_grads: Callable[[Any], Any] = _same,
     pipe: tuple[Mesh, Schedule] | None = None,
-    gather: Callable[[Any], Any] = _same,
-    divided: Any = None,
+    division: Division = Division(),
     wrap: Callable[[Any], Any] = _same,
     run_update: Callable[..., Any] = lambda update, *args: update(*args),
 ) -> Step:
@@ -80,8 +79,7 @@ def make_train_step(
       ties: shared parameters, expanded before every `apply`.
       constrain_grads: pins the sharding of gradients (ZeRO-2 and 3).
       pipe: mesh and schedule of a pipeline, whose micro-batches take the place of `accumulation`.
-      gather: of a pipeline: undoes ZeRO's division of the parameters that compute.
-      divided: of a pipeline: mesh axes of the gradients that a device keeps.
+      division: of a pipeline: mesh axes of its parameters and gradients.
       wrap: of explicit ZeRO: parameters that gather themselves, from those that compute.
       run_update: runs the optimizer's update where its state lies (`parallel.offload`).
 
@@ -153,7 +151,7 @@ def make_train_step(
             check_stages(state.params, pipe[1], carry is not None)
             keys = jax.vmap(lambda i: micro_keys(i)[1])(jnp.arange(count))
             form = lambda trainable: precision.cast(combine(trainable, frozen))
-            piped = make_gradient(model, objective, *pipe, form, ties, gather, divided)
+            piped = make_gradient(model, objective, *pipe, form, ties, division)
             (loss, scores), grads = piped(trainable, prepared, totals, keys, scale)
             grads = constrain_grads(grads)
         elif count > 1:

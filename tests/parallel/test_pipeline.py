@@ -76,6 +76,22 @@ def test_sums_of_gradients_are_divided_where_zero_divides_gradients():
     assert held[1] - held[2] >= layers / 2 * 3 / 4
 
 
+def test_stages_gather_a_layer_at_a_time():
+    """Inside a turn: a stage's matrices would be as much memory again as ZeRO-3 saves."""
+    plan, made = program(PlanConfig(data=4, pipe=2, zero=3), "deep_tied")
+    batch = jax.device_put(task("deep_tied")[1][0], plan.batch_sharding())
+    put = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    state = jax.tree.map(put, made.shapes, made.shardings)
+    found = hlo.collectives(made.step.lower(state, batch).compile().as_text(), {turn: 1.0 for turn in schedules.TURNS})
+    gathers = [c for c in found if c.kind == "all-gather" and c.where.endswith(("all_gather", "sharding_constraint"))]
+    layers = [x.size * 4 for x in jax.tree.leaves(made.shapes.params["decoder"]["layers"]) if x.ndim > 2]
+    inside = [c for c in gathers if "turn_" in c.where]
+    assert max(c.size for c in inside) == max(layers) / 4
+    assert sum(c.size * c.times for c in inside) == len(plan.schedule.ticks) * 2 * sum(layers) / 2  # forward and back
+    rest = sum(x.size * 4 for x in jax.tree.leaves(made.shapes.params)) - sum(layers)  # tables and vectors
+    assert sum(c.size * c.times for c in gathers if c not in inside) <= rest
+
+
 def test_products_of_a_tick():
     """Of layers of two residual sublayers, four products each: what F, B, and zero bubble's B and W compute."""
 
@@ -143,6 +159,16 @@ def test_half_precision(way):
     for a, b in zip(got, jax.jit(jax.grad(plain, (0, 1, 2)))(w, x, context), strict=True):
         a, b = np.float32(a), np.float32(b)
         np.testing.assert_allclose(a, b, atol=0.03 * np.abs(b).max())
+
+
+def test_half_precision_of_layers_that_gather_themselves():
+    config = PlanConfig(replica=2, data=2, pipe=2, zero=3, precision="bf16")
+    _, got = run_steps(config, "deep_tied")
+    micros, one = config.make_schedule().micros, PlanConfig(data=1, precision="bf16")
+    _, want = run_steps(one, "deep_tied", micros, jax.devices()[:1])
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-3)
+        np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,11 @@ def test_pipelines_exchange_what_is_said():
     assert cost.idle == 1 / 5  # (p - 1) / (m + p - 1)
 
 
+def test_stages_gather_layers_in_every_turn():
+    cost, sent = both(PlanConfig(data=4, pipe=2, zero=3))
+    assert sent["data"] == pytest.approx(cost.sent["data"], rel=0.05)
+
+
 def test_replicas():
     cost, sent = both(PlanConfig(replica=2, data=4, zero=2))
     assert sum(sent.values()) == pytest.approx(sum(cost.sent.values()), rel=0.1)
