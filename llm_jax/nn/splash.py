@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from llm_jax.nn.attend import Mask, is_ordered
+from llm_jax.nn.execution import KERNEL
 
 LANES = 128
 BLOCK = 512  # queries and keys a step of the kernel
@@ -62,7 +63,12 @@ def attend_here(
         a, b, b, block_q_dkv=a, block_kv_dkv=b, block_kv_dkv_compute=b, block_q_dq=a, block_kv_dq=b
     )
     run = kernels.make_splash_mha(
-        masks.MultiHeadMask([one] * n), block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret
+        masks.MultiHeadMask([one] * n),
+        block_sizes=blocks,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=KERNEL,
+        interpret=interpret,
     )
     heads_first = lambda x: x.swapaxes(1, 2)
     scaled = q_BTNH * jnp.asarray(scale, q_BTNH.dtype)

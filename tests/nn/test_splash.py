@@ -7,6 +7,7 @@ import pytest
 
 from llm_jax.nn import attend, splash
 from llm_jax.nn.attend import Mask
+from llm_jax.nn.execution import Execution
 from llm_jax.parallel.mesh import make_mesh
 
 B, T, H = 2, 256, 128
@@ -39,6 +40,16 @@ def test_equals_the_reference(n, k, causal, window):
     grads = [jax.grad(lambda *a, f=f: jnp.sum(f(*a) * weight), (0, 1, 2))(q, key, value) for f in (kernel, reference)]
     for a, b in zip(*grads, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+@pytest.mark.parametrize("remat, kept", [("dots", True), ("names:kernel", True), ("full", False)])
+def test_whether_what_the_kernel_returns_is_kept(remat, kept):
+    """Its output and the logarithms of its sums, or the backward pass runs it again."""
+    q, key, value = arrays(2, 2)
+    run = lambda *a: splash.attend_here(*a, True, None, H**-0.5, interpret=True)
+    run = jax.checkpoint(run, policy=Execution(remat=remat).remat_policy())
+    residuals = jax.eval_shape(lambda *a: jax.tree.leaves(jax.vjp(run, *a)[1]), q, key, value)
+    assert ({(B, 2, T, H), (B, 2, T)} <= {x.shape for x in residuals}) == kept
 
 
 def test_divided_over_rows_and_heads(monkeypatch):
