@@ -11,6 +11,7 @@ import jax
 
 REMAT = ("none", "dots", "full", "every:K", "names:a,b", "offload:a,b")
 KERNEL = "kernel"  # `checkpoint_name` of what attention's kernel returns
+NORM = "norm"  # of a norm's statistics, a number or two a position
 ATTENTION = ("auto", "reference", "fused", "chunked")
 
 
@@ -24,11 +25,11 @@ class Execution:
     """How a model runs.
 
     Attributes:
-      remat: what the backward pass recomputes: `none` (save everything), `dots` (save matrix products, and what
-        attention's kernel returns), `full` (save block inputs), `every:K` (save the input of every K-th block),
-        `names:a,b` (save block inputs and what blocks named with `checkpoint_name`, e.g. `names:attention,mlp`),
-        `offload:a,b` (named ones lie in host memory; with `offload:block`, block inputs do, and the device keeps one
-        block's, whatever the depth).
+      remat: what the backward pass recomputes: `none` (save everything), `dots` (save matrix products, what attention's
+        kernel returns and norms' statistics), `full` (save block inputs), `every:K` (save the input of every K-th
+        block), `names:a,b` (save block inputs and what blocks named with `checkpoint_name`, e.g.
+        `names:attention,mlp`), `offload:a,b` (named ones lie in host memory; with `offload:block`, block inputs do,
+        and the device keeps one block's, whatever the depth).
       attention: `reference`, `fused`, `chunked`, or `auto`: fused where nothing asks for the weights or for
         dropout.
       kernel: attention by a kernel where it fits, None for the compiler's own (`splash.Splash`).
@@ -64,7 +65,7 @@ class Execution:
         policies = jax.checkpoint_policies
         if kind == "dots":
             return policies.save_from_both_policies(
-                policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(KERNEL)
+                policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(KERNEL, NORM)
             )
         if kind == "names":
             return policies.save_only_these_names(*rest.split(","))

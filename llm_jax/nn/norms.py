@@ -1,6 +1,6 @@
 """Normalisation, computed in float32 whatever the activations are.
 
-Under `jax.checkpoint` the backward pass keeps the input of a norm and nothing else.
+Under `jax.checkpoint` the backward pass keeps the input of a norm and its statistics, a number or two a position.
 
 Sources: Ba et al. 2016, https://arxiv.org/abs/1607.06450; Zhang and Sennrich 2019,
 https://arxiv.org/abs/1910.07467; Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167.
@@ -11,24 +11,32 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.nn import weights
+from llm_jax.nn.execution import NORM
 from llm_jax.nn.linear import add_last, scale_last
 
+_POLICY = jax.checkpoint_policies.save_only_these_names(NORM)
 
-@functools.partial(jax.checkpoint, static_argnums=(3,))
+
+def _mean(x: jax.Array) -> jax.Array:
+    return checkpoint_name(jnp.mean(x, axis=-1), NORM)[..., None]
+
+
+@functools.partial(jax.checkpoint, static_argnums=(3,), policy=_POLICY)
 def _layer_norm(x, scale, bias, eps):
     y = weights.wide(x)
-    y = y - jnp.mean(y, axis=-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    y = y - _mean(y)
+    y = y * jax.lax.rsqrt(_mean(jnp.square(y)) + eps)
     y = scale_last(y, weights.wide(scale))
     return (y if bias is None else add_last(y, weights.wide(bias))).astype(x.dtype)
 
 
-@functools.partial(jax.checkpoint, static_argnums=(2,))
+@functools.partial(jax.checkpoint, static_argnums=(2,), policy=_POLICY)
 def _rms_norm(x, scale, eps):
     y = weights.wide(x)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    y = y * jax.lax.rsqrt(_mean(jnp.square(y)) + eps)
     return scale_last(y, weights.wide(scale)).astype(x.dtype)
 
 

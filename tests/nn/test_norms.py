@@ -56,12 +56,14 @@ def test_formulas(dtype, bound):
 
 
 @pytest.mark.parametrize("module", [LayerNorm(), RMSNorm()])
-def test_the_backward_pass_keeps_the_input_alone(module, capsys):
+def test_the_backward_pass_keeps_the_input_and_means(module, capsys):
     values = {"scale": jnp.ones(8), "bias": jnp.ones(8)}
     loss = lambda p, x: module.apply({"params": p}, jnp.sin(x)).sum()
     print_saved_residuals(loss, values, jnp.asarray(X, jnp.float32))
-    kept = [l for l in capsys.readouterr().out.splitlines() if l.startswith("f32[2,5,8]")]
+    lines = capsys.readouterr().out.splitlines()
+    kept = [l for l in lines if l.startswith("f32[2,5,8]")]
     assert ["sin" in l for l in kept if "cos" not in l] == [True]  # cos is what sin keeps
+    assert sum(l.startswith("f32[2,5] ") for l in lines) == (2 if isinstance(module, LayerNorm) else 1)
 
 
 def test_another_rows_length_moves_batch_norm_and_not_layer_norm():
