@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.nn.attend import Mask
 from llm_jax.nn.attention import Attention, AttentionConfig, dropout
 from llm_jax.nn.cache import Cache, LayerCache
-from llm_jax.nn.execution import Execution
+from llm_jax.nn.execution import SUM, Execution
 from llm_jax.nn.feed_forward import ACTIVATIONS, FeedForward
 from llm_jax.nn.norms import LayerNorm, RMSNorm
 from llm_jax.nn.stack import Stack
@@ -105,7 +106,7 @@ class Block(nn.Module):
             around = norm(name=name)
             y, *rest = sublayer(around(x) if c.norm == "pre" else x)
             x = _finite(x + dropout(self, y, c.dropout, train), c.clamp)
-            x = self.execution.constrain(x, ("batch", "sequence", "embed"))
+            x = checkpoint_name(self.execution.constrain(x, ("batch", "sequence", "embed")), SUM)
             return (x if c.norm == "pre" else around(x)), *rest
 
         attention = Attention(a, self.execution, name="attention")

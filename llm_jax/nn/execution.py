@@ -12,6 +12,7 @@ import jax
 REMAT = ("none", "dots", "full", "every:K", "names:a,b", "offload:a,b")
 KERNEL = "kernel"  # `checkpoint_name` of what attention's kernel returns
 NORM = "norm"  # of a norm's statistics, a number or two a position
+SUM = "sum"  # of what a sublayer adds to
 ATTENTION = ("auto", "reference", "fused", "chunked")
 
 
@@ -65,7 +66,7 @@ class Execution:
         policies = jax.checkpoint_policies
         if kind == "dots":
             return policies.save_from_both_policies(
-                policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(KERNEL, NORM)
+                policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(KERNEL, NORM, SUM)
             )
         if kind == "names":
             return policies.save_only_these_names(*rest.split(","))
