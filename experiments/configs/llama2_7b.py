@@ -6,23 +6,27 @@ Command:    python -m experiments.rehearse --topology=v5e:16x16 --config=experim
 Cost:       not trained here: rehearsed without accelerators, about a minute and a half on two shared cores
 Result:     (jax 0.10.2, libtpu 0.0.42.1) v5e:16x16, a row of 2,048 tokens a chip: 1.83 of 17.2 GB a chip; a step
             gathers 23.5 GB, 89 % of it behind computing, and scatters 14.7 GB of gradients (padded); at least 0.70 s of
-            computing (0.04 of it attention's kernels), 0.19 s of moving: 667,000 tokens/s, MFU 0.55, at most 0.61 were
+            computing (0.04 of it attention's kernels), 0.19 s of moving: 673,000 tokens/s, MFU 0.55, at most 0.62 were
             nothing moved. With plan.explicit=False: 1.97 GB; 30.7 GB gathered, 13.7 GB all-reduced, which sends twice
             as much; 0.70 and 0.29 s; 610,000 tokens/s, MFU 0.50, at most 0.62.
-            plan.remat=dots, objective.chunks=2: 6.7 GB, MFU 0.59, at most 0.67; with two rows 12.5 GB, 0.57, 0.61.
-            16 rows, objective.chunks=8: 14.6 GB, MFU 0.52. With plan.remat=offload:block also 28 rows fit: 15.4 GB and
-            15 in host memory, MFU 0.51 if that traffic hides.
+            plan.remat=dots, objective.chunks=2: 7.2 GB, MFU 0.60, at most 0.70; with two rows (before that kept what
+            attention's kernel returns) 12.5 GB, 0.57, 0.61.
+            16 rows, objective.chunks=8: 14.6 GB, MFU 0.53; with the compiler's option
+            xla_tpu_user_reserved_hbm_bytes=5000000000, which makes it recompute, 14.2 GB, 0.55. With
+            plan.remat=offload:block also 28 rows fit: 15.4 GB and 15 in host memory, MFU 0.51 if that traffic hides.
             v5p:4x4x4, 4 rows of 4,096 (variant v5p): 9.3 of 102 GB; 23.5 GB gathered, 89 % of it behind computing with
             the options below and none without; 2.87 and 0.06 s; 362,000 tokens/s, MFU 0.53, at most 0.53.
             v5e:2x2, a row a chip, objective.chunks=8, --config.plan.offload="('update','parameters')",
             plan.master=in_optimizer, plan.explicit=False: 2.45 GB a chip and 26.7 of host memory.
             A pipeline, v5e:16x16, plan.pipe=4, plan.explicit=False, training.batch_size=1024, 16 micro-batches:
             plan.schedule  GB   computing, moving  MFU   at most
-            1f1b           5.7  4.70 s  0.44 s     0.33  0.36
-            eager_1f1b     6.1  3.44    0.44       0.44  0.50
-            gpipe          7.6  3.46    0.44       0.44  0.50
-            interleaved    6.9  3.20    0.45       0.47  0.54 (two chunks; four: 6.5 GB, 3.11 s, 0.48, 0.55)
-            zero_bubble    6.3  6.23    0.44       0.26  0.28
+            1f1b           3.6  4.61 s  0.78 s     0.35  0.37
+            eager_1f1b     3.6  3.52    0.77       0.44  0.49
+            gpipe          4.6  3.54    0.78       0.44  0.48
+            interleaved    3.7  3.24    0.78       0.48  0.53 (two chunks)
+            zero_bubble    3.7  5.96    1.03       0.27  0.29
+            of what moves 54 to 58 % is behind computing, of gathers 90 % (zero_bubble 83 %); 1f1b, gpipe and
+            zero_bubble before norms kept their means, which spares interleaved 0.03 s
 """
 
 import dataclasses
