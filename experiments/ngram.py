@@ -10,22 +10,27 @@ import contextlib
 import glob
 import json
 import os
+import signal
 import tempfile
 import time
 import warnings
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from absl import flags
 from tqdm import tqdm
 
 from experiments import cli
-from llm_jax.classic import counting, sentences, smoothing, stored, streaming
+from llm_jax.classic import counting, hashed, sentences, smoothing, stored, streaming
+from llm_jax.classic import held_out as tenth
 from llm_jax.classic.ngram import BackoffModel, Model
 from llm_jax.classic.sentences import BEGIN, END, UNKNOWN
 
 CORPUS = flags.DEFINE_string("corpus", None, "Files to count in; a pattern.")
-HELD_OUT = flags.DEFINE_string("held_out", None, "Files for the weights of --smoothing=interpolated; a pattern.")
+HELD_OUT_HELP = (
+    "Files for the weights of --smoothing=interpolated; a pattern. Without, the last tenth of the sentences."
+)
+HELD_OUT = flags.DEFINE_string("held_out", None, HELD_OUT_HELP)
 ORDER = flags.DEFINE_integer("order", 3, "Words of the longest n-grams.", lower_bound=1)
 SMOOTHING = flags.DEFINE_enum(
     "smoothing", "modified_kneser_ney", smoothing.METHODS, "See llm_jax/classic/smoothing.py."
@@ -49,6 +54,9 @@ COUNT = flags.DEFINE_integer("count", 5, "How many sentences.", lower_bound=1)
 MAX_WORDS = flags.DEFINE_integer("max_words", 50, "Of a sentence.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Of what is drawn.")
 
+PIECE = 1 << 20  # words that are scored at once
+SUMS = "scores that do not sum to one: their perplexity is below that of probabilities and not comparable"
+
 COMMANDS: dict[str, list[flags.FlagHolder[Any]]] = {
     "train": [
         *(CORPUS, HELD_OUT, ORDER, SMOOTHING, K, BACKOFF, MIN_COUNT, MAX_SIZE, VOCABULARY, CLOSED, SCRATCH, WORKERS),
@@ -66,6 +74,30 @@ def _need(*wanted: flags.FlagHolder[Any]) -> None:
             raise ValueError(f"--{flag.name} is missing")
 
 
+def _shows() -> bool:
+    """Whether somebody looks at bars."""
+    return os.isatty(2)
+
+
+def _check_output(*given: flags.FlagHolder[Any]) -> None:
+    """Makes the folders of what will be written, or says now that it cannot be."""
+    for flag in given:
+        if not flag.value:
+            continue
+        path = os.path.abspath(flag.value)
+        file = flag is not OUT or stored.is_arpa(path)
+        try:
+            os.makedirs(os.path.dirname(path) if file else path, exist_ok=True)
+        except OSError as e:
+            raise ValueError(f"--{flag.name}={flag.value} cannot be written: {e}") from None
+        if file and os.path.isdir(path):
+            raise ValueError(f"--{flag.name}={flag.value} cannot be written: it is a folder")
+
+
+def _terminated(*_: Any) -> NoReturn:
+    raise KeyboardInterrupt("terminated; nothing was written")
+
+
 def _reader(pattern: Any) -> sentences.Reader:
     found = sorted(glob.glob(pattern)) or [pattern]
     return sentences.Reader(found, INVALID.value)
@@ -74,15 +106,6 @@ def _reader(pattern: Any) -> sentences.Reader:
 def _say_invalid(reader: sentences.Reader) -> None:
     if reader.invalid:
         print(f"{reader.invalid:,} lines of {reader.paths[0]} and so on were no UTF-8 (--invalid={INVALID.value})")
-
-
-def _without_last_tenth(text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sentences, and the last tenth of them."""
-    begins = np.flatnonzero(text == BEGIN)
-    if len(begins) < 10:
-        raise ValueError("fewer than ten sentences leave none for --smoothing=interpolated: set --held_out")
-    cut = begins[len(begins) * 9 // 10]
-    return text[:cut], text[cut:]
 
 
 def train() -> None:
@@ -100,28 +123,28 @@ def train() -> None:
         raise ValueError("--smoothing=interpolated with --scratch needs --held_out")
     if WORKERS.present and not SCRATCH.value:
         raise ValueError("--workers count through files: set --scratch to a folder for them")
+    _check_output(OUT)
     begin = time.perf_counter()
-    given = None
-    if VOCABULARY.value:
-        with open(VOCABULARY.value, encoding="utf-8") as f:
-            named = [w for w in f.read().split("\n") if w.strip() and w not in sentences.SPECIAL]
-        if not named:
-            raise ValueError(f"--vocabulary={VOCABULARY.value} names no word")
-        given = sentences.Vocabulary(named)
+    given = sentences.read_vocabulary(VOCABULARY.value) if VOCABULARY.value else None
     reader = _reader(CORPUS.value)
     with contextlib.ExitStack() as stack:
         vocabulary, counts, held_out = _count(reader, given, stack)
         _say_invalid(reader)
+        words, unknown = (int(x) for x in (counts.counts[0].sum() - counts.counts[0][END], counts.counts[0][UNKNOWN]))
+        if unknown == words:
+            raise ValueError(f"none of the corpus's {words:,} words is in --vocabulary={VOCABULARY.value}")
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             model = smoothing.estimate(
-                counts, vocabulary, SMOOTHING.value, held_out, CLOSED.value, k=K.value, backoff=BACKOFF.value
+                *(counts, vocabulary, SMOOTHING.value, held_out, CLOSED.value, K.value, BACKOFF.value, _shows())
             )
+        if SMOOTHING.value == "stupid_backoff":
+            print(f"warning: {SUMS}")
         for warning in said:
             print(f"warning: {warning.message}")
         seconds = time.perf_counter() - begin
-        words = int(counts.counts[0].sum() - counts.counts[0][END])
-        print(f"{words:,} words, {len(vocabulary):,} different, {words / seconds:,.0f} a second")
+        part = f"{unknown:,} of them unknown ({unknown / words:.2%})"
+        print(f"{words:,} words, {part}, {len(vocabulary):,} different, {words / seconds:,.0f} a second")
         _save(model)
 
 
@@ -134,13 +157,18 @@ def _count(
         os.makedirs(SCRATCH.value, exist_ok=True)
         folder = stack.enter_context(tempfile.TemporaryDirectory(dir=SCRATCH.value, prefix="ngrams_"))
         vocabulary, ends = streaming.write_text(reader, folder, **options)
-        counts = streaming.count(folder, len(vocabulary), ORDER.value, ends, WORKERS.value, os.isatty(2))
+        counts = streaming.count(folder, len(vocabulary), ORDER.value, ends, WORKERS.value, _shows())
         return vocabulary, counts, _held_out(vocabulary)
     vocabulary, text = sentences.read(reader, **options)
     held_out = _held_out(vocabulary)
     if held_out is None and SMOOTHING.value == "interpolated":
-        text, held_out = _without_last_tenth(text)
-    return vocabulary, counting.count(text, len(vocabulary), ORDER.value), held_out
+        cut, lines = tenth.last_tenth(text)
+        if not CLOSED.value and given is None:
+            vocabulary, text = tenth.known_before(vocabulary, text, cut, MIN_COUNT.value)
+        text, held_out = text[:cut], text[cut:]
+        words = len(held_out) - 2 * lines
+        print(f"the last {lines:,} sentences, {words:,} words, set the weights and are not counted")
+    return vocabulary, counting.count(text, len(vocabulary), ORDER.value, _shows()), held_out
 
 
 def _held_out(vocabulary: sentences.Vocabulary) -> np.ndarray | None:
@@ -153,7 +181,7 @@ def _held_out(vocabulary: sentences.Vocabulary) -> np.ndarray | None:
 
 
 def _save(model: Model) -> None:
-    stored.save(model, OUT.value)
+    stored.save(model, OUT.value, _shows())
     grams = sum(len(k) for k in model.keys)
     sizes = ", ".join(f"{len(k):,}" for k in model.keys)
     memory = f"{model.nbytes / grams:.1f} bytes each" if isinstance(model, BackoffModel) else "counts"
@@ -163,11 +191,12 @@ def _save(model: Model) -> None:
 def score(model: Model) -> None:
     """Log-probabilities of lines, perplexity of all."""
     _need(TEXT)
+    _check_output(JSON_OUT)
     reader = _reader(TEXT.value)
     _, text = sentences.read(reader, vocabulary=model.vocabulary, keep_empty=True)
     _say_invalid(reader)
     begin = time.perf_counter()
-    log_p = model.log_prob(text)
+    log_p = _log_prob(model, text)
     seconds = time.perf_counter() - begin
     begins = np.flatnonzero(text == BEGIN)
     sums = lambda x: np.add.reduceat(x, begins) if len(begins) else np.zeros(0)
@@ -191,6 +220,10 @@ def score(model: Model) -> None:
             for p, t, u in zip(totals, tokens, unknown, strict=True)
         ],
     }
+    if abs(model.next([BEGIN]).sum() - 1) > 1e-3:
+        print(f"warning: {SUMS}")
+    if never := int(np.isneginf(log_p).sum()):
+        print(f"warning: {never:,} words or ends have no probability here, so the perplexity is infinite")
     print(
         f"perplexity {perplexity:.2f} ({of_known:.2f} without unknown words), "
         f"{ends:,} sentences, {words:,} words, {results['unknown']:,} unknown, {len(text) / seconds:,.0f} a second"
@@ -198,6 +231,19 @@ def score(model: Model) -> None:
     if JSON_OUT.value:
         with open(JSON_OUT.value, "w") as f:
             json.dump(results, f)
+
+
+def _log_prob(model: Model, text: np.ndarray) -> np.ndarray:
+    """By hash tables where there is more text than model; they take as long to make as searching for as many words."""
+    scorer = model
+    if isinstance(model, BackoffModel) and len(text) > sum(map(len, model.keys)):
+        scorer = hashed.HashedModel(model)
+    out = np.empty(len(text))
+    with tqdm(total=len(text), unit="word", unit_scale=True, disable=not _shows(), desc="scoring") as bar:
+        for first, last in hashed.blocks(text, PIECE):
+            out[first:last] = scorer.log_prob(text[first:last])
+            bar.update(last - first)
+    return out
 
 
 def _after() -> list[str]:
@@ -221,7 +267,7 @@ def sample(model: Model) -> None:
     """Sentences."""
     rng = np.random.default_rng(SEED.value)
     after = model.vocabulary.encode(_after())[:-1].tolist()
-    for _ in tqdm(range(COUNT.value), unit="sentence", disable=COUNT.value < 20 or not os.isatty(2)):
+    for _ in tqdm(range(COUNT.value), unit="sentence", disable=COUNT.value < 20 or not _shows()):
         drawn = model.sample(rng, after, MAX_WORDS.value)
         print(" ".join([*_after(), *(model.vocabulary.words[w] for w in drawn)]))
 
@@ -229,10 +275,14 @@ def sample(model: Model) -> None:
 def main(command: str) -> None:
     """Runs a command."""
     if command == "train":
-        train()
+        before = signal.signal(signal.SIGTERM, _terminated)  # as Ctrl-C: files in --scratch go
+        try:
+            train()
+        finally:
+            signal.signal(signal.SIGTERM, before)
         return
     _need(MODEL)
-    model = stored.load(MODEL.value)
+    model = stored.load(MODEL.value, _shows())
     {"score": score, "next": following, "sample": sample}[command](model)
 
 

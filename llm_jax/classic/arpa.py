@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from tqdm import tqdm
 
 from llm_jax.classic import counting
 from llm_jax.classic.counting import ABSENT
@@ -18,6 +19,7 @@ from llm_jax.classic.ngram import BackoffModel, Model
 from llm_jax.classic.sentences import DAMAGED, SPECIAL, Vocabulary
 
 NEVER = -99.0  # how the format writes the logarithm of zero; what is below is as little
+CHUNK = 1 << 16  # n-grams at once
 UNSEEN_UNKNOWN = -100.0  # of `<unk>` where a file has none
 
 
@@ -25,8 +27,13 @@ class ArpaError(ValueError):
     """A file that is no ARPA file; one line with its name and where."""
 
 
-def write(model: Model, path: epath.PathLike) -> None:
-    """Writes a model; `.gz` is compressed.
+def write(model: Model, path: epath.PathLike, progress: bool = False) -> None:
+    """Writes a model; `.gz` is compressed; what is not finished goes.
+
+    Args:
+      model: a table of back-offs.
+      path: of the file.
+      progress: shows a bar.
 
     Raises:
       ArpaError: for a model that is no table of back-offs.
@@ -36,28 +43,47 @@ def write(model: Model, path: epath.PathLike) -> None:
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with part.open("wb") as raw, _packed(raw, path, "wb") as packed, io.TextIOWrapper(packed, "utf-8") as file:
-        file.write("\\data\\\n" + "".join(f"ngram {n}={len(k)}\n" for n, k in enumerate(model.keys, start=1)))
-        spelled = np.array(model.vocabulary.words, object)
-        for n, words in enumerate(counting.words_of(model.keys, len(model.vocabulary)), start=1):
-            log_probs = np.maximum(model.log_probs[n - 1], NEVER).tolist()
-            rows = map(" ".join, spelled[words].tolist())
-            file.write(f"\n\\{n}-grams:\n")
+    try:
+        with part.open("wb") as raw, _packed(raw, path, "wb") as packed, io.TextIOWrapper(packed, "utf-8") as file:
+            _write(model, file, _bar(sum(map(len, model.keys)), progress, "writing"))
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _write(model: BackoffModel, file: Any, bar: Any) -> None:
+    file.write("\\data\\\n" + "".join(f"ngram {n}={len(k)}\n" for n, k in enumerate(model.keys, start=1)))
+    spelled = np.array(model.vocabulary.words, object)
+    for n, words in enumerate(counting.words_of(model.keys, len(model.vocabulary)), start=1):
+        file.write(f"\n\\{n}-grams:\n")
+        for i in range(0, len(words), CHUNK):
+            here = slice(i, i + CHUNK)
+            log_probs = np.maximum(model.log_probs[n - 1][here], NEVER).tolist()
+            rows = map(" ".join, spelled[words[here]].tolist())
             if n == model.order:
                 file.writelines(f"{p:.7g}\t{row}\n" for p, row in zip(log_probs, rows, strict=True))
             else:
-                pays = np.maximum(model.backoffs[n - 1], NEVER).tolist()
+                pays = np.maximum(model.backoffs[n - 1][here], NEVER).tolist()
                 file.writelines(f"{p:.7g}\t{row}\t{b:.7g}\n" for p, row, b in zip(log_probs, rows, pays, strict=True))
-        file.write("\n\\end\\\n")
-    part.replace(path)
+            bar.update(len(log_probs))
+    file.write("\n\\end\\\n")
+    bar.close()
+
+
+def _bar(total: int, progress: bool, what: str) -> Any:
+    return tqdm(total=total, unit="n-gram", unit_scale=True, disable=not progress, desc=what)
 
 
 def _packed(raw: Any, path: epath.Path, mode: Any) -> Any:
     return gzip.GzipFile(fileobj=raw, mode=mode) if path.suffix == ".gz" else raw
 
 
-def read(path: epath.PathLike) -> BackoffModel:
+def read(path: epath.PathLike, progress: bool = False) -> BackoffModel:
     """Reads a model; `.gz` is unpacked.
+
+    Args:
+      path: of the file.
+      progress: shows a bar.
 
     Raises:
       ArpaError: where the file is missing, cut short, or does not hold what it says; with the line.
@@ -66,14 +92,14 @@ def read(path: epath.PathLike) -> BackoffModel:
     if not path.is_file():
         raise ArpaError(f"{path} is no file")
     with path.open("rb") as raw, _packed(raw, path, "rb") as file:
-        return _Lines(path, file).model()
+        return _Lines(path, file, progress).model()
 
 
 class _Lines:
     """A file line by line."""
 
-    def __init__(self, path: epath.Path, file: Any) -> None:
-        self.path, self.number = path, 0
+    def __init__(self, path: epath.Path, file: Any, progress: bool) -> None:
+        self.path, self.number, self.progress = path, 0, progress
         self.lines = self._strip(file)
 
     def _strip(self, file: Any) -> Iterator[bytes]:
@@ -111,6 +137,7 @@ class _Lines:
         keys: list[np.ndarray] = []
         log_probs: list[np.ndarray] = []
         backoffs: list[np.ndarray] = []
+        self.bar = _bar(sum(sizes), self.progress, "reading")
         for n, count in enumerate(sizes, start=1):
             if line != f"\\{n}-grams:".encode():
                 raise self.error(f"expected \\{n}-grams:, not {line.decode(errors='replace')!r}")
@@ -136,6 +163,7 @@ class _Lines:
             backoffs.append(b[order_])
         if line != b"\\end\\":
             raise self.error(f"expected \\end\\, not {line.decode(errors='replace')!r}")
+        self.bar.close()
         return BackoffModel(vocabulary, keys, log_probs, backoffs[:-1])
 
     def section(self, n: int, size: int, pays: bool) -> tuple[list[str], np.ndarray, np.ndarray, bytes]:
@@ -160,6 +188,8 @@ class _Lines:
             except ValueError:
                 raise self.error(f"no number: {line.decode(errors='replace')[:60]!r}") from None
             words += parts[1 : n + 1]
+            if len(p) % CHUNK == 0 or len(p) == size:
+                self.bar.update((len(p) - 1) % CHUNK + 1)
         else:
             raise self.error("the file ends before \\end\\: it was cut short")
         if len(p) < size:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from llm_jax.classic.sentences import BEGIN
 
@@ -87,10 +88,16 @@ def check_keys(table: np.ndarray, n: int, size: int) -> None:
         raise ValueError(f"{len(table):,} {n}-grams of {size:,} words are too many for order {n + 1}: set min_count")
 
 
-def count(text: np.ndarray, size: int, order: int) -> Counts:
+def count(text: np.ndarray, size: int, order: int, progress: bool = False) -> Counts:
     """Counts of all orders up to `order` in numbered sentences (`sentences.read`).
 
     No n-gram crosses sentences; a history is shorter at their beginnings, where it starts with `<s>`.
+
+    Args:
+      text: the sentences, `[T]`.
+      size: V.
+      order: of the longest n-grams.
+      progress: shows a bar.
 
     Raises:
       ValueError: for orders below 1.
@@ -101,7 +108,7 @@ def count(text: np.ndarray, size: int, order: int) -> Counts:
     single[BEGIN] = 0
     out = Counts(size, [np.arange(size)], [single], [np.zeros(size, np.int64)])
     places = text.astype(np.int64)
-    for n in range(1, order):
+    for n in tqdm(range(1, order), unit="order", disable=not progress, desc="counting"):
         check_keys(out.keys[-1], n, size)
         shorter, now = places, extend(places, text, size)
         inside = now >= 0

@@ -135,6 +135,31 @@ class Vocabulary:
         return np.array([BEGIN, *numbers, END], np.int64)
 
 
+def read_vocabulary(path: epath.PathLike) -> Vocabulary:
+    """Words of a file, one a line; empty lines and special words do not count.
+
+    Raises:
+      TextError: for a missing file, one that is no UTF-8, a line of several words, a word named twice, or no word.
+    """
+    path = epath.Path(path)
+    if not path.is_file():
+        raise TextError(f"{path} is no file")
+    words = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        parts = line.split()
+        try:
+            named = [x.decode() for x in parts]
+        except UnicodeDecodeError as e:
+            raise TextError(f"{path}:{number} is no UTF-8 ({e.reason} at byte {e.start})") from None
+        if len(named) > 1:
+            said = " ".join(named)[:60]
+            raise TextError(f"{path}:{number}: expected a word a line, without counts or blanks, not {said!r}")
+        words += [w for w in named if w not in SPECIAL]
+    if not words:
+        raise TextError(f"{path} names no word")
+    return Vocabulary(words)
+
+
 def new_numbers() -> dict[bytes, int]:
     """Numbers words in the order in which they come, after `LINE_END`, which is 0."""
     return _Growing({LINE_END: 0})

@@ -24,6 +24,7 @@ import warnings
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from llm_jax.classic import counting
 from llm_jax.classic.counting import ABSENT, Counts
@@ -123,6 +124,7 @@ def estimate(
     closed: bool = False,
     k: float = 1.0,
     backoff: float = 0.4,
+    progress: bool = False,
 ) -> Model:
     """Builds a model from counts.
 
@@ -134,6 +136,7 @@ def estimate(
       closed: nothing is ever unknown, so `<unk>` has no share.
       k: of `add_k`.
       backoff: of `stupid_backoff`.
+      progress: shows a bar.
 
     Raises:
       ValueError: for an unknown method, `interpolated` without held-out text, `k` or `backoff` out of range, or a
@@ -158,7 +161,7 @@ def estimate(
     possible[UNKNOWN] = 0.0 if closed else 1.0
     probs = possible / possible.sum()
     model = BackoffModel(vocabulary, [], [], [])
-    for n, c in enumerate(table):
+    for n, c in enumerate(tqdm(table, unit="order", disable=not progress, desc="estimating")):
         lower = probs[counts.suffixes[n]] if n else probs
         history = counts.keys[n] // counts.size if n else np.zeros(counts.size, np.int64)
         total = np.bincount(history, weights=c, minlength=len(counts.keys[n - 1]) if n else 1)

@@ -25,10 +25,10 @@ def is_arpa(path: epath.PathLike) -> bool:
     return str(path).endswith((".arpa", ".arpa.gz", ".lm", ".lm.gz"))
 
 
-def save(model: Model, path: epath.PathLike) -> None:
-    """Writes an ARPA file (`.arpa`, `.lm`, also with `.gz`) or a folder of arrays."""
+def save(model: Model, path: epath.PathLike, progress: bool = False) -> None:
+    """Writes an ARPA file (`.arpa`, `.lm`, also with `.gz`; with a bar if `progress`) or a folder of arrays."""
     if is_arpa(path):
-        arpa.write(model, path)
+        arpa.write(model, path, progress)
         return
     folder = epath.Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,8 +45,8 @@ def save(model: Model, path: epath.PathLike) -> None:
     (folder / "model.json").write_text(json.dumps(about))  # the last: a folder without it is no model
 
 
-def load(path: epath.PathLike) -> Model:
-    """Reads what `save` wrote, or any ARPA file; arrays of folders are mapped.
+def load(path: epath.PathLike, progress: bool = False) -> Model:
+    """Reads what `save` wrote, or any ARPA file (with a bar if `progress`); arrays of folders are mapped.
 
     Raises:
       ArpaError: see `arpa.read`.
@@ -54,7 +54,7 @@ def load(path: epath.PathLike) -> Model:
     """
     folder = epath.Path(path)
     if not folder.is_dir():
-        return arpa.read(path)
+        return arpa.read(path, progress)
     if not (folder / "model.json").is_file():
         raise StoredError(f"{folder} holds no model.json: it is no n-gram model, or writing it was cut short")
     try:

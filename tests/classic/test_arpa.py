@@ -126,3 +126,27 @@ def test_other_errors(model, tmp_path):
     sized = counting.count(text, len(ours.vocabulary), 2)
     with pytest.raises(ArpaError, match="no table of back-offs"):
         arpa.write(smoothing.estimate(sized, ours.vocabulary, "add_k"), tmp_path / "model.arpa")
+
+
+def test_an_interrupted_file_leaves_the_one_before(model, tmp_path, monkeypatch):
+    ours, _ = model
+    path = tmp_path / "model.arpa"
+    arpa.write(ours, path)
+    before = path.read_bytes()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(arpa.counting, "words_of", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        arpa.write(ours, path)
+    assert [p.name for p in tmp_path.iterdir() if "model" in p.name] == ["model.arpa"] and path.read_bytes() == before
+
+
+def test_files_in_chunks_are_the_same(model, tmp_path, monkeypatch):
+    arpa.write(model[0], tmp_path / "whole.arpa")
+    monkeypatch.setattr(arpa, "CHUNK", 3)
+    arpa.write(model[0], tmp_path / "chunks.arpa", progress=True)
+    assert (tmp_path / "chunks.arpa").read_bytes() == (tmp_path / "whole.arpa").read_bytes()
+    again = arpa.read(tmp_path / "chunks.arpa", progress=True)
+    assert [len(k) for k in again.keys] == [len(k) for k in model[0].keys]

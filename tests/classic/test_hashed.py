@@ -46,7 +46,8 @@ def test_files_without_all_suffixes(tmp_path):
 def test_no_n_gram_goes_on_in_the_next_sentence(tmp_path):
     """A file may list what no text holds: words around the ends of sentences."""
     (tmp_path / "model.arpa").write_text(
-        "\\data\\\nngram 1=4\nngram 2=3\nngram 3=2\n\n\\1-grams:\n-1 <unk>\n-99 <s> -0.5\n-0.5 a -0.25\n-0.4 </s> -0.1\n\n"
+        "\\data\\\nngram 1=4\nngram 2=3\nngram 3=2\n\n"
+        "\\1-grams:\n-1 <unk>\n-99 <s> -0.5\n-0.5 a -0.25\n-0.4 </s> -0.1\n\n"
         "\\2-grams:\n-0.1 a </s> -0.3\n-0.2 </s> <s> -0.4\n-0.3 <s> a -0.6\n\n"
         "\\3-grams:\n-0.01 a </s> <s>\n-0.02 </s> <s> a\n\n\\end\\\n"
     )

@@ -100,3 +100,23 @@ def test_errors_of_files(tmp_path):
         Reader([tmp_path], "drop")
     with pytest.raises(TextError, match="names 'a' twice"):
         Vocabulary(["a", "a"])
+
+
+def test_files_of_vocabularies(file):
+    assert sentences.read_vocabulary(file("b\r\n\n a \n<s>\n")).words[3:] == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        ("a\nthe 500\n", "text.txt:2: expected a word a line, without counts or blanks, not 'the 500'"),
+        (b"a\nb\xff\n", "text.txt:2 is no UTF-8"),
+        ("\n<s>\n", "text.txt names no word"),
+        ("a\nb\na\n", "names 'a' twice"),
+    ],
+)
+def test_errors_of_vocabularies(file, data, words):
+    with pytest.raises(TextError, match=words):
+        sentences.read_vocabulary(file(data))
+    with pytest.raises(TextError, match="gone.txt is no file"):
+        sentences.read_vocabulary("gone.txt")

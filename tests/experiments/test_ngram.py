@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -11,7 +13,7 @@ from binaries import binary, call
 from letters import TEXT
 
 from experiments import cli
-from llm_jax.classic import arpa
+from llm_jax.classic import arpa, sentences, streaming
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,105 @@ def test_add_k_and_interpolated(folder, capsys):
     for name in ("add_k", "mixed"):
         call("ngram", "score", f"--model={folder}/{name}", f"--text={folder}/lines", f"--json={folder}/{name}.json")
         assert np.isfinite(json.loads((folder / f"{name}.json").read_text())["perplexity"])
+
+
+def test_what_is_unknown_is_said(folder, capsys):
+    (folder / "words").write_text("a\nb\n")
+    corpus, out = f"--corpus={folder}/0.txt", f"--out={folder}/ab.arpa"
+    call("ngram", "train", corpus, out, f"--vocabulary={folder}/words", "--smoothing=witten_bell")
+    assert "38 words, 15 of them unknown (39.47%)" in capsys.readouterr().out
+    (folder / "words").write_text("the 500\nof 300\n")
+    with pytest.raises(ValueError, match="words:1: expected a word a line, without counts or blanks, not 'the 500'"):
+        call("ngram", "train", corpus, out, f"--vocabulary={folder}/words")
+    (folder / "words").write_text("x\n")
+    with pytest.raises(ValueError, match="none of the corpus's 38 words is in --vocabulary"):
+        call("ngram", "train", corpus, out, f"--vocabulary={folder}/words")
+
+
+def test_outputs_are_checked_before_the_work(folder, monkeypatch):
+    def work(*_, **__):
+        raise AssertionError("the work began")
+
+    (folder / "file").write_text("")
+    monkeypatch.setattr(sentences, "read", work)
+    with pytest.raises(ValueError, match="--out=.*/file/x.arpa cannot be written"):
+        call("ngram", "train", f"--corpus={folder}/0.txt", f"--out={folder}/file/x.arpa")
+    with pytest.raises(ValueError, match="--out=.*/file cannot be written"):
+        call("ngram", "train", f"--corpus={folder}/0.txt", f"--out={folder}/file")
+    with pytest.raises(ValueError, match="--json=.*/file/x cannot be written"):
+        call("ngram", "score", f"--model={folder}/model.arpa", f"--text={folder}/0.txt", f"--json={folder}/file/x")
+    with pytest.raises(ValueError, match="it is a folder"):
+        call("ngram", "score", f"--model={folder}/model.arpa", f"--text={folder}/0.txt", f"--json={folder}")
+
+
+def test_folders_of_outputs_are_made(folder):
+    out = folder / "new" / "scores.json"
+    call("ngram", "score", f"--model={folder}/model.arpa", f"--text={folder}/0.txt", f"--json={out}")
+    assert json.loads(out.read_text())["sentences"] == 10
+
+
+def test_sigterm_leaves_nothing(folder, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(streaming, "count", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt, match="terminated"):
+        call("ngram", "train", f"--corpus={folder}/0.txt", f"--out={folder}/gone.arpa", f"--scratch={folder}/left")
+    assert not list((folder / "left").iterdir()) and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_interpolation_says_what_it_does_not_count(folder, capsys):
+    (folder / "long").write_text(TEXT + "a b z\n" + "c a b\n" * 8 + "a y\n")
+    arguments = (f"--corpus={folder}/long", f"--out={folder}/mixed.arpa", "--smoothing=interpolated")
+    call("ngram", "train", *arguments)
+    assert "the last 2 sentences, 5 words, set the weights and are not counted" in capsys.readouterr().out
+    words = arpa.read(folder / "mixed.arpa").vocabulary.words
+    assert "z" in words and "y" not in words  # which the weights met as unknown
+    call(
+        "ngram",
+        "train",
+        f"--corpus={folder}/long",
+        f"--out={folder}/mixed.arpa",
+        "--smoothing=interpolated",
+        "--closed",
+    )
+    assert "y" in arpa.read(folder / "mixed.arpa").vocabulary.words
+
+
+def test_scores_that_are_no_probabilities(folder, capsys):
+    out = f"--out={folder}/stupid.arpa"
+    call("ngram", "train", f"--corpus={folder}/*.txt", out, "--smoothing=stupid_backoff")
+    assert "warning: scores that do not sum to one" in capsys.readouterr().out
+    (folder / "lines").write_text("a z\n")
+    call("ngram", "score", f"--model={folder}/stupid.arpa", f"--text={folder}/lines", f"--json={folder}/stupid.json")
+    said = capsys.readouterr().out
+    assert "warning: scores that do not sum to one" in said
+    assert "warning: 1 words or ends have no probability here, so the perplexity is infinite" in said
+    assert json.loads((folder / "stupid.json").read_text())["perplexity"] is None
+    call("ngram", "score", f"--model={folder}/model.arpa", f"--text={folder}/lines")
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_bars_where_somebody_looks(folder, monkeypatch, capfd):
+    def run():
+        call("ngram", "train", f"--corpus={folder}/0.txt", f"--out={folder}/bars.arpa", "--smoothing=witten_bell")
+        call("ngram", "score", f"--model={folder}/bars.arpa", f"--text={folder}/0.txt")
+        return capfd.readouterr().err
+
+    assert run() == ""
+    monkeypatch.setattr(os, "isatty", lambda _: True)
+    said = run()
+    for what in ("counting: 100%", "estimating: 100%", "writing: 100%", "reading: 100%", "scoring: 100%"):
+        assert what in said, said
+
+
+def test_many_words_are_scored_by_hash_tables(folder):
+    """As they are line by line."""
+    (folder / "much").write_text((TEXT + "z a\n") * 30)
+    call("ngram", "score", f"--model={folder}/model.arpa", f"--text={folder}/much", f"--json={folder}/much.json")
+    model = arpa.read(folder / "model.arpa")
+    want = [model.log_prob(model.vocabulary.encode(line.split())).sum() for line in [*TEXT.splitlines(), "z a"] * 30]
+    got = [r["log10_probability"] for r in json.loads((folder / "much.json").read_text())["lines"]]
+    assert len(want) * 4 > sum(map(len, model.keys))
+    np.testing.assert_allclose(got, want)
 
 
 @pytest.mark.parametrize(
