@@ -1,5 +1,6 @@
 """ARPA files: written and read, both dialects, and what is wrong with others."""
 
+import pathlib
 import warnings
 
 import numpy as np
@@ -27,6 +28,20 @@ ngram 2=2
 
 \\end\\
 """
+
+
+# Written by IRSTLM 6.00.05 (`tlm -lm=ikn -n=3`, its improved Kneser-Ney) from 18 sentences of Austen's Emma.
+IRSTLM = pathlib.Path(__file__).with_name("irstlm.arpa")
+LINES = (
+    "must in the , to be .",
+    "the",
+    "but not to the to for a ; -- and the to be ?",
+    "they to be mr .",
+    "weston ' s , .",
+    "all that .",
+    "it all over with mr .",
+    "and as for , be very he going to , of his ' s .",
+)
 
 
 @pytest.fixture
@@ -150,3 +165,15 @@ def test_files_in_chunks_are_the_same(model, tmp_path, monkeypatch):
     assert (tmp_path / "chunks.arpa").read_bytes() == (tmp_path / "whole.arpa").read_bytes()
     again = arpa.read(tmp_path / "chunks.arpa", progress=True)
     assert [len(k) for k in again.keys] == [len(k) for k in model[0].keys]
+
+
+def test_a_file_of_irstlm():
+    """As its own `compile-lm --eval` says: 64 words and ends of log10 probability -115.48, perplexity 63.74."""
+    model = arpa.read(IRSTLM)
+    found = [model.log_prob(model.vocabulary.encode(line.split())) for line in LINES]
+    assert sum(len(x) - 1 for x in found) == 64
+    total = sum(x.sum() for x in found)
+    assert round(total, 2) == -115.48 and round(10 ** (-total / 64), 2) == 63.74
+    # of "and as for , be very he going to , of his ' s .", whose words' logarithms it shows with two digits
+    shown = [-2.42, -1.67, -2.45, -2.42, -2.42, -2.72, -2.02, -1.42, -1.55, -2.15, -2.26, -0.61, -1.54, -0.07]
+    np.testing.assert_allclose(found[-1][3:], shown, atol=0.0051)

@@ -176,11 +176,66 @@ def test_kneser_ney_by_its_equations(small, modified):
                 np.testing.assert_allclose(p[word], want, rtol=1e-9)
 
 
+def brute(text, size, method, history, word):
+    """The printed equations for trigrams, word by word: of Chen and Goodman's section 2."""
+    table = windows(text, 3)[len(history)]
+    after = [c for g, c in table.items() if g[:-1] == history]
+    lower = brute(text, size, method, history[1:], word) if history else 1 / (size - 1)
+    if not after:
+        return lower
+    own, total, kinds = table.get((*history, word), 0), sum(after), len(after)
+    if method == "witten_bell":
+        kept = total / (total + kinds)  # 1 - lambda, the share of the maximum likelihood
+        return kept * own / total + (1 - kept) * lower
+    seen = list(table.values())
+    d = seen.count(1) / (seen.count(1) + 2 * seen.count(2))
+    return max(own - d, 0) / total + d * kinds / total * lower
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("method", ["witten_bell", "absolute"])
+def test_witten_bell_and_absolute_by_their_equations(small, method):
+    vocabulary, text = small
+    model = smoothing.estimate(counting.count(text, len(vocabulary), 3), vocabulary, method)
+    a, b, c = (vocabulary.index[w] for w in "abc")
+    for history in [(), (BEGIN,), (BEGIN, a), (a, b), (b, a), (c, c), (a, UNKNOWN), (UNKNOWN, a)]:
+        p = model.next(history)
+        for word in [w for w in range(len(vocabulary)) if w != BEGIN]:
+            np.testing.assert_allclose(p[word], brute(text, len(vocabulary), method, history, word), rtol=1e-10)
+
+
+def test_witten_bell_by_hand(small):
+    """Of 13 a's 9 go on with b, 2 with c, 2 end: three kinds, so (9 + 3 p(b)) / (13 + 3)."""
+    vocabulary, text = small
+    model = smoothing.estimate(counting.count(text, len(vocabulary), 2), vocabulary, "witten_bell")
+    single, pairs = windows(text, 2)
+    a, b = (vocabulary.index[w] for w in "ab")
+    follow = {g: n for g, n in pairs.items() if g[0] == a}
+    assert (single[a,], follow[a, b], len(follow)) == (13, 9, 3)
+    words, kinds = sum(single.values()), len(single)
+    p = (single[b,] + kinds / (len(vocabulary) - 1)) / (words + kinds)
+    assert model.next([a])[b] == pytest.approx((9 + 3 * p) / (13 + 3), rel=1e-12)
+
+
 def test_discounts_in_closed_form():
     counts = np.repeat([1, 2, 3, 4, 5], [10, 6, 4, 3, 7])
     y = 10 / 22
     assert smoothing.discounts(counts) == pytest.approx((1 - 2 * y * 6 / 10, 2 - 3 * y * 4 / 6, 3 - 4 * y * 3 / 4))
     assert smoothing.discounts(counts, modified=False) == pytest.approx((y, y, y))
+
+
+@pytest.mark.parametrize(
+    "seen, want",
+    [
+        ((120, 18, 13, 2), (0.769231, 0.333333, 2.52663)),
+        ((295, 14, 5, 1), (0.913313, 1.02145, 2.26935)),
+        ((3443, 213, 47, 20), (0.889894, 1.41092, 1.48529)),
+        ((4273, 113, 16, 2), (0.949767, 1.59656, 2.52512)),
+    ],
+)
+def test_discounts_that_irstlm_prints(seen, want):
+    """Version 6.00.05, improved Kneser-Ney of sentences of Austen and of Brown; n-grams seen 1 to 4 times."""
+    assert smoothing.discounts(np.repeat([1, 2, 3, 4], seen)) == pytest.approx(want, rel=1e-5)
 
 
 @pytest.mark.parametrize("counts", [[1, 1, 1], [2, 2], [5], [*[1] * 10, 2, *[3] * 10, 4]])
