@@ -306,14 +306,33 @@ def _steps() -> list[dict[str, Any]]:
 
 
 def _ngrams() -> list[dict[str, Any]]:
-    """Estimation, which has no peer in Python; queries in one call and KenLM's by lines and by words."""
+    """Estimation, which has no peer in Python; queries in one call and KenLM's by lines and by words; memory."""
     what = {"classic": True}
-    loops = {f"kenlm, a loop over {loop}": ("peer", "query", {**what, "loop": loop}) for loop in ("lines", "words")}
-    results = _turns({"estimate": ("ours", "estimate", what), "query": ("ours", "query", what), **loops}, ROUNDS.value)
-    theirs = {name: results[name]["value"] for name in loops if name in results}
-    rows = [_row("n-grams, order 5, from text", results["estimate"]["value"], "-", None, "words/s")]
-    case = "n-grams, order 5, queries"
-    return rows + [_row(case, results["query"]["value"], name, theirs.get(name), "words/s") for name in loops]
+    runs = {"estimate": ("ours", "estimate", what), "arrays": ("ours", "bytes", what)}
+    runs["kenlm"] = ("peer", "bytes", {**what, "loop": "lines"})
+    texts = {"text that was counted": {**what, "unseen": False}, "text that was not": {**what, "unseen": True}}
+    for text, options in texts.items():
+        runs[text] = ("ours", "query", options)
+        runs[f"{text}, with reading"] = ("ours", "query", {**options, "numbered": False})
+        runs |= {f"{text}, {loop}": ("peer", "query", {**options, "loop": loop}) for loop in ("lines", "words")}
+    results = _turns(runs, ROUNDS.value)
+    value = lambda name: results[name]["value"] if name in results else None
+    rows = [_row("n-grams, order 5, from text", value("estimate"), "-", None, "words/s")]
+    for text in texts:
+        for ours in (text, f"{text}, with reading"):
+            rows += [
+                _row(
+                    f"n-grams, order 5, {ours}",
+                    value(ours),
+                    f"kenlm, loop over {loop}",
+                    value(f"{text}, {loop}"),
+                    "words/s",
+                )
+                for loop in ("lines", "words")
+            ]
+    for name, mine in (("sorted", value("arrays")), ("hash tables", results["arrays"]["hashed"])):
+        rows.append(_row(f"n-grams, order 5, {name}", mine, "kenlm, probing", value("kenlm"), "bytes/n-gram"))
+    return rows
 
 
 def _word2vec() -> list[dict[str, Any]]:

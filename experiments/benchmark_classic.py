@@ -1,11 +1,19 @@
 """N-gram models and KenLM's queries, on the words of the standard library's sources.
 
 `python -m experiments.benchmark_classic SPEC` prints one JSON line, or exits with 42 where the kenlm package, which has
-queries and no estimation, is not installed. Both answer from the same ARPA file, of order 5.
+queries and no estimation, is not installed. Both answer from the same ARPA file, of order 5, on the text that it was
+made of or on every tenth line of it, which then is left out. KenLM's loops take strings; ours takes numbers, and
+numbering a text costs as much again or more (`numbered` is false for the sum of both).
 
-Where the time goes: reading is half Python's dictionary; of counting and estimation half is sorting keys, and of
-queries nearly all (an argsort and a search in order for each order, in the place of random searches that take four
-times as long).
+Where the time goes: reading is half Python's dictionary; of counting and estimation half is sorting keys; of queries by
+hash tables (`llm_jax/classic/hashed.py`) nearly all is memory: a line of a table for every n-gram that is looked up.
+What was tried for queries, on Brown's 1.2 million words: sorting and searching for each order, which texts shorter than
+the model still take (1.3 to 1.9 million words a second); scipy's sparse rows (2.8); a table by history and word, order
+after order (4.3); tables by the hash of all words, the longest first, in numpy (5 to 7), which stayed; the same
+compiled by XLA for the CPU, in one function or one a step (0.9 to 2.6).
+
+Memory: what KenLM's model adds to the process, beside our sorted arrays (with float64 values) and hash tables. Its
+paper (Heafield 2011, https://aclanthology.org/W11-2123) says 57 % of SRILM's for the same table.
 """
 
 import json
@@ -19,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llm_jax.classic import arpa, counting, sentences, smoothing
+from llm_jax.classic import arpa, counting, hashed, sentences, smoothing
 
 ORDER = 5
 
@@ -41,29 +49,47 @@ def library_lines(tiny: bool) -> list[str]:
     return [" ".join(w) for w in words if w]
 
 
-def _estimate(path: str) -> tuple[Any, Any]:
+def _estimate(path: str) -> Any:
     vocabulary, text = sentences.read(sentences.Reader([path]))
-    return smoothing.estimate(counting.count(text, len(vocabulary), ORDER), vocabulary), text
+    return smoothing.estimate(counting.count(text, len(vocabulary), ORDER), vocabulary)
+
+
+def _resident() -> int:
+    """Bytes of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def measure(spec: dict[str, Any], folder: str) -> dict[str, Any]:
-    """`value` in words a second."""
-    path = os.path.join(folder, "text.txt")
+    """`value` in words a second, ends of sentences among them, or in bytes an n-gram."""
     lines = library_lines(spec["tiny"])
-    Path(path).write_text("\n".join(lines) + "\n")
-    words = sum(len(line.split()) for line in lines)
+    learned = [line for i, line in enumerate(lines) if i % 10] if spec.get("unseen") else lines
+    asked = lines[::10] if spec.get("unseen") else lines
+    paths = [os.path.join(folder, name) for name in ("learned.txt", "asked.txt", "model.arpa")]
+    for path, text in zip(paths, (learned, asked), strict=False):
+        Path(path).write_text("\n".join(text) + "\n")
+    words = sum(len(line.split()) for line in asked)
     if spec["what"] == "estimate":
-        return {"value": words / _median(lambda: _estimate(path))}
-    model, text = _estimate(path)
+        return {"value": words / _median(lambda: _estimate(paths[0]))}
+    model = _estimate(paths[0])
+    grams = sum(map(len, model.keys))
     if spec.get("loop") is None:
-        return {"value": (words + len(lines)) / _median(lambda: model.log_prob(text))}
+        if spec["what"] == "bytes":
+            return {"value": model.nbytes / grams, "hashed": hashed.HashedModel(model).nbytes / grams}
+        ours = hashed.HashedModel(model)
+        read = lambda: sentences.read(sentences.Reader([paths[1]]), vocabulary=model.vocabulary)[1]
+        text = read()
+        query = (lambda: ours.log_prob(text)) if spec.get("numbered", True) else (lambda: ours.log_prob(read()))
+        return {"value": (words + len(asked)) / _median(query)}
     try:
         import kenlm
     except ImportError:
         sys.exit(42)
-    arpa.write(model, os.path.join(folder, "model.arpa"))
-    theirs = kenlm.Model(os.path.join(folder, "model.arpa"))
-    split = [[*line.split(), "</s>"] for line in lines]
+    arpa.write(model, paths[2])
+    before = _resident()
+    theirs = kenlm.Model(paths[2])
+    if spec["what"] == "bytes":
+        return {"value": (_resident() - before) / grams}
+    split = [[*line.split(), "</s>"] for line in asked]
 
     def by_words() -> None:
         for sentence in split:
@@ -73,8 +99,8 @@ def measure(spec: dict[str, Any], folder: str) -> dict[str, Any]:
                 theirs.BaseScore(state, word, after)
                 state, after = after, state
 
-    run = by_words if spec["loop"] == "words" else lambda: [theirs.score(line) for line in lines]
-    return {"value": (words + len(lines)) / _median(run)}
+    run = by_words if spec["loop"] == "words" else lambda: [theirs.score(line) for line in asked]
+    return {"value": (words + len(asked)) / _median(run)}
 
 
 if __name__ == "__main__":
