@@ -7,13 +7,16 @@ python -m experiments.ngram sample --model=runs/austen.arpa --count=5
 """
 
 import contextlib
+import fcntl
 import glob
 import json
 import os
+import shutil
 import signal
-import tempfile
 import time
 import warnings
+import zlib
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import numpy as np
@@ -41,7 +44,7 @@ MIN_COUNT = flags.DEFINE_integer("min_count", 1, "Rarer words are unknown.", low
 MAX_SIZE = flags.DEFINE_integer("max_vocabulary", None, "Keep so many words, the most frequent.", lower_bound=1)
 VOCABULARY = flags.DEFINE_string("vocabulary", None, "File of words, one a line, in the place of the corpus's own.")
 CLOSED = flags.DEFINE_bool("closed", False, "Nothing is ever unknown.")
-SCRATCH = flags.DEFINE_string("scratch", None, "Count through files in this folder: for corpora beyond memory.")
+SCRATCH = flags.DEFINE_string("scratch", None, "Count through files in this folder: beyond memory, resumable.")
 WORKERS = flags.DEFINE_integer("workers", 1, "Processes that count, with --scratch.", lower_bound=1)
 INVALID = flags.DEFINE_enum("invalid", "strict", sentences.POLICIES, "What becomes of lines that are no UTF-8.")
 OUT = flags.DEFINE_string("out", None, "ARPA file (.arpa, .lm, with .gz compressed), or a folder of arrays.")
@@ -95,7 +98,7 @@ def _check_output(*given: flags.FlagHolder[Any]) -> None:
 
 
 def _terminated(*_: Any) -> NoReturn:
-    raise KeyboardInterrupt("terminated; nothing was written")
+    raise KeyboardInterrupt("terminated")
 
 
 def _reader(pattern: Any) -> sentences.Reader:
@@ -154,8 +157,7 @@ def _count(
     """(vocabulary, counts, held-out sentences if any), in memory or through files that go with `stack`."""
     options: dict[str, Any] = dict(min_count=MIN_COUNT.value, max_size=MAX_SIZE.value, vocabulary=given)
     if SCRATCH.value:
-        os.makedirs(SCRATCH.value, exist_ok=True)
-        folder = stack.enter_context(tempfile.TemporaryDirectory(dir=SCRATCH.value, prefix="ngrams_"))
+        folder = stack.enter_context(_scratch(reader, given))
         vocabulary, ends = streaming.write_text(reader, folder, **options)
         counts = streaming.count(folder, len(vocabulary), ORDER.value, ends, WORKERS.value, _shows())
         return vocabulary, counts, _held_out(vocabulary)
@@ -169,6 +171,31 @@ def _count(
         words = len(held_out) - 2 * lines
         print(f"the last {lines:,} sentences, {words:,} words, set the weights and are not counted")
     return vocabulary, counting.count(text, len(vocabulary), ORDER.value, _shows()), held_out
+
+
+@contextlib.contextmanager
+def _scratch(reader: sentences.Reader, given: sentences.Vocabulary | None) -> Iterator[str]:
+    """A folder of this corpus and these flags in `--scratch`; it stays where the work is interrupted."""
+    files = [(str(p), p.stat().length, p.stat().mtime) for p in reader.paths]
+    about = (files, MIN_COUNT.value, MAX_SIZE.value, INVALID.value, given and given.words)
+    folder = os.path.join(SCRATCH.value, f"ngrams_{zlib.crc32(repr(about).encode()):08x}")
+    os.makedirs(folder, exist_ok=True)
+    for other in set(glob.glob(os.path.join(SCRATCH.value, "ngrams_*"))) - {folder}:
+        print(f"{other} is of another corpus or other flags: delete it if nobody goes on there")
+    with open(os.path.join(folder, "lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process counts in {folder}: wait for it, or set another --scratch") from None
+        try:
+            yield folder
+        except KeyboardInterrupt as e:
+            text = str(e) or "interrupted"
+            raise KeyboardInterrupt(f"{text}; the same command goes on with what is in {folder}") from None
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
+        shutil.rmtree(folder)
 
 
 def _held_out(vocabulary: sentences.Vocabulary) -> np.ndarray | None:
@@ -275,7 +302,7 @@ def sample(model: Model) -> None:
 def main(command: str) -> None:
     """Runs a command."""
     if command == "train":
-        before = signal.signal(signal.SIGTERM, _terminated)  # as Ctrl-C: files in --scratch go
+        before = signal.signal(signal.SIGTERM, _terminated)  # as Ctrl-C
         try:
             train()
         finally:

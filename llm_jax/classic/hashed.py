@@ -53,7 +53,7 @@ class _Order:
         self.rows = rows.reshape(-1)
 
     def find(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(which of the hashes are there, the begins of their rows)."""
+        """(places of those hashes that are there, the begins of their rows)."""
         keys = hashes * SPREAD
         at = (keys >> self.shift).view(np.int64) * self.width
         got = self.rows.take(at)
@@ -64,7 +64,8 @@ class _Order:
             got = self.rows.take(to)
             at[walk], there[walk] = to, got == wanted
             walk = walk.take(np.flatnonzero(got < wanted))
-        return there, at
+        found = np.flatnonzero(there)
+        return found, at.take(found)
 
     def value(self, rows: np.ndarray, column: int) -> np.ndarray:
         return self.rows.take(rows + column).view(np.float64)
@@ -115,9 +116,9 @@ class HashedModel:
         out, left = np.zeros(len(text)), np.ones(len(text), bool)  # where the longest n-gram was not seen
         left[begins] = False
         if self.orders:
-            there, rows = self.orders[-1].find(hashes[-1])
-            out[there] = self.orders[-1].value(rows[there], 1)
-            left[there] = False
+            at, rows = self.orders[-1].find(hashes[-1])
+            out[at] = self.orders[-1].value(rows, 1)
+            left[at] = False
         at = np.flatnonzero(left)
         out[at] = self.log_probs.take(text.take(at)) + self.backoffs.take(text.take(at - 1))
         near = left.copy()  # and the words before, whose n-grams are histories
@@ -125,12 +126,12 @@ class HashedModel:
         asked = near
         for n, table in enumerate(self.orders[:-1], start=1):
             at = np.flatnonzero(asked)
-            there, rows = table.find(hashes[n].take(at))
-            at, rows = at[there], rows[there]
+            which, rows = table.find(hashes[n].take(at))
+            at = at.take(which)
             seen, pays = np.zeros(len(text) + 1, bool), np.zeros(len(text) + 1)  # by the word after
             seen[at + 1], pays[at + 1] = True, table.value(rows, 2)
-            words = left.take(at)
-            out[at[words]] = table.value(rows[words], 1)
+            words = np.flatnonzero(left.take(at))
+            out[at.take(words)] = table.value(rows.take(words), 1)
             out += np.where(left, pays[:-1], 0.0)
             asked = near & seen[:-1]
             asked[1:] |= near[1:] & ~near[:-1]  # nobody asked for what stands before

@@ -4,10 +4,14 @@ A block holds whole lines. For every order, each block's keys (`counting`) becom
 merged range by range of keys into one table; and each block is looked up in it, which gives the histories of the next
 order. What stays in memory are the vocabulary, a block for every process, and a range. Files take 12 bytes a word of
 text and 24 an n-gram, and 16 a word while an order is sorted.
+
+What was finished before an interruption is taken again: the numbered text (`written.json`), orders (`places_N`), and
+sorted runs of the order that was next. A folder must be of one text and one vocabulary, which the caller sees to.
 """
 
 import concurrent.futures
 import functools
+import json
 import multiprocessing
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -36,6 +40,11 @@ def write_text(reader: Reader, folder: epath.PathLike, **options: Any) -> tuple[
       The vocabulary, and where blocks end.
     """
     folder = epath.Path(folder)
+    written = folder / "written.json"
+    if written.exists():
+        about = json.loads(written.read_text())
+        reader.invalid = about["invalid"]
+        return Vocabulary(about["words"]), about["ends"]
     numbers = sentences.new_numbers()
     counts, lengths = np.zeros(0, np.int64), []
     with (folder / "raw").open("wb") as f:
@@ -53,6 +62,9 @@ def write_text(reader: Reader, folder: epath.PathLike, **options: Any) -> tuple[
             f.write(block.tobytes())
             ends.append(ends[-1] + len(block))
     (folder / "raw").unlink()
+    about = {"invalid": reader.invalid, "ends": ends, "words": vocabulary.words[len(sentences.SPECIAL) :]}
+    (folder / "part").write_text(json.dumps(about))
+    (folder / "part").replace(written)
     return vocabulary, ends
 
 
@@ -65,24 +77,28 @@ def _map(folder: epath.Path, name: str, dtype: Any, mode: Any = "r") -> np.ndarr
 def _sort(folder: epath.Path, n: int, size: int, block: tuple[int, int, int]) -> None:
     """A sorted run of the keys of order n + 1 in a block."""
     i, begin, end = block
+    run = folder / f"run_{n}_{i}"
+    if run.exists():
+        return
     text = np.asarray(_map(folder, "text", np.int32)[begin:end])
-    places = text.astype(np.int64) if n == 1 else np.asarray(_map(folder, "places", np.int64)[begin:end])
+    places = text.astype(np.int64) if n == 1 else np.asarray(_map(folder, f"places_{n - 1}", np.int64)[begin:end])
     keys = counting.extend(places, text, size)
     found, often = np.unique(keys[keys >= 0], return_counts=True)
-    np.concatenate([found, often]).astype(np.int64).tofile(folder / f"run_{i}")
+    part = folder / f"part_{i}"
+    np.concatenate([found, often]).astype(np.int64).tofile(part)
+    part.replace(run)
 
 
 def _place(folder: epath.Path, n: int, size: int, block: tuple[int, int, int]) -> None:
     """The places of a block's n-grams of order n + 1, and of their suffixes."""
     _, begin, end = block
     text = np.asarray(_map(folder, "text", np.int32)[begin:end])
-    stored = _map(folder, "places", np.int64, "r+")
-    shorter = text.astype(np.int64) if n == 1 else np.array(stored[begin:end])
+    shorter = text.astype(np.int64) if n == 1 else np.asarray(_map(folder, f"places_{n - 1}", np.int64)[begin:end])
     keys = counting.extend(shorter, text, size)
     inside = keys >= 0
     places = np.full(len(text), ABSENT, np.int64)
     places[inside] = counting.find(_map(folder, f"keys_{n}", np.int64), keys[inside])
-    stored[begin:end] = places
+    _map(folder, "placing", np.int64, "r+")[begin:end] = places
     if inside.any():
         _map(folder, f"suffixes_{n}", np.int64, "r+")[places[inside]] = shorter[inside]
 
@@ -130,23 +146,24 @@ def count(
         single += np.bincount(_map(folder, "text", np.int32)[begin:end], minlength=size)
     single[BEGIN] = 0
     out = Counts(size, [np.arange(size)], [single], [np.zeros(size, np.int64)])
-    with (folder / "places").open("wb") as f:
-        f.truncate(8 * ends[-1])
+    done = max((n for n in range(1, order) if (folder / f"places_{n}").exists()), default=0)
     context = multiprocessing.get_context("spawn")
     bar = tqdm(total=2 * len(blocks) * (order - 1), unit="block", disable=not progress, desc="counting")
+    bar.update(2 * len(blocks) * done)
     pool = concurrent.futures.ProcessPoolExecutor(workers, context) if workers > 1 else None
     with bar, pool or _Same() as run:
         for n in range(1, order):
             counting.check_keys(out.keys[-1], n, size)
-            for step in (_sort, _place):
+            for step in (_sort, _place) if n > done else ():
                 if step is _place:
-                    _merge_runs(folder, n, len(blocks))
+                    _merge_runs(folder, n, len(blocks), ends[-1])
                 work: Iterable[None] = run.map(functools.partial(step, folder, n, size), blocks)
                 for _ in work:
                     bar.update()
+            if n > done:
+                _finish(folder, n, len(blocks))
             for name in ("keys", "counts", "suffixes"):
                 getattr(out, name).append(_map(folder, f"{name}_{n}", np.int64))
-    (folder / "places").unlink()
     return out
 
 
@@ -162,11 +179,19 @@ class _Same:
         pass
 
 
-def _merge_runs(folder: epath.Path, n: int, count: int) -> None:
-    """Runs to `keys_n` and `counts_n`, and room for `suffixes_n`."""
+def _finish(folder: epath.Path, n: int, count: int) -> None:
+    """Says that order n + 1 is done, and deletes what no longer matters."""
+    (folder / "placing").replace(folder / f"places_{n}")
+    (folder / f"places_{n - 1}").unlink(missing_ok=True)
+    for i in range(count):
+        (folder / f"run_{n}_{i}").unlink()
+
+
+def _merge_runs(folder: epath.Path, n: int, count: int, words: int) -> None:
+    """Runs to `keys_n` and `counts_n`, and room for `suffixes_n` and places."""
     runs = []
     for i in range(count):
-        run = _map(folder, f"run_{i}", np.int64)
+        run = _map(folder, f"run_{n}_{i}", np.int64)
         runs.append((run[: len(run) // 2], run[len(run) // 2 :]))
     with (folder / f"keys_{n}").open("wb") as k, (folder / f"counts_{n}").open("wb") as c:
 
@@ -176,8 +201,6 @@ def _merge_runs(folder: epath.Path, n: int, count: int) -> None:
 
         merge(runs, write)
         size = k.tell()
-    with (folder / f"suffixes_{n}").open("wb") as s:
+    with (folder / f"suffixes_{n}").open("wb") as s, (folder / "placing").open("wb") as p:
         s.truncate(size)
-    del runs
-    for i in range(count):
-        (folder / f"run_{i}").unlink()
+        p.truncate(8 * words)

@@ -33,3 +33,42 @@ def test_orders_without_n_grams(tmp_path):
     assert [len(k) for k in counts.keys] == [4, 2, 1, 0, 0]
     with pytest.raises(ValueError, match="order=0 must be at least 1"):
         streaming.count(tmp_path, len(vocabulary), 0, ends)
+
+
+def test_what_was_done_is_taken_again(tmp_path, monkeypatch):
+    """Stopped at every step in turn, with runs cut short; and a longer order goes on from a shorter one."""
+    monkeypatch.setattr(sentences, "BLOCK", 40)
+    (tmp_path / "text.txt").write_text(TEXT * 3)
+    reader = sentences.Reader([tmp_path / "text.txt"])
+    vocabulary, text = sentences.read(reader)
+    want = counting.count(text, len(vocabulary), 4)
+    steps = {name: getattr(streaming, name) for name in ("_sort", "_place", "_merge_runs", "_finish")}
+    left = [0]
+
+    def stopping(step):
+        def run(*arguments):
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            return step(*arguments)
+
+        return run
+
+    for name, step in steps.items():
+        monkeypatch.setattr(streaming, name, stopping(step))
+    stops, stop = 0, 1
+    while True:
+        left[0], stop = stop, stop + 3
+        again, ends = streaming.write_text(reader, tmp_path)
+        (tmp_path / "part_0").write_bytes(b"cut")
+        try:
+            streaming.count(tmp_path, len(vocabulary), 3, ends)
+            break
+        except KeyboardInterrupt:
+            stops += 1
+    assert stops >= 4 and again.words == vocabulary.words
+    left[0] = -1
+    got = streaming.count(tmp_path, len(vocabulary), 4, ends)
+    for name in ("keys", "counts", "suffixes"):
+        for a, b in zip(getattr(got, name), getattr(want, name), strict=True):
+            np.testing.assert_array_equal(a, b)

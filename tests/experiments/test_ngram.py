@@ -1,5 +1,6 @@
 """The n-gram binary: trains, scores, goes on, draws; and what it refuses."""
 
+import fcntl
 import gzip
 import json
 import os
@@ -102,12 +103,50 @@ def test_folders_of_outputs_are_made(folder):
     assert json.loads(out.read_text())["sentences"] == 10
 
 
-def test_sigterm_leaves_nothing(folder, monkeypatch):
-    before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(streaming, "count", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(KeyboardInterrupt, match="terminated"):
-        call("ngram", "train", f"--corpus={folder}/0.txt", f"--out={folder}/gone.arpa", f"--scratch={folder}/left")
-    assert not list((folder / "left").iterdir()) and signal.getsignal(signal.SIGTERM) == before
+def test_interrupted_counting_goes_on(folder, monkeypatch, capsys):
+    """SIGTERM within the third order: what was done is not done again, and the model is the same."""
+    before, sort, done = signal.getsignal(signal.SIGTERM), streaming._sort, []
+    corpus, scratch = f"--corpus={folder}/*.txt*", f"--scratch={folder}/left"
+    arguments = (corpus, scratch, f"--out={folder}/resumed.arpa", "--smoothing=witten_bell")
+
+    def sorts(path, n, size, block):
+        if n == 2 and not {2, "again"} & set(done):
+            os.kill(os.getpid(), signal.SIGTERM)
+        done.append(n)
+        return sort(path, n, size, block)
+
+    monkeypatch.setattr(streaming, "_sort", sorts)
+    with pytest.raises(KeyboardInterrupt, match="terminated; the same command goes on with what is in .*/left/ngrams_"):
+        call("ngram", "train", *arguments)
+    assert signal.getsignal(signal.SIGTERM) == before and len(list((folder / "left").iterdir())) == 1
+    done.append("again")
+    monkeypatch.setattr(sentences.Reader, "words", None)  # the text is not read again
+    call("ngram", "train", *arguments)
+    assert done == [1] * 4 + ["again"] + [2] * 4  # a block for every file
+    assert (folder / "resumed.arpa").read_bytes() == (folder / "model.arpa").read_bytes()
+    assert not list((folder / "left").iterdir())
+
+
+def test_other_flags_do_not_go_on(folder, monkeypatch, capsys):
+    arguments = (f"--corpus={folder}/0.txt", f"--scratch={folder}/two", f"--out={folder}/other.arpa", "--smoothing=mle")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "count", interrupt)
+        with pytest.raises(KeyboardInterrupt, match="interrupted; the same command"):
+            call("ngram", "train", *arguments)
+    left = list((folder / "two").iterdir())
+    call("ngram", "train", *arguments, "--min_count=2")
+    assert "is of another corpus or other flags" in capsys.readouterr().out
+    assert list((folder / "two").iterdir()) == left
+    assert "h" not in arpa.read(folder / "other.arpa").vocabulary.words
+    (left[0] / "lock").write_text("")
+    with open(left[0] / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another process counts in"):
+            call("ngram", "train", *arguments)
 
 
 def test_interpolation_says_what_it_does_not_count(folder, capsys):
