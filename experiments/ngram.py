@@ -1,5 +1,7 @@
 """N-gram language models of files with a sentence a line and blanks between words, `.gz` too.
 
+A line is a sentence, whatever it holds: of text that is wrapped, as that of novels, the models are of lines.
+
 python -m experiments.ngram train --order=5 --corpus='../shared/data/austen/*.txt.gz' --out=runs/austen.arpa
 python -m experiments.ngram score --model=runs/austen.arpa --text=held_out.txt --json=runs/scores.json
 python -m experiments.ngram next --model=runs/austen.arpa --after="it is a"
@@ -8,6 +10,7 @@ python -m experiments.ngram sample --model=runs/austen.arpa --count=5
 
 import contextlib
 import fcntl
+import gc
 import glob
 import json
 import os
@@ -29,7 +32,7 @@ from llm_jax.classic import held_out as tenth
 from llm_jax.classic.ngram import BackoffModel, Model
 from llm_jax.classic.sentences import BEGIN, END, UNKNOWN
 
-CORPUS = flags.DEFINE_string("corpus", None, "Files to count in; a pattern.")
+CORPUS = flags.DEFINE_string("corpus", None, "Files to count in, a sentence a line; a pattern.")
 HELD_OUT_HELP = (
     "Files for the weights of --smoothing=interpolated; a pattern. Without, the last tenth of the sentences."
 )
@@ -178,10 +181,13 @@ def _scratch(reader: sentences.Reader, given: sentences.Vocabulary | None) -> It
     """A folder of this corpus and these flags in `--scratch`; it stays where the work is interrupted."""
     files = [(str(p), p.stat().length, p.stat().mtime) for p in reader.paths]
     about = (files, MIN_COUNT.value, MAX_SIZE.value, INVALID.value, given and given.words)
-    folder = os.path.join(SCRATCH.value, f"ngrams_{zlib.crc32(repr(about).encode()):08x}")
+    scratch = str(SCRATCH.value)
+    folder = os.path.join(scratch, f"ngrams_{zlib.crc32(repr(about).encode()):08x}")
     os.makedirs(folder, exist_ok=True)
-    for other in set(glob.glob(os.path.join(SCRATCH.value, "ngrams_*"))) - {folder}:
+    for other in set(glob.glob(os.path.join(scratch, "ngrams_*"))) - {folder}:
         print(f"{other} is of another corpus or other flags: delete it if nobody goes on there")
+    if os.path.exists(os.path.join(folder, "written.json")):
+        print(f"going on with what is in {folder}")
     with open(os.path.join(folder, "lock"), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -262,7 +268,7 @@ def score(model: Model) -> None:
 
 def _log_prob(model: Model, text: np.ndarray) -> np.ndarray:
     """By hash tables where there is more text than model; they take as long to make as searching for as many words."""
-    scorer = model
+    scorer: Model | hashed.HashedModel = model
     if isinstance(model, BackoffModel) and len(text) > sum(map(len, model.keys)):
         scorer = hashed.HashedModel(model)
     out = np.empty(len(text))
@@ -279,6 +285,7 @@ def _after() -> list[str]:
 
 def following(model: Model) -> None:
     """The most probable next words."""
+    _check_output(JSON_OUT)
     p = model.next(model.vocabulary.encode(_after())[:-1].tolist())
     best = np.argsort(-p, kind="stable")[: TOP.value]
     found = [{"word": model.vocabulary.words[i], "probability": float(p[i])} for i in best]
@@ -303,9 +310,11 @@ def main(command: str) -> None:
     """Runs a command."""
     if command == "train":
         before = signal.signal(signal.SIGTERM, _terminated)  # as Ctrl-C
+        gc.disable()  # what a signal raises within jax's callback of it is lost, and millions of words slow it down
         try:
             train()
         finally:
+            gc.enable()
             signal.signal(signal.SIGTERM, before)
         return
     _need(MODEL)

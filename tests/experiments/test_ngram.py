@@ -122,6 +122,7 @@ def test_interrupted_counting_goes_on(folder, monkeypatch, capsys):
     done.append("again")
     monkeypatch.setattr(sentences.Reader, "words", None)  # the text is not read again
     call("ngram", "train", *arguments)
+    assert "going on with what is in" in capsys.readouterr().out
     assert done == [1] * 4 + ["again"] + [2] * 4  # a block for every file
     assert (folder / "resumed.arpa").read_bytes() == (folder / "model.arpa").read_bytes()
     assert not list((folder / "left").iterdir())
