@@ -9,17 +9,13 @@ python -m experiments.ngram sample --model=runs/austen.arpa --count=5
 """
 
 import contextlib
-import fcntl
 import gc
 import glob
 import json
 import os
-import shutil
 import signal
 import time
 import warnings
-import zlib
-from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import numpy as np
@@ -60,7 +56,6 @@ COUNT = flags.DEFINE_integer("count", 5, "How many sentences.", lower_bound=1)
 MAX_WORDS = flags.DEFINE_integer("max_words", 50, "Of a sentence.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Of what is drawn.")
 
-PIECE = 1 << 20  # words that are scored at once
 SUMS = "scores that do not sum to one: their perplexity is below that of probabilities and not comparable"
 
 COMMANDS: dict[str, list[flags.FlagHolder[Any]]] = {
@@ -134,16 +129,16 @@ def train() -> None:
     given = sentences.read_vocabulary(VOCABULARY.value) if VOCABULARY.value else None
     reader = _reader(CORPUS.value)
     with contextlib.ExitStack() as stack:
+        said = stack.enter_context(warnings.catch_warnings(record=True))
+        warnings.simplefilter("always")
         vocabulary, counts, held_out = _count(reader, given, stack)
         _say_invalid(reader)
         words, unknown = (int(x) for x in (counts.counts[0].sum() - counts.counts[0][END], counts.counts[0][UNKNOWN]))
         if unknown == words:
             raise ValueError(f"none of the corpus's {words:,} words is in --vocabulary={VOCABULARY.value}")
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            model = smoothing.estimate(
-                *(counts, vocabulary, SMOOTHING.value, held_out, CLOSED.value, K.value, BACKOFF.value, _shows())
-            )
+        model = smoothing.estimate(
+            *(counts, vocabulary, SMOOTHING.value, held_out, CLOSED.value, K.value, BACKOFF.value, _shows())
+        )
         if SMOOTHING.value == "stupid_backoff":
             print(f"warning: {SUMS}")
         for warning in said:
@@ -160,7 +155,9 @@ def _count(
     """(vocabulary, counts, held-out sentences if any), in memory or through files that go with `stack`."""
     options: dict[str, Any] = dict(min_count=MIN_COUNT.value, max_size=MAX_SIZE.value, vocabulary=given)
     if SCRATCH.value:
-        folder = stack.enter_context(_scratch(reader, given))
+        folder = stack.enter_context(streaming.resumable(SCRATCH.value, reader, **options))
+        if os.path.exists(os.path.join(folder, streaming.WRITTEN)):
+            print(f"going on with what is in {folder}")
         vocabulary, ends = streaming.write_text(reader, folder, **options)
         counts = streaming.count(folder, len(vocabulary), ORDER.value, ends, WORKERS.value, _shows())
         return vocabulary, counts, _held_out(vocabulary)
@@ -174,34 +171,6 @@ def _count(
         words = len(held_out) - 2 * lines
         print(f"the last {lines:,} sentences, {words:,} words, set the weights and are not counted")
     return vocabulary, counting.count(text, len(vocabulary), ORDER.value, _shows()), held_out
-
-
-@contextlib.contextmanager
-def _scratch(reader: sentences.Reader, given: sentences.Vocabulary | None) -> Iterator[str]:
-    """A folder of this corpus and these flags in `--scratch`; it stays where the work is interrupted."""
-    files = [(str(p), p.stat().length, p.stat().mtime) for p in reader.paths]
-    about = (files, MIN_COUNT.value, MAX_SIZE.value, INVALID.value, given and given.words)
-    scratch = str(SCRATCH.value)
-    folder = os.path.join(scratch, f"ngrams_{zlib.crc32(repr(about).encode()):08x}")
-    os.makedirs(folder, exist_ok=True)
-    for other in set(glob.glob(os.path.join(scratch, "ngrams_*"))) - {folder}:
-        print(f"{other} is of another corpus or other flags: delete it if nobody goes on there")
-    if os.path.exists(os.path.join(folder, "written.json")):
-        print(f"going on with what is in {folder}")
-    with open(os.path.join(folder, "lock"), "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process counts in {folder}: wait for it, or set another --scratch") from None
-        try:
-            yield folder
-        except KeyboardInterrupt as e:
-            text = str(e) or "interrupted"
-            raise KeyboardInterrupt(f"{text}; the same command goes on with what is in {folder}") from None
-        except BaseException:
-            shutil.rmtree(folder)
-            raise
-        shutil.rmtree(folder)
 
 
 def _held_out(vocabulary: sentences.Vocabulary) -> np.ndarray | None:
@@ -229,7 +198,7 @@ def score(model: Model) -> None:
     _, text = sentences.read(reader, vocabulary=model.vocabulary, keep_empty=True)
     _say_invalid(reader)
     begin = time.perf_counter()
-    log_p = _log_prob(model, text)
+    log_p = hashed.score(model, text, _shows())
     seconds = time.perf_counter() - begin
     begins = np.flatnonzero(text == BEGIN)
     sums = lambda x: np.add.reduceat(x, begins) if len(begins) else np.zeros(0)
@@ -264,19 +233,6 @@ def score(model: Model) -> None:
     if JSON_OUT.value:
         with open(JSON_OUT.value, "w") as f:
             json.dump(results, f)
-
-
-def _log_prob(model: Model, text: np.ndarray) -> np.ndarray:
-    """By hash tables where there is more text than model; they take as long to make as searching for as many words."""
-    scorer: Model | hashed.HashedModel = model
-    if isinstance(model, BackoffModel) and len(text) > sum(map(len, model.keys)):
-        scorer = hashed.HashedModel(model)
-    out = np.empty(len(text))
-    with tqdm(total=len(text), unit="word", unit_scale=True, disable=not _shows(), desc="scoring") as bar:
-        for first, last in hashed.blocks(text, PIECE):
-            out[first:last] = scorer.log_prob(text[first:last])
-            bar.update(last - first)
-    return out
 
 
 def _after() -> list[str]:

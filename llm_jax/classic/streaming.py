@@ -10,10 +10,15 @@ sorted runs of the order that was next. A folder must be of one text and one voc
 """
 
 import concurrent.futures
+import contextlib
+import fcntl
 import functools
 import json
 import multiprocessing
-from collections.abc import Callable, Iterable, Sequence
+import shutil
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,8 +29,45 @@ from llm_jax.classic import counting, sentences
 from llm_jax.classic.counting import ABSENT, Counts
 from llm_jax.classic.sentences import BEGIN, Reader, Vocabulary
 
+WRITTEN = "written.json"  # stands where the text is whole
 RANGE = 1 << 22  # keys that are merged at once
 SAMPLE = 1 << 10  # of so many sorted keys one is a candidate for the end of a range
+
+
+@contextlib.contextmanager
+def resumable(scratch: epath.PathLike, reader: Reader, **options: Any) -> Iterator[epath.Path]:
+    """A folder of its own in `scratch` for a corpus and options; goes at the end, and stays where one interrupts.
+
+    Args:
+      scratch: where several may lie; a warning names those of others.
+      reader: of files whose names, sizes and times tell one corpus from another.
+      **options: of `write_text`.
+
+    Raises:
+      ValueError: where another process works there.
+      KeyboardInterrupt: as it came, with how to go on.
+    """
+    files = [(str(p), p.stat().length, p.stat().mtime) for p in reader.paths]
+    given = options.get("vocabulary")
+    about = (files, reader.policy, sorted((options | {"vocabulary": given and given.words}).items()))
+    folder = epath.Path(scratch) / f"ngrams_{zlib.crc32(repr(about).encode()):08x}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for other in sorted(set(epath.Path(scratch).glob("ngrams_*")) - {folder}):
+        warnings.warn(f"{other} is of another corpus or other options: delete it if nobody goes on there", stacklevel=3)
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process counts in {folder}: wait for it, or take another folder") from None
+        try:
+            yield folder
+        except KeyboardInterrupt as e:
+            said = f"{e}" or "interrupted"
+            raise KeyboardInterrupt(f"{said}; the same command goes on with what is in {folder}") from None
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
+        shutil.rmtree(folder)
 
 
 def write_text(reader: Reader, folder: epath.PathLike, **options: Any) -> tuple[Vocabulary, list[int]]:
@@ -40,7 +82,7 @@ def write_text(reader: Reader, folder: epath.PathLike, **options: Any) -> tuple[
       The vocabulary, and where blocks end.
     """
     folder = epath.Path(folder)
-    written = folder / "written.json"
+    written = folder / WRITTEN
     if written.exists():
         about = json.loads(written.read_text())
         reader.invalid = about["invalid"]
