@@ -57,7 +57,8 @@ class _Order:
     def find(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(places of those hashes that are there, the begins of their rows)."""
         keys = hashes * SPREAD
-        at = (keys >> self.shift).view(np.int64) * self.width
+        at = (keys >> self.shift).view(np.int64)
+        at *= self.width
         got = self.rows.take(at)
         there = got == keys
         walk = np.flatnonzero(got < keys)  # keys ascend from slot to slot
@@ -111,8 +112,8 @@ class HashedModel:
         begins = np.flatnonzero(text == BEGIN)
         hashes = [self.words.take(text)]
         for _ in self.orders:
-            longer = np.full(len(text), NOWHERE)
-            longer[1:] = hashes[-1][:-1] * BASE + hashes[0][1:]
+            longer = hashes[0].copy()
+            longer[1:] += hashes[-1][:-1] * BASE
             longer[begins] = NOWHERE
             hashes.append(longer)
         out, left = np.zeros(len(text)), np.ones(len(text), bool)  # where the longest n-gram was not seen
