@@ -11,7 +11,7 @@ What was tried for queries, in millions of Brown's 1.2 million words a second on
 searching for each order, which texts shorter than the model still take (1.1 to 1.9); scipy's sparse rows (2.8); a table
 by history and word, order after order (4.3); tables by the hash of all words, the longest first, in numpy (6 to 8),
 which stayed; the same compiled by XLA for the CPU, in one function or one a step (0.9 to 2.6). In the same run, medians
-of seven to nine: 2.8 to 3.2 times KenLM's loop over lines and 6.3 times that over words on the counted text; 1.4 and 3.3
+of seven to nine: 2.8 to 3.2 times KenLM's loop over lines and 6.3 times that over words on counted text; 1.4 and 3.3
 times on a tenth that was not, where most words fall back through all orders; with numbering the text 0.8 and 0.5 times
 the loop over lines, since its C++ reads words faster than Python's dictionary.
 
