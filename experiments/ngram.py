@@ -56,7 +56,7 @@ COUNT = flags.DEFINE_integer("count", 5, "How many sentences.", lower_bound=1)
 MAX_WORDS = flags.DEFINE_integer("max_words", 50, "Of a sentence.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Of what is drawn.")
 
-SUMS = "scores that do not sum to one: their perplexity is below that of probabilities and not comparable"
+SUMS = "scores that do not sum to one: a perplexity of them is not comparable with those of probabilities"
 
 COMMANDS: dict[str, list[flags.FlagHolder[Any]]] = {
     "train": [
