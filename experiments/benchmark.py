@@ -307,7 +307,7 @@ def _steps() -> list[dict[str, Any]]:
 
 def _ngrams() -> list[dict[str, Any]]:
     """Estimation, which has no peer in Python; queries in one call and KenLM's by lines and by words; memory."""
-    what = {"classic": True}
+    what: dict[str, Any] = {"classic": True}
     runs = {"estimate": ("ours", "estimate", what), "arrays": ("ours", "bytes", what)}
     runs["kenlm"] = ("peer", "bytes", {**what, "loop": "lines"})
     texts = {"text that was counted": {**what, "unseen": False}, "text that was not": {**what, "unseen": True}}

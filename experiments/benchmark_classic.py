@@ -81,8 +81,8 @@ def measure(spec: dict[str, Any], folder: str) -> dict[str, Any]:
             return {"value": model.nbytes / grams, "hashed": hashed.HashedModel(model).nbytes / grams}
         ours = hashed.HashedModel(model)
         read = lambda: sentences.read(sentences.Reader([paths[1]]), vocabulary=model.vocabulary)[1]
-        text = read()
-        query = (lambda: ours.log_prob(text)) if spec.get("numbered", True) else (lambda: ours.log_prob(read()))
+        numbers = read()
+        query = (lambda: ours.log_prob(numbers)) if spec.get("numbered", True) else (lambda: ours.log_prob(read()))
         return {"value": (words + len(asked)) / _median(query)}
     try:
         import kenlm
