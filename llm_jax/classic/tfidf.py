@@ -16,7 +16,16 @@ from etils import epath
 
 from llm_jax.classic import counting, described
 from llm_jax.classic.stored import StoredError
-from llm_jax.classic.terms import TOKENIZERS, Document, count
+from llm_jax.classic.terms import (
+    ACCENTS,
+    ANALYZERS,
+    TOKENIZERS,
+    Document,
+    count,
+    count_characters,
+    cutter,
+    pattern,
+)
 
 NORMS = ("l1", "l2", "none")
 
@@ -41,6 +50,9 @@ class Options:
       use_idf: times ln(N / df) + 1 for N documents, of which df hold the term.
       smooth_idf: ln((1 + N) / (1 + df)) + 1 in its place, as if one more document held every term.
       norm: what is one of every row, the sum of its entries (l1) or of their squares (l2), or none.
+      analyzer: what n-grams are of: `word`, or characters: `char`, `char_wb`, see `terms.count_characters`.
+      token_pattern: a regular expression in the place of `tokenize`, of lower case, see `terms.pattern`.
+      accents: what becomes of letters' marks, see `terms.strip_accents`.
     """
 
     tokenize: str | Callable[[str], Sequence[str]] = "words"
@@ -54,10 +66,17 @@ class Options:
     use_idf: bool = True
     smooth_idf: bool = True
     norm: str = "l2"
+    analyzer: str = "word"
+    token_pattern: str | None = None
+    accents: str = "none"
 
     def __post_init__(self) -> None:
         if isinstance(self.tokenize, str) and self.tokenize not in TOKENIZERS:
             raise TfIdfError(f"tokenize={self.tokenize!r} is none of {', '.join(TOKENIZERS)}, and no function")
+        for name, known in (("accents", ACCENTS), ("analyzer", ANALYZERS), ("norm", NORMS)):
+            if getattr(self, name) not in known:
+                raise TfIdfError(f"{name}={getattr(self, name)!r} is none of {', '.join(known)}")
+        self._check_words()
         if len(self.ngrams) != 2 or not 1 <= self.ngrams[0] <= self.ngrams[1]:
             raise TfIdfError(f"ngrams={self.ngrams} must be the shortest and the longest length, from 1 on")
         for name in ("min_df", "max_df"):
@@ -68,8 +87,20 @@ class Options:
             raise TfIdfError(f"stop_words={self.stop_words!r} is no set of words, and no list is built in")
         if self.max_features is not None and self.max_features < 1:
             raise TfIdfError(f"max_features={self.max_features} must be at least 1, or None")
-        if self.norm not in NORMS:
-            raise TfIdfError(f"norm={self.norm!r} is none of {', '.join(NORMS)}")
+
+    def _check_words(self) -> None:
+        """Refuses options that have no effect beside others."""
+        cut = {"tokenize": self.tokenize != "words", "token_pattern": self.token_pattern is not None}
+        if self.analyzer != "word":
+            given = cut | {"stop_words": bool(self.stop_words)}
+            if wrong := next((name for name, there in given.items() if there), None):
+                raise TfIdfError(f"{wrong} is of words, and analyzer={self.analyzer!r} takes characters")
+        if all(cut.values()):
+            raise TfIdfError(f"token_pattern={self.token_pattern!r} takes the place of tokenize: give one of them")
+        if callable(self.tokenize) and self.accents != "none":
+            raise TfIdfError(f"accents={self.accents!r} with a function that finds words: let it strip them itself")
+        if self.token_pattern is not None:
+            pattern(self.token_pattern)
 
 
 def _select(counts: scipy.sparse.csr_matrix, new: np.ndarray, width: int) -> scipy.sparse.csr_matrix:
@@ -83,9 +114,13 @@ def _select(counts: scipy.sparse.csr_matrix, new: np.ndarray, width: int) -> sci
 
 
 def _count(documents: Iterable[Document], options: Options) -> tuple[list[str], scipy.sparse.csr_matrix]:
-    tokenize = TOKENIZERS[options.tokenize] if isinstance(options.tokenize, str) else options.tokenize
-    terms, counts = count(documents, tokenize, options.ngrams, options.stop_words)
-    if options.binary:
+    o = options
+    if o.analyzer == "word":
+        tokenize = cutter(o.tokenize, o.token_pattern, o.accents) if isinstance(o.tokenize, str) else o.tokenize
+        terms, counts = count(documents, tokenize, o.ngrams, o.stop_words)
+    else:
+        terms, counts = count_characters(documents, o.analyzer, o.ngrams, o.accents)
+    if o.binary:
         counts.data[:] = 1
     return terms, counts
 
