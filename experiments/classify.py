@@ -55,12 +55,19 @@ FEATURES = flags.DEFINE_enum("features", "counts", ["counts", "tfidf"], "What is
 TOKENIZE = flags.DEFINE_enum(
     "tokenize", None, list(terms.TOKENIZERS), "See llm_jax/classic/terms.py; words for naive Bayes, else treebank."
 )
+TOKEN_PATTERN = flags.DEFINE_string("token_pattern", None, "A regular expression that finds words, of lower case.")
+ACCENTS = flags.DEFINE_enum("accents", "none", terms.ACCENTS, "What drops letters' marks, or all that is no ASCII.")
+ANALYZER = flags.DEFINE_enum("analyzer", "word", terms.ANALYZERS, "N-grams of words, of characters, of those in words.")
+STOP_WORDS = flags.DEFINE_list("stop_words", [], "Words that are left out.")
 NGRAMS = flags.DEFINE_list("ngrams", ["1"], "Lengths of n-grams, the shortest and the longest.")
 MIN_DF = flags.DEFINE_string("min_df", "1", "Rarer terms are dropped: a number of texts, or (0.01) a share.")
 MAX_DF = flags.DEFINE_string("max_df", "1.0", "More frequent terms are dropped, likewise.")
 MAX_FEATURES = flags.DEFINE_integer("max_features", None, "Keep so many terms, the most frequent.", lower_bound=1)
 BINARY = flags.DEFINE_bool("binary", False, "A term counts once a text.")
 SUBLINEAR = flags.DEFINE_bool("sublinear_tf", False, "Of --features=tfidf: 1 + ln(count).")
+USE_IDF = flags.DEFINE_bool("use_idf", True, "Of --features=tfidf: rare terms weigh more.")
+SMOOTH_IDF = flags.DEFINE_bool("smooth_idf", True, "Of --use_idf: as if one more text held every term.")
+NORM = flags.DEFINE_enum("norm", "l2", tfidf.NORMS, "Of --features=tfidf: what is one of every text.")
 KIND = flags.DEFINE_enum("kind", "multinomial", naive_bayes.KINDS, "See llm_jax/classic/naive_bayes.py.")
 ALPHA = flags.DEFINE_float("alpha", 1.0, "What every term has been seen more in every class.")
 PRIORS = flags.DEFINE_enum("priors", "fitted", ["fitted", "uniform"], "Of the classes; not of --kind=complement.")
@@ -72,7 +79,9 @@ TEXTS = flags.DEFINE_multi_string("text", [], "A text, may be repeated.")
 JSON_OUT = flags.DEFINE_string("json", None, "Write the numbers to this file.")
 
 SETS = [DATA, DEV, TEST, FIELDS, LAYOUT, SOURCE]
-BAYES = [FEATURES, NGRAMS, MIN_DF, MAX_DF, MAX_FEATURES, BINARY, SUBLINEAR, KIND, ALPHA, PRIORS, WEIGHT_NORM]
+CUT = [TOKEN_PATTERN, ACCENTS, ANALYZER, STOP_WORDS, NGRAMS, MIN_DF, MAX_DF, MAX_FEATURES, BINARY]
+WEIGHED = [SUBLINEAR, USE_IDF, SMOOTH_IDF, NORM]
+BAYES = [FEATURES, *CUT, *WEIGHED, KIND, ALPHA, PRIORS, WEIGHT_NORM]
 OF_MODELS = {"naive_bayes": BAYES, **{kind: word_models.taken_by(WORDS, kind) for kind in KINDS}}
 COMMANDS: dict[str, list[flags.FlagHolder[Any]]] = {
     "train": [*SETS, MODEL, TOKENIZE, *BAYES, *WORDS.values(), OUT],
@@ -86,11 +95,11 @@ class Method(NamedTuple):
     """What a --model does.
 
     Attributes:
-      train: (parts, labels, folder that it is written to) -> what is known of new texts.
+      train: (parts, labels, folder) -> (what is known of new texts, what writes the model into the folder).
       load: from the folder.
     """
 
-    train: Callable[[Parts, tuple[str, ...], str], LogProbs]
+    train: Callable[[Parts, tuple[str, ...], str], tuple[LogProbs, Callable[[], None]]]
     load: Callable[[str], LogProbs]
 
 
@@ -124,27 +133,35 @@ def _number(flag: flags.FlagHolder[Any]) -> int | float:
 
 
 def _options() -> tfidf.Options:
-    if SUBLINEAR.present and FEATURES.value != "tfidf":
-        raise ValueError(f"--{SUBLINEAR.name} is of --features=tfidf, not of {FEATURES.value}")
+    weighed = FEATURES.value == "tfidf"
+    for flag in WEIGHED:
+        if flag.present and not weighed:
+            raise ValueError(f"--{flag.name} is of --features=tfidf, not of {FEATURES.value}")
+    if SMOOTH_IDF.present and not USE_IDF.value:
+        raise ValueError("--smooth_idf is of --use_idf, which is off")
     lengths = NGRAMS.value
     if len(lengths) not in (1, 2) or not all(n.strip().isdecimal() for n in lengths):
         raise ValueError(f"--ngrams={','.join(lengths)} must be a length, or the shortest and the longest")
-    weighed = FEATURES.value == "tfidf"
+    weights = {"use_idf": USE_IDF.value, "smooth_idf": SMOOTH_IDF.value, "norm": NORM.value}
     return tfidf.Options(
-        tokenize=TOKENIZE.value or "words", ngrams=(int(lengths[0]), int(lengths[-1])), min_df=_number(MIN_DF),
-        max_df=_number(MAX_DF), max_features=MAX_FEATURES.value, binary=BINARY.value, sublinear_tf=SUBLINEAR.value,
-        use_idf=weighed, norm="l2" if weighed else "none",
+        tokenize=TOKENIZE.value or "words", token_pattern=TOKEN_PATTERN.value, accents=ACCENTS.value,
+        analyzer=ANALYZER.value, ngrams=(int(lengths[0]), int(lengths[-1])), stop_words=frozenset(STOP_WORDS.value),
+        min_df=_number(MIN_DF), max_df=_number(MAX_DF), max_features=MAX_FEATURES.value, binary=BINARY.value,
+        sublinear_tf=SUBLINEAR.value, **(weights if weighed else {"use_idf": False, "norm": "none"}),
     )  # fmt: skip
 
 
-def _train_naive_bayes(parts: Parts, names: tuple[str, ...], folder: str) -> LogProbs:
+def _train_naive_bayes(parts: Parts, names: tuple[str, ...], folder: str) -> tuple[LogProbs, Callable[[], None]]:
     texts, classes = parts["train"]
     features, counts = tfidf.TfIdf.fit_transform(texts, _options())
     model = naive_bayes.fit(counts, classes, len(names), KIND.value, ALPHA.value, PRIORS.value, norm=WEIGHT_NORM.value)
     print(f"{len(features.terms):,} terms")
-    tfidf.save(features, folder)
-    naive_bayes.save(model, folder)
-    return lambda texts: naive_bayes.log_probs(model, features.transform(texts))
+
+    def write() -> None:
+        tfidf.save(features, folder)
+        naive_bayes.save(model, folder)
+
+    return lambda texts: naive_bayes.log_probs(model, features.transform(texts)), write
 
 
 def _load_naive_bayes(folder: str) -> LogProbs:
@@ -152,13 +169,19 @@ def _load_naive_bayes(folder: str) -> LogProbs:
     return lambda texts: naive_bayes.log_probs(model, features.transform(texts))
 
 
-def _train_words(parts: Parts, names: tuple[str, ...], folder: str) -> LogProbs:
+def _train_words(parts: Parts, names: tuple[str, ...], folder: str) -> tuple[LogProbs, Callable[[], None]]:
     from llm_jax.training import text_classifier as training
+    from llm_jax.training.workdir import WorkdirError
 
     model, config = word_models.configs(WORDS, MODEL.value, TOKENIZE.value, names)
     known = text_words.know(parts["train"][0], config)
     print(known.describe())
-    return training.train(model, config, known, parts["train"], parts.get("dev"), folder)
+    try:
+        model, params = training.train(model, config, known, parts["train"], parts.get("dev"), folder)
+    except WorkdirError as e:
+        raise WorkdirError(str(e).replace("--workdir", "--out")) from None
+    trained = model, params, known.words, config.max_length
+    return text_classifier.log_probs(*trained), lambda: text_classifier.save(*trained, folder)
 
 
 WORD_MODEL = Method(_train_words, text_classifier.load)
@@ -189,12 +212,13 @@ def train() -> None:
         raise ValueError(f"--data={DATA.value}: {len(sets.train)} texts to train on have {len(names)} labels: give two")
     parts = _numbered(sets, names)
     folder = epath.Path(OUT.value)
-    for name in ("classify.json", "metrics.json"):  # of a model that was there before
-        (folder / name).unlink(missing_ok=True)
     begin = time.perf_counter()
-    log_probs = METHODS[MODEL.value].train(parts, names, OUT.value)
+    log_probs, write = METHODS[MODEL.value].train(parts, names, OUT.value)
     seconds = time.perf_counter() - begin
     print(f"{len(sets.train):,} texts of {len(names)} classes, {seconds:.2f} seconds")
+    for name in ("classify.json", "metrics.json"):  # of a model that was there before
+        (folder / name).unlink(missing_ok=True)
+    write()
     (folder / "classify.json").write_text(json.dumps({"model": MODEL.value, "labels": names}))
     metrics = {"data": DATA.value, "seconds": seconds, **_measure(log_probs, parts, len(names))}
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))

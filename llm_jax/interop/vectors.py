@@ -8,7 +8,7 @@ A word of GloVe's largest file may hold blanks (`. . .`): the numbers are the la
 """
 
 import gzip
-import warnings
+import logging
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -19,6 +19,7 @@ from llm_jax.classic.sentences import DAMAGED, POLICIES
 from llm_jax.classic.vectors import VectorsError
 from llm_jax.interop.vector_rows import FORMATS, VectorFile
 
+log = logging.getLogger(__name__)
 ROWS = 4096  # written at once
 
 
@@ -87,10 +88,10 @@ def _decoded(path: epath.Path, words: list[bytes], matrix: np.ndarray, policy: s
     if policy == "strict":
         i = bad[0]
         raise VectorsError(
-            f"{path}: word {i + 1:,}, {words[i][:30]!r}, is no UTF-8: take invalid=skip or invalid=replace, "
-            "unless the first line names another width than the file has"
+            f"{path}: word {i + 1:,}, {words[i][:30]!r}, is no UTF-8: write the file as UTF-8, or read it "
+            "with invalid=skip or invalid=replace where there is that choice; or its first line names another width"
         )
-    warnings.warn(f"{path}: {len(bad):,} words were no UTF-8 (invalid={policy})", stacklevel=3)
+    log.warning("%s: %s words were no UTF-8 (invalid=%s)", path, f"{len(bad):,}", policy)
     if policy == "skip":
         good = np.delete(np.arange(len(words)), bad)
         return [spelled[i] for i in good], matrix[good]
@@ -104,8 +105,8 @@ def _once(path: epath.Path, words: list[str], matrix: np.ndarray) -> tuple[list[
     if len(first) == len(words):
         return words, matrix
     twice = next(w for i, w in enumerate(words) if first[w] != i)
-    text = f"{path}: {len(words) - len(first):,} rows repeat a word, as {twice!r}; the first vector of each is kept"
-    warnings.warn(text, stacklevel=3)
+    repeated = f"{len(words) - len(first):,} rows repeat a word, as {twice!r}"
+    log.warning("%s: %s; the first vector of each is kept", path, repeated)
     return list(first), matrix[list(first.values())]
 
 

@@ -5,9 +5,10 @@ import functools
 import json
 import logging
 import math
+import types
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
@@ -32,7 +33,7 @@ from llm_jax.training import flops, metrics
 from llm_jax.training.loop import NEXT_TOKEN, LoopConfig, run_loop, summarize
 from llm_jax.training.optimizers import OptimizerConfig
 from llm_jax.training.precision import Precision
-from llm_jax.training.program import build
+from llm_jax.training.program import Program, build
 from llm_jax.training.rows import DataConfig, check_objective, get_rows, get_tokenizer, in_order
 from llm_jax.training.state import TrainState
 from llm_jax.training.workdir import Workdir
@@ -155,7 +156,47 @@ def _train(config, workdir, params, adapt, tokenizer, encode, kind, restore_step
     loader = Loader(rows.train, c.batch_size, c.seed, *plan.data_shard(), shuffle=not in_order(config))
 
     program = build(config, plan, tokenizer.role("mask"), params, adapt, workdir / "on_disk")
-    objective, shapes, shardings = program.objective, program.shapes, program.shardings
+    terms = program.objective.plain().coefficients
+    paired = config.data.pairs != "none" and "pair" in terms
+    baseline = rows.unigram + (terms["pair"] * math.log(2) if paired else 0.0)
+    held = Held(rows.held, rows.tokens_per_byte, {"eval/baseline_loss": baseline} if rows.unigram else {})
+    state, evaluation = run_program(program, config, plan, loader, held, workdir, whole, params, restore_step)
+    return Trained(state, config.model.make(), tokenizer, evaluation)
+
+
+class Held(NamedTuple):
+    """What a run is measured on.
+
+    Attributes:
+      rows: held out, None without.
+      tokens_per_byte: 0 where bits of bytes say nothing.
+      known: numbers that stand beside every measurement.
+    """
+
+    rows: Any
+    tokens_per_byte: float = 0.0
+    known: Mapping[str, float] = types.MappingProxyType({})
+
+
+def run_program(
+    program: Program,
+    config: RunConfig,
+    plan: Plan,
+    loader: Loader,
+    held: Held,
+    workdir: epath.Path,
+    whole: dict[str, Any],
+    params: Any = None,
+    restore_step: int | None = None,
+) -> tuple[TrainState, dict[str, float]]:
+    """Runs what was built, from its first state or from a checkpoint of the work directory; see `train`.
+
+    Returns:
+      (last state, numbers of the last evaluation).
+    """
+    c = config.training
+    objective: Any = program.objective
+    shapes, shardings = program.shapes, program.shardings
     mapped = None if program.on_disk is None else program.on_disk.arrays
     checkpoints = Checkpoints(workdir / "checkpoints", c.keep_last, c.keep_best, mapped=mapped)
     for note in plan.notes:
@@ -183,25 +224,13 @@ def _train(config, workdir, params, adapt, tokenizer, encode, kind, restore_step
     place = lambda batch: {k: local(v) for k, v in batch.items()}
     place_global = lambda batch: jax.device_put(batch, rows_sharding)
     terms = objective.plain().coefficients
-    paired = config.data.pairs != "none" and "pair" in terms
-    baseline = rows.unigram + (terms["pair"] * math.log(2) if paired else 0.0)
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        if rows.held is None:
+        if held.rows is None:
             return {}
-        got = evaluate_rows(
-            *(
-                program.evaluate,
-                state.params,
-                rows.held,
-                c.batch_size,
-                c.eval_batches,
-                place_global,
-                rows.tokens_per_byte,
-                terms,
-            )
-        )
-        return {**got, "eval/baseline_loss": baseline} if rows.unigram else got
+        size = (c.batch_size, c.eval_batches)
+        got = evaluate_rows(program.evaluate, state.params, held.rows, *size, place_global, held.tokens_per_byte, terms)
+        return {**got, **held.known}
 
     peak = flops.peak_flops()
     writer = metrics.MetricsWriter(workdir, int(state.step))
@@ -225,7 +254,7 @@ def _train(config, workdir, params, adapt, tokenizer, encode, kind, restore_step
             mapped.remove()  # what it holds is in the last checkpoint
         if together and jax.process_index() == 0 and metrics.read_metrics(workdir):
             metrics.plot_loss(workdir, getattr(objective, "loss_unit", metrics.UNIT))
-    return Trained(state, config.model.make(), tokenizer, evaluation)
+    return state, evaluation
 
 
 def evaluate_rows(

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llm_jax.classic.embedding import Coverage, embed
+from llm_jax.classic.sentences import POLICIES
 from llm_jax.classic.vectors import VectorsError, WordVectors
 from llm_jax.classic.words import SPECIAL, UNKNOWN, Words, count
 from llm_jax.interop import vectors
 
-EMBEDDINGS = ("trained", "frozen", "projected")
+EMBEDDINGS = ("trained", "frozen", "projected", "both")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +30,9 @@ class TextConfig:
       max_length: words of a text at most; of longer ones the beginning is read.
       vectors: file of pre-trained word vectors, None for none.
       extra_words: so many words of that file, the first ones, are known beside those of the training texts.
-      embedding: what becomes of the vectors: `trained` further, `frozen`, or `projected`: frozen under a linear layer
-        that is trained.
+      invalid: what becomes of its words that are no UTF-8, see `interop.vectors.read`.
+      embedding: what becomes of the vectors: `trained` further, `frozen`, `projected`: frozen under a linear layer that
+        is trained, or `both` of the first two, side by side (Kim's two channels).
     """
 
     epochs: int = 8
@@ -42,6 +44,7 @@ class TextConfig:
     max_length: int = 400
     vectors: str | None = None
     extra_words: int = 50_000
+    invalid: str = "strict"
     embedding: str = "trained"
 
     def __post_init__(self) -> None:
@@ -49,10 +52,13 @@ class TextConfig:
         for name in ("epochs", "batch_size", "min_count", "max_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.extra_words < 0:
-            raise ValueError(f"extra_words={self.extra_words} must not be negative")
+        for name in ("extra_words", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate={self.learning_rate} must be a positive number")
+        if self.invalid not in POLICIES:
+            raise ValueError(f"invalid={self.invalid!r} is none of {', '.join(POLICIES)}")
         if self.embedding not in EMBEDDINGS:
             raise ValueError(f"embedding={self.embedding!r} is none of {', '.join(EMBEDDINGS)}")
         if self.embedding != "trained" and self.vectors is None:
@@ -91,10 +97,9 @@ def know(texts: Sequence[str], config: TextConfig) -> Known:
     often = [w for w, n in counts.most_common() if n >= config.min_count]
     if config.vectors is None:
         return Known(Words(often, config.tokenize), None, None)
-    found = dict(zip(*vectors.read(config.vectors, keep={x for w in counts for x in (w, w.lower())}), strict=True))
-    rest: dict[str, np.ndarray] = {}
-    if config.extra_words:
-        rest = dict(zip(*vectors.read(config.vectors, limit=config.extra_words), strict=True))
+    read = lambda **which: dict(zip(*vectors.read(config.vectors, **which, invalid=config.invalid), strict=True))
+    found = read(keep={x for w in counts for x in (w, w.lower())})
+    rest = read(limit=config.extra_words) if config.extra_words else {}
     if not found:
         raise VectorsError(f"{config.vectors} holds none of the {len(counts):,} words of the training texts")
     both = {**found, **rest}

@@ -1,6 +1,8 @@
 """The classifiers' binary: trains, predicts, measures; and what it refuses."""
 
 import json
+import shutil
+import warnings
 import zipfile
 
 import numpy as np
@@ -65,6 +67,18 @@ def test_flags_reach_the_model(folder, kind):
     want = tfidf.Options("blanks", (1, 2), frozenset(), 2, 0.9, 9, binary=True, sublinear_tf=True)
     assert features.options == want
     assert json.loads((folder / kind / "metrics.json").read_text())["dev"]["accuracy"] == 1
+
+
+def test_characters_reach_the_model(folder):
+    call("classify", "train", f"--data={folder}/train.tsv", f"--out={folder}/char", "--analyzer=char_wb",
+         "--ngrams=2,3", "--features=tfidf", "--norm=l1", "--nouse_idf", "--accents=ascii")  # fmt: skip
+    options = tfidf.load(folder / "char").options
+    assert options == tfidf.Options(ngrams=(2, 3), analyzer="char_wb", norm="l1", use_idf=False, accents="ascii")
+    call("classify", "train", f"--data={folder}/train.tsv", f"--out={folder}/cut", r"--token_pattern=[a-z]+",
+         "--stop_words=a,film", "--features=tfidf", "--nosmooth_idf")  # fmt: skip
+    features = tfidf.load(folder / "cut")
+    assert features.terms == ["bad", "cast", "dull", "fun", "good", "plot"]
+    assert features.options.token_pattern == "[a-z]+" and not features.options.smooth_idf
 
 
 WORDS = ["a", "good", "bad", "film", "fun", "plot", "dull", ",", "sofa"]
@@ -139,6 +153,85 @@ def test_an_lstm_on_projected_vectors(folder, cnn, capsys):
     assert json.loads((out / "metrics.json").read_text())["train"]["accuracy"] > 0.9
 
 
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--min_df=5000",), "no term is in min_df=5000"),
+        (("--model=cnn", "--min_count=10000"), "a vocabulary of no word"),
+        (("--model=cnn", "--vectors={0}/none"), "none is no file"),
+        ((*CNN, "--batch_size=15", "--filters=2"), "another config .*filters: 3 -> 2.*; choose another --out"),
+    ],
+)
+def test_a_refused_command_leaves_the_model_that_is_there(folder, cnn, tmp_path, flags, words):
+    path = tmp_path / "model"
+    shutil.copytree(cnn if "--filters=2" in flags else folder / "nb", path)
+    of_model = lambda: {f.name: f.read_bytes() for f in path.iterdir() if f.suffix in (".json", ".npz", ".safetensors")}
+    before = of_model()
+    with pytest.raises(ValueError, match=words):
+        call("classify", "train", f"--data={folder}/train.tsv", f"--out={path}", *(f.format(folder) for f in flags))
+    assert of_model() == before and "classify.json" in before
+    call("classify", "predict", f"--model_folder={path}", "--text=good fun")
+
+
+def test_a_run_goes_on_with_the_same_texts_labels_and_vectors_only(folder, cnn, tmp_path):
+    """All that is another file's contents, behind the same flags."""
+    data, path = tmp_path / "train.tsv", tmp_path / "vectors.txt"
+    rows = (folder / "train.tsv").read_text()
+    data.write_text(rows)
+    shutil.copy(folder / "vectors.txt", path)
+    flags = [
+        "--model=cnn",
+        f"--vectors={path}",
+        "--filters=3",
+        "--widths=1,2",
+        f"--data={data}",
+        f"--out={tmp_path}/run",
+    ]
+    call("classify", "train", *flags, "--epochs=1")
+    for changed, name in ((rows.replace("\t+", "\tx").replace("\t-", "\t+").replace("\tx", "\t-"), "texts"),
+                          (rows.replace("dull plot", "plot dull"), "texts"),
+                          (rows.replace("cast", "band"), "words")):  # fmt: skip
+        data.write_text(changed)
+        with pytest.raises(ValueError, match=rf"another config .*crc32\.{name}"):
+            call("classify", "train", *flags, "--epochs=2")
+    data.write_text(rows)
+    vectors.write(path, WORDS, MATRIX + 1)
+    with pytest.raises(ValueError, match=r"another config \(crc32.vectors: \d+ -> \d+\); choose another --out"):
+        call("classify", "train", *flags, "--epochs=2")
+    shutil.copy(folder / "vectors.txt", path)
+    call("classify", "train", *flags, "--epochs=2")
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) > 2
+
+
+def test_errors_and_warnings_name_what_classify_has(folder, tmp_path, caplog):
+    (tmp_path / "twice.txt").write_text("good 1 2\nfilm 1 0\ngood 3 4\n")
+    (tmp_path / "latin.txt").write_bytes("good 1 2\ncaf\xe9 3 4\n".encode("latin-1"))
+    run = ("classify", "train", f"--data={folder}/train.tsv", "--model=cnn", "--filters=2", "--widths=1", "--epochs=1")
+    with pytest.raises(ValueError, match="is no UTF-8.*invalid=skip"):
+        call(*run, f"--out={tmp_path}/a", f"--vectors={tmp_path}/latin.txt")
+    with pytest.raises(
+        RuntimeError, match=f"start again in another folder than {tmp_path}/b, with a learning_rate below"
+    ):
+        call(*run, f"--out={tmp_path}/b", f"--vectors={tmp_path}/latin.txt", "--invalid=skip", "--learning_rate=1e38",
+             "--epochs=12")  # fmt: skip
+    assert "1 words were no UTF-8 (invalid=skip)" in caplog.text
+    with pytest.raises(ValueError, match="seed=-1 must not be negative"):
+        call(*run, f"--out={tmp_path}/c", "--seed=-1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(*run, f"--out={tmp_path}/d", f"--vectors={tmp_path}/twice.txt", "--extra_words=0")
+    assert "1 rows repeat a word, as 'good'; the first vector of each is kept" in caplog.text
+
+
+def test_two_channels_keep_the_vectors_beside_the_trained_ones(folder, cnn):
+    out = words_run(folder, "both", *CNN, "--embedding=both", "--epochs=2", "--max_norm=0.5", "--seed=3")
+    about, params = stored(out)
+    row = 2 + about["words"].index("good")
+    np.testing.assert_allclose(params["embed_static/embedding"][row], MATRIX[1], rtol=1e-6)
+    assert np.abs(params["embed/embedding"][row] - MATRIX[1]).max() > 1e-3
+    assert params["cnn/filters_2/kernel"].shape == (2 * 2 * 5, 3) and about["model"]["max_norm"] == 0.5
+
+
 def test_quality_in_closed_form():
     labels, said = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 0, 1])
     got = text_sets.quality(labels, said, 4)
@@ -193,6 +286,10 @@ def test_newsgroups(tmp_path):
         (("--data={0}/train.tsv", "--ngrams=1,2,3"), "--ngrams=1,2,3 must be a length"),
         (("--data={0}/train.tsv", "--min_df=few"), "--min_df=few is no number"),
         (("--data={0}/train.tsv", "--min_df=99"), "no term is in min_df=99"),
+        (("--data={0}/train.tsv", "--norm=l1"), "--norm is of --features=tfidf, not of counts"),
+        (("--data={0}/train.tsv", "--features=tfidf", "--nouse_idf", "--smooth_idf"), "--smooth_idf is of --use_idf"),
+        (("--data={0}/train.tsv", "--analyzer=char", "--tokenize=blanks"), "tokenize is of words, and analyzer='char'"),
+        (("--data={0}/train.tsv", "--token_pattern=("), r"token_pattern='\(' is no regular expression"),
         (("--data={0}/train.tsv", "--sublinear_tf"), "--sublinear_tf is of --features=tfidf, not of counts"),
         (("--data={0}/train.tsv", "--weight_norm"), "norm is of kind='complement'"),
         (("--data={0}/train.tsv", "--kind=complement", "--priors=uniform"), "have no effect with kind='complement'"),
@@ -213,6 +310,9 @@ def test_newsgroups(tmp_path):
         (("--data={0}/train.tsv", "--model=cnn", "--vectors={0}/other.vec"), "holds none of the 17 words"),
         (("--data={0}/train.tsv", "--model=cnn", "--min_count=99"), "a vocabulary of no word"),
         (("--data={0}/train.tsv", "--model=cnn", "--learning_rate=nan"), "learning_rate=nan must be a positive number"),
+        (("--data={0}/train.tsv", "--model=cnn", "--invalid=skip"), "--invalid is of --vectors, which is missing"),
+        (("--data={0}/train.tsv", "--model=cnn", "--embedding=both"), "'both' is of pre-trained vectors"),
+        (("--data={0}/train.tsv", "--model=cnn", "--max_norm=-1"), "max_norm=-1.0 must be a number from 0"),
         (("--data={0}/train.tsv", "--model=lstm", "--dropout=1"), r"dropout=1.0 must lie in \[0, 1\)"),
     ],
 )
