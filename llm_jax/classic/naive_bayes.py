@@ -129,8 +129,8 @@ def fit(
     log_priors = _log_priors(priors, sizes_C)
     if kind == "bernoulli":
         hold = (one_hot @ _held(counts)).toarray()
-        total = np.log(sizes_C + 2 * alpha)[:, None]
-        there, absent = np.log(hold + alpha) - total, np.log(sizes_C[:, None] - hold + alpha) - total
+        p, rest = (x / (sizes_C + 2 * alpha)[:, None] for x in (hold + alpha, sizes_C[:, None] - hold + alpha))
+        there, absent = np.log(p), np.where(p < 0.5, np.log1p(-p), np.log(rest))  # of many small p no digit is lost
         return NaiveBayes(kind, there - absent, log_priors + absent.sum(1))
     sums = (one_hot @ counts).toarray()
     if kind == "complement":

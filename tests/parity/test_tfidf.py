@@ -22,6 +22,8 @@ def corpus():
         found = [p for p in path.read_text().split("\n\n") if p.strip()][:150]
         documents += found
         labels += [label] * len(found)
+    documents += ["Café crème, naïve Ångström \t\t and  ℃ İstanbul ﬁn", "x", "a\n\nb c\u00a0d e\u0301"]
+    labels += [0, 1, 2]
     order = np.random.default_rng(0).permutation(len(documents))
     documents, labels = [documents[i] for i in order], np.array(labels)[order]
     return documents[:-100], labels[:-100], [*documents[-100:], "", "zyzzyva Ünseen", "the"]
@@ -31,7 +33,7 @@ STOP = ("def", "of", "self", "the")  # in an order: it is part of a test's name
 
 
 def theirs(options, kind=text.TfidfVectorizer):
-    names = {"ngrams": "ngram_range", "tokenize": None, "norm": None, "stop_words": None}
+    names = {"ngrams": "ngram_range", "tokenize": None, "norm": None, "stop_words": None, "accents": "strip_accents"}
     tfidf = ("use_idf", "smooth_idf", "sublinear_tf", "norm") if kind is text.CountVectorizer else ()
     given = {names.get(k, k): v for k, v in options.items() if names.get(k, k) is not None and k not in tfidf}
     if options.get("tokenize") == "blanks":
@@ -65,6 +67,19 @@ def theirs(options, kind=text.TfidfVectorizer):
         {"stop_words": STOP, "ngrams": (1, 3)},
         {"tokenize": "blanks"},
         {"tokenize": "blanks", "ngrams": (1, 2), "use_idf": False, "norm": "l1"},
+        {"accents": "unicode"},
+        {"accents": "ascii", "ngrams": (1, 2)},
+        {"tokenize": "blanks", "accents": "unicode"},
+        {"token_pattern": r"[a-z]+|[^\w\s]"},
+        {"token_pattern": r"(\w)\w+", "ngrams": (1, 2), "stop_words": ("d", "s"), "accents": "unicode"},
+        {"token_pattern": r"\w*"},
+        {"analyzer": "char"},
+        {"analyzer": "char", "ngrams": (2, 4), "min_df": 2, "accents": "unicode"},
+        {"analyzer": "char", "ngrams": (5, 5), "norm": "l1", "accents": "ascii"},
+        {"analyzer": "char_wb"},
+        {"analyzer": "char_wb", "ngrams": (1, 3), "sublinear_tf": True},
+        {"analyzer": "char_wb", "ngrams": (3, 5), "max_df": 0.5, "accents": "unicode"},
+        {"analyzer": "char_wb", "ngrams": (6, 7), "binary": True, "use_idf": False},
     ],
     ids=str,
 )
@@ -123,6 +138,6 @@ def test_naive_bayes(corpus, features, alpha, kind, ours, reference):
     other = getattr(bayes, NAMES[kind])(alpha=alpha, **reference).fit(counts, labels)
     for x in (counts, tfidf.transform(others)):
         want = other.predict_joint_log_proba(x)
-        np.testing.assert_allclose(naive_bayes.scores(model, x), want, rtol=1e-10, atol=1e-10)
-        np.testing.assert_allclose(naive_bayes.log_probs(model, x), other.predict_log_proba(x), rtol=1e-10, atol=1e-10)
+        np.testing.assert_allclose(naive_bayes.scores(model, x), want, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(naive_bayes.log_probs(model, x), other.predict_log_proba(x), rtol=1e-12, atol=1e-12)
         np.testing.assert_array_equal(naive_bayes.predict(model, x), other.predict(x))
