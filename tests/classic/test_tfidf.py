@@ -92,8 +92,44 @@ def test_stop_words_go_before_ngrams():
     assert model.terms == ["cat house"]
 
 
+def counted(document, **options):
+    """{term: its count} of one document."""
+    model, counts = TfIdf.fit_transform([document], Options(use_idf=False, norm="none", **options))
+    return dict(zip(model.terms, counts.toarray()[0].tolist(), strict=True))
+
+
+def test_characters_are_windows_of_a_text_or_of_its_words():
+    assert counted("Ab  a\tb", analyzer="char") == {"a": 2, "b": 2, " ": 1, "\t": 1}
+    assert counted("ab \n ab", analyzer="char", ngrams=(2, 3)) == {
+        "ab": 2, "b ": 1, " a": 1, "ab ": 1, "b a": 1, " ab": 1,
+    }  # fmt: skip
+    assert counted("to o", analyzer="char_wb", ngrams=(2, 3)) == {
+        " t": 1, "to": 1, "o ": 2, " to": 1, "to ": 1, " o": 1, " o ": 1,
+    }  # fmt: skip
+    assert counted("cats i", analyzer="char_wb", ngrams=(5, 9)) == {" cats": 1, "cats ": 1, " cats ": 1, " i ": 1}
+    assert counted("cat", analyzer="char", ngrams=(2, 9)) == {"ca": 1, "at": 1, "cat": 1}
+
+
+@pytest.mark.parametrize("analyzer", ["char", "char_wb"])
+def test_new_texts_of_characters(analyzer):
+    model, fitted = TfIdf.fit_transform(DOCUMENTS, Options(analyzer=analyzer, ngrams=(1, 3)))
+    np.testing.assert_array_equal(model.transform(DOCUMENTS).toarray(), fitted.toarray())
+    assert model.transform(["", " ", "%%"]).toarray()[2].sum() in (0, 1)  # a blank at an end is known, % is not
+    assert (model.counts(["cat"]) != model.counts(["CAT"])).nnz == 0 and model.counts(["cat"]).has_canonical_format
+
+
+def test_accents_and_patterns():
+    text = "Été naïve ﬁn ß 中"
+    assert counted(text) == {"été": 1, "naïve": 1, "ﬁn": 1}
+    assert counted(text, accents="unicode") == {"ete": 1, "naive": 1, "fin": 1}
+    assert counted(text, accents="unicode", token_pattern=r"\w+") == {"ete": 1, "naive": 1, "fin": 1, "ß": 1, "中": 1}
+    assert counted(text, accents="ascii", token_pattern=r"\w+") == {"ete": 1, "naive": 1, "fin": 1}
+    assert counted(text, accents="ascii", tokenize="blanks") == {"Ete": 1, "naive": 1, "fin": 1}
+    assert counted("X-Ray x-axis", token_pattern=r"(\w)-\w+") == {"x": 2}
+
+
 def test_files(tmp_path):
-    options = Options(ngrams=(1, 2), stop_words=frozenset({"saw"}), min_df=1, max_df=0.9)
+    options = Options(ngrams=(1, 2), stop_words=frozenset({"saw"}), min_df=1, max_df=0.9, accents="ascii")
     model = TfIdf.fit([*DOCUMENTS, ["a\nb", "\ud800"]], options)
     tfidf.save(model, tmp_path)
     again = tfidf.load(tmp_path)
@@ -133,11 +169,20 @@ def test_a_function_is_not_saved(tmp_path):
         ({"max_df": math.nan}, "max_df=nan must be"),
         ({"max_features": 0}, "max_features=0 must be at least 1"),
         ({"norm": "l3"}, "norm='l3' is none of l1, l2, none"),
+        ({"analyzer": "letters"}, "analyzer='letters' is none of word, char, char_wb"),
+        ({"accents": "latin"}, "accents='latin' is none of none, unicode, ascii"),
+        ({"token_pattern": "("}, r"token_pattern='\(' is no regular expression"),
+        ({"token_pattern": "(a)(b)"}, r"has 2 groups: one at most"),
+        ({"token_pattern": "a", "tokenize": "blanks"}, "takes the place of tokenize"),
+        ({"accents": "ascii", "tokenize": list}, "with a function that finds words"),
+        ({"analyzer": "char", "stop_words": frozenset("a")}, "stop_words is of words, and analyzer='char' takes char"),
+        ({"analyzer": "char_wb", "tokenize": "blanks"}, "tokenize is of words"),
+        ({"analyzer": "char", "token_pattern": "a"}, "token_pattern is of words"),
         ({"stop_words": "english"}, "stop_words='english' is no set of words"),
     ],
 )
 def test_errors_of_options(options, words):
-    with pytest.raises(tfidf.TfIdfError, match=words):
+    with pytest.raises((tfidf.TfIdfError, terms.TermsError), match=words):
         Options(**options)
 
 
@@ -151,6 +196,10 @@ def test_errors_of_options(options, words):
         (["ab", "cd"], {"min_df": 2}, "no term is in min_df=2 to max_df=1.0 of 2 documents"),
         (["ab cd"] * 3, {"min_df": 3, "max_df": 2}, "no term is in min_df=3 to max_df=2 of 3"),
         ("ab cd", {}, "documents is one string"),
+        ("ab cd", {"analyzer": "char"}, "documents is one string"),
+        ("ab cd", {"analyzer": "char_wb"}, "documents is one string"),
+        ([["ab"]], {"analyzer": "char"}, "analyzer=char takes strings, not a list"),
+        (["", " "], {"analyzer": "char_wb"}, "no term in 2 documents"),
         (["ab", None], {}, "document 1 is a NoneType"),
         ([["ab", 3]], {}, "3 among the words of the documents is no string"),
         ([["a b", "c"]], {"ngrams": (1, 2)}, "the word 'a b' holds a blank"),

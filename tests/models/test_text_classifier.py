@@ -1,5 +1,6 @@
 """The text classifiers: padding changes nothing, each part equals its formula, gradients flow where they should."""
 
+import dataclasses
 import functools
 
 import jax
@@ -17,6 +18,7 @@ CONFIGS |= {
     "deep": TextClassifierConfig("lstm", **SIZES, num_layers=2),
     "cnn": TextClassifierConfig("cnn", **SIZES),
     "projected": TextClassifierConfig("cnn", **SIZES, embedding_dim=7),
+    "channels": TextClassifierConfig("cnn", **SIZES, two_channels=True, max_norm=0.7),
 }
 TEXTS = [[3, 1, 4, 1, 5, 9], [2, 6], [7], []]
 IDS = np.array([t + [0] * (6 - len(t)) for t in TEXTS], np.int32)
@@ -123,6 +125,31 @@ def test_dropout_and_the_first_parameters(kind):
     assert (draw(jax.random.key(0))[:3] != draw(jax.random.key(1))[:3]).any()
 
 
+def test_weights_of_a_class_are_no_longer_than_their_bound():
+    tree, out = params_of("channels"), results("channels")["out"]
+    kernel, bias = (np.asarray(tree["classifier"][name], np.float64) for name in ("kernel", "bias"))
+    lengths = np.linalg.norm(kernel, axis=0)
+    assert (lengths > 0.7).any()
+    close(out.logits, out.pooler_output @ (kernel * np.minimum(1, 0.7 / lengths)) + bias)
+    free = dataclasses.replace(CONFIGS["channels"], max_norm=0.0)
+    bound = dataclasses.replace(free, max_norm=float(lengths.max()) + 1)
+    params = {"params": tree}
+    close(bound.make().apply(params, IDS).logits, free.make().apply(params, IDS).logits)
+    close(free.make().apply(params, IDS).logits, out.pooler_output @ kernel + bias)
+
+
+def test_channels_are_read_side_by_side():
+    """The filters see a word's row of either table, so an exchange of tables and of kernels' halves changes nothing."""
+    tree = params_of("channels")
+    kernels = {}
+    for name, layer in tree["cnn"].items():
+        width = int(name.rpartition("_")[2])
+        halves = layer["kernel"].reshape(width, 2, 5, 3)[:, ::-1].reshape(-1, 3)
+        kernels[name] = {**layer, "kernel": halves}
+    other = {**tree, "cnn": kernels, "embed": tree["embed_static"], "embed_static": tree["embed"]}
+    close(CONFIGS["channels"].make().apply({"params": other}, IDS).logits, results("channels")["out"].logits)
+
+
 def test_a_fresh_table():
     from llm_jax.models.text_classifier import _table
 
@@ -139,6 +166,7 @@ def test_a_fresh_table():
         (dict(embedding_dim=0), "embedding_dim=0 must be at least 1"),
         (dict(widths=()), r"widths=\(\) must be whole numbers from 1"),
         (dict(widths=(3, 3)), "all different"),
+        (dict(max_norm=float("nan")), "max_norm=nan must be a number from 0"),
         (dict(dropout=1.0), r"dropout=1.0 must lie in \[0, 1\)"),
         (dict(labels=("one",)), "must name two classes or more"),
     ],
