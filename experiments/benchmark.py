@@ -75,7 +75,7 @@ from absl import app, flags
 
 CASES = (
     *("train", "memory", "decode", "compile", "shakespeare", "encode", "translate", "steps", "ngrams"),
-    *("word2vec", "plans"),
+    *("word2vec", "bayes", "plans"),
 )
 CASE = flags.DEFINE_list("cases", ",".join(CASES), f"What to measure: {', '.join(CASES)}.")
 ROUNDS = flags.DEFINE_integer("rounds", 3, "Turns that every contestant takes.", lower_bound=1)
@@ -102,6 +102,8 @@ def _measure(who: str, what: str, **options: Any) -> dict[str, Any] | None:
     module = {"ours": "experiments.benchmark_ours", "peer": "experiments.benchmark_peers"}[who]
     if options.get("classic"):
         module = "experiments.benchmark_classic"
+    elif "ngrams" in options:
+        module = "experiments.benchmark_bayes"
     elif "variant" in options:
         module = "experiments.benchmark_plans"
     elif "epochs" in options:
@@ -353,6 +355,19 @@ def _word2vec() -> list[dict[str, Any]]:
     return rows
 
 
+def _bayes() -> list[dict[str, Any]]:
+    """Tf-idf and naive Bayes beside scikit-learn: single words, and pairs too."""
+    rows = []
+    for part, ngrams in (("fit", 1), ("predict", 1), ("fit", 2), ("predict", 2)):
+        options = {"part": part, "ngrams": ngrams}
+        contestants = {"ours": ("ours", "ours", options), "scikit-learn": ("peer", "scikit-learn", options)}
+        results = _turns(contestants, ROUNDS.value)
+        theirs = results.get("scikit-learn")
+        case = f"tf-idf and naive Bayes, {part}, {'words and pairs' if ngrams > 1 else 'words'}"
+        rows.append(_row(case, results["ours"]["value"], "scikit-learn", theirs and theirs["value"], "texts/s"))
+    return rows
+
+
 def _plans() -> list[dict[str, Any]]:
     """Speed and memory of a model of 1.2 billion parameters under plans for one accelerator."""
     if _device()["platform"] == "cpu" and not TINY.value:
@@ -377,7 +392,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: unknown cases {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
     measure = {"train": _train, "memory": _memory, "decode": _decode, "compile": _compile, "shakespeare": _shakespeare}
     measure |= {"encode": _encode, "translate": _translate, "steps": _steps, "ngrams": _ngrams}
-    measure |= {"word2vec": _word2vec, "plans": _plans}
+    measure |= {"word2vec": _word2vec, "bayes": _bayes, "plans": _plans}
     rows: list[dict[str, Any]] = []
     for name in CASE.value:
         print(name, file=sys.stderr, flush=True)

@@ -36,8 +36,8 @@ from llm_jax.classic import arpa, counting, hashed, sentences, smoothing
 ORDER = 5
 
 
-def _median(run: Callable[[], Any]) -> float:
-    """Seconds of one of five runs."""
+def median(run: Callable[[], Any]) -> float:
+    """Seconds of a run, the median of five."""
     times = []
     for _ in range(5):
         begin = time.perf_counter()
@@ -73,7 +73,7 @@ def measure(spec: dict[str, Any], folder: str) -> dict[str, Any]:
         Path(path).write_text("\n".join(text) + "\n")
     words = sum(len(line.split()) for line in asked)
     if spec["what"] == "estimate":
-        return {"value": words / _median(lambda: _estimate(paths[0]))}
+        return {"value": words / median(lambda: _estimate(paths[0]))}
     model = _estimate(paths[0])
     grams = sum(map(len, model.keys))
     if spec.get("loop") is None:
@@ -83,7 +83,7 @@ def measure(spec: dict[str, Any], folder: str) -> dict[str, Any]:
         read = lambda: sentences.read(sentences.Reader([paths[1]]), vocabulary=model.vocabulary)[1]
         numbers = read()
         query = (lambda: ours.log_prob(numbers)) if spec.get("numbered", True) else (lambda: ours.log_prob(read()))
-        return {"value": (words + len(asked)) / _median(query)}
+        return {"value": (words + len(asked)) / median(query)}
     try:
         import kenlm
     except ImportError:
@@ -104,7 +104,7 @@ def measure(spec: dict[str, Any], folder: str) -> dict[str, Any]:
                 state, after = after, state
 
     run = by_words if spec["loop"] == "words" else lambda: [theirs.score(line) for line in asked]
-    return {"value": (words + len(asked)) / _median(run)}
+    return {"value": (words + len(asked)) / median(run)}
 
 
 if __name__ == "__main__":

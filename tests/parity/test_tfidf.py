@@ -6,6 +6,7 @@ import sysconfig
 import numpy as np
 import pytest
 
+from experiments import benchmark_bayes
 from llm_jax.classic import naive_bayes
 from llm_jax.classic.tfidf import Options, TfIdf
 
@@ -141,3 +142,10 @@ def test_naive_bayes(corpus, features, alpha, kind, ours, reference):
         np.testing.assert_allclose(naive_bayes.scores(model, x), want, rtol=1e-12, atol=1e-12)
         np.testing.assert_allclose(naive_bayes.log_probs(model, x), other.predict_log_proba(x), rtol=1e-12, atol=1e-12)
         np.testing.assert_array_equal(naive_bayes.predict(model, x), other.predict(x))
+
+
+@pytest.mark.parametrize("ngrams", [1, 2])
+def test_the_benchmark_measures_the_same_model(ngrams):
+    spec = {"part": "predict", "ngrams": ngrams, "tiny": True}
+    ours, theirs = (benchmark_bayes.measure({"what": what, **spec}) for what in ("ours", "scikit-learn"))
+    assert ours["accuracy"] == theirs["accuracy"] > 0.6 and min(ours["value"], theirs["value"]) > 0
