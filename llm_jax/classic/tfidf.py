@@ -16,16 +16,7 @@ from etils import epath
 
 from llm_jax.classic import counting, described
 from llm_jax.classic.stored import StoredError
-from llm_jax.classic.terms import (
-    ACCENTS,
-    ANALYZERS,
-    TOKENIZERS,
-    Document,
-    count,
-    count_characters,
-    cutter,
-    pattern,
-)
+from llm_jax.classic.terms import ACCENTS, ANALYZERS, TOKENIZERS, Document, count, count_characters, cutter, pattern
 
 NORMS = ("l1", "l2", "none")
 
