@@ -5,8 +5,8 @@
 the shared data are, else paragraphs of the standard library's sources, their class a module's initial: a to m or not.
 
 On 2 cores of an Intel Xeon shared with other work, scikit-learn 1.9.1, SST-2, medians of five turns: fitting 106,000
-texts/s against 72,000 (1.47), with pairs of words 50,000 against 21,500 (2.33); answering 118,000 against 89,500 (1.32),
-with pairs 59,700 against 42,700 (1.40). Where the time goes says llm_jax/classic/terms.py.
+texts/s against 72,000 (1.47), with pairs of words 50,000 against 21,500 (2.33); answering 118,000 against 89,500
+(1.32), with pairs 59,700 against 42,700 (1.40). Where the time goes says llm_jax/classic/terms.py.
 """
 
 import json
