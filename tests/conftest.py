@@ -25,7 +25,7 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     """Files of long tests first: what comes last runs while other workers idle."""
-    items.sort(key=lambda item: item.path.parent.name not in ("parallel", "launch", "experiments"))
+    items.sort(key=lambda item: item.path.parent.name not in ("training", "parallel", "launch", "experiments"))
 
 
 @pytest.fixture
