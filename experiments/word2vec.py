@@ -42,7 +42,7 @@ MODEL: list[flags.FlagHolder[Any]] = [
     flags.DEFINE_integer("window", DEFAULT.window, "Words on either side, at most."),
     flags.DEFINE_bool("dynamic", DEFAULT.dynamic, "Draw each window from 1 to --window."),
     flags.DEFINE_integer("negatives", DEFAULT.negatives, "Negative words a pair, of negative sampling."),
-    flags.DEFINE_integer("shared", DEFAULT.shared, "Words drawn for 32 centres, of negative sampling and sampled."),
+    flags.DEFINE_integer("shared", DEFAULT.shared, "Words drawn for 32 centres, of negative and sampled; 0 chooses."),
     flags.DEFINE_float("exponent", DEFAULT.exponent, "Of the counts that words are drawn by."),
     flags.DEFINE_float("sample", DEFAULT.sample, "Frequency above which words are left out at random; 0 keeps all."),
     flags.DEFINE_enum("subsampling", DEFAULT.subsampling, noise.FORMULAS, "Formula of --sample."),

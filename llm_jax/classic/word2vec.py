@@ -37,7 +37,8 @@ class Word2VecConfig:
       window: W, words on either side at most.
       dynamic: the window of every centre is drawn from 1..W, so that near words count more.
       negatives: negative words a pair.
-      shared: S, words drawn a tile, of negative_sampling and sampled; there weighted to stand for `negatives` a pair.
+      shared: S, words drawn a tile, of negative_sampling and sampled; there weighted to stand for `negatives` a pair. 0
+        takes 64, of cbow, which has fewer pairs, 32.
       exponent: of the counts that negatives are drawn by.
       sample: see `noise.keep_probabilities`; 0 keeps every word.
       subsampling: formula of it.
@@ -55,13 +56,13 @@ class Word2VecConfig:
     window: int = 5
     dynamic: bool = True
     negatives: int = 5
-    shared: int = 64
+    shared: int = 0
     exponent: float = 0.75
     sample: float = 1e-3
     subsampling: str = "program"
     tile: int = 0
-    block: int = 256
-    blocks: int = 256
+    block: int = 512
+    blocks: int = 128
     row_rate: float = 2.0
 
     def __post_init__(self) -> None:
@@ -69,13 +70,15 @@ class Word2VecConfig:
         for name, choices in (("architecture", ARCHITECTURES), ("loss", LOSSES), ("subsampling", noise.FORMULAS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(choices)}")
-        for name in ("size", "window", "negatives", "shared", "block", "blocks"):
+        for name in ("size", "window", "negatives", "block", "blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not np.isfinite(self.exponent):
             raise ValueError(f"exponent={self.exponent} must be a finite number")
         if not self.row_rate > 0:
             raise ValueError(f"row_rate={self.row_rate} must be positive")
+        if self.shared < 0:
+            raise ValueError(f"shared={self.shared} must be at least 0")
         if self.tile < 0 or self.block % self.length:
             raise ValueError(f"block={self.block} must be a multiple of tile={self.length}")
 
@@ -83,6 +86,11 @@ class Word2VecConfig:
     def length(self) -> int:
         """L."""
         return self.tile or min(8 if self.loss == "hierarchical" else 32, self.block)
+
+    @property
+    def draws(self) -> int:
+        """S."""
+        return self.shared or (32 if self.architecture == "cbow" else 64)
 
     @property
     def tiles(self) -> int:
@@ -114,7 +122,7 @@ def known(config: Word2VecConfig, counts: np.ndarray) -> Known:
     if config.loss == "full":
         return Known(log_expected=jnp.zeros(len(counts)))
     q, drawn = noise.shares(counts, config.exponent), jnp.asarray(noise.cumulative(counts, config.exponent))
-    expected = jnp.asarray(np.log(config.shared * q), jnp.float32) if config.loss == "sampled" else None
+    expected = jnp.asarray(np.log(config.draws * q), jnp.float32) if config.loss == "sampled" else None
     return Known(drawn, expected)
 
 
@@ -197,7 +205,7 @@ _softplus.defjvps(lambda dx, _, x: jax.nn.sigmoid(x) * dx)
 def _logistic(config: Word2VecConfig, scores: _Scores, weights_LK: jax.Array, against_LS: jax.Array) -> jax.Array:
     """Negative sampling; a drawn word stands for `negatives` / S of each pair that it is not the centre of."""
     counts = weights_LK * against_LS if _is_mean(config) else _turned(weights_LK) @ against_LS
-    against = config.negatives / config.shared * jnp.sum(counts * _softplus(scores.drawn))
+    against = config.negatives / config.draws * jnp.sum(counts * _softplus(scores.drawn))
     return jnp.sum(weights_LK * _softplus(-scores.own)) + against
 
 
@@ -278,16 +286,18 @@ def gradient(config: Word2VecConfig, rows: Touched, tile: Tiles, drawn_S: Any, k
 
 
 def terms(config: Word2VecConfig, tile: Tiles, drawn_S: Any, known: Known) -> Touched:
-    """How many terms of a tile's loss each row stands in: `[M]`; `[L]` or `[L, P]`; `[S]`."""
-    pairs_L = jnp.max(tile.near, axis=-1) if _is_mean(config) else jnp.sum(tile.near, axis=-1)
+    """How many terms of a tile's loss each row stands in, a share of a mean as a share: `[M]`; `[L]` or `[L, P]`; `[S]`."""
+    near_LM, pairs_L = tile.near, jnp.sum(tile.near, axis=-1)
+    if _is_mean(config):
+        near_LM, pairs_L = near_LM / jnp.maximum(pairs_L, 1)[:, None], jnp.minimum(pairs_L, 1)
     if config.loss == "hierarchical":
         steps_LP = jnp.abs(known.signs[tile.centres])
-        return Touched(jnp.sum(steps_LP, axis=-1) @ tile.near, steps_LP * pairs_L[:, None], None)
+        return Touched(jnp.sum(steps_LP, axis=-1) @ near_LM, steps_LP * pairs_L[:, None], None)
     logistic = config.loss == "negative_sampling"
     each = 1 + config.negatives if logistic else 2  # of a softmax: its label, and the rest
     drawn = jnp.sum(pairs_L) * (config.negatives if logistic else 1) / len(drawn_S)
     own_L = pairs_L if logistic else 2 * pairs_L
-    return Touched(each * jnp.sum(tile.near, axis=0), own_L, jnp.full(len(drawn_S), drawn))
+    return Touched(each * jnp.sum(near_LM, axis=0), own_L, jnp.full(len(drawn_S), drawn))
 
 
 def over_tiles(function: Any, config: Word2VecConfig, rows: Touched, tiles: Tiles, at: Touched, known: Known) -> Any:
@@ -341,7 +351,7 @@ def draw(config: Word2VecConfig, key: jax.Array, known: Known, shape: tuple[int,
     if config.loss == "full":
         words = jnp.arange(len(known.log_expected))
         return windows, jnp.broadcast_to(words, (shape[0], len(words)))
-    return windows, noise.draw(draw_key, known.cumulative, (*shape, config.shared))
+    return windows, noise.draw(draw_key, known.cumulative, (*shape, config.draws))
 
 
 def mean_loss(config: Word2VecConfig, tables: dict[str, jax.Array], tiles: Tiles, at: Touched, known: Known) -> Any:
