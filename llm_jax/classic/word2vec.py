@@ -286,7 +286,7 @@ def gradient(config: Word2VecConfig, rows: Touched, tile: Tiles, drawn_S: Any, k
 
 
 def terms(config: Word2VecConfig, tile: Tiles, drawn_S: Any, known: Known) -> Touched:
-    """How many terms of a tile's loss each row stands in, a share of a mean as a share: `[M]`; `[L]` or `[L, P]`; `[S]`."""
+    """How many terms of a tile's loss each row stands in: `[M]`; `[L]` or `[L, P]`; `[S]`; a share of a mean as one."""
     near_LM, pairs_L = tile.near, jnp.sum(tile.near, axis=-1)
     if _is_mean(config):
         near_LM, pairs_L = near_LM / jnp.maximum(pairs_L, 1)[:, None], jnp.minimum(pairs_L, 1)
