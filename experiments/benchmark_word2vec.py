@@ -5,12 +5,12 @@ sentence a line, null for the standard library's sources; `config` fields of `Wo
 `workers` of gensim; `save` a file for words and vectors. Vocabularies are made before the clock starts; ours leaves
 out the first step, which compiles.
 
-On the Brown corpus (1.1 million words), gensim 4.4 with 2 workers on the same machine's processor. Two cores of an Intel
-Xeon that others' work slowed, jax 0.10.2, 3 epochs, medians of 3 turns: skip-gram with negative sampling 599,000 words/s
-against 490,000 (1.22), with a tree 138,000 against 429,000 (0.32), CBOW 853,000 against 1,294,000 (0.66). On GPUs before
-steps drew at once and summed in one scatter a table (blocks of 1,024): an NVIDIA H100, jax 0.11.2, 5 epochs: skip-gram
-19.1 million against 0.54 (with 16 workers 2.16); an H200, 40 epochs against 3 of gensim's, 14.5 against 0.37, CBOW 15.3
-against 1.08.
+On the Brown corpus (1.1 million words), gensim 4.4 with 2 workers on the same machine's processor. Two cores of an
+Intel Xeon that others' work slowed, jax 0.10.2, 3 epochs, medians of 3 turns: skip-gram with negative sampling
+599,000 words/s against 490,000 (1.22), with a tree 138,000 against 429,000 (0.32), CBOW 853,000 against 1,294,000
+(0.66). On GPUs before steps drew at once and summed in one scatter a table (blocks of 1,024): an NVIDIA H100, jax
+0.11.2, 5 epochs: skip-gram 19.1 million against 0.54 (with 16 workers 2.16); an H200, 40 epochs against 3 of
+gensim's, 14.5 against 0.37, CBOW 15.3 against 1.08.
 
 After 5 epochs (WordSim-353, SimLex-999, analogies; means of 5 seeds with their spread; ours of trees 3):
     skip-gram  0.258 (0.008)  0.151 (0.006)  3.0 % (0.2)    gensim  0.259 (0.008)  0.157 (0.006)  3.0 % (0.1)
@@ -20,11 +20,11 @@ After 5 epochs (WordSim-353, SimLex-999, analogies; means of 5 seeds with their 
 Where the time goes (skip-gram, a block, profiled): 45 % products of tiles, 28 % rows (gathered, scaled, added), 25 %
 slopes, bands and transposes of scores. Of two cores 1.3 are busy: what a block does is too small to be divided.
 
-Tried: blocks of 4,096 words and more (up to 52 million words/s) learn nothing on so small a text; two scatters
-into one table, and the loss by a branch within the loop: XLA:CPU copies tables whole (2.8 in the place of 1.2 us of
-processor a word); gradients of the rows by autodiff, whose transposed products XLA:CPU computes by slow loops (35 in the
-place of 16 us a word for trees); a product for each tile (`lax.map`) in the place of batched ones, no faster; 32 shared
-negatives in the place of 64: a quarter faster, SimLex and analogies 0.148 and 2.7 %.
+Tried: blocks of 4,096 words and more (up to 52 million words/s) learn nothing on so small a text; two scatters into
+one table, and the loss by a branch within the loop: XLA:CPU copies tables whole (2.8 in the place of 1.2 us of
+processor a word); gradients of the rows by autodiff, whose transposed products XLA:CPU computes by slow loops (35 in
+the place of 16 us a word for trees); a product for each tile (`lax.map`) in the place of batched ones, no faster; 32
+shared negatives in the place of 64: a quarter faster, SimLex and analogies 0.148 and 2.7 %.
 """
 
 import json
