@@ -337,6 +337,14 @@ def _ngrams() -> list[dict[str, Any]]:
     return rows
 
 
+def _beside(case: str, peer: str, options: dict[str, Any], unit: str) -> dict[str, Any]:
+    """A row of ours and of one peer, whose name comes before a comma."""
+    name = peer.partition(",")[0]
+    results = _turns({"ours": ("ours", "ours", options), name: ("peer", name, options)}, ROUNDS.value)
+    theirs = results.get(name)
+    return _row(case, results["ours"]["value"], peer, theirs and theirs["value"], unit)
+
+
 def _word2vec() -> list[dict[str, Any]]:
     """Raw words a second of training beside gensim with two workers."""
     kinds = {
@@ -344,28 +352,25 @@ def _word2vec() -> list[dict[str, Any]]:
         "skip-gram, hierarchical softmax": {"loss": "hierarchical"},
         "CBOW, negative sampling": {"architecture": "cbow"},
     }
-    rows = []
-    for name, config in kinds.items():
-        options = {"config": config, "epochs": 3, "seed": 1, "workers": 2, "path": TEXT.value}
-        contestants = {"ours": ("ours", "ours", options), "gensim": ("peer", "gensim", options)}
-        results = _turns(contestants, ROUNDS.value)
-        theirs = results.get("gensim")
-        case = f"word2vec, {name}"
-        rows.append(_row(case, results["ours"]["value"], "gensim, 2 workers", theirs and theirs["value"], "words/s"))
-    return rows
+    options = {"epochs": 3, "seed": 1, "workers": 2, "path": TEXT.value}
+    return [
+        _beside(f"word2vec, {name}", "gensim, 2 workers", {**options, "config": config}, "words/s")
+        for name, config in kinds.items()
+    ]
 
 
 def _bayes() -> list[dict[str, Any]]:
     """Tf-idf and naive Bayes beside scikit-learn: single words, and pairs too."""
-    rows = []
-    for part, ngrams in (("fit", 1), ("predict", 1), ("fit", 2), ("predict", 2)):
-        options = {"part": part, "ngrams": ngrams}
-        contestants = {"ours": ("ours", "ours", options), "scikit-learn": ("peer", "scikit-learn", options)}
-        results = _turns(contestants, ROUNDS.value)
-        theirs = results.get("scikit-learn")
-        case = f"tf-idf and naive Bayes, {part}, {'words and pairs' if ngrams > 1 else 'words'}"
-        rows.append(_row(case, results["ours"]["value"], "scikit-learn", theirs and theirs["value"], "texts/s"))
-    return rows
+    cases = [(words, part) for words in ("words", "words and pairs") for part in ("fit", "predict")]
+    return [
+        _beside(
+            f"tf-idf and naive Bayes, {part}, {words}",
+            "scikit-learn",
+            {"part": part, "ngrams": 1 + (words != "words")},
+            "texts/s",
+        )
+        for words, part in cases
+    ]
 
 
 def _plans() -> list[dict[str, Any]]:
