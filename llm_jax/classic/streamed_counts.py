@@ -57,7 +57,8 @@ def cooccurrences(
             f.write(pairs.tobytes())
             f.write(values.tobytes())
         runs.append((path, len(pairs)))
-    (folder / "text").unlink()
+    for name in ("text", streaming.WRITTEN):
+        (folder / name).unlink()
     columns, values, begins = _merge(folder, runs, how, dtype)
     for path, _ in runs:
         path.unlink()
