@@ -33,7 +33,13 @@ def start(count, *args):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PORT": str(port), "JAX_PLATFORMS": "cpu"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "PORT": str(port),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
     launch = [str(ROOT / "launch" / "local.sh"), str(count)] if count > 1 else []
     return subprocess.Popen(
         [*launch, *command(*args)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
