@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 export JAX_PLATFORMS ?= cpu
 # large pages for malloc: XLA:CPU takes fresh memory every step, and small pages fault a quarter of the time away
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
@@ -45,7 +45,7 @@ chat: .venv/smollm2  ## chats with SmolLM2-135M-Instruct in the terminal
 # the older emitters of XLA:CPU compile in two thirds of the time; parity runs on those that users get
 test: export XLA_FLAGS ?= --xla_cpu_use_fusion_emitters=false
 test: .venv/test  ## the tests, without torch
-	$(PYTEST) tests --ignore=tests/parity
+	$(PYTEST) --no-loadscope-reorder tests --ignore=tests/parity
 
 parity: .venv/parity .venv/rehearse .venv/smollm2 .venv/minilm .venv/grammar  ## comparisons with torch, transformers, peft; rehearsals
 	$(PYTEST) tests/parity
