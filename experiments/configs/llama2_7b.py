@@ -13,7 +13,8 @@ Result:     (jax 0.10.2, libtpu 0.0.42.1) v5e:16x16, a row of 2,048 tokens a chi
             attention's kernel returns) 12.5 GB, 0.57, 0.61.
             16 rows, objective.chunks=8: 14.6 GB, MFU 0.53; with the compiler's option
             xla_tpu_user_reserved_hbm_bytes=5000000000, which makes it recompute, 14.2 GB, 0.55. With
-            plan.remat=offload:block also 28 rows fit: 15.4 GB and 15 in host memory, MFU 0.51 if that traffic hides.
+            plan.remat=offload:block 16 rows take 8.4 GB and 8.6 of host memory, and 28 rows fit: 15.4 GB and 15 in host
+            memory, MFU 0.51 if that traffic hides.
             v5p:4x4x4, 4 rows of 4,096 (variant v5p): 9.3 of 102 GB; 23.5 GB gathered, 89 % of it behind computing with
             the options below and none without; 2.87 and 0.06 s; 362,000 tokens/s, MFU 0.53, at most 0.53.
             v5e:2x2, a row a chip, objective.chunks=8, --config.plan.offload="('update','parameters')",
