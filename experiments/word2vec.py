@@ -67,7 +67,7 @@ PLANE = flags.DEFINE_enum("plane", "pca", ["pca", "tsne"], "How the plot's plane
 JSON_OUT: flags.FlagHolder[Any] = flags.DEFINE_string("json", None, "Write the numbers to this file.")
 
 READ = [VECTORS, LIMIT, INVALID]
-LOSSES = {
+OF_LOSSES = {
     "negatives": ("negative_sampling",),
     **dict.fromkeys(("shared", "exponent"), ("negative_sampling", "sampled")),
 }
@@ -94,7 +94,7 @@ def _write(found: Any) -> None:
 def _config() -> Word2VecConfig:
     values = {flag.name: flag for flag in MODEL}
     loss = values["loss"].value
-    for name, losses in LOSSES.items():
+    for name, losses in OF_LOSSES.items():
         if values[name].present and loss not in losses:
             raise ValueError(f"--{name} is of --loss={' and '.join(losses)}, not of {loss}")
     if values["subsampling"].present and not values["sample"].value:

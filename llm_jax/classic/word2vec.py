@@ -148,8 +148,10 @@ class Touched(NamedTuple):
 
 
 def touched(config: Word2VecConfig, tiles: Tiles, drawn: Any, known: Known) -> Touched:
-    """Finds them; `drawn` as there."""
+    """Finds them; `drawn` as there, of full found too."""
     of_tree = config.loss == "hierarchical"
+    if config.loss == "full":
+        drawn = jnp.arange(len(known.log_expected))
     return Touched(tiles.words, known.nodes[tiles.centres] if of_tree else tiles.centres, drawn)
 
 
@@ -340,17 +342,14 @@ def update(
 
 
 def draw(config: Word2VecConfig, key: jax.Array, known: Known, shape: tuple[int, ...]) -> tuple[jax.Array, Any]:
-    """(windows of centres, int32 `[..., L]`; `Touched.drawn` of tiles, `[..., S]`) for tiles of `shape`.
+    """(windows of centres, int32 `[..., L]`; words for tiles, `[..., S]`, if any are drawn) for tiles of `shape`.
 
     All of a step's at once: a device draws few numbers in as much time as many.
     """
     window_key, draw_key = jax.random.split(key)
     windows = draw_windows(window_key, (*shape, config.length), config.window, config.dynamic)
-    if config.loss == "hierarchical":
+    if config.loss in ("hierarchical", "full"):
         return windows, None
-    if config.loss == "full":
-        words = jnp.arange(len(known.log_expected))
-        return windows, jnp.broadcast_to(words, (shape[0], len(words)))
     return windows, noise.draw(draw_key, known.cumulative, (*shape, config.draws))
 
 

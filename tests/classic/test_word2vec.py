@@ -59,7 +59,7 @@ def one_loss(loss, h, centre, drawn, tree):
 
 
 def touched(config, known):
-    drawn = {"hierarchical": None, "full": jnp.arange(V)}.get(config.loss, DRAWN)
+    drawn = DRAWN if config.loss in ("negative_sampling", "sampled") else None
     return word2vec.touched(config, TILES, drawn, known)
 
 
@@ -189,8 +189,11 @@ def test_what_is_drawn():
     np.testing.assert_allclose(share, noise.shares(COUNTS), atol=0.03)
     assert len(np.unique(np.asarray(drawn).reshape(-1, S), axis=0)) > 500
     config = dataclasses.replace(config, dynamic=False, loss="full")
-    windows, drawn = word2vec.draw(config, jax.random.key(0), word2vec.known(config, COUNTS), (2, B))
-    assert (windows == W).all() and (drawn == np.arange(V)[None]).all() and drawn.shape == (2, V)
+    known = word2vec.known(config, COUNTS)
+    windows, drawn = word2vec.draw(config, jax.random.key(0), known, (2, B))
+    assert (windows == W).all() and drawn is None
+    drawn = word2vec.touched(config, TILES, drawn, known).drawn
+    assert (drawn == np.arange(V)).all() and drawn.shape == (V,)
 
 
 BAD = {
