@@ -87,7 +87,7 @@ SHAKESPEARE = flags.DEFINE_string(
     "nanoGPT's character corpus; its case is left out without.",
 )
 TEXT = flags.DEFINE_string(
-    "text", None, "Of word2vec: a sentence a line, blanks between words; the standard library's sources by default."
+    "text", None, "Of ngrams and word2vec: a sentence a line, words between blanks; by default the library's sources."
 )
 PRECISION = flags.DEFINE_enum("precision", None, ["fp32", "bf16"], "fp32 on a CPU, bf16 on a GPU by default.")
 
@@ -309,19 +309,19 @@ def _steps() -> list[dict[str, Any]]:
 
 def _ngrams() -> list[dict[str, Any]]:
     """Estimation, which has no peer in Python; queries in one call and KenLM's by lines and by words; memory."""
-    what: dict[str, Any] = {"classic": True}
+    what: dict[str, Any] = {"classic": True, "path": TEXT.value}
     runs = {"estimate": ("ours", "estimate", what), "arrays": ("ours", "bytes", what)}
     runs["kenlm"] = ("peer", "bytes", {**what, "loop": "lines"})
     texts = {"text that was counted": {**what, "unseen": False}, "text that was not": {**what, "unseen": True}}
     for text, options in texts.items():
         runs[text] = ("ours", "query", options)
-        runs[f"{text}, with reading"] = ("ours", "query", {**options, "numbered": False})
+        runs[f"{text}, from strings"] = ("ours", "query", {**options, "numbered": False})
         runs |= {f"{text}, {loop}": ("peer", "query", {**options, "loop": loop}) for loop in ("lines", "words")}
     results = _turns(runs, ROUNDS.value)
     value = lambda name: results[name]["value"] if name in results else None
     rows = [_row("n-grams, order 5, from text", value("estimate"), "-", None, "words/s")]
     for text in texts:
-        for ours in (text, f"{text}, with reading"):
+        for ours in (text, f"{text}, from strings"):
             rows += [
                 _row(
                     f"n-grams, order 5, {ours}",

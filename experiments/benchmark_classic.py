@@ -2,21 +2,24 @@
 
 `python -m experiments.benchmark_classic SPEC` prints one JSON line, or exits with 42 where the kenlm package, which has
 queries and no estimation, is not installed. Both answer from the same ARPA file, of order 5, on the text that it was
-made of or on every tenth line of it, which then is left out. KenLM's loops take strings; ours takes numbers, and
-numbering a text costs as much again or more (`numbered` is false for the sum of both).
+made of or on every tenth line of it, which then is left out. KenLM's loops take strings; ours takes numbers, or the
+lines that KenLM takes (`numbered` is false, rows "from strings").
 
-Where the time goes: reading is half Python's dictionary; of counting and estimation half is sorting keys; of queries by
-hash tables (`llm_jax/classic/hashed.py`) nearly all is memory: a line of a table for every n-gram that is looked up.
-What was tried for queries, in millions of Brown's 1.2 million words a second on one core of a busy machine: sorting and
-searching for each order, which texts shorter than the model still take (1.1 to 1.9); scipy's sparse rows (2.8); a table
-by history and word, order after order (4.3); tables by the hash of all words, the longest first, in numpy (6 to 8),
-which stayed; the same compiled by XLA for the CPU, in one function or one a step (0.9 to 2.6). In the same run, medians
-of seven to nine: 2.8 to 3.2 times KenLM's loop over lines and 6.3 times that over words on counted text; 1.4 and 3.3
-times on a tenth that was not, where most words fall back through all orders; with numbering the text 0.8 and 0.5 times
-the loop over lines, since its C++ reads words faster than Python's dictionary.
+On Brown (1.2 million words and ends; one core of an Intel Xeon, nothing beside it, numpy 2.4, medians of three
+turns, millions a second): counted text 13.6, from strings 7.2, KenLM's loop over lines 4.33 (3.1 and 1.7 times), over
+words 1.99 (6.8 and 3.6); a tenth that was not counted, where most words fall back through all orders, 8.8 and 5.1,
+KenLM 5.25 (1.7 and 1.0) and 2.23 (3.9 and 2.3). Counting and estimation from a file: 1.64.
+
+Where the time goes: of counting and estimation half is sorting keys; of queries by hash tables
+(`llm_jax/classic/hashed.py`) nearly all is memory: a line of a table for every n-gram that is looked up. Numbering
+(`llm_jax/classic/numbering.py`) takes 64 ns a word; splitting and Python's dictionary take 150. What was tried for
+queries, on a busy machine: sorting and searching for each order, which texts shorter than the model still take (1.1 to
+1.9); scipy's sparse rows (2.8); a table by history and word, order after order (4.3); tables by the hash of all words,
+the longest first, in numpy (6 to 8), which stayed; the same compiled by XLA for the CPU, in one function or one a step
+(0.9 to 2.6).
 
 Memory: what KenLM's model (its hash tables, "probing") adds to the process, beside our sorted arrays, whose values are
-float64, and our hash tables, which stand beside them: 22.4, 21.6 and 48.5 bytes an n-gram of Brown. Its paper (Heafield
+float64, and our hash tables, which stand beside them: 22.1, 21.6 and 48.5 bytes an n-gram of Brown. Its paper (Heafield
 2011, https://aclanthology.org/W11-2123) says 57 % of SRILM's memory.
 """
 
@@ -65,7 +68,10 @@ def _resident() -> int:
 
 def measure(spec: dict[str, Any], folder: str) -> dict[str, Any]:
     """`value` in words a second, ends of sentences among them, or in bytes an n-gram."""
-    lines = library_lines(spec["tiny"])
+    if spec.get("path"):
+        lines = [line for line in Path(spec["path"]).read_text().split("\n") if line.split()]
+    else:
+        lines = library_lines(spec["tiny"])
     learned = [line for i, line in enumerate(lines) if i % 10] if spec.get("unseen") else lines
     asked = lines[::10] if spec.get("unseen") else lines
     paths = [os.path.join(folder, name) for name in ("learned.txt", "asked.txt", "model.arpa")]
@@ -80,9 +86,9 @@ def measure(spec: dict[str, Any], folder: str) -> dict[str, Any]:
         if spec["what"] == "bytes":
             return {"value": model.nbytes / grams, "hashed": hashed.HashedModel(model).nbytes / grams}
         ours = hashed.HashedModel(model)
-        read = lambda: sentences.read(sentences.Reader([paths[1]]), vocabulary=model.vocabulary)[1]
-        numbers = read()
-        query = (lambda: ours.log_prob(numbers)) if spec.get("numbered", True) else (lambda: ours.log_prob(read()))
+        number = lambda: model.vocabulary.encode_lines(asked)
+        numbers = number()
+        query = (lambda: ours.log_prob(numbers)) if spec.get("numbered", True) else (lambda: ours.log_prob(number()))
         return {"value": (words + len(asked)) / median(query)}
     try:
         import kenlm

@@ -8,11 +8,13 @@ large product reaches 718 TFLOP/s, the data sheet says 989):
     plan                    tokens/s   MFU    peak GB   state on device and host, GB
     unrolled                  65,982   0.548     37.4   14.8
     scanned                   59,778   0.497     39.7   14.8
-    remat=dots                59,590   0.495     35.0   14.8
     remat=full                55,913   0.465     24.1   14.8
     remat=names:attention,mlp 55,879   0.464     25.0   14.8
     offload=optimizer         26,167   0.217     29.8    4.9 + 9.9
     offload=update             6,281   0.052     24.6    2.5 + 14.8 (Adam on 16 cores of the host; master=in_optimizer)
+Of a later commit and another H100 of the kind (scanned 58,938, 39.7 GB):
+    remat=dots                57,812   0.481     35.0   14.8 (keeps what attention's kernel returns)
+    offload=update,parameters  3,975   0.033      6.0    0.5 + 16.8 (remat=full; parameters travel layer by layer)
 32 rows, 16 chunks:
     remat=full                58,871   0.489     33.7   14.8
     remat=offload:block       53,447   0.444     29.4   14.8

@@ -8,14 +8,15 @@ out the first step, which compiles.
 On the Brown corpus (1.1 million words), gensim 4.4 with 2 workers on the same machine's processor. Two cores of an
 Intel Xeon that others' work slowed, jax 0.10.2, 3 epochs, medians of 3 turns: skip-gram with negative sampling
 599,000 words/s against 490,000 (1.22), with a tree 138,000 against 429,000 (0.32), CBOW 853,000 against 1,294,000
-(0.66). On GPUs before steps drew at once and summed in one scatter a table (blocks of 1,024): an NVIDIA H100, jax
-0.11.2, 5 epochs: skip-gram 19.1 million against 0.54 (with 16 workers 2.16); an H200, 40 epochs against 3 of
-gensim's, 14.5 against 0.37, CBOW 15.3 against 1.08.
+(0.66). An NVIDIA H100, jax 0.11.2, 5 epochs, medians of 3 seeds, gensim beside it with 2 workers: skip-gram 15.7
+million against 0.43 (37; with 16 workers 2.19), CBOW 16.7 against 1.47 (11), tree 11.1 against 0.45 (25); of longer
+blocks, --block=1024 --blocks=64, 18.5 in the place of 13.3 (40 epochs, one seed).
 
 After 5 epochs (WordSim-353, SimLex-999, analogies; means of 5 seeds with their spread; ours of trees 3):
     skip-gram  0.258 (0.008)  0.151 (0.006)  3.0 % (0.2)    gensim  0.259 (0.008)  0.157 (0.006)  3.0 % (0.1)
     CBOW       0.118 (0.020)  0.130 (0.005)  2.7 % (0.2)            0.096 (0.010)  0.113 (0.013)  2.9 % (0.2)
     tree       0.276 (0.014)  0.094 (0.004)  3.6 % (0.1)            0.277 (0.014)  0.087 (0.006)  3.8 % (0.1)
+    H100, 3 seeds: skip-gram 0.263, 0.155, 2.9 %; CBOW 0.130, 0.133, 2.7 %; tree 0.275, 0.094, 3.7 %
 
 Where the time goes (skip-gram, a block, profiled): 45 % products of tiles, 28 % rows (gathered, scaled, added), 25 %
 slopes, bands and transposes of scores. Of two cores 1.3 are busy: what a block does is too small to be divided.

@@ -4,6 +4,7 @@ Words stay bytes until a vocabulary is made: text is UTF-8, which splitting at A
 """
 
 import collections
+import functools
 import gzip
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,24 +13,17 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from llm_jax.classic.numbering import LINE_END, Numbers
+
 UNKNOWN, BEGIN, END = 0, 1, 2
 SPECIAL = ("<unk>", "<s>", "</s>")
 POLICIES = ("strict", "skip", "replace")
 BLOCK = 1 << 23  # bytes read at once
 DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error)  # what reading a compressed file may raise
-LINE_END = b"\0"  # stands for it among words; bytes.split keeps it
 
 
 class TextError(ValueError):
     """A text that cannot be read as sentences; one line that says why and where."""
-
-
-class _Growing(dict):
-    """Numbers words in the order in which they come."""
-
-    def __missing__(self, word: bytes) -> int:
-        self[word] = number = len(self)
-        return number
 
 
 class Reader:
@@ -91,11 +85,6 @@ class Reader:
             return b"" if self.policy == "skip" else text.decode(errors="replace").encode()
         return text
 
-    def words(self) -> Iterator[list[bytes]]:
-        """Words of whole lines, each followed by `LINE_END`."""
-        for block in self.blocks():
-            yield block.replace(LINE_END, b" ").replace(b"\n", b" \0 ").split()
-
 
 def _lines(file: Any) -> Iterator[bytes]:
     """Blocks that end with a line."""
@@ -134,6 +123,32 @@ class Vocabulary:
         numbers = (UNKNOWN if w in SPECIAL else self.index.get(w, UNKNOWN) for w in words)
         return np.array([BEGIN, *numbers, END], np.int64)
 
+    def encode_lines(self, lines: Sequence[str]) -> np.ndarray:
+        """Numbers of sentences whose words stand between blanks, one sentence after the other, each with both ends.
+
+        Raises:
+          ValueError: for a line that holds a line feed.
+        """
+        text = "\n".join([*lines, ""])
+        if text.count("\n") != len(lines):
+            raise ValueError("a line holds a line feed: give every sentence as a line of its own")
+        return with_begins(self.number(text.encode()), keep_empty=True)
+
+    def number(self, lines: bytes) -> np.ndarray:
+        """Numbers of words between blanks, int32 `[T]`, with END for each of the line feeds, of which one ends it."""
+        numbers, own = self._of_bytes
+        return own.take(numbers.read(lines), mode="wrap")
+
+    @functools.cached_property
+    def _of_bytes(self) -> tuple[Numbers, np.ndarray]:
+        """(what numbers bytes, our number of each of its numbers)."""
+        spelled = [w.encode() for w in self.words]
+        single = [i for i, w in enumerate(spelled) if i >= len(SPECIAL) and w.replace(LINE_END, b" ").split() == [w]]
+        numbers = Numbers()
+        numbers.read(b"".join(spelled[i] + b"\n" for i in single))
+        numbers.grows = False
+        return numbers, np.array([END, *single, UNKNOWN], np.int32)  # the last is that of NO_WORD
+
 
 def read_vocabulary(path: epath.PathLike) -> Vocabulary:
     """Words of a file, one a line; empty lines and special words do not count.
@@ -160,76 +175,66 @@ def read_vocabulary(path: epath.PathLike) -> Vocabulary:
     return Vocabulary(words)
 
 
-def new_numbers() -> dict[bytes, int]:
-    """Numbers words in the order in which they come, after `LINE_END`, which is 0."""
-    return _Growing({LINE_END: 0})
-
-
 def vocabulary_of(
-    reader: Reader,
-    numbers: dict[bytes, int],
-    counts: np.ndarray,
-    min_count: int = 1,
-    max_size: int | None = None,
-    vocabulary: Vocabulary | None = None,
-    allow_none: bool = False,
+    words: Sequence[bytes], counts: np.ndarray, min_count: int = 1, max_size: int | None = None
 ) -> tuple[Vocabulary, np.ndarray]:
-    """(words, most frequent first; the number there of every number of `new_numbers`).
+    """(words, most frequent first; their number for every number of `Numbers`).
 
     Args:
-      reader: of the text, for errors.
-      numbers: of its words.
-      counts: of them, by number.
+      words: of a text, see `Numbers`.
+      counts: of them.
       min_count: rarer words are unknown.
       max_size: how many words are known at most, the most frequent ones (special ones beside them).
-      vocabulary: takes the place of one made from the text.
-      allow_none: a text of no words will do.
 
     A special word that the text spells out is unknown.
 
     Raises:
-      TextError: where there is no word, or none frequent enough.
+      TextError: where no word is frequent enough.
     """
-    if len(numbers) == 1 and not allow_none:
-        raise TextError(f"{', '.join(str(p) for p in reader.paths[:3])}: no word in the corpus")
-    spelled = [w.decode() for w in numbers]
-    new = np.full(len(numbers), UNKNOWN, np.int32)
+    spelled = [w.decode() for w in words]
+    new = np.full(len(words), UNKNOWN, np.int32)
     new[0] = END
-    if vocabulary is None:
-        counts = counts.copy()
-        counts[[i for i, w in enumerate(spelled) if i == 0 or w in SPECIAL]] = 0
-        known = np.argsort(-counts, kind="stable")[: max_size if max_size is not None else len(counts)]
-        known = known[counts[known] >= max(min_count, 1)]
-        if not len(known):
-            less = ": take a smaller min_count" if min_count > 1 else "; special words are none"
-            raise TextError(f"no word occurs min_count={min_count} times{less}")
-        new[known] = np.arange(len(known)) + len(SPECIAL)
-        return Vocabulary(spelled[i] for i in known), new
-    for i, word in enumerate(spelled):
-        new[i] = vocabulary.index.get(word, UNKNOWN) if i and word not in SPECIAL else new[i]
-    return vocabulary, new
+    counts = counts.copy()
+    counts[[i for i, w in enumerate(spelled) if i == 0 or w in SPECIAL]] = 0
+    known = np.argsort(-counts, kind="stable")[: max_size if max_size is not None else len(counts)]
+    known = known[counts[known] >= max(min_count, 1)]
+    if not len(known):
+        less = ": take a smaller min_count" if min_count > 1 else "; special words are none"
+        raise TextError(f"no word occurs min_count={min_count} times{less}")
+    new[known] = np.arange(len(known)) + len(SPECIAL)
+    return Vocabulary(spelled[i] for i in known), new
 
 
-def read(reader: Reader, keep_empty: bool = False, **options: Any) -> tuple[Vocabulary, np.ndarray]:
+def no_word(reader: Reader) -> TextError:
+    """What to raise for an empty text."""
+    return TextError(f"{', '.join(str(p) for p in reader.paths[:3])}: no word in the corpus")
+
+
+def read(
+    reader: Reader, vocabulary: Vocabulary | None = None, keep_empty: bool = False, **options: Any
+) -> tuple[Vocabulary, np.ndarray]:
     """Numbers a text.
 
     Args:
       reader: its files.
-      keep_empty: empty lines are sentences of no words.
+      vocabulary: of it; made from the text without.
+      keep_empty: empty lines are sentences of no words, and of a given vocabulary a text may have no other.
       **options: of `vocabulary_of`.
 
     Returns:
       The vocabulary, and the sentences one after the other, int32 `[T]`, each with both ends.
 
     Raises:
-      TextError: see `vocabulary_of`.
+      TextError: see `vocabulary_of`; for a text without a word.
     """
-    numbers = new_numbers()
-    blocks = [np.fromiter(map(numbers.__getitem__, words), np.int32, len(words)) for words in reader.words()]
-    text = np.concatenate(blocks) if blocks else np.zeros(0, np.int32)
-    vocabulary, new = vocabulary_of(
-        reader, numbers, np.bincount(text, minlength=len(numbers)), **options, allow_none=keep_empty
-    )
+    numbers = Numbers()
+    number, line_end = (vocabulary.number, END) if vocabulary else (numbers.read, 0)
+    text = np.concatenate([np.zeros(0, np.int32), *map(number, reader.blocks())])
+    if not (vocabulary and keep_empty) and not (text != line_end).any():
+        raise no_word(reader)
+    if vocabulary:
+        return vocabulary, with_begins(text, keep_empty)
+    vocabulary, new = vocabulary_of(numbers.words, np.bincount(text, minlength=len(numbers.words)), **options)
     return vocabulary, with_begins(new[text], keep_empty)
 
 

@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from llm_jax.classic import counting, sentences
 from llm_jax.classic.counting import ABSENT, Counts
-from llm_jax.classic.sentences import BEGIN, Reader, Vocabulary
+from llm_jax.classic.numbering import Numbers
+from llm_jax.classic.sentences import BEGIN, END, Reader, Vocabulary
 
 WRITTEN = "written.json"  # stands where the text is whole
 RANGE = 1 << 22  # keys that are merged at once
@@ -70,12 +71,15 @@ def resumable(scratch: epath.PathLike, reader: Reader, **options: Any) -> Iterat
         shutil.rmtree(folder)
 
 
-def write_text(reader: Reader, folder: epath.PathLike, **options: Any) -> tuple[Vocabulary, list[int]]:
+def write_text(
+    reader: Reader, folder: epath.PathLike, vocabulary: Vocabulary | None = None, **options: Any
+) -> tuple[Vocabulary, list[int]]:
     """Numbers a text into `folder/text`, int32.
 
     Args:
       reader: its files.
       folder: for files that are the caller's to delete.
+      vocabulary: of it; made from the text without.
       **options: of `sentences.vocabulary_of`.
 
     Returns:
@@ -87,16 +91,24 @@ def write_text(reader: Reader, folder: epath.PathLike, **options: Any) -> tuple[
         about = json.loads(written.read_text())
         reader.invalid = about["invalid"]
         return Vocabulary(about["words"]), about["ends"]
-    numbers = sentences.new_numbers()
-    counts, lengths = np.zeros(0, np.int64), []
+    numbers = Numbers()
+    number, line_end = (vocabulary.number, END) if vocabulary else (numbers.read, 0)
+    counts, lengths, words = np.zeros(0, np.int64), [], 0
     with (folder / "raw").open("wb") as f:
-        for words in reader.words():
-            block = np.fromiter(map(numbers.__getitem__, words), np.int32, len(words))
+        for lines in reader.blocks():
+            block = number(lines)
             f.write(block.tobytes())
             lengths.append(len(block))
-            counts = np.append(counts, np.zeros(len(numbers) - len(counts), np.int64))
-            counts += np.bincount(block, minlength=len(numbers))
-    vocabulary, new = sentences.vocabulary_of(reader, numbers, counts, **options)
+            words += int(np.count_nonzero(block != line_end))
+            more = np.bincount(block, minlength=len(counts))
+            more[: len(counts)] += counts
+            counts = more
+    if not words:
+        raise sentences.no_word(reader)
+    if vocabulary:
+        new = np.arange(len(vocabulary), dtype=np.int32)
+    else:
+        vocabulary, new = sentences.vocabulary_of(numbers.words, counts, **options)
     ends = [0]
     with (folder / "raw").open("rb") as source, (folder / "text").open("wb") as f:
         for length in lengths:

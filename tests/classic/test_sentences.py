@@ -26,6 +26,19 @@ def test_numbers(file):
     assert vocabulary.encode(["a", "z", "<s>"]).tolist() == [BEGIN, 4, UNKNOWN, UNKNOWN, END]
 
 
+def test_lines_at_once():
+    vocabulary = Vocabulary(
+        ["b", "é\u00a0è", "of two", "nul\0", "", "a word of more than sixty-four bytes ".replace(" ", "_") * 3]
+    )
+    lines = ["b b\tz  é\u00a0è", "", " of two", f"<s> {vocabulary.words[-1]} nul nul\0", "b"]
+    words = [["b", "b", "z", "é\u00a0è"], [], ["of", "two"], ["<s>", vocabulary.words[-1], "nul", "nul"], ["b"]]
+    expected = np.concatenate([vocabulary.encode(sentence) for sentence in words])
+    np.testing.assert_array_equal(vocabulary.encode_lines(lines), expected)
+    assert len(vocabulary.encode_lines([])) == 0
+    with pytest.raises(ValueError, match="line of its own"):
+        vocabulary.encode_lines(["a\nb"])
+
+
 def test_empty_lines_may_stay(file):
     vocabulary, _ = read(Reader([file("a\n")]))
     _, text = read(Reader([file("\na\n\n")]), vocabulary=vocabulary, keep_empty=True)

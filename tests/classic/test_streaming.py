@@ -26,6 +26,24 @@ def test_equals_counting_in_memory(tmp_path, monkeypatch, block, span, workers):
     np.testing.assert_array_equal(ours.log_prob(text), theirs.log_prob(text))
 
 
+def test_a_given_vocabulary(tmp_path, monkeypatch):
+    monkeypatch.setattr(sentences, "BLOCK", 40)
+    (tmp_path / "text.txt").write_text("\n" + TEXT * 3 + "unheard of")
+    reader, vocabulary = sentences.Reader([tmp_path / "text.txt"]), sentences.Vocabulary([*"zyxabcde", "of"])
+    text = sentences.read(reader, vocabulary)[1]
+    again, ends = streaming.write_text(reader, tmp_path, vocabulary)
+    assert again is vocabulary and len(ends) > 2
+    np.testing.assert_array_equal(np.fromfile(tmp_path / "text", np.int32), text)
+    (tmp_path / "text.txt").write_text("\n\n")
+    for read in (
+        lambda: sentences.read(reader, vocabulary),
+        lambda: streaming.write_text(reader, tmp_path, vocabulary),
+    ):
+        (tmp_path / streaming.WRITTEN).unlink(missing_ok=True)
+        with pytest.raises(sentences.TextError, match="no word in the corpus"):
+            read()
+
+
 def test_orders_without_n_grams(tmp_path):
     (tmp_path / "text.txt").write_text("a\n")
     vocabulary, ends = streaming.write_text(sentences.Reader([tmp_path / "text.txt"]), tmp_path)

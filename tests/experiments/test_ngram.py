@@ -120,7 +120,7 @@ def test_interrupted_counting_goes_on(folder, monkeypatch, capsys):
         call("ngram", "train", *arguments)
     assert signal.getsignal(signal.SIGTERM) == before and len(list((folder / "left").iterdir())) == 1
     done.append("again")
-    monkeypatch.setattr(sentences.Reader, "words", None)  # the text is not read again
+    monkeypatch.setattr(sentences.Reader, "blocks", None)  # the text is not read again
     call("ngram", "train", *arguments)
     assert "going on with what is in" in capsys.readouterr().out
     assert done == [1] * 4 + ["again"] + [2] * 4  # a block for every file
