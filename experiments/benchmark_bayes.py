@@ -4,9 +4,9 @@
 `what` is ours or scikit-learn, `part` fit or predict, `ngrams` the longest, `tiny` few texts. Texts are SST-2's where
 the shared data are, else paragraphs of the standard library's sources, their class a module's initial: a to m or not.
 
-On 2 cores of an Intel Xeon shared with other work, scikit-learn 1.9.1, SST-2, medians of five turns: fitting 106,000
-texts/s against 72,000 (1.47), with pairs of words 50,000 against 21,500 (2.33); answering 118,000 against 89,500
-(1.32), with pairs 59,700 against 42,700 (1.40). Where the time goes says llm_jax/classic/terms.py.
+On 2 cores of an Intel Xeon, nothing beside it, scikit-learn 1.9.1, SST-2, medians of three turns: fitting 111,000
+texts/s against 70,000 (1.59), with pairs of words 53,000 against 24,000 (2.20); answering 119,000 against 92,000
+(1.30), with pairs 58,000 against 43,000 (1.34). Where the time goes says llm_jax/classic/terms.py.
 """
 
 import json

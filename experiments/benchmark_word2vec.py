@@ -6,11 +6,11 @@ sentence a line, null for the standard library's sources; `config` fields of `Wo
 out the first step, which compiles.
 
 On the Brown corpus (1.1 million words), gensim 4.4 with 2 workers on the same machine's processor. Two cores of an
-Intel Xeon that others' work slowed, jax 0.10.2, 3 epochs, medians of 3 turns: skip-gram with negative sampling
-599,000 words/s against 490,000 (1.22), with a tree 138,000 against 429,000 (0.32), CBOW 853,000 against 1,294,000
-(0.66). An NVIDIA H100, jax 0.11.2, 5 epochs, medians of 3 seeds, gensim beside it with 2 workers: skip-gram 15.7
-million against 0.43 (37; with 16 workers 2.19), CBOW 16.7 against 1.47 (11), tree 11.1 against 0.45 (25); of longer
-blocks, --block=1024 --blocks=64, 18.5 in the place of 13.3 (40 epochs, one seed).
+Intel Xeon, nothing beside it, jax 0.10.2, 3 epochs, medians of 3 turns: skip-gram with negative sampling 770,000
+words/s against 577,000 (1.33), with a tree 201,000 against 581,000 (0.35), CBOW 1,017,000 against 1,650,000 (0.62).
+An NVIDIA H100, jax 0.11.2, 5 epochs, medians of 3 seeds, gensim beside it with 2 workers: skip-gram 15.7 million
+against 0.43 (37; with 16 workers 2.19), CBOW 16.7 against 1.47 (11), tree 11.1 against 0.45 (25); of longer blocks,
+--block=1024 --blocks=64, 18.5 in the place of 13.3 (40 epochs, one seed).
 
 After 5 epochs (WordSim-353, SimLex-999, analogies; means of 5 seeds with their spread; ours of trees 3):
     skip-gram  0.258 (0.008)  0.151 (0.006)  3.0 % (0.2)    gensim  0.259 (0.008)  0.157 (0.006)  3.0 % (0.1)

@@ -11,7 +11,6 @@ sorted runs of the order that was next. A folder must be of one text and one voc
 
 import concurrent.futures
 import contextlib
-import fcntl
 import functools
 import json
 import multiprocessing
@@ -29,6 +28,7 @@ from llm_jax.classic import counting, sentences
 from llm_jax.classic.counting import ABSENT, Counts
 from llm_jax.classic.numbering import Numbers
 from llm_jax.classic.sentences import BEGIN, END, Reader, Vocabulary
+from llm_jax.storage import locks
 
 WRITTEN = "written.json"  # stands where the text is whole
 RANGE = 1 << 22  # keys that are merged at once
@@ -55,11 +55,11 @@ def resumable(scratch: epath.PathLike, reader: Reader, **options: Any) -> Iterat
     folder.mkdir(parents=True, exist_ok=True)
     for other in sorted(set(epath.Path(scratch).glob("ngrams_*")) - {folder}):
         warnings.warn(f"{other} is of another corpus or other options: delete it if nobody goes on there", stacklevel=3)
-    with open(folder / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process counts in {folder}: wait for it, or take another folder") from None
+    try:
+        lock = locks.hold(folder / "lock")
+    except BlockingIOError:
+        raise ValueError(f"another process counts in {folder}: wait for it, or take another folder") from None
+    with lock:
         try:
             yield folder
         except KeyboardInterrupt as e:

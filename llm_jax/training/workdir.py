@@ -1,11 +1,12 @@
 """The work directory of a run: one live run at a time, one config."""
 
-import fcntl
 import json
 from typing import Any, TextIO
 
 import jax
 from etils import epath
+
+from llm_jax.storage import locks
 
 # fields that may differ when a run resumes: how far and where it runs, and what it reports; and micro-batches, which
 # are accumulation's or a pipeline's (another number of them draws other dropout)
@@ -45,13 +46,10 @@ class Workdir:
         self._lock: TextIO | None = None
         if "://" in str(path) or jax.process_index():
             return
-        lock = open(self.path / ".lock", "w")  # noqa: SIM115  held as long as the run
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            lock.close()
+            self._lock = locks.hold(self.path / ".lock")
+        except BlockingIOError as e:
             raise WorkdirError(f"{self.path} is in use by a live run; wait for it or choose another --workdir") from e
-        self._lock = lock
 
     def __enter__(self) -> "Workdir":
         """Itself."""
