@@ -28,6 +28,9 @@ Result of words under a net, GloVe 6B 50d; of sst2 means of seeds 1 to 5 with th
 98.8 % of SST-2's training text has a vector. A run took about three minutes on two cores shared with others.
 The cnn's flags by the loss on dev of one seed: both channels, --input_dropout=0 0.4845, 0.3 0.4751, 0.5 0.4600, 0.5 at
 twice the rate 0.4765; frozen, 0.3, 0.5149. With --input_dropout=0 no figure changes without the bound.
+Neither wider vectors nor other flags do better on sst2 (sd of a seed 0.6): GloVe of 100 numbers 81.2, 82.3 (5 seeds);
+of 26 drawn settings (widths 1 to 5, 50 to 300 filters, rates, batches, both dropouts, the bound) the five of the lowest
+loss on dev 79.0 to 80.3, 81.5 to 82.6 (2 to 4 seeds on an H100).
 The set here is of whole sentences; Kim trains on their phrases too, with vectors of 300 numbers, and reports 88.1.
 Socher et al. 2013 report 81.8 for naive Bayes on SST-2's test part, 83.1 with pairs.
 """
