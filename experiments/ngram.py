@@ -153,7 +153,8 @@ def _count(
     reader: sentences.Reader, given: sentences.Vocabulary | None, stack: contextlib.ExitStack
 ) -> tuple[sentences.Vocabulary, counting.Counts, np.ndarray | None]:
     """(vocabulary, counts, held-out sentences if any), in memory or through files that go with `stack`."""
-    options: dict[str, Any] = dict(min_count=MIN_COUNT.value, max_size=MAX_SIZE.value, vocabulary=given)
+    thresholds = dict(min_count=MIN_COUNT.value, max_size=MAX_SIZE.value)
+    options: dict[str, Any] = {"vocabulary": given} if given else thresholds
     if SCRATCH.value:
         folder = stack.enter_context(streaming.resumable(SCRATCH.value, reader, **options))
         if os.path.exists(os.path.join(folder, streaming.WRITTEN)):

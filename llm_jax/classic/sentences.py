@@ -124,7 +124,7 @@ class Vocabulary:
         return np.array([BEGIN, *numbers, END], np.int64)
 
     def encode_lines(self, lines: Sequence[str]) -> np.ndarray:
-        """Numbers of sentences whose words stand between blanks, one sentence after the other, each with both ends.
+        """Numbers of sentences whose words stand between ASCII blanks, int32 `[T]`, one after the other with both ends.
 
         Raises:
           ValueError: for a line that holds a line feed.
@@ -132,7 +132,7 @@ class Vocabulary:
         text = "\n".join([*lines, ""])
         if text.count("\n") != len(lines):
             raise ValueError("a line holds a line feed: give every sentence as a line of its own")
-        return with_begins(self.number(text.encode()), keep_empty=True)
+        return with_begins(self.number(text.encode(errors="surrogatepass")), keep_empty=True)
 
     def number(self, lines: bytes) -> np.ndarray:
         """Numbers of words between blanks, int32 `[T]`, with END for each of the line feeds, of which one ends it."""
@@ -142,7 +142,7 @@ class Vocabulary:
     @functools.cached_property
     def _of_bytes(self) -> tuple[Numbers, np.ndarray]:
         """(what numbers bytes, our number of each of its numbers)."""
-        spelled = [w.encode() for w in self.words]
+        spelled = [w.encode(errors="surrogatepass") for w in self.words]
         single = [i for i, w in enumerate(spelled) if i >= len(SPECIAL) and w.replace(LINE_END, b" ").split() == [w]]
         numbers = Numbers()
         numbers.read(b"".join(spelled[i] + b"\n" for i in single))
@@ -205,6 +205,12 @@ def vocabulary_of(
     return Vocabulary(spelled[i] for i in known), new
 
 
+def check_options(vocabulary: Vocabulary | None, options: dict[str, Any]) -> None:
+    """Those of `vocabulary_of` mean nothing where the vocabulary is given."""
+    if vocabulary and options:
+        raise TypeError(f"{', '.join(options)}: only where no vocabulary is given")
+
+
 def no_word(reader: Reader) -> TextError:
     """What to raise for an empty text."""
     return TextError(f"{', '.join(str(p) for p in reader.paths[:3])}: no word in the corpus")
@@ -219,7 +225,7 @@ def read(
       reader: its files.
       vocabulary: of it; made from the text without.
       keep_empty: empty lines are sentences of no words, and of a given vocabulary a text may have no other.
-      **options: of `vocabulary_of`.
+      **options: of `vocabulary_of`, where no vocabulary is given.
 
     Returns:
       The vocabulary, and the sentences one after the other, int32 `[T]`, each with both ends.
@@ -227,6 +233,7 @@ def read(
     Raises:
       TextError: see `vocabulary_of`; for a text without a word.
     """
+    check_options(vocabulary, options)
     numbers = Numbers()
     number, line_end = (vocabulary.number, END) if vocabulary else (numbers.read, 0)
     text = np.concatenate([np.zeros(0, np.int32), *map(number, reader.blocks())])

@@ -80,11 +80,12 @@ def write_text(
       reader: its files.
       folder: for files that are the caller's to delete.
       vocabulary: of it; made from the text without.
-      **options: of `sentences.vocabulary_of`.
+      **options: of `sentences.vocabulary_of`, where no vocabulary is given.
 
     Returns:
       The vocabulary, and where blocks end.
     """
+    sentences.check_options(vocabulary, options)
     folder = epath.Path(folder)
     written = folder / WRITTEN
     if written.exists():
@@ -100,19 +101,20 @@ def write_text(
             f.write(block.tobytes())
             lengths.append(len(block))
             words += int(np.count_nonzero(block != line_end))
-            more = np.bincount(block, minlength=len(counts))
-            more[: len(counts)] += counts
-            counts = more
+            if not vocabulary:
+                more = np.bincount(block, minlength=len(counts))
+                more[: len(counts)] += counts
+                counts = more
     if not words:
         raise sentences.no_word(reader)
-    if vocabulary:
-        new = np.arange(len(vocabulary), dtype=np.int32)
-    else:
+    new = None
+    if not vocabulary:
         vocabulary, new = sentences.vocabulary_of(numbers.words, counts, **options)
     ends = [0]
     with (folder / "raw").open("rb") as source, (folder / "text").open("wb") as f:
         for length in lengths:
-            block = sentences.with_begins(new[np.frombuffer(source.read(4 * length), np.int32)])
+            block = np.frombuffer(source.read(4 * length), np.int32)
+            block = sentences.with_begins(block if new is None else new[block])
             f.write(block.tobytes())
             ends.append(ends[-1] + len(block))
     (folder / "raw").unlink()

@@ -61,7 +61,26 @@ def test_no_new_words():
     numbers.grows = False
     beginnings = b"longer_t longer_than_eight longer_than_nine b " + b"x" * 69 + b" " + b"x" * 70 + b" a\n"
     assert numbers.read(beginnings).tolist() == [NO_WORD, 2, NO_WORD, NO_WORD, NO_WORD, 3, 1, 0]
+    ends = b"zzzzzzzza longer_tzzzzzzzza zzzzzzzzzzzzzzzza longer_than_eightlonger_than_eight han_eight\n"
+    assert numbers.read(ends).tolist() == [NO_WORD] * 5 + [0]
     assert len(numbers.words) == 4
+
+
+@pytest.mark.parametrize("longest", [9, 30, 100])
+def test_words_of_a_vocabulary_among_others(longest):
+    """Others are made of the vocabulary's own pieces of eight bytes."""
+    known = drawn(0, 3000, 400, longest)
+    numbers, reference = Numbers(), {LINE_END: 0}
+    numbers.read(known)
+    by_dictionary(known, reference)
+    numbers.grows = False
+    rng, words = np.random.default_rng(1), list(reference)[1:]
+    pieces = [w[i : i + 8] for w in words for i in range(0, len(w), 8)]
+    others = [b"".join(pieces[i] for i in rng.integers(0, len(pieces), rng.integers(1, 5))) for _ in range(5000)]
+    asked = [*others, *words]
+    expected = [reference.get(w, NO_WORD) for w in asked]
+    assert 0 < expected.count(NO_WORD) < len(others)
+    assert numbers.read(b" ".join(asked) + b"\n").tolist() == [*expected, 0]
 
 
 def test_no_text_and_a_line_beyond_a_piece(monkeypatch):

@@ -35,6 +35,8 @@ def test_lines_at_once():
     expected = np.concatenate([vocabulary.encode(sentence) for sentence in words])
     np.testing.assert_array_equal(vocabulary.encode_lines(lines), expected)
     assert len(vocabulary.encode_lines([])) == 0
+    odd = Vocabulary(["s", "on", "\ud800"])
+    np.testing.assert_array_equal(odd.encode_lines(["elephants \ud800"]), odd.encode(["elephants", "\ud800"]))
     with pytest.raises(ValueError, match="line of its own"):
         vocabulary.encode_lines(["a\nb"])
 
@@ -133,3 +135,8 @@ def test_errors_of_vocabularies(file, data, words):
         sentences.read_vocabulary(file(data))
     with pytest.raises(TextError, match="gone.txt is no file"):
         sentences.read_vocabulary("gone.txt")
+
+
+def test_thresholds_are_of_a_vocabulary_that_the_text_makes(file):
+    with pytest.raises(TypeError, match="min_count: only where no vocabulary is given"):
+        read(Reader([file("a\n")]), Vocabulary(["a"]), min_count=2)
