@@ -6,9 +6,9 @@ made of or on every tenth line of it, which then is left out. KenLM's loops take
 lines that KenLM takes (`numbered` is false, rows "from strings").
 
 On Brown (1.2 million words and ends; one core of an Intel Xeon, nothing beside it, numpy 2.4, medians of three
-turns, millions a second): counted text 13.6, from strings 7.2, KenLM's loop over lines 4.33 (3.1 and 1.7 times), over
-words 1.99 (6.8 and 3.6); a tenth that was not counted, where most words fall back through all orders, 8.8 and 5.1,
-KenLM 5.25 (1.7 and 1.0) and 2.23 (3.9 and 2.3). Counting and estimation from a file: 1.64.
+turns, millions a second): counted text 14.2, from strings 7.5, KenLM's loop over lines 4.48 (3.2 and 1.7 times), over
+words 2.07 (6.9 and 3.6); a tenth that was not counted, where most words fall back through all orders, 9.0 and 5.5,
+KenLM 5.86 (1.5 and 0.9) and 2.29 (3.9 and 2.4). Counting and estimation from a file: 1.75.
 
 Where the time goes: of counting and estimation half is sorting keys; of queries by hash tables
 (`llm_jax/classic/hashed.py`) nearly all is memory: a line of a table for every n-gram that is looked up. Numbering
