@@ -1,6 +1,7 @@
 """Word vectors in two dimensions."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -61,6 +62,28 @@ def tsne(matrix: np.ndarray, seed: int = 0) -> np.ndarray:
     return np.asarray(found, np.float64)
 
 
+def lifted(boxes: np.ndarray, most: float = 5.0) -> np.ndarray:
+    """How far to move labels up so that none covers another.
+
+    Args:
+      boxes: left, bottom, right and top of each, `[V, 4]`.
+      most: of its own heights; a label that would go further stays, as in a crowd.
+
+    Returns:
+      `[V]`, 0 for most.
+    """
+    out, placed = np.zeros(len(boxes)), np.zeros((0, 4))
+    for i in np.argsort(boxes[:, 1], kind="stable"):
+        left, bottom, right, top = boxes[i]
+        height, up = top - bottom, 0.0
+        beside = placed[(placed[:, 0] < right) & (left < placed[:, 2])]
+        while len(under := beside[(beside[:, 1] < top + up) & (bottom + up < beside[:, 3])]):
+            up = under[:, 3].max() - bottom
+        out[i] = up if up <= most * height else 0.0
+        placed = np.append(placed, [boxes[i] + [0, out[i], 0, out[i]]], axis=0)
+    return out
+
+
 def draw(
     words: Sequence[str], points: np.ndarray, path: epath.PathLike, arrows: Sequence[tuple[str, str]] = ()
 ) -> None:
@@ -86,13 +109,22 @@ def draw(
     figure = Figure(figsize=(10, 8))
     axes = figure.subplots()
     axes.scatter(*points.T, s=12)
-    for word, point in zip(words, points, strict=True):
-        axes.annotate(word, point, xytext=(4, 3), textcoords="offset points", fontsize=9, parse_math=False)
+    right_above: dict[str, Any] = {"xytext": (4, 3), "textcoords": "offset points"}
+    labels = [
+        axes.annotate(w, p, **right_above, fontsize=9, parse_math=False) for w, p in zip(words, points, strict=True)
+    ]
     for a, b in arrows:
         style = {"arrowstyle": "->", "linestyle": "--", "color": "gray", "shrinkA": 4, "shrinkB": 4}
         axes.annotate("", place[b], place[a], arrowprops=style)
     axes.margins(0.08)
     axes.set(xticks=[], yticks=[])  # directions and lengths mean nothing by themselves
     figure.tight_layout()
+    figure.draw_without_rendering()  # says how large labels are
+    ups = lifted(np.array([label.get_window_extent().extents for label in labels])) * 72 / figure.dpi
+    for label, point, up in zip(labels, points, ups, strict=True):
+        if up:
+            label.set_position((4, 3 + up))
+            line = {"arrowstyle": "-", "color": "lightgray", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0}
+            axes.annotate("", point, xytext=(4, 4 + up), textcoords="offset points", arrowprops=line, zorder=0)
     with epath.Path(path).open("wb") as f:
         figure.savefig(f, dpi=120, format=epath.Path(path).suffix[1:] or "png")

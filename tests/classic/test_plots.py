@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from llm_jax.classic.plots import draw, pca, tsne
+from llm_jax.classic.plots import draw, lifted, pca, tsne
 from llm_jax.classic.vectors import VectorsError
 
 
@@ -45,3 +45,15 @@ def test_bad_input(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
     with pytest.raises(VectorsError, match="t-SNE needs scikit-learn: pip install scikit-learn, or take PCA"):
         tsne(np.ones((5, 5)))
+
+
+def test_labels_that_would_cover_one_another_move_up():
+    boxes = np.array([[0, 0, 4, 1], [2, 0.5, 6, 1.5], [5, 0.8, 9, 1.8], [20, 0, 24, 1], [3, 9, 5, 10]], float)
+    ups = lifted(boxes)
+    np.testing.assert_allclose(ups, [0, 0.5, 1.2, 0, 0])
+    moved = boxes + ups[:, None] * [0, 1, 0, 1]
+    for i, a in enumerate(moved):
+        for b in moved[:i]:
+            assert min(a[2], b[2]) <= max(a[0], b[0]) or min(a[3], b[3]) <= max(a[1], b[1])
+    assert lifted(np.repeat(boxes[:1], 9, axis=0)).tolist() == [0, 1, 2, 3, 4, 5, 0, 0, 0]  # a crowd
+    assert lifted(np.zeros((0, 4))).shape == (0,)
