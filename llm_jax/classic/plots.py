@@ -98,6 +98,7 @@ def draw(
     Raises:
       VectorsError: for points of another shape, or an arrow with a word that is not drawn.
     """
+    from matplotlib.collections import LineCollection
     from matplotlib.figure import Figure  # no backend is chosen for the process, which may be a notebook's
 
     points = np.asarray(points, np.float64)
@@ -120,11 +121,14 @@ def draw(
     axes.set(xticks=[], yticks=[])  # directions and lengths mean nothing by themselves
     figure.tight_layout()
     figure.draw_without_rendering()  # says how large labels are
-    ups = lifted(np.array([label.get_window_extent().extents for label in labels])) * 72 / figure.dpi
-    for label, point, up in zip(labels, points, ups, strict=True):
-        if up:
-            label.set_position((4, 3 + up))
-            line = {"arrowstyle": "-", "color": "lightgray", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0}
-            axes.annotate("", point, xytext=(4, 4 + up), textcoords="offset points", arrowprops=line, zorder=0)
+    dot = figure.dpi / 72  # pixels a point
+    ups = lifted(np.array([label.get_window_extent().extents for label in labels])) / dot
+    for label, up in zip(labels, ups, strict=True):
+        label.set_position((4, 3 + up))
+    moved, to_data = np.flatnonzero(ups), axes.transData.inverted()
+    ends = to_data.transform(
+        axes.transData.transform(points[moved]) + np.stack([0 * moved + 4, ups[moved] + 4], 1) * dot
+    )
+    axes.add_collection(LineCollection(list(np.stack([points[moved], ends], 1)), colors="lightgray", zorder=0), False)
     with epath.Path(path).open("wb") as f:
         figure.savefig(f, dpi=120, format=epath.Path(path).suffix[1:] or "png")
