@@ -22,12 +22,11 @@ import numpy as np
 from tqdm import tqdm
 
 from llm_jax.classic.ngram import BackoffModel, Model
+from llm_jax.classic.numbering import BASE, SPREAD
 from llm_jax.classic.sentences import BEGIN
 
 PIECE = 1 << 20  # words between two steps of a bar
 BLOCK = 1 << 15  # words at once
-SPREAD = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio: Knuth's multiplicative hashing
-BASE = np.uint64(0xD1342543DE82EF95)  # of the polynomial; odd, so that no word's share is lost
 FREE = np.uint64(2**64 - 1)  # the key of slots that hold nothing
 NOWHERE = np.uint64(1)  # the hash of windows that cross sentences
 

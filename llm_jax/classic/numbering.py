@@ -20,7 +20,7 @@ LONGEST = 64  # bytes; longer words are looked up one by one
 BLANK = np.isin(np.arange(33), list(b"\0 \t\n\r\v\f"))
 FIRST = np.array([2 ** (8 * n) - 1 for n in range(9)], np.uint64)  # masks of so many bytes
 SPREAD = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio: Knuth's multiplicative hashing
-BASE = np.uint64(0xD1342543DE82EF95)  # of what was read before
+BASE = np.uint64(0xD1342543DE82EF95)  # of a polynomial of what was read before; odd, so that no share of it is lost
 HALF = np.uint64(32)
 LOW = np.uint64(2**32 - 1)
 
