@@ -1,12 +1,13 @@
 """Word vectors in two dimensions."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from etils import epath
 
 from llm_jax.classic.vectors import VectorsError
+
+OFFSET = (4, 3)  # of a label from its point
 
 
 def _checked(matrix: np.ndarray) -> np.ndarray:
@@ -110,9 +111,9 @@ def draw(
     figure = Figure(figsize=(10, 8))
     axes = figure.subplots()
     axes.scatter(*points.T, s=12)
-    right_above: dict[str, Any] = {"xytext": (4, 3), "textcoords": "offset points"}
     labels = [
-        axes.annotate(w, p, **right_above, fontsize=9, parse_math=False) for w, p in zip(words, points, strict=True)
+        axes.annotate(word, point, xytext=OFFSET, textcoords="offset points", fontsize=9, parse_math=False)
+        for word, point in zip(words, points, strict=True)
     ]
     for a, b in arrows:
         style = {"arrowstyle": "->", "linestyle": "--", "color": "gray", "shrinkA": 4, "shrinkB": 4}
@@ -123,12 +124,12 @@ def draw(
     figure.draw_without_rendering()  # says how large labels are
     dot = figure.dpi / 72  # pixels a point
     ups = lifted(np.array([label.get_window_extent().extents for label in labels])) / dot
-    for label, up in zip(labels, ups, strict=True):
-        label.set_position((4, 3 + up))
-    moved, to_data = np.flatnonzero(ups), axes.transData.inverted()
-    ends = to_data.transform(
-        axes.transData.transform(points[moved]) + np.stack([0 * moved + 4, ups[moved] + 4], 1) * dot
-    )
-    axes.add_collection(LineCollection(list(np.stack([points[moved], ends], 1)), colors="lightgray", zorder=0), False)
+    offsets = OFFSET + ups[:, None] * [0, 1]
+    for label, offset in zip(labels, offsets, strict=True):
+        label.set_position(offset)
+    moved = np.flatnonzero(ups)
+    begins, to_pixels = points[moved], axes.transData
+    ends = to_pixels.inverted().transform(to_pixels.transform(begins) + (offsets[moved] + [0, 1]) * dot)
+    axes.add_collection(LineCollection(list(np.stack([begins, ends], 1)), colors="lightgray", zorder=0), False)
     with epath.Path(path).open("wb") as f:
         figure.savefig(f, dpi=120, format=epath.Path(path).suffix[1:] or "png")
