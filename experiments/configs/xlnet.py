@@ -24,10 +24,10 @@ def get_config():
         RunConfig(
             model=XLNetConfig(
                 vocab_size=4096, model_dim=192, num_layers=4, num_heads=4, hidden_dim=768, dropout=0.0,
-                memory_length=64, reuse_length=64, both_ways=True,
+                memory_length=64, reuse_length=64,
             ),
             data=DataConfig(tokenizer_kind="unigram", validation_share=0.05),
-            objective=PermutationLM(carry=True),
+            objective=PermutationLM(carry=True, both_ways=True),
             optimizer=OptimizerConfig("muon", 2e-2, warmup_steps=50, weight_decay=0.1),
             plan=PlanConfig(unroll=True),
             training=LoopConfig(

@@ -1,10 +1,10 @@
-"""Batches with grain: deterministic shuffle, one shard a process, a state that is a single number.
+"""Batches with grain: deterministic shuffle, blocks of every batch for each process, a state that is a single number.
 
-Batch i of a run consists of the same rows on any number of processes, so the state (batches taken) resumes exactly,
-also onto another number of processes.
+Batch i of a run holds the same rows in the same order on any number of processes, so the state (batches taken) and
+what a model remembers row by row resume exactly, also onto another number of processes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -28,28 +28,44 @@ class Loader:
         source: Any,
         batch_size: int,
         seed: int,
-        process_index: int | None = None,
-        process_count: int | None = None,
+        blocks: Sequence[int] | None = None,
+        count: int | None = None,
         shuffle: bool = True,
     ) -> None:
-        """Reshuffles every epoch from `seed`, unless rows go on from batch to batch; this process reads its own rows.
+        """Reads this process's blocks of every batch.
+
+        Args:
+          source: rows by number.
+          batch_size: global rows per batch.
+          seed: every epoch is shuffled anew from it.
+          blocks: which of a batch's `count` equal blocks this process reads, ascending (`Plan.data_blocks`); one block
+            a process by default.
+          count: blocks of a batch; one a process by default.
+          shuffle: False where row b of a batch continues row b of the batch before.
 
         Raises:
           CorpusError: if there are no rows.
-          ValueError: if the batch does not divide by the processes.
+          ValueError: if the batch does not divide into the blocks.
         """
-        index = jax.process_index() if process_index is None else process_index
-        count = jax.process_count() if process_count is None else process_count
+        blocks = [jax.process_index()] if blocks is None else blocks
+        count = jax.process_count() if count is None else count
         if batch_size % count:
-            raise ValueError(f"training.batch_size={batch_size} does not divide over {count} processes")
+            raise ValueError(f"training.batch_size={batch_size} does not divide into {count} blocks of processes")
         if len(source) < 1:
             raise CorpusError("the corpus has no rows")
         self.batch_size = batch_size
         # not repeat(None), whose length grain cannot divide into batches of one row
         rows = grain.MapDataset.source(source).seed(seed)
         rows = (rows.shuffle() if shuffle else rows).repeat(max(1, ENDLESS // len(source)))
-        rows = rows.slice(slice(index, None, count)).batch(batch_size // count)
-        self._iterator = iter(rows.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+        size = batch_size // count
+        positions = [block * size + i for block in blocks for i in range(size)]
+
+        def row(index: int) -> Any:
+            batch, place = divmod(index, len(positions))
+            return rows[batch * batch_size + positions[place]]
+
+        mine = grain.MapDataset.range(len(rows) // batch_size * len(positions)).map(row).batch(len(positions))
+        self._iterator = iter(mine.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         """Itself."""

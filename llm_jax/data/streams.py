@@ -16,6 +16,7 @@ class Streams:
     that is so: everywhere but in the first batch of an epoch.
 
     With `both_ways` the streams of the second half run backwards: from their last row to the first, each reversed.
+    `backwards` says so, row by row.
     """
 
     def __init__(self, rows: Any, count: int, both_ways: bool = False) -> None:
@@ -29,13 +30,16 @@ class Streams:
         return self.count * self.length
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
-        """The row, with `continues`."""
+        """The row, with `continues`, and `backwards` where rows run both ways."""
         place, stream = divmod(int(index), self.count)
-        continues = {"continues": np.bool_(place > 0)}
-        if not self.both_ways or stream < self.count // 2:
-            return {**self.rows[stream * self.length + place], **continues}
-        row = self.rows[stream * self.length + self.length - 1 - place]
-        return {**{name: values[::-1] for name, values in row.items()}, **continues}
+        flags = {"continues": np.bool_(place > 0)}
+        if not self.both_ways:
+            return {**self.rows[stream * self.length + place], **flags}
+        backwards = stream >= self.count // 2
+        row = self.rows[stream * self.length + (self.length - 1 - place if backwards else place)]
+        if backwards:
+            row = {name: values[::-1] for name, values in row.items()}
+        return {**row, **flags, "backwards": np.bool_(backwards)}
 
 
 class CharacterRows:

@@ -26,7 +26,6 @@ FIELDS = {
     "dropout": "dropout",
     "memory_length": "mem_len",
     "reuse_length": "reuse_len",
-    "both_ways": "bi_data",
     "same_length": "same_length",
     "head_dropout": "summary_last_dropout",
     "init_std": "initializer_range",
@@ -42,11 +41,11 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "untie_r": (True, None),
     "tie_word_embeddings": (True, None),
 }
-# how a memory is used is the caller's choice here; the beams are of a head that is not here; d_head and the last are
-# other spellings
+# how a memory is used, and which rows run backwards, is the caller's choice here; the beams are of a head that is not
+# here; d_head and the last are other spellings
 READ = (
     *("ff_activation", "attn_type", "clamp_len", "d_head", "n_token", "id2label", "label2id", "num_labels"),
-    *("use_mems_eval", "use_mems_train", "start_n_top", "end_n_top", "summary_first_dropout", "use_mems"),
+    *("use_mems_eval", "use_mems_train", "bi_data", "start_n_top", "end_n_top", "summary_first_dropout", "use_mems"),
 )
 # ours -> theirs, in a layer
 KERNELS = {"query": "q", "key": "k", "value": "v", "out": "o", "position": "r"}
@@ -94,6 +93,7 @@ def config_to_hf(config: XLNetConfig) -> dict[str, Any]:
         "architectures": [CLASSES[config.head]],
         "ff_activation": theirs[config.activation],
         "attn_type": "uni" if config.causal_mask else "bi",
+        "bi_data": False,  # theirs would reverse the second half of any batch
         "clamp_len": -1 if config.clamp_length is None else config.clamp_length,
         "d_head": config.model_dim // config.num_heads,
         **heads.labels_to_hf(config),

@@ -27,6 +27,10 @@ FAMILIES: dict[str, type] = {
 }
 
 
+# fields of earlier versions that say nothing about the model any more
+DROPPED = {"xlnet": ("both_ways",)}
+
+
 def family_of(config: Any) -> str:
     """The name of a config's family."""
     return next(name for name, cls in FAMILIES.items() if type(config) is cls)
@@ -38,7 +42,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any]) -> Any:
-    """Undoes `to_dict`.
+    """Undoes `to_dict`, also of earlier versions.
 
     Raises:
       ConfigError: on an unknown family or field.
@@ -47,4 +51,5 @@ def from_dict(values: dict[str, Any]) -> Any:
     name = rest.pop("family", None)
     if name not in FAMILIES:
         raise configs.ConfigError(f"model.family={name!r} is none of {', '.join(FAMILIES)}")
+    rest = {k: v for k, v in rest.items() if k not in DROPPED.get(name, ())}
     return configs.from_dict(FAMILIES[name], rest, "model")

@@ -49,7 +49,6 @@ class XLNetConfig:
       dropout: one rate for embeddings, positions, weights and residual branches.
       memory_length: M, hidden states of the text before that each layer keeps; 0 for none.
       reuse_length: of a row's states only so many, from its beginning, enter the memory; None for all.
-      both_ways: the second half of the rows runs backwards (`bi_data`).
       clamp_length: longer distances count as this one; None for none.
       causal_mask: a position sees none behind it (`attn_type="uni"`), beside what `perm_mask` says.
       same_length: with `causal_mask`, every position sees as many keys.
@@ -71,7 +70,6 @@ class XLNetConfig:
     dropout: float = 0.1
     memory_length: int = 0
     reuse_length: int | None = None
-    both_ways: bool = False
     clamp_length: int | None = None
     causal_mask: bool = False
     same_length: bool = False
@@ -189,6 +187,7 @@ class XLNet(nn.Module):
         target_mapping: jax.Array | None = None,
         target_positions: jax.Array | None = None,
         left_to_right: bool = False,
+        backwards: jax.Array | None = None,
         cache: Memories | Reading | None = None,
         train: bool = False,
         output_hidden_states: bool = False,
@@ -204,6 +203,7 @@ class XLNet(nn.Module):
           target_mapping: `[B, K, T]`, one-hot: positions to predict, as in transformers.
           target_positions: `[B, K]`, the same as numbers.
           left_to_right: reads as a decoder does: position i sees those up to itself and predicts position i + 1.
+          backwards: `[B]`, 1 = the row's text is reversed (half of pre-training's rows); None where none is.
           cache: memories of the text before (`init_carry`), or of a text read from left to right (`init_cache`).
           train: dropout.
           output_hidden_states: returns the content stream of every layer.
@@ -214,8 +214,8 @@ class XLNet(nn.Module):
           else the content stream.
 
         Raises:
-          ValueError: see `frame.check_call`; also on masks of other shapes, an odd batch where half runs backwards, and
-            orders or types for a text that is read from left to right.
+          ValueError: see `frame.check_call`; also on masks of other shapes, and on orders, types or directions for a text
+            that is read from left to right.
         """
         c, dtype = self.config, self.execution.dtype
         rows = input_ids.shape[:-1]
@@ -228,17 +228,19 @@ class XLNet(nn.Module):
         left_to_right |= reading is not None
         if left_to_right and (c.head != "lm" or c.same_length):
             raise ValueError("an XLNet reads from left to right with head='lm' and same_length=False only")
-        if left_to_right and any(x is not None for x in (perm_mask, target_mapping, target_positions, token_type_ids)):
-            raise ValueError("left_to_right is an order of its own: no perm_mask, targets or token_type_ids with it")
+        orders = (perm_mask, target_mapping, target_positions, token_type_ids, backwards)
+        if left_to_right and any(x is not None for x in orders):
+            raise ValueError(
+                "left_to_right is an order of its own: no perm_mask, targets, token_type_ids or backwards with it"
+            )
         if perm_mask is not None and perm_mask.shape != (b, t, t):
             raise ValueError(f"perm_mask must be [{b}, {t}, {t}], got {list(perm_mask.shape)}")
         if target_mapping is not None:
             if target_mapping.ndim != 3 or (target_mapping.shape[0], target_mapping.shape[2]) != (b, t):
                 raise ValueError(f"target_mapping must be [{b}, K, {t}], got {list(target_mapping.shape)}")
             target_positions = jnp.argmax(target_mapping, axis=-1).astype(jnp.int32)
-        backwards = c.both_ways and not left_to_right and not self.is_initializing()  # which takes one row
-        if backwards and b % 2:
-            raise ValueError(f"both_ways=True needs an even number of rows, got {b}")
+        if backwards is not None and backwards.shape != (b,):
+            raise ValueError(f"backwards must be [{b}], one flag a row, got {list(backwards.shape)}")
         memory = cache if isinstance(cache, Memories) and c.memory_length else None
         if left_to_right:
             target_positions = jnp.broadcast_to(jnp.arange(1, t + 1, dtype=jnp.int32), (b, t))
@@ -317,8 +319,9 @@ class XLNet(nn.Module):
             types = jnp.asarray(types, jnp.int32)
             keys = jnp.concatenate([jnp.zeros((b, m), jnp.int32), types], axis=1)
             differ = types[:, :, None] != keys[:, None, :]
-        encodings = distance_encodings(t, s, c.model_dim, c.clamp_length, backwards)
-        return Relations(jnp.asarray(encodings), mask(asks | itself, zeros), query, targets, differ)
+        encodings = jnp.asarray(distance_encodings(t, s, c.model_dim, c.clamp_length, backwards is not None))
+        flags = None if backwards is None else backwards.astype(bool)
+        return Relations(encodings, mask(asks | itself, zeros), query, targets, differ, backwards_B=flags)
 
     def _remember(self, cache: Memories, inputs: Any) -> Memories:
         c = self.config

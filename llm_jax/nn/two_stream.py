@@ -33,12 +33,13 @@ class Relations(struct.PyTreeNode):
 
     Attributes:
       encodings_GPD: sinusoids of the distances S, S - 1, ..., 1 - T (query minus key), of 0, 1, ..., S with a cache;
-        G = 2 where the second half of the rows runs backwards, else 1.
+        G = 2 where rows may run backwards (forwards first), else 1.
       content: mask of the content stream, `[B, T, S]` inside.
       query: mask of the query stream, `[B, K, S]`; None without it.
       targets_BK: positions that the query stream predicts.
       differ_BTS: whether query and key are in different segments; None without segments.
       slots_BT: cache slots of the new tokens; None without a cache.
+      backwards_B: rows whose text is reversed, so that a larger position is an earlier one; None where there are none.
     """
 
     encodings_GPD: jax.Array
@@ -47,6 +48,7 @@ class Relations(struct.PyTreeNode):
     targets_BK: jax.Array | None = None
     differ_BTS: jax.Array | None = None
     slots_BT: jax.Array | None = None
+    backwards_B: jax.Array | None = None
 
 
 class PlacedCache(struct.PyTreeNode):
@@ -135,10 +137,11 @@ class TwoStreamAttention(nn.Module):
             x: jax.Array, mask: Mask, targets_BK: jax.Array | None, ahead: int
         ) -> tuple[jax.Array, jax.Array | None]:
             q = joined(split(query(x)), k_BSNH.shape[0])
-            groups = plus(q, place).reshape(r_GPNH.shape[0], -1, *q.shape[1:])
-            by_distance = jnp.einsum("gbtnh,gpnh->gbntp", groups, r_GPNH).reshape(
-                q.shape[0], c.num_heads, q.shape[1], -1
-            )
+            if relations.backwards_B is None:
+                by_distance = jnp.einsum("btnh,pnh->bntp", plus(q, place), r_GPNH[0])
+            else:
+                r_BPNH = jnp.where(relations.backwards_B[:, None, None, None], r_GPNH[1:], r_GPNH[:1])
+                by_distance = jnp.einsum("btnh,bpnh->bntp", plus(q, place), r_BPNH)
             if cache is not None:
                 column = jnp.clip(mask.distance() + ahead, 0, r_GPNH.shape[1] - 1)
                 bias = jnp.take_along_axis(by_distance, column[:, None], axis=-1)

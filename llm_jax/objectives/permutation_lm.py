@@ -45,12 +45,14 @@ class PermutationLM:
       unit: what is chosen: `tokens`, or `spans` of consecutive ones.
       longest: tokens in a span.
       carry: the memories run on from batch to batch.
+      both_ways: half of the training rows run backwards, from the end of a text to its beginning.
     """
 
     rate: float = 1 / 6
     unit: str = "spans"
     longest: int = 5
     carry: bool = False
+    both_ways: bool = False
 
     def __post_init__(self) -> None:
         """Checks names and ranges."""
@@ -92,8 +94,8 @@ class PermutationLM:
         """Chooses tokens and an order.
 
         Args:
-          batch: `input_ids` `[B, T]`; optional `attention_mask`, `token_type_ids`; rows whose `loss_weights` are all
-            zero do not count.
+          batch: `input_ids` `[B, T]`; optional `attention_mask`, `token_type_ids`, `backwards` `[B]`; rows whose
+            `loss_weights` are all zero do not count.
           key: choice and order are drawn from it.
         """
         ids = batch["input_ids"]
@@ -104,7 +106,7 @@ class PermutationLM:
         picked, positions = jax.lax.top_k(chosen.astype(jnp.float32), size)
         counted = jnp.ones((rows,), bool) if "loss_weights" not in batch else jnp.any(batch["loss_weights"] > 0, axis=1)
         weights = picked * jnp.broadcast_to(counted[:, None], picked.shape)
-        inputs = {k: batch[k] for k in ("attention_mask", "token_type_ids") if k in batch}
+        inputs = {k: batch[k] for k in ("attention_mask", "token_type_ids", "backwards") if k in batch}
         inputs |= {"input_ids": ids, "perm_mask": jax.vmap(hidden)(ranks), "target_positions": positions}
         total = jnp.sum(weights)
         totals = {"permuted_token": total, "accuracy": total, "tokens": jnp.sum(real, dtype=jnp.float32)}

@@ -193,10 +193,12 @@ class Plan:
         """Micro-batches whose activations a device keeps at once, of its own layers."""
         return 1.0 if self.schedule is None else max(self.schedule.live()) / self.schedule.chunks
 
-    def data_shard(self) -> tuple[int, int]:
-        """(index, count): which share of every batch this process reads.
+    def data_blocks(self) -> tuple[tuple[int, ...], int]:
+        """(blocks, count): which of the `count` equal blocks of every batch this process reads, ascending.
 
-        Processes whose devices hold the same rows (the model axis crosses processes) read the same share.
+        A block is what one coordinate of the replica and data axes holds, so the rows of a batch keep their order
+        whatever the mesh gives to which process. Processes whose devices hold the same rows (the model axis crosses
+        processes) read the same blocks.
 
         Raises:
           ValueError: if the rows of two processes overlap in part.
@@ -207,7 +209,7 @@ class Plan:
         shares = sorted(set(held.values()))
         if sum(map(len, shares)) != len(owners) or len({len(s) for s in shares}) > 1:
             raise ValueError(f"mesh {dict(self.mesh.shape)} cuts rows across processes unevenly; change plan.model")
-        return shares.index(held[jax.process_index()]), len(shares)
+        return held[jax.process_index()], len(owners)
 
     def check_batch(self, batch_size: int, accumulation: int = 1, length: int | None = None) -> None:
         """Raises ValueError where the batch or the length of its rows does not divide."""

@@ -42,14 +42,16 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """All complete lines of `metrics.jsonl`."""
+    """All complete lines of `metrics.jsonl`, each with its `step`."""
     file = epath.Path(workdir) / "metrics.jsonl"
     rows = []
     for line in file.read_text().splitlines() if file.exists() else []:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:  # cut short by a kill
             continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
     return rows
 
 

@@ -106,12 +106,6 @@ def carries(objective: Any) -> bool:
     return getattr(objective, "carry", False)
 
 
-def in_order(config: Any) -> bool:
-    """Whether a batch's rows have their places: they go on from batch to batch, or half of them run backwards."""
-    halves = getattr(config.model, "both_ways", False) and not isinstance(config.objective, Labels)
-    return carries(config.objective) or halves
-
-
 def read_labeled(data: DataConfig, objective: Labels) -> tuple[list[labeled.Example], list[labeled.Example]]:
     """(training, held-out) examples of a run."""
     share = data.validation_share
@@ -254,9 +248,9 @@ def _maker(config: Any, tokenizer: tokenizers.Tokenizer) -> Any:
             rows = packing.StreamRows(store, length, data.segments)
         if isinstance(objective, BidirectionalLM):
             rows = CharacterRows(rows, tokenizer, config.model.max_characters)
-        half = getattr(config.model, "both_ways", False)
-        if half or (carries(objective) and not held):
-            return Streams(rows, config.training.batch_size, half)
+        both_ways = getattr(objective, "both_ways", False)
+        if both_ways or (carries(objective) and not held):
+            return Streams(rows, config.training.batch_size, both_ways)
         return rows
 
     return stream

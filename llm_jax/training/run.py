@@ -34,9 +34,9 @@ from llm_jax.training.loop import NEXT_TOKEN, LoopConfig, run_loop, summarize
 from llm_jax.training.optimizers import OptimizerConfig
 from llm_jax.training.precision import Precision
 from llm_jax.training.program import Program, build
-from llm_jax.training.rows import DataConfig, check_objective, get_rows, get_tokenizer, in_order
+from llm_jax.training.rows import DataConfig, carries, check_objective, get_rows, get_tokenizer
 from llm_jax.training.state import TrainState
-from llm_jax.training.workdir import Workdir
+from llm_jax.training.workdir import Workdir, todays
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +58,8 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunConfig":
-        """Undoes `to_dict`; raises ConfigError on anything unknown."""
-        rest = dict(values)
+        """Undoes `to_dict`, also of earlier versions; raises ConfigError on anything unknown."""
+        rest = dict(todays(values))
         model = registry.from_dict(rest.pop("model", {"family": "gpt"}))
         return dataclasses.replace(configs.from_dict(cls, rest), model=model)
 
@@ -153,7 +153,7 @@ def _train(config, workdir, params, adapt, tokenizer, encode, kind, restore_step
         return own, get_rows(config, own, workdir, encode, kind)
 
     tokenizer, rows = _first_process_first(prepare)
-    loader = Loader(rows.train, c.batch_size, c.seed, *plan.data_shard(), shuffle=not in_order(config))
+    loader = Loader(rows.train, c.batch_size, c.seed, *plan.data_blocks(), shuffle=not carries(config.objective))
 
     program = build(config, plan, tokenizer.role("mask"), params, adapt, workdir / "on_disk")
     terms = program.objective.plain().coefficients
@@ -283,4 +283,8 @@ def load_config(workdir: epath.PathLike) -> RunConfig:
     file = epath.Path(workdir) / "config.json"
     if not file.exists():
         raise configs.ConfigError(f"{workdir} holds no run: config.json is missing")
-    return RunConfig.from_dict(json.loads(file.read_text()))
+    try:
+        values = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as e:
+        raise configs.ConfigError(f"{file} is damaged ({e}); the run's own command writes it again") from e
+    return RunConfig.from_dict(values)

@@ -1,12 +1,16 @@
 """The work directory of a run: one live run at a time, one config."""
 
 import json
+import logging
 from typing import Any, TextIO
 
 import jax
 from etils import epath
 
 from llm_jax.storage import locks
+from llm_jax.storage.checkpoints import CheckpointError, Checkpoints
+
+log = logging.getLogger(__name__)
 
 # fields that may differ when a run resumes: how far and where it runs, and what it reports; and micro-batches, which
 # are accumulation's or a pipeline's (another number of them draws other dropout)
@@ -30,6 +34,20 @@ def has_checkpoint(path: epath.PathLike) -> bool:
     """Whether a run left at least one finished checkpoint."""
     folder = epath.Path(path) / "checkpoints"
     return folder.exists() and any(p.name.isdigit() for p in folder.iterdir())
+
+
+def todays(run: dict[str, Any]) -> dict[str, Any]:
+    """The config of a run of an earlier version, as this version writes it.
+
+    `model.both_ways` of XLNets became `objective.both_ways`: the direction belongs to the rows.
+    """
+    model, objective = run.get("model"), run.get("objective")
+    if not isinstance(model, dict) or "both_ways" not in model:
+        return run
+    run = {**run, "model": {k: v for k, v in model.items() if k != "both_ways"}}
+    if isinstance(objective, dict) and "longest" in objective:  # a permutation LM, which alone had such rows
+        run["objective"] = {**objective, "both_ways": model["both_ways"]}
+    return run
 
 
 class Workdir:
@@ -68,22 +86,37 @@ class Workdir:
           defaults: what fields mean that the earlier run did not have, because its version of this library had not.
 
         Raises:
-          WorkdirError: naming the fields that differ.
+          WorkdirError: naming the fields that differ; or where nothing says any more what the earlier run was.
         """
-        file = self.path / "config.json"
-        if file.exists() and has_checkpoint(self.path):
-            try:
-                before = json.loads(file.read_text())
-            except ValueError:
-                before = config
-            old, new = _flat(before), _flat(config)
+        if has_checkpoint(self.path):
+            old, new = _flat(todays(self._earlier_config())), _flat(config)
             old = {k: v for k, v in _flat(defaults or {}).items() if k in new} | old
             names = sorted({k for k, _ in old.items() ^ new.items() if not k.startswith(FREE)})
             if names:
                 shown = ", ".join(f"{n}: {old.get(n)} -> {new.get(n)}" for n in names[:5])
                 raise WorkdirError(f"{self.path} holds a run with another config ({shown}); choose another --workdir")
-        if jax.process_index() == 0:
-            file.write_text(json.dumps(config, indent=2) + "\n")
+        if jax.process_index() == 0:  # under another name first: a kill leaves the old file or the new one
+            part = self.path / "config.json.part"
+            part.write_text(json.dumps(config, indent=2) + "\n")
+            part.replace(self.path / "config.json")
+
+    def _earlier_config(self) -> dict[str, Any]:
+        """What `config.json` says, or the newest checkpoint where that file is missing or damaged."""
+        file = self.path / "config.json"
+        try:
+            found = json.loads(file.read_text())
+            if isinstance(found, dict):
+                return found
+        except (OSError, ValueError):
+            pass
+        log.warning("%s is missing or damaged; the newest checkpoint says what the run was", file)
+        try:
+            found = Checkpoints(self.path / "checkpoints", read_only=True).read_run()[1].get("config")
+        except CheckpointError as e:
+            raise WorkdirError(f"{file} is missing or damaged, and no checkpoint says what the run was: {e}") from e
+        if not isinstance(found, dict):
+            raise WorkdirError(f"{file} is missing or damaged, and the newest checkpoint holds no config")
+        return found
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, str]:

@@ -28,12 +28,31 @@ def test_every_row_goes_on_where_the_batch_before_stopped():
         Streams(Numbers(), 12)
 
 
-def test_processes_share_the_streams():
-    """Each reads its own streams in every batch, so that states stay where they are."""
-    parts = [Loader(Streams(Numbers(), 4), 4, 0, i, 2, shuffle=False) for i in range(2)]
-    for _ in range(2):
-        one, two = (next(p)["input_ids"][:, 0] for p in parts)
-        assert ((one // 10) % 2 == 0).all() and ((two // 10) % 2 == 1).all()
+@pytest.mark.parametrize("both_ways", [False, True])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_row_b_of_a_batch_is_the_same_stream_on_any_number_of_processes(processes, both_ways):
+    """What a model carries is stored by row: one process saves it, others read it on."""
+    make = lambda *blocks: Loader(Streams(Numbers(), 4, both_ways), 4, 0, *blocks, shuffle=False)
+    alone = make()
+    batches, states = zip(*((next(alone), alone.state()) for _ in range(5)), strict=True)  # over the end of an epoch
+    for resumed_at in (0, 2):
+        parts = [make([p], processes) for p in range(processes)]
+        for part in parts if resumed_at else ():
+            part.restore(states[resumed_at - 1])
+        for batch in batches[resumed_at:]:
+            shares = [next(p) for p in parts]
+            for name, values in batch.items():
+                np.testing.assert_array_equal(np.concatenate([s[name] for s in shares]), values)
+
+
+def test_streams_of_the_second_half_run_backwards_and_say_so():
+    rows = Streams(Numbers(), 4, both_ways=True)
+    first, last = rows[3], rows[7]  # the fourth stream, from the end of its text on
+    assert [r["backwards"] for r in (rows[0], rows[1], rows[2], first)] == [False, False, True, True]
+    assert first["input_ids"].tolist() == list(range(40, 34, -1)) and last["input_ids"].tolist() == list(
+        range(35, 29, -1)
+    )
+    assert (first["continues"], last["continues"]) == (False, True) and "backwards" not in Streams(Numbers(), 4)[3]
 
 
 def test_words_are_spelled():

@@ -16,7 +16,7 @@ from llm_jax.nn import paths
 
 TINY = XLNetConfig(
     vocab_size=31, model_dim=12, num_layers=3, num_heads=3, hidden_dim=10, memory_length=7, reuse_length=5,
-    clamp_length=9, both_ways=True, labels=("no", "yes", "so"),
+    clamp_length=9, labels=("no", "yes", "so"),
 )  # fmt: skip
 
 
@@ -25,6 +25,7 @@ def test_configs_round_trip_and_names_are_one_to_one(head):
     config = dataclasses.replace(TINY, head=head)
     theirs = json.loads(json.dumps(config_to_hf(config)))
     assert theirs["architectures"] == [CLASSES[head]] and config_from_hf(theirs) == config
+    assert config_from_hf({**theirs, "bi_data": True}) == config and not theirs["bi_data"]  # a matter of the batch
     table = rules(config)
     assert {r.ours for r in table} == {p for p, _ in paths.flatten(abstract(config.make(), np.zeros((2, 2), int))[0])}
     assert len({r.ours for r in table}) == len({r.theirs for r in table}) == len(table)

@@ -7,6 +7,7 @@ from tiny_models import ENCODERS, MODELS
 
 from llm_jax import config as configs
 from llm_jax.models import registry
+from llm_jax.models.xlnet import XLNetConfig
 
 
 @pytest.mark.parametrize("config", [*MODELS.values(), *ENCODERS.values()], ids=[*MODELS, *ENCODERS])
@@ -14,6 +15,12 @@ def test_registry_round_trip(config):
     values = json.loads(json.dumps(registry.to_dict(config)))
     assert values["family"] == registry.family_of(config)
     assert registry.from_dict(values) == config
+
+
+def test_fields_that_moved_elsewhere_still_load():
+    """The direction of XLNet's rows was the model's; models are equal with and without."""
+    values = registry.to_dict(XLNetConfig(num_layers=2))
+    assert registry.from_dict({**values, "both_ways": True}) == registry.from_dict(values)
 
 
 @pytest.mark.parametrize(

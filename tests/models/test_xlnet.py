@@ -150,11 +150,13 @@ def test_memories_are_not_differentiated_and_rows_have_their_own():
 
 
 def test_backwards_rows_are_forward_rows_reversed():
-    """Half of the batch runs backwards: its reversed text gives the forward row's outputs, reversed."""
-    config = dataclasses.replace(TINY, both_ways=True)
-    ids = np.stack([IDS[0], IDS[0, ::-1]])
-    out = jax.jit(lambda p: config.make().apply({"params": p}, ids))(params_of())
-    close(out.logits[1, ::-1], out.logits[0])
+    """A reversed text gives the forward row's outputs, reversed, wherever in the batch it stands."""
+    ids = np.stack([IDS[0, ::-1], IDS[0], IDS[1]])
+    run = jax.jit(lambda p, flags: TINY.make().apply({"params": p}, ids, backwards=flags).logits)
+    logits = run(params_of(), np.array([True, False, False]))
+    close(logits[0, ::-1], logits[1])
+    close(logits[1:], jax.jit(lambda p: TINY.make().apply({"params": p}, ids[1:]).logits)(params_of()))
+    assert np.abs(run(params_of(), np.zeros(3, bool))[0, ::-1] - logits[1]).max() > 1e-3
 
 
 def test_distances_by_hand():
@@ -174,7 +176,7 @@ REAL = np.arange(T) < LENGTHS[:, None]
 @functools.cache
 def read():
     """Rows of 8 and 5 tokens read from left to right: at once, and a ragged prompt of 3, then one token a time."""
-    config = dataclasses.replace(TINY, both_ways=True, clamp_length=6)  # both_ways is for orders of two directions
+    config = dataclasses.replace(TINY, clamp_length=6)
     model = config.make()
     left = np.zeros((2, PAD + T), np.int32), np.zeros((2, PAD + T), bool)
     for b, n in enumerate(LENGTHS):
@@ -189,7 +191,7 @@ def read():
         seen = jax.jacobian(lambda t: by_table(t)[0].sum(-1))(params["embed"]["embedding"])
         # the order of the permutations that is left to right: position i is predicted from those before it
         order = dict(perm_mask=np.triu(np.ones((2, T, T))), target_positions=np.tile(np.arange(1, T), (2, 1)))
-        permuted = dataclasses.replace(config, both_ways=False).make().apply({"params": params}, IDS, **order)
+        permuted = apply(IDS, **order)
         first = PAD + T - LENGTHS.max() + 3
         out = apply(ids[:, :first], real[:, :first], cache=config.init_cache(2, T + 1))
         steps, cache = [out.logits], out.cache
@@ -244,7 +246,12 @@ def test_the_scanned_form_decodes_too():
         ({}, dict(target_mapping=np.ones((2, 3, 4))), r"target_mapping must be \[2, K, 8\], got \[2, 3, 4\]"),
         ({}, dict(attention_mask=np.ones(8)), r"attention_mask must be \[B, T\]"),
         ({}, dict(train=True), "train=True needs a dropout key"),
-        ({"both_ways": True}, dict(input_ids=IDS[:1]), "both_ways=True needs an even number of rows, got 1"),
+        ({}, dict(backwards=np.ones(3, bool)), r"backwards must be \[2\], one flag a row, got \[3\]"),
+        (
+            {},
+            dict(left_to_right=True, backwards=np.ones(2, bool)),
+            "no perm_mask, targets, token_type_ids or backwards",
+        ),
     ],
 )
 def test_calls_refused(changes, call, words):

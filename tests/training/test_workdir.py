@@ -1,8 +1,10 @@
 import json
 
+import numpy as np
 import pytest
 
-from llm_jax.training.workdir import Workdir, WorkdirError
+from llm_jax.storage.checkpoints import Checkpoints
+from llm_jax.training.workdir import Workdir, WorkdirError, todays
 
 CONFIG = {"model": {"num_layers": 2}, "plan": {"data": 1}, "training": {"steps": 5, "seed": 0, "log_every": 1}}
 
@@ -62,3 +64,32 @@ def test_a_field_that_an_older_version_lacked_means_its_default(tmp_path):
         workdir.settle_config(newer, {"model": {"added": 0}, "other": {"elsewhere": 1}})
         with pytest.raises(WorkdirError, match="model.added: 0 -> 2"):
             workdir.settle_config({**older, "model": {**older["model"], "added": 2}}, {"model": {"added": 0}})
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"model": {"num_la', b"\xff\xfe", b"[]", None])
+def test_a_damaged_config_is_read_from_the_newest_checkpoint(tmp_path, damage):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", asynchronous=False)
+    checkpoints.save(1, {"params": {"a": np.zeros(2)}}, {"config": CONFIG})
+    checkpoints.close()
+    file = tmp_path / "config.json"
+    file.write_bytes(damage) if damage is not None else None
+    with Workdir(tmp_path) as workdir:
+        with pytest.raises(WorkdirError, match="another config .*training.seed: 0 -> 1"):
+            workdir.settle_config(changed("training", "seed", 1))
+        workdir.settle_config(changed("training", "steps", 9))
+        assert json.loads(file.read_text())["training"]["steps"] == 9
+        for item in (tmp_path / "checkpoints" / "1" / "run").iterdir():
+            item.write_text("{")
+        file.write_bytes(b"{")
+        with pytest.raises(
+            WorkdirError, match="config.json is missing or damaged, and no checkpoint says .*is damaged"
+        ):
+            workdir.settle_config(CONFIG)
+
+
+def test_the_direction_of_rows_moved_from_the_model_to_the_objective():
+    permuted, labels = {"rate": 0.2, "longest": 5}, {"kind": "classification"}
+    old = lambda objective: {"model": {"family": "xlnet", "both_ways": True}, "objective": objective}
+    assert todays(old(permuted))["objective"] == {**permuted, "both_ways": True}
+    assert todays(old(labels)) == {"model": {"family": "xlnet"}, "objective": labels}
+    assert todays(CONFIG) is CONFIG
