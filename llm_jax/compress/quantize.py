@@ -44,17 +44,13 @@ class Quantized(Weight):
         del key
         if not self._per_column():
             return weights.matmul(x, self.dense().astype(x.dtype))
-        y = weights.matmul(x, self.values.astype(x.dtype))
-        return y * jnp.broadcast_to(self.scale[0], y.shape).astype(x.dtype)
+        return weights.scaled(weights.matmul(x, self.values.astype(x.dtype)), self.scale[0])
 
     def matmul_t(self, x: jax.Array) -> jax.Array:
         """Scales the input instead where the scale belongs to output channels."""
         if not self._per_column():
-            y = weights.matmul_t(x, self.values.astype(x.dtype))
-            return y * jnp.broadcast_to(self.scale[:, 0], y.shape).astype(x.dtype)
-        return weights.matmul_t(
-            x * jnp.broadcast_to(self.scale[0], x.shape).astype(x.dtype), self.values.astype(x.dtype)
-        )
+            return weights.scaled(weights.matmul_t(x, self.values.astype(x.dtype)), self.scale[:, 0])
+        return weights.matmul_t(weights.scaled(x, self.scale[0]), self.values.astype(x.dtype))
 
     def take(self, ids: jax.Array) -> jax.Array:
         """Dequantized rows."""

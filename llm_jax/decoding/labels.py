@@ -1,6 +1,6 @@
 """What a head with labels says: classes with probabilities, numbers, a tag a word, an answer, a choice."""
 
-import itertools
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from llm_jax.data.labeled_rows import Encoder, Pieces
 from llm_jax.data.tokenizers import Tokenizer
+from llm_jax.decoding.prefill import bucket
 from llm_jax.nn import weights
 
 INPUTS = {"classification": (1, 2), "span": (2,), "choice": range(3, 100)}
@@ -27,6 +28,11 @@ def kind_of(config: Any) -> str:
     return "regression" if head == "classification" and config.num_labels == 1 else head
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(model: Any, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+    return weights.wide(model.apply({"params": params}, **batch).logits)
+
+
 def predict(
     model: Any,
     params: Any,
@@ -35,7 +41,7 @@ def predict(
     length: int | None = None,
     batch_size: int = 8,
 ) -> list[dict[str, Any]]:
-    """Answers in the order of the inputs, JSON-ready.
+    """Answers in the order of the inputs, JSON-ready; rows and batches are padded to powers of two, compiled once each.
 
     Args:
       model: with a head of labels.
@@ -62,20 +68,19 @@ def predict(
             raise ValueError(f"a model with head={head!r} cannot read {given!r}")
     if not inputs:
         return []
-    batch_size = min(batch_size, len(inputs))
+    batch_size = min(batch_size, bucket(len(inputs), 1))
     encoder = Encoder.of(config, tokenizer, kind, min(length or 512, getattr(config, "context_length", 512)))
     encoded = encoder(inputs)
     for given, pieces in zip(inputs, encoded, strict=True):
         if not pieces or not all(len(p.ids) for p in pieces):
             raise ValueError(f"{given[0]!r} has no token, or leaves its context no room in {encoder.length}")
-    size = max(len(p.ids) for pieces in encoded for p in pieces)
-    run = jax.jit(lambda params, batch: weights.wide(model.apply({"params": params}, **batch).logits))
     out: list[dict[str, Any]] = []
     for start in range(0, len(inputs), batch_size):
         chunk = encoded[start : start + batch_size]
+        size = min(bucket(max(len(p.ids) for pieces in chunk for p in pieces)), encoder.length)
         rows = [encoder.row(pieces, size) for pieces in chunk]
-        rows += rows[:1] * (batch_size - len(rows))  # one shape, one compilation
-        logits = np.asarray(run(params, {k: np.stack([r[k] for r in rows]) for k in rows[0]}))
+        rows += rows[:1] * (batch_size - len(rows))
+        logits = np.asarray(_logits(model, params, {k: np.stack([r[k] for r in rows]) for k in rows[0]}))
         for given, pieces, row in zip(inputs[start:], chunk, logits, strict=False):
             row = row[encoder.shift(pieces[0], size) :] if head in ("tokens", "span") else row
             out.append(_said(config.labels, kind, given, pieces[0], row))
@@ -105,13 +110,15 @@ def _said(
 
 def _answer(context: str, pieces: Pieces, logp_T2: np.ndarray) -> dict[str, Any]:
     """The best stretch of the context, or nothing where the first token is better."""
-    inside = [i for i, place in enumerate(pieces.places) if place is not None]
-    spans = ((i, j) for i in inside for j in inside if i <= j < i + LONGEST)
-    score = lambda span: logp_T2[span[0], 0] + logp_T2[span[1], 1]
-    best = max(itertools.chain([(0, 0)] if 0 not in inside else [], spans), key=score)
-    probability = float(np.exp(score(best)))
-    if pieces.places[best[0]] is None:
-        return {"answer": "", "start": None, "probability": probability}
-    begin, end = pieces.places[best[0]][0], pieces.places[best[1]][1]
+    inside_T = np.array([place is not None for place in pieces.places])
+    first_T, last_T = np.where(inside_T[:, None], logp_T2[: len(inside_T)], -np.inf).T
+    ends = np.pad(last_T, (0, LONGEST - 1), constant_values=-np.inf)
+    scores = first_T[:, None] + np.lib.stride_tricks.sliding_window_view(ends, LONGEST)  # [first, last - first]
+    first, more = np.unravel_index(scores.argmax(), scores.shape)
+    best, nothing = scores[first, more], logp_T2[0].sum()
+    if not inside_T[0] and nothing >= best:
+        return {"answer": "", "start": None, "probability": float(np.exp(nothing))}
+    probability = float(np.exp(best))
+    begin, end = pieces.places[first][0], pieces.places[first + more][1]
     answer = context[begin:end]
     return {"answer": answer.strip(), "start": begin + len(answer) - len(answer.lstrip()), "probability": probability}

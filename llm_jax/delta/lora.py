@@ -78,7 +78,7 @@ class Lora(Weight):
     def dense(self) -> jax.Array:
         """The merged matrix."""
         base = weights.dense(self.base)
-        return base + (self.scale * (self.a @ self.b)).astype(base.dtype)
+        return base + weights.scaled(self.a @ self.b, self.scale).astype(base.dtype)
 
     def matmul(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """`x @ base + scale * (x @ a) @ b`: W + A B is never formed, that would cost the full weight gradient."""
@@ -86,15 +86,17 @@ class Lora(Weight):
         if key is not None and self.dropout > 0:
             keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
             x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
-        return y + self.scale * weights.matmul(weights.matmul(x, self.a), self.b)
+        return y + weights.scaled(weights.matmul(weights.matmul(x, self.a), self.b), self.scale)
 
     def matmul_t(self, x: jax.Array) -> jax.Array:
         """`x @ base.T + scale * (x @ b.T) @ a.T`."""
-        return weights.matmul_t(x, self.base) + self.scale * weights.matmul_t(weights.matmul_t(x, self.b), self.a)
+        delta = weights.matmul_t(weights.matmul_t(x, self.b), self.a)
+        return weights.matmul_t(x, self.base) + weights.scaled(delta, self.scale)
 
     def take(self, ids: jax.Array) -> jax.Array:
         """Rows of the merged matrix."""
-        return weights.take(self.base, ids) + self.scale * weights.matmul(weights.take(self.a, ids), self.b)
+        delta = weights.matmul(weights.take(self.a, ids), self.b)
+        return weights.take(self.base, ids) + weights.scaled(delta, self.scale)
 
     def axes(self, base: Axes) -> "Lora":
         """A takes the input axis, B the output axis; the rank stays whole."""
@@ -152,7 +154,7 @@ def merge(params: Any) -> Any:
 
 @jax.jit
 def _subtract(merged, w):
-    return merged - (w.scale * (w.a @ w.b)).astype(merged.dtype)
+    return merged - weights.scaled(w.a @ w.b, w.scale).astype(merged.dtype)
 
 
 def unmerge(merged: Any, params: Any) -> Any:

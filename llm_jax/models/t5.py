@@ -18,6 +18,7 @@ from llm_jax.models import encoder_decoder, frame, heads
 from llm_jax.models.block import BlockConfig
 from llm_jax.models.encoder_decoder import Call, Parts
 from llm_jax.models.output import Output
+from llm_jax.nn import weights
 from llm_jax.nn.attention import AttentionConfig, dropout
 from llm_jax.nn.cache import Cache, init_cache
 from llm_jax.nn.embedding import Embedding
@@ -225,7 +226,7 @@ class T5(nn.Module):
             return self._labelled(out, input_ids, attention_mask, train)
         if out.head is None or not c.scale_output or out.last_hidden_state is None:
             return out
-        scaled = out.last_hidden_state * c.model_dim**-0.5
+        scaled = weights.scaled(out.last_hidden_state, c.model_dim**-0.5)
         return out.replace(head_input_BTE=scaled, logits=out.head.logits(scaled))
 
     def _shifted(self, ids: jax.Array, attention_mask: Any) -> jax.Array:

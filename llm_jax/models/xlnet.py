@@ -214,8 +214,8 @@ class XLNet(nn.Module):
           else the content stream.
 
         Raises:
-          ValueError: see `frame.check_call`; also on masks of other shapes, and on orders, types or directions for a text
-            that is read from left to right.
+          ValueError: see `frame.check_call`; also on masks of other shapes, and on orders, types or directions of a
+            text that is read from left to right.
         """
         c, dtype = self.config, self.execution.dtype
         rows = input_ids.shape[:-1]

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from llm_jax.nn import weights
+
 FEW_QUERIES = 16  # so many to one head of many keys are the second operand of their product on a CPU
 LOWEST = -1e30  # scores of hidden keys; finite, so that a fully hidden row gives zeros and no NaN
 
@@ -112,7 +114,7 @@ def scores(q_BTNH, k_BSKH, mask, slopes_N, bias_BNTS, scale, products=_Plain):
     """Float32 scores `[B, K, N/K, T, S]`, hidden ones at LOWEST, and the dense mask."""
     b, t, n, h = q_BTNH.shape
     k = k_BSKH.shape[2]
-    q_BTKGH = (q_BTNH * jnp.asarray(scale, q_BTNH.dtype)).reshape(b, t, k, n // k, h)
+    q_BTKGH = weights.scaled(q_BTNH, scale).reshape(b, t, k, n // k, h)
     wide = jnp.promote_types(jnp.float32, q_BTNH.dtype)
     s = products.scores(q_BTKGH, k_BSKH, wide)
     grouped = lambda x_BNTS: x_BNTS.reshape(x_BNTS.shape[0], k, n // k, *x_BNTS.shape[2:])
@@ -168,7 +170,8 @@ def _ordered(q_BTNH, k_BSKH, v_BSKH, mask, scale):
 def _dense(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale):
     seen = None if mask is None else mask.dense()[:, None]
     if slopes_N is not None:
-        alibi = -slopes_N[None, :, None, None] * mask.distance()[:, None].astype(q_BTNH.dtype)
+        distance = mask.distance()[:, None].astype(slopes_N.dtype)  # bfloat16 holds no odd number above 256
+        alibi = -slopes_N[None, :, None, None] * distance
         bias_BNTS = alibi if bias_BNTS is None else alibi + bias_BNTS
     out = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, bias=bias_BNTS, mask=seen, scale=scale)
     if seen is not None:

@@ -40,7 +40,7 @@ class Embedding(nn.Module):
         """Rows for `ids`: `[*ids.shape, D]`."""
         x = weights.take(self.table, ids)
         x = x if dtype is None else x.astype(dtype)
-        return x * math.sqrt(self.features) if self.scale else x
+        return weights.scaled(x, math.sqrt(self.features)) if self.scale else x
 
     def head(self, bias: jax.Array | None = None) -> Head:
         """The table as a tied output layer."""

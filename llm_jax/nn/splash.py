@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from llm_jax.nn import weights
 from llm_jax.nn.attend import Mask, is_ordered
 from llm_jax.nn.execution import KERNEL
 
@@ -71,7 +72,7 @@ def attend_here(
         interpret=interpret,
     )
     heads_first = lambda x: x.swapaxes(1, 2)
-    scaled = q_BTNH * jnp.asarray(scale, q_BTNH.dtype)
+    scaled = weights.scaled(q_BTNH, scale)
     return heads_first(jax.vmap(run)(*map(heads_first, (scaled, k_BSKH, v_BSKH)))).astype(q_BTNH.dtype)
 
 

@@ -157,7 +157,7 @@ class TwoStreamAttention(nn.Module):
                 same_or_not = jnp.einsum("btnh,enh->bnte", plus(q, segment), segments)
                 same, other = same_or_not[..., :1], same_or_not[..., 1:]
                 bias = bias + jnp.where(differ[:, None], other, same)
-            q, bias = plus(q, content), bias * scale
+            q, bias = plus(q, content), weights.scaled(bias, scale)
             y = attend(
                 *(q, k_BSNH, v_BSNH, mask),
                 scale=scale,

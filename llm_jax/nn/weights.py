@@ -117,6 +117,20 @@ def wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(jnp.float32, x.dtype))
 
 
+def scaled(x: jax.Array, factor: jax.Array | float) -> jax.Array:
+    """`x * factor` in the dtype of `x`, multiplied in float32 and rounded once.
+
+    A factor that is itself rounded to bfloat16 first is wrong by up to 0.4 %, and by the same share everywhere.
+
+    Args:
+      x: any shape.
+      factor: a number, or an array that broadcasts to the shape of `x`.
+    """
+    x32 = wide(x)
+    factor = jnp.asarray(factor, x32.dtype)
+    return (x32 * jnp.broadcast_to(factor, x.shape)).astype(x.dtype)
+
+
 # The plain product ---------------------------------------------------------------------------------------
 
 

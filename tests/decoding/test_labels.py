@@ -8,6 +8,8 @@ import pytest
 from tiny_models import BERT, noise
 
 from llm_jax.data import tokenizers
+from llm_jax.data.labeled_rows import Pieces
+from llm_jax.decoding import labels
 from llm_jax.decoding.labels import kind_of, predict
 from llm_jax.models.bert import BertConfig
 from llm_jax.models.gpt import GPTConfig
@@ -80,6 +82,31 @@ def test_answers():
         "start": None,
         "probability": pytest.approx(1 / len(row.ids) ** 2),
     }
+
+
+def test_texts_of_any_length_and_number_share_programs():
+    """A second call, and texts of other lengths and numbers in the same buckets, compile nothing."""
+    model, params = built("classification")
+    before = labels._logits._cache_size()
+    for count in (3, 4, 3):
+        for text in ("the cat", "a dog sat on one mat"):
+            predict(model, params, TOKENIZER, [(text,)] * count)
+    assert labels._logits._cache_size() == before + 1
+    one, four = (predict(model, params, TOKENIZER, [("the cat",)] * count) for count in (1, 4))
+    assert one[0]["probability"] == pytest.approx(four[-1]["probability"], rel=1e-5)
+
+
+def test_no_answer_is_longer_than_allowed():
+    pieces = Pieces(np.zeros(50, np.int32), np.zeros(50, np.int32), [None, *((i, i + 1) for i in range(49))], False)
+    logp = np.full((50, 2), -9.0, np.float32)
+    logp[3, 0] = logp[40, 1] = -1.0
+    logp[20, 1] = -2.0
+    said = labels._answer("a" * 50, pieces, logp)
+    assert (said["start"], len(said["answer"])) == (2, 18) and said["probability"] == pytest.approx(np.exp(-3.0))
+    logp[33, 1] = -1.5  # 31 tokens: one more than allowed
+    assert len(labels._answer("a" * 50, pieces, logp)["answer"]) == 18
+    logp[32, 1] = -1.5
+    assert len(labels._answer("a" * 50, pieces, logp)["answer"]) == 30
 
 
 def test_choices():
