@@ -11,13 +11,14 @@ import jax
 import numpy as np
 
 from experiments.benchmark_ours import fresh, median_seconds
+from llm_jax.decoding import prefill
 from llm_jax.decoding.beam import BeamConfig, BeamSearch
 from llm_jax.decoding.generate import Generator
 from llm_jax.models.bert import BertConfig
 from llm_jax.models.t5 import T5Config
 from llm_jax.models.transformer import TransformerConfig
 from llm_jax.models.xlnet import XLNetConfig
-from llm_jax.nn import paths, weights
+from llm_jax.nn import weights
 from llm_jax.nn.stack import unstack
 from llm_jax.objectives.masked_lm import MaskedLM
 from llm_jax.objectives.permutation_lm import PermutationLM
@@ -58,7 +59,9 @@ def encode(spec: dict[str, Any]) -> dict[str, Any]:
     params = unstack(fresh(model))
     ids = RNG.integers(0, config.vocab_size, (rows, length)).astype(np.int32)
     run = jax.jit(lambda p, ids: model.apply({"params": p}, ids).last_hidden_state)
-    per_token = flops.flops_per_token(params, config.num_layers, length, config.model_dim) / 3  # forward alone
+    plain = config.make(flops.PLAIN)
+    forward = lambda p, ids: plain.apply({"params": p}, ids).last_hidden_state
+    per_token = flops.of_forward(forward, params, ids).total / (rows * length)
     return {"value": rows * length / median_seconds(functools.partial(run, params, ids), 10), "flops": per_token}
 
 
@@ -78,12 +81,15 @@ def decode(spec: dict[str, Any]) -> dict[str, Any]:
     seconds = median_seconds(run, 3)
     decoder = {k: v for k, v in params.items() if not k.startswith("encoder")}
     cache = jax.eval_shape(lambda: config.init_cache(batch * spec["beams"], 1 + new))
-    once = ("cross_attention/key", "cross_attention/value")  # they read the source
-    again = {path: w for path, w in paths.flatten(decoder) if not any(part in path for part in once)}
+    plain, rows = config.make(flops.PLAIN), batch * spec["beams"]
+    call = lambda width: (jax.ShapeDtypeStruct((rows, width), np.int32), jax.ShapeDtypeStruct((rows, width), bool))
+    read = lambda p, call: prefill.begin(plain, p, *call, 1 + new, "float32")[1]
+    state = jax.eval_shape(read, params, call(spec["source"]))  # cross-attention's keys stand in it
+    again = flops.of_forward(lambda p, call: prefill.go_on(plain, p, *call), params, (*call(1), state))
     return {
         "value": batch * new / seconds,
         "bytes_per_step": weights.bytes_of(decoder) + weights.bytes_of(cache),
-        "flops_per_step": flops.flops_per_token(again, 0, 0, 0) / 3 * batch * spec["beams"],
+        "flops_per_step": again.total,
     }
 
 

@@ -94,7 +94,8 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
         return metrics
 
     seconds = median_seconds(one, STEPS)
-    per_token = flops.flops_per_token(state.params, config.num_layers, length, config.model_dim)
+    counted = flops.of_step(config, OBJECTIVE, state.params, {"input_ids": ids})
+    per_token = counted.total / (batch * length)
     return {"value": batch * length / seconds, "flops_per_token": per_token, "peak_bytes": peak_bytes()}
 
 

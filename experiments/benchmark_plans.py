@@ -32,6 +32,7 @@ from experiments.benchmark_ours import median_seconds, peak_bytes, precision_of
 from llm_jax.models.llama import LlamaConfig
 from llm_jax.objectives.causal_lm import CausalLM
 from llm_jax.parallel.plan import Plan, PlanConfig
+from llm_jax.training import flops
 from llm_jax.training.loop import LoopConfig
 from llm_jax.training.optimizers import OptimizerConfig
 from llm_jax.training.program import build
@@ -89,7 +90,8 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     seconds = median_seconds(one, STEPS)
     return {
         "value": rows * length / seconds,
-        "flops_per_token": program.flops_per_token,
+        "flops_per_token": flops.of_step(config.model, program.objective, program.params, batch).total
+        / (rows * length),
         "peak_bytes": peak_bytes(),
         "held": held,
         "losses": [float(m["loss"]) for m in losses],

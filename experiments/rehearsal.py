@@ -29,10 +29,9 @@ def abstract(config: RunConfig, plan: Plan, program: Program) -> tuple[Any, Any]
     state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), program.shapes, program.shardings
     )
-    spread, count = plan.batch_sharding(), config.training.batch_size
-    row = {name: np.asarray(value) for name, value in rows.example(config).items()}
-    batch = {k: jax.ShapeDtypeStruct((count, *v.shape), v.dtype, sharding=spread) for k, v in row.items()}
-    return state, batch
+    spread = plan.batch_sharding()
+    batch = rows.example_batch(config)
+    return state, {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread) for k, x in batch.items()}
 
 
 def policies(config: RunConfig, topology: str) -> str:
@@ -61,10 +60,10 @@ def kept(config: RunConfig, plan: Plan, program: Program) -> dict[str, float]:
 
 
 def model_flops(config: RunConfig, program: Program) -> float:
-    """FLOPs a token that a bound on MFU is made of: as `flops.flops_per_token`, causal attention at half."""
-    plain = 6.0 * flops.multiplying(program.params)
-    attention = program.flops_per_token - plain
-    return plain + attention * (0.5 if config.model.reads == "causal" else 1.0)
+    """FLOPs of a step that a bound on MFU is made of: as `flops.of_step`, causal attention at half."""
+    batch, trainable = rows.example_batch(config), config.training.trainable
+    counted = flops.of_step(config.model, program.objective, program.params, batch, trainable)
+    return counted.useful(config.model.reads == "causal")
 
 
 def _training(config: RunConfig, plan: Plan) -> tuple[Any, dict[str, Any]]:
@@ -75,7 +74,7 @@ def _training(config: RunConfig, plan: Plan) -> tuple[Any, dict[str, Any]]:
         "parameters": weights.count(program.params),
         "tokens_per_step": tokens,
         "held": plan.bytes_per_device(program.shapes, program.axes),
-        "model_flops": model_flops(config, program) * tokens,
+        "model_flops": model_flops(config, program),
     }
     return program.step.lower(*abstract(config, plan, program)), known
 

@@ -65,12 +65,12 @@ def lower(config: RunConfig, plan: Plan, step: str) -> tuple[Any, dict[str, Any]
 
     where = jax.tree.map(lambda x: x.sharding, cache)
     lowered = jax.jit(go_on, donate_argnums=3, out_shardings=(ids.sharding, where)).lower(params, ids, mask, cache)
-    attended = (width + 1) // 2 if step == "prefill" else slots
-    trained = flops.flops_per_token(stacked, config.model.num_layers, attended, flops.attention_dim(config.model))
+    plain = config.model.make(flops.PLAIN)
+    counted = flops.of_forward(lambda p, call: prefill.go_on(plain, p, *call), params, (ids, mask, cache))
     known = {
         "parameters": weights.count(stacked),
         "tokens_per_step": rows * width,
         "held": {"parameters": _held(params), "cache": _held(cache)},
-        "model_flops": trained / 3 * rows * width,  # without the backward pass
+        "model_flops": counted.useful(step == "prefill"),
     }
     return lowered, known

@@ -53,7 +53,7 @@ class Loader:
             raise ValueError(f"training.batch_size={batch_size} does not divide into {count} blocks of processes")
         if len(source) < 1:
             raise CorpusError("the corpus has no rows")
-        self.batch_size = batch_size
+        self.batch_size, self._source = batch_size, source
         # not repeat(None), whose length grain cannot divide into batches of one row
         rows = grain.MapDataset.source(source).seed(seed)
         rows = (rows.shuffle() if shuffle else rows).repeat(max(1, ENDLESS // len(source)))
@@ -70,6 +70,11 @@ class Loader:
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         """Itself."""
         return self
+
+    def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """A whole batch, of all processes, without its values."""
+        row = {name: np.asarray(value) for name, value in self._source[0].items()}
+        return {name: jax.ShapeDtypeStruct((self.batch_size, *x.shape), x.dtype) for name, x in row.items()}
 
     def __next__(self) -> dict[str, np.ndarray]:
         """The next batch, this process's rows."""

@@ -17,7 +17,7 @@ class StreamRows:
     Attributes:
       store: tokenized documents.
       length: T, tokens predicted a row.
-      segments: adds `segment_ids`, so that attention and labels do not cross documents.
+      segments: adds `segment_ids` from 1, so that attention and labels do not cross documents.
     """
 
     def __init__(self, store: TokenStore, length: int, segments: bool = False) -> None:
@@ -42,7 +42,7 @@ class StreamRows:
         if self.segments:
             where = np.arange(start, start + self.length + 1)
             document = np.searchsorted(self.store.starts, where, side="right")
-            row["segment_ids"] = (document - document[0]).astype(np.int32)
+            row["segment_ids"] = (document - document[0] + 1).astype(np.int32)
         if self.store.weights is not None:
             row["loss_weights"] = np.asarray(self.store.weights[cut], np.float32)
         return row

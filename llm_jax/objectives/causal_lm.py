@@ -65,21 +65,22 @@ class CausalLM:
         """Shifts by one.
 
         Args:
-          batch: `input_ids` `[B, T+1]`; optional `segment_ids` `[B, T+1]` (documents, a label never crosses them) and
-            `loss_weights` `[B, T+1]` (weight of predicting each token).
+          batch: `input_ids` `[B, T+1]`; optional `segment_ids` `[B, T+1]` (documents, a label never crosses them; 0 is
+            padding) and `loss_weights` `[B, T+1]` (weight of predicting each token).
           key: unused; nothing is random here.
         """
         del key
         ids = batch["input_ids"]
         weights = batch.get("loss_weights")
         weights = jnp.ones(ids[:, 1:].shape, jnp.float32) if weights is None else weights[:, 1:].astype(jnp.float32)
-        inputs = {"input_ids": ids[:, :-1]}
+        inputs, read = {"input_ids": ids[:, :-1]}, jnp.float32(weights.size)
         if "segment_ids" in batch:
             segments = batch["segment_ids"]
             inputs["segment_ids"] = segments[:, :-1]
             weights = jnp.where(segments[:, 1:] == segments[:, :-1], weights, 0)
-        total = jnp.sum(weights)
-        return Prepared(inputs, (ids[:, 1:], weights), dict.fromkeys((*self.coefficients, "accuracy"), total))
+            read = jnp.sum(segments[:, :-1] > 0, dtype=jnp.float32)
+        totals = dict.fromkeys((*self.coefficients, "accuracy"), jnp.sum(weights))
+        return Prepared(inputs, (ids[:, 1:], weights), {**totals, "tokens": read})
 
     def score(self, output: Any, targets: tuple[jax.Array, jax.Array]) -> dict[str, jax.Array]:
         """Sums of every term, and of correct predictions (`accuracy`, reported and not trained)."""

@@ -122,7 +122,9 @@ class Seq2Seq:
         first = jnp.full_like(labels[:, :1], self.start_id)
         inputs = {**source, "decoder_input_ids": jnp.concatenate([first, labels[:, :-1]], axis=1)}
         total = jnp.sum(weights)
-        return Prepared(inputs, (labels, weights), dict.fromkeys((*self.coefficients, "accuracy"), total))
+        totals = dict.fromkeys((*self.coefficients, "accuracy"), total)
+        read = jnp.sum(source["attention_mask"]) if "attention_mask" in source else source["input_ids"].size
+        return Prepared(inputs, (labels, weights), {**totals, "tokens": jnp.float32(read) + total})
 
     def score(self, output: Any, targets: tuple[jax.Array, jax.Array]) -> dict[str, jax.Array]:
         """Sums of every term, and of correct predictions (`accuracy`, reported and not trained)."""

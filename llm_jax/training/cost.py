@@ -17,6 +17,7 @@ from llm_jax.parallel import chips
 from llm_jax.parallel.pipeline import stacks
 from llm_jax.parallel.plan import Plan
 from llm_jax.parallel.rules import logical_axes, size_of
+from llm_jax.training import flops, rows
 from llm_jax.training.precision import DTYPES
 from llm_jax.training.program import Program
 
@@ -121,10 +122,12 @@ def estimate(config: Any, plan: Plan, program: Program, kept: float = 0.0) -> Co
     if plan.schedule is not None and plan.schedule.splits:
         recompute = 5.25 / 3  # forward; again and back; again, and once more back what lies inside layers
     micros = plan.micros(c.accumulation)
-    rows = c.batch_size / plan.batch_divisor
-    flops = program.flops_per_token * c.batch_size * c.sequence_length * recompute / mesh.size
+    batch = rows.example_batch(config)
+    counted = flops.of_step(model, program.objective, program.params, batch, c.trainable)
     sent = _parameters(plan, program, itemsize, micros, getattr(model, "tied", True))
-    states = rows * c.sequence_length / shape["seq"] * model.model_dim * itemsize  # of all micro-batches
+    states = (
+        c.batch_size / plan.batch_divisor * c.sequence_length / shape["seq"] * model.model_dim * itemsize
+    )  # of all micro-batches
     if shape["model"] > 1:
         pairs = _pairs(plan, program)
         sums = pairs * (2 + (recompute > 1)) + 2  # forward, backward, forward again; the table, the head
@@ -141,7 +144,7 @@ def estimate(config: Any, plan: Plan, program: Program, kept: float = 0.0) -> Co
     if plan.schedule is not None:
         sent["pipe"] += 2 * len(plan.schedule.ticks) * states / micros + 2 * _share(shape["pipe"]) * states
     return Cost(
-        flops=flops,
+        flops=counted.total * recompute / mesh.size,
         held=plan.bytes_per_device(program.shapes, program.axes),
         kept=kept * plan.alive / mesh.size,
         sent={axis: size for axis, size in sent.items() if size},

@@ -1,36 +1,171 @@
-"""Model FLOPs and the peaks they are held against."""
+"""Model FLOPs of a step, counted from its program, and the peaks they are held against."""
 
 import math
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax.extend import core
+from jax.interpreters import partial_eval
 
-from llm_jax.nn import paths, weights
+from llm_jax.nn.execution import Execution
 from llm_jax.parallel.chips import chip_of
+from llm_jax.training.trainable import partition
+
+PLAIN = Execution(attention="reference")  # recomputes nothing, and has no kernels whose insides are hidden
 
 
-def flops_per_token(params: Any, num_layers: int, length: int, attention_dim: int) -> float:
-    """Model FLOPs per trained token: `6 P + 12 L T A`.
+class Flops(NamedTuple):
+    """FLOPs of the matrix products and convolutions in a program.
 
-    P counts the parameters that multiply (all but embedding tables; a tied table counts, as the head uses it), T is
-    the sequence length and A the width of the attention (heads times head size). 6 is 2 for the forward and 4 for the
-    backward product; attention adds 2 * 2 * T * A per layer forward (scores and values), times 3, not halved for
-    causality (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B). Recomputation is not counted.
+    Attributes:
+      forward: of the forward pass.
+      total: of forward and backward pass, without recomputation.
+      attention: the part of `total` in products of two activations.
     """
-    return 6.0 * multiplying(params) + 12.0 * num_layers * length * attention_dim
+
+    forward: float = 0.0
+    total: float = 0.0
+    attention: float = 0.0
+
+    def useful(self, causal: bool) -> float:
+        """The total, with half of attention's products where a position sees only those before it."""
+        return self.total - 0.5 * self.attention * causal
+
+    def plus(self, other: "Flops", times: int = 1) -> "Flops":
+        """The sum with `times` of another."""
+        return Flops(*(a + times * b for a, b in zip(self, other, strict=True)))
 
 
-def attention_dim(config: Any) -> int:
-    """A of `flops_per_token`, of a model's config: 0 where there is no attention."""
-    count = getattr(config, "num_heads", 0)
-    return count * (getattr(config, "head_dim", None) or config.model_dim // max(count, 1))
+class Origin(NamedTuple):
+    """What an array is computed from.
+
+    Attributes:
+      learns: something that trains, so its gradient is computed.
+      reads: the batch, so it is an activation.
+    """
+
+    learns: bool = False
+    reads: bool = False
 
 
-def multiplying(params: Any) -> int:
-    """P of `flops_per_token`."""
-    sizes = {p: math.prod(w.shape) for p, w in paths.flatten(params, weights.is_node)}
-    tables = {"positions/embedding"} | ({"embed/embedding"} if any(p.startswith("head/") for p in sizes) else set())
-    return sum(size for path, size in sizes.items() if path not in tables)
+def of_step(
+    model: Any, objective: Any, params: Any, batch: Mapping[str, Any], trainable: Sequence[str] | None = None
+) -> Flops:
+    """Model FLOPs of one training step.
+
+    A product of a by b costs 2 FLOPs a multiplication forward, as much again for the gradient of `a` and as much again
+    for that of `b`, each where it is needed: 6 a parameter and token where everything trains, 4 in a frozen base under
+    LoRA (2 below its first trained layer), and a layer that runs twice counts twice. Attention counts whole rows of
+    scores, causal or not (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B). Padding is computed and
+    counts; recomputation, norms and activations do not. Loops of unknown length count one turn.
+
+    Args:
+      model: its config.
+      objective: as it trains (`for_run`).
+      params: abstract or real.
+      batch: abstract or real, all rows of the step.
+      trainable: patterns of what trains; None for everything.
+    """
+    module = model.make(PLAIN)
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    carry = jax.eval_shape(lambda: model.init_carry(rows)) if getattr(objective, "carry", False) else None
+
+    def loss(params: Any, batch: Any, carry: Any) -> Any:
+        prepared = objective.prepare(batch, jax.random.key(0))
+        inputs = prepared.inputs if carry is None else {**prepared.inputs, "cache": carry}
+        return objective.score(module.apply({"params": params}, **inputs), prepared.targets)
+
+    abstract = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+    args = abstract((params, dict(batch), carry))
+    trains = jax.tree.map(lambda x: x is not None, partition(args[0], trainable)[0], is_leaf=lambda x: x is None)
+    origins = [Origin(learns=flag) for flag in jax.tree.leaves(trains)]
+    origins += [Origin(reads=True)] * (len(jax.tree.leaves(args)) - len(origins))
+    return _count(loss, args, origins)
+
+
+def of_forward(fn: Callable[[Any, Any], Any], params: Any, inputs: Any) -> Flops:
+    """FLOPs of `fn(params, inputs)`, arguments abstract or real, without a backward pass."""
+    origins = [Origin()] * len(jax.tree.leaves(params)) + [Origin(reads=True)] * len(jax.tree.leaves(inputs))
+    return _count(fn, (params, inputs), origins)
+
+
+def _count(fn: Callable[..., Any], args: tuple[Any, ...], origins: Sequence[Origin]) -> Flops:
+    traced = jax.make_jaxpr(fn)(*args).jaxpr
+    used, _ = partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars), instantiate=True)  # no logits nobody reads
+    return _walk(used, origins)[1]
+
+
+def _union(origins: Sequence[Origin]) -> Origin:
+    return Origin(any(o.learns for o in origins), any(o.reads for o in origins))
+
+
+def _product(eqn: Any, origins: Sequence[Origin]) -> Flops:
+    a, b = (v.aval.shape for v in eqn.invars[:2])
+    if eqn.primitive.name == "dot_general":
+        (over, _), _ = eqn.params["dimension_numbers"]
+        inner = math.prod(a[d] for d in over)
+    else:  # of a convolution's kernel every number but the output's channel
+        inner = math.prod(b) // b[eqn.params["dimension_numbers"].rhs_spec[0]]
+    forward = 2.0 * math.prod(eqn.outvars[0].aval.shape) * inner
+    total = forward * (1 + origins[0].learns + origins[1].learns)
+    return Flops(forward, total, total if origins[0].reads and origins[1].reads else 0.0)
+
+
+def _inner(eqn: Any) -> list[Any]:
+    """The programs inside of an equation."""
+    found = [x for value in eqn.params.values() for x in (value if isinstance(value, (tuple, list)) else [value])]
+    opened = [x.jaxpr if isinstance(x, core.ClosedJaxpr) else x for x in found]
+    return [x for x in opened if isinstance(x, core.Jaxpr)]
+
+
+def _loop(body: Any, origins: Sequence[Origin], consts: int, carried: int) -> tuple[list[Origin], Flops]:
+    """One turn of a loop, whose carry becomes what any turn makes of it."""
+    state = list(origins)
+    while True:
+        outs, flops = _walk(body, state)
+        after = [_union(pair) for pair in zip(state[consts : consts + carried], outs[:carried], strict=True)]
+        if after == state[consts : consts + carried]:
+            return outs, flops
+        state[consts : consts + carried] = after
+
+
+def _equation(eqn: Any, origins: list[Origin]) -> tuple[list[Origin], Flops]:
+    name, params = eqn.primitive.name, eqn.params
+    everywhere = [_union(origins)] * len(eqn.outvars)
+    if name in ("dot_general", "conv_general_dilated"):
+        return everywhere, _product(eqn, origins)
+    if name == "scan":
+        outs, flops = _loop(params["jaxpr"].jaxpr, origins, params["num_consts"], params["num_carry"])
+        return outs, Flops().plus(flops, params["length"])
+    if name == "while":
+        skipped, consts = params["cond_nconsts"], params["body_nconsts"]
+        return _loop(params["body_jaxpr"].jaxpr, origins[skipped:], consts, len(eqn.outvars))
+    if name == "cond":
+        branches = [_walk(branch.jaxpr, origins[1:]) for branch in params["branches"]]
+        outs = [_union(across) for across in zip(*(outs for outs, _ in branches), strict=True)]
+        return outs, max((flops for _, flops in branches), key=lambda f: f.total)
+    for inner in _inner(eqn):
+        if len(inner.invars) == len(origins) and len(inner.outvars) == len(eqn.outvars):
+            return _walk(inner, origins)
+    if name == "stop_gradient":
+        return [o._replace(learns=False) for o in everywhere], Flops()
+    return everywhere, Flops()
+
+
+def _walk(jaxpr: Any, origins: Sequence[Origin]) -> tuple[list[Origin], Flops]:
+    """(origins of a program's results, what it costs)."""
+    known = dict(zip(jaxpr.invars, origins, strict=True))
+    total = Flops()
+    read = lambda v: Origin() if isinstance(v, core.Literal) else known.get(v, Origin())
+    for eqn in jaxpr.eqns:
+        outs, flops = _equation(eqn, [read(v) for v in eqn.invars])
+        total = total.plus(flops)
+        for v, origin in zip(eqn.outvars, outs, strict=True):
+            floating = jnp.issubdtype(v.aval.dtype, jnp.floating)
+            known[v] = origin if floating else origin._replace(learns=False)
+    return [read(v) for v in jaxpr.outvars], total
 
 
 def peak_flops() -> float | None:

@@ -140,7 +140,7 @@ def run_loop(
     config: LoopConfig,
     evaluate: Callable[[TrainState], dict[str, float]],
     run_info: dict[str, Any],
-    flops_per_token: float = 0.0,
+    flops_per_step: float = 0.0,
     peak_flops: float | None = None,
     workdir: epath.PathLike = ".",
 ) -> tuple[TrainState, dict[str, float]]:
@@ -156,7 +156,7 @@ def run_loop(
       config: how long and how often.
       evaluate: numbers for the current state.
       run_info: saved with every checkpoint.
-      flops_per_token: for model FLOP/s.
+      flops_per_step: model FLOPs of all devices together, for model FLOP/s.
       peak_flops: of all devices together; adds `train/mfu`, model FLOPs over peak.
       workdir: profiles go here.
 
@@ -170,7 +170,7 @@ def run_loop(
     start = int(state.step)
     last_eval: dict[str, float] = {}
     evaluated = -1
-    clock, tokens = 0.0, 0.0
+    clock, tokens, steps = 0.0, 0.0, 0
     every = 0.2 if sys.stderr.isatty() else 10.0  # seconds between redraws; a log file gets few lines
     bar = tqdm(
         total=config.steps, initial=start, unit="step", mininterval=every, dynamic_ncols=True,
@@ -190,19 +190,19 @@ def run_loop(
         clock += time.perf_counter() - began if clock else 0.0
 
     def log(step: int, metrics: dict[str, Any]) -> None:
-        nonlocal clock, tokens
+        nonlocal clock, tokens, steps
         values = {f"train/{k}": float(v) for k, v in metrics.items() if k != "bad_steps"}
         shown = ""
         if clock and time.perf_counter() > clock:
-            rate = tokens / (time.perf_counter() - clock)
-            shown = f", {rate:,.0f} tokens/s"
-            values["train/tokens_per_second"] = rate
-            values["train/model_flops_per_second"] = rate * flops_per_token
+            seconds = time.perf_counter() - clock
+            shown = f", {tokens / seconds:,.0f} tokens/s"
+            values["train/tokens_per_second"] = tokens / seconds
+            values["train/model_flops_per_second"] = steps * flops_per_step / seconds
             if peak_flops:
-                values["train/mfu"] = rate * flops_per_token / peak_flops
+                values["train/mfu"] = values["train/model_flops_per_second"] / peak_flops
         bar.set_postfix_str(f"loss {values['train/loss']:.3f}{shown}", refresh=False)
         writer.write(step, values)
-        clock, tokens = time.perf_counter(), 0.0
+        clock, tokens, steps = time.perf_counter(), 0.0, 0
 
     with _stop_signals() as stop, bar:
         saved, stopping = start if start else -1, False
@@ -215,7 +215,7 @@ def run_loop(
                 profiling = True
             state, metrics = step_fn(state, put(next(loader)))
             values = jax.device_get(metrics)  # waits: signals and errors belong to the step that caused them
-            tokens += float(values["tokens"])
+            tokens, steps = tokens + float(values["tokens"]), steps + 1
             bar.update()
             if profiling and step + 1 >= config.profile_start + config.profile_steps:
                 jax.profiler.stop_trace()

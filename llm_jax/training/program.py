@@ -16,7 +16,6 @@ from llm_jax.parallel import explicit, offload
 from llm_jax.parallel.disk import OnDisk
 from llm_jax.parallel.offload import ELEMENTWISE, HostUpdate
 from llm_jax.parallel.plan import Plan
-from llm_jax.training import flops
 from llm_jax.training.optimizers import OptimizerConfig, make_optimizer
 from llm_jax.training.pipelined import Division, check_stages
 from llm_jax.training.precision import Precision
@@ -39,7 +38,6 @@ class Program(NamedTuple):
       shardings: of the state.
       step: jitted `(state, batch) -> (state, metrics)`; takes the state over.
       evaluate: jitted `(params, batch) -> (score sums, weight sums)`.
-      flops_per_token: see `flops.flops_per_token`.
       on_disk: where the rest of the state lies with `plan.offload=disk`; what `init` returns and `step` takes is
         without it.
     """
@@ -54,7 +52,6 @@ class Program(NamedTuple):
     shardings: Any
     step: Any
     evaluate: Any
-    flops_per_token: float
     on_disk: OnDisk | None
 
 
@@ -213,7 +210,6 @@ def build(
     step = make_train_step(with_runner(runners.train), objective, tx, options, **by_plan)
     places = None if given is None else plan.param_shardings(given, axes)
     first, shardings, places = _first_state(init, config, shardings, places, on_disk)
-    width = flops.attention_dim(config.model)
     return Program(
         objective=objective,
         params=params,
@@ -227,6 +223,5 @@ def build(
             step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options_of(config.plan.compiler)
         ),
         evaluate=jax.jit(make_eval_step(with_runner(runners.evaluate), objective.plain(), precision)),
-        flops_per_token=flops.flops_per_token(params, config.model.num_layers, c.sequence_length, width),
         on_disk=on_disk,
     )

@@ -225,6 +225,12 @@ def example(config: Any) -> dict[str, np.ndarray]:
     return dict(_maker(config, tokenizer)(tokens.TokenStore(ids, starts, weights, 0), False)[0])
 
 
+def example_batch(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of such rows without its values."""
+    count, row = config.training.batch_size, {name: np.asarray(value) for name, value in example(config).items()}
+    return {name: jax.ShapeDtypeStruct((count, *x.shape), x.dtype) for name, x in row.items()}
+
+
 def _maker(config: Any, tokenizer: tokenizers.Tokenizer) -> Any:
     """`(store, whether held out) -> rows` of the objective."""
     data, objective, length = config.data, config.objective, config.training.sequence_length

@@ -233,13 +233,14 @@ def run_program(
         return {**got, **held.known}
 
     peak = flops.peak_flops()
+    work = flops.of_step(config.model, objective, program.params, loader.abstract(), c.trainable)
     writer = metrics.MetricsWriter(workdir, int(state.step))
     log.info("%s parameters in %s", f"{weights.count(program.params):,}", workdir)
     together = True
     try:
         state, evaluation = run_loop(
             *(state, program.step, loader, place, checkpoints, writer, c, evaluate, {"config": whole}),
-            flops_per_token=program.flops_per_token,
+            flops_per_step=work.total,
             peak_flops=None if peak is None else peak * jax.device_count(),
             workdir=workdir,
         )

@@ -190,10 +190,12 @@ def make_train_step(
             bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
             loss_scale=None if state.loss_scale is None else state.loss_scale.update(finite),
         )
+        targets = totals[next(iter(objective.coefficients))]
         metrics = {
             "loss": loss * unscale,
             "grad_norm": norm,
-            "tokens": totals.get("tokens", totals[next(iter(objective.coefficients))]),
+            "tokens": totals.get("tokens", targets),  # that the model read
+            "targets": targets,  # that the loss is a mean of
         }
         metrics["bad_steps"] = new.bad_steps
         metrics |= {name: scores[name] / jnp.maximum(totals[name], 1e-8) for name in scores}

@@ -37,7 +37,7 @@ def test_stream_segments_and_weights_by_hand():
     tokens = store([3, 2, 4, 1], weights=[0, 1, 1, 0, 1, 0, 0, 1, 1, 1])
     rows = rows_of(StreamRows(tokens, 3, segments=True))
     assert [r["input_ids"].tolist() for r in rows] == [[1, 2, 3, 4], [4, 5, 6, 7], [7, 8, 9, 10]]
-    assert [r["segment_ids"].tolist() for r in rows] == [[0, 0, 0, 1], [0, 0, 1, 1], [0, 0, 0, 1]]
+    assert [r["segment_ids"].tolist() for r in rows] == [[1, 1, 1, 2], [1, 1, 2, 2], [1, 1, 1, 2]]
     assert [r["loss_weights"].tolist() for r in rows] == [[0, 1, 1, 0], [0, 1, 0, 0], [0, 1, 1, 1]]
     assert set(StreamRows(store([9]), 3)[0]) == {"input_ids"}
 

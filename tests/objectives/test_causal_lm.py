@@ -45,6 +45,8 @@ def test_prepare_and_loss_by_hand(name, z_loss):
     if "segment_ids" in extra:
         np.testing.assert_array_equal(prepared.inputs["segment_ids"], SEGMENTS[:, :-1])
     terms = {"next_token", "accuracy"} | ({"z_loss"} if z_loss else set())
+    read = prepared.weights.pop("tokens")  # all that the model reads, whatever is predicted; segment 0 is padding
+    assert read == ((SEGMENTS[:, :-1] > 0).sum() if "segment_ids" in extra else 8)
     assert set(scores) == set(prepared.weights) == terms
     assert all(total == pytest.approx(want.sum()) for total in prepared.weights.values())
 

@@ -28,6 +28,7 @@ def test_the_decoder_reads_the_labels_one_later():
     assert counted.weights["next_token"] == 18
     none = Seq2Seq(start_id=0).prepare({**BATCH, "loss_weights": np.zeros((4, 5))}, KEY)
     assert none.weights["next_token"] == 0
+    assert prepared.weights["tokens"] == BATCH["attention_mask"].sum() + (LABELS >= 0).sum()  # of both sides
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

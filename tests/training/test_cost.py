@@ -99,7 +99,7 @@ def test_flops_bytes_and_seconds():
     cost, _ = both(PlanConfig(data=8))
     matrices = 4 * (4 * 64 * 64 + 3 * 64 * 128) + 512 * 64
     norms = (2 * 4 + 1) * 64
-    assert cost.flops == ROWS * T / 8 * (6 * (matrices + norms) + 12 * 4 * T * 64)
+    assert cost.flops == ROWS * T / 8 * (6 * matrices + 12 * 4 * T * 64)
     assert cost.held["parameters"] == 4 * (matrices + norms + 512 * 64) and cost.kept == 100
     chip = chips.Chip("", flops=100.0, links=10.0)
     assert Cost(200.0, {}, 0, {"data": 5.0}, 0.0).seconds(chip) == (2.0, 2.5)

@@ -58,7 +58,7 @@ class Run:
         try:
             self.result = run_loop(
                 *(state_at(start), step_fn, loader, lambda x: x, self.checkpoints, writer, config, evaluate, {"a": 1}),
-                flops_per_token=2.0,
+                flops_per_step=8.0,
                 peak_flops=1e9,
             )
         finally:
