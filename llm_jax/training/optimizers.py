@@ -18,6 +18,10 @@ from llm_jax.nn import paths, weights
 Schedule = Callable[[Any], Any]
 NAMES = ("adam", "adamw", "adafactor", "lion", "muon", "sgd")
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "noam")
+UNREAD = {"adafactor": ("b1", "b2", "eps"), "lion": ("eps",), "sgd": ("b2", "eps")}
+READ = {"final_ratio": ("linear", "cosine", "wsd"), "decay_steps": ("wsd",), "noam_dim": ("noam",)}  # by schedules
+# kernels whose columns are words or labels: Jordan et al. leave them, as they do embeddings, to AdamW
+OUTPUTS = ("head/kernel", "head/output/kernel", "classifier/kernel", "pair/kernel")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,20 +29,23 @@ class OptimizerConfig:
     """An optimizer with its schedule.
 
     Attributes:
-      name: adam, adamw, adafactor, lion, muon (kernels; the rest takes adamw) or sgd.
+      name: adam, adamw, adafactor, lion, muon (kernels of hidden layers; embeddings, output layers, norms and biases
+        take adamw) or sgd.
       learning_rate: peak; for `noam` the factor in front of the paper's formula.
       schedule: constant, linear, cosine, wsd (constant, then linear decay) or noam; all but noam warm up linearly.
       warmup_steps: optimizer steps.
       decay_steps: wsd: length of the last phase, optimizer steps; 0 takes a tenth of all steps.
       final_ratio: last rate over peak.
-      b1: first-moment decay (momentum for muon and sgd).
-      b2: second-moment decay.
-      eps: denominator offset.
+      b1: first-moment decay (momentum for muon and sgd); adafactor has none.
+      b2: second-moment decay, of adam, adamw, muon's adamw and lion.
+      eps: denominator offset, of adam, adamw and muon's adamw.
       weight_decay: decoupled decay of what `decay` matches.
       decay: patterns of decayed parameters; matrices by default, never norms and biases. In a run each pattern must
         match something.
       clip_norm: global gradient norm is clipped here; 0 never clips.
-      noam_dim: D of the Noam formula.
+      noam_dim: D of the Noam formula; None takes the model's width in a run.
+
+    A field that the optimizer or the schedule does not read must keep its default.
     """
 
     name: str = "adamw"
@@ -53,7 +60,7 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     decay: tuple[str, ...] = ("*kernel*", "*embedding*")
     clip_norm: float = 1.0
-    noam_dim: int = 512
+    noam_dim: int | None = None
 
     def __post_init__(self) -> None:
         """Checks names and ranges."""
@@ -65,14 +72,32 @@ class OptimizerConfig:
             raise ValueError(f"learning_rate={self.learning_rate} must be positive")
         if self.name == "adam" and self.weight_decay:
             raise ValueError(f"adam has no weight decay: set weight_decay=0 (it is {self.weight_decay}) or name=adamw")
+        for field in unread(self.name, self.schedule):
+            value, default = getattr(self, field), type(self).__dataclass_fields__[field].default
+            if value != default:
+                raise ValueError(
+                    f"{field}={value} has no effect with name={self.name} and schedule={self.schedule}: leave it "
+                    f"at {default}"
+                )
+
+
+def unread(name: str, schedule: str) -> tuple[str, ...]:
+    """Fields that this optimizer under this schedule does not read."""
+    return (*UNREAD.get(name, ()), *(field for field, readers in READ.items() if schedule not in readers))
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
-    """Learning rate as a function of the optimizer step, counted from 0."""
+    """Learning rate as a function of the optimizer step, counted from 0.
+
+    Raises:
+      ValueError: for `noam` without a width.
+    """
     c, peak, warmup = config, config.learning_rate, config.warmup_steps
     if c.schedule == "noam":
-        w = max(warmup, 1)
-        return lambda t: peak * c.noam_dim**-0.5 * jnp.minimum((t + 1.0) ** -0.5, (t + 1.0) * w**-1.5)
+        w, width = max(warmup, 1), c.noam_dim
+        if width is None:
+            raise ValueError("schedule=noam needs noam_dim, the model's width")
+        return lambda t: peak * width**-0.5 * jnp.minimum((t + 1.0) ** -0.5, (t + 1.0) * w**-1.5)
     rest = max(steps - warmup, 1)
     if c.schedule == "constant":
         after = optax.constant_schedule(peak)
@@ -124,9 +149,9 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     if c.name == "adafactor":
         factored = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
         return optax.chain(per_layer(factored), decay, scale)
-    kinds = lambda params: paths.map_with_path(
-        lambda p, x: "muon" if p.endswith("kernel") and weights.is_matrix(p, x) else "adam", params
-    )
+    output = paths.matcher(OUTPUTS)
+    hidden = lambda p, x: p.endswith("kernel") and weights.is_matrix(p, x) and not output(p)
+    kinds = lambda params: paths.map_with_path(lambda p, x: "muon" if hidden(p, x) else "adam", params)
     matrix = lambda tree: jax.tree.map(lambda _: contrib.MuonDimensionNumbers(0, 1), tree)
     muon = contrib.scale_by_muon(beta=c.b1, weight_dimension_numbers=matrix)
     shape = lambda tree: jax.tree.map(lambda u: u * max(1.0, u.shape[1] / u.shape[0]) ** 0.5, tree)

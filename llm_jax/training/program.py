@@ -138,6 +138,14 @@ def _first_state(init: Any, config: Any, shardings: Any, places: Any, on_disk: O
     return on_device, shardings, places
 
 
+def optimizer_of(config: Any) -> OptimizerConfig:
+    """The run's optimizer with what it takes from the model: the width in Noam's formula."""
+    own = config.optimizer
+    if own.schedule != "noam" or own.noam_dim is not None:
+        return own
+    return dataclasses.replace(own, noam_dim=config.model.model_dim)
+
+
 def build(
     config: Any,
     plan: Plan,
@@ -163,7 +171,7 @@ def build(
     plan.check_batch(c.batch_size, c.accumulation, c.sequence_length)
     objective = config.objective.for_run(plan.mesh.size, config.model, mask_id)
     model = config.model.make(plan.execution())
-    tx = make_optimizer(config.optimizer, c.steps)
+    tx = make_optimizer(optimizer_of(config), c.steps)
     precision = Precision(config.plan.precision, config.plan.master)
     example = jax.ShapeDtypeStruct((plan.batch_divisor, c.sequence_length), np.int32)
     boxed = jax.eval_shape(lambda key, ids: model.init(key, ids)["params"], jax.random.key(0), example)

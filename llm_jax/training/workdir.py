@@ -9,6 +9,7 @@ from etils import epath
 
 from llm_jax.storage import locks
 from llm_jax.storage.checkpoints import CheckpointError, Checkpoints
+from llm_jax.training.optimizers import unread
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +40,13 @@ def has_checkpoint(path: epath.PathLike) -> bool:
 def todays(run: dict[str, Any]) -> dict[str, Any]:
     """The config of a run of an earlier version, as this version writes it.
 
-    `model.both_ways` of XLNets became `objective.both_ways`: the direction belongs to the rows.
+    `model.both_ways` of XLNets became `objective.both_ways`: the direction belongs to the rows. Fields that an
+    optimizer does not read could have any value.
     """
-    model, objective = run.get("model"), run.get("objective")
+    model, objective, optimizer = run.get("model"), run.get("objective"), run.get("optimizer")
+    if isinstance(optimizer, dict) and "name" in optimizer:
+        ignored = unread(optimizer["name"], optimizer.get("schedule", ""))
+        run = {**run, "optimizer": {k: v for k, v in optimizer.items() if k not in ignored}}
     if not isinstance(model, dict) or "both_ways" not in model:
         return run
     run = {**run, "model": {k: v for k, v in model.items() if k != "both_ways"}}

@@ -44,8 +44,8 @@ def run(program, name):
 @pytest.mark.parametrize("name, plan, training, optimizer", [
     ("llama", {}, {}, OPTIMIZER),
     ("llama", HALF, {"ema": 0.5}, OPTIMIZER),
-    ("t5", {}, {"trainable": ("re:.*(encoder|embed).*",)}, dataclasses.replace(OPTIMIZER, name="lion")),
-    ("albert", {}, {}, dataclasses.replace(OPTIMIZER, name="sgd", b1=0.5)),
+    ("t5", {}, {"trainable": ("re:.*(encoder|embed).*",)}, dataclasses.replace(OPTIMIZER, name="lion", eps=1e-8)),
+    ("albert", {}, {}, dataclasses.replace(OPTIMIZER, name="sgd", b1=0.5, eps=1e-8)),
 ], ids=["adamw", "master copy and average", "a part by lion", "sgd"])  # fmt: skip
 def test_bitwise_equal_to_the_resident_run(name, plan, training, optimizer, tmp_path):
     on_disk = made(name, {**plan, "offload": ("disk",)}, tmp_path, optimizer, **training)

@@ -1,5 +1,7 @@
 """Schedules and first steps in closed form; every optimizer descends, stacked as unstacked."""
 
+import contextlib
+import dataclasses
 import functools
 import math
 
@@ -8,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_models import MODELS, model_params
+from tiny_models import ENCODER_DECODERS, ENCODERS, MODELS, abstract, model_params
 
-from llm_jax.nn import paths
+from llm_jax.nn import paths, weights
 from llm_jax.nn.stack import stack, unstack
-from llm_jax.training.optimizers import NAMES, OptimizerConfig, make_optimizer, make_schedule
+from llm_jax.training.optimizers import NAMES, OUTPUTS, OptimizerConfig, make_optimizer, make_schedule, unread
+from llm_jax.training.program import optimizer_of
+from llm_jax.training.run import RunConfig
 
 STEPS = 40
 
@@ -70,7 +74,8 @@ def test_every_optimizer_descends_and_treats_layers_alike(name):
     tree = BIG if name == "adafactor" else TREE
     target = TARGETS[id(tree)]
     rate = {"sgd": 0.1, "lion": 0.03, "muon": 0.05}.get(name, 0.1)
-    config = OptimizerConfig(name, rate, "constant", weight_decay=0.0 if name == "adam" else 0.01, b2=0.99)
+    b2 = {} if name in ("adafactor", "sgd") else {"b2": 0.99}
+    config = OptimizerConfig(name, rate, "constant", weight_decay=0.0 if name == "adam" else 0.01, **b2)
     tx = make_optimizer(config, 50)
 
     @functools.partial(jax.jit, static_argnums=1)
@@ -117,7 +122,8 @@ def sgd(g, m, v, t):
     "name, rule, decays", [("adam", adam, 0), ("adamw", adam, 1), ("lion", lion, 1), ("sgd", sgd, 1)]
 )
 def test_three_steps_in_closed_form(name, rule, decays):
-    tx = make_optimizer(OptimizerConfig(name, LR, "constant", b1=B1, b2=B2, eps=EPS, weight_decay=DECAY * decays), 9)
+    fields = {k: v for k, v in dict(b1=B1, b2=B2, eps=EPS).items() if k not in unread(name, "constant")}
+    tx = make_optimizer(OptimizerConfig(name, LR, "constant", **fields, weight_decay=DECAY * decays), 9)
     params = {"kernel": normal(3, 4), "bias": normal(4)}
     grads = [jax.tree.map(lambda x: normal(*x.shape), params) for _ in range(3)]
 
@@ -163,6 +169,44 @@ def test_muon_orthogonalises(shape):
     assert (size > 0.65).all() and (size < 1.25).all()  # five Newton-Schulz steps reach [0.7, 1.2]
 
 
+def heads_of(table):
+    """Every config with every head that its family has."""
+    for config in table.values():
+        for head in ("lm", "pretraining", "classification", "tokens"):
+            with contextlib.suppress(ValueError, TypeError):
+                yield dataclasses.replace(config, head=head)
+
+
+@pytest.mark.parametrize("table", [MODELS, ENCODERS, ENCODER_DECODERS], ids=["decoders", "encoders", "both"])
+def test_muon_leaves_every_output_layer_to_adam(table):
+    """Kernels whose columns are words or labels, by their axes; all other kernels are hidden layers'."""
+    output, seen = paths.matcher(OUTPUTS), set()
+    for config in heads_of(table):
+        params, axes = abstract(config.make(), np.zeros((1, 2), int))
+        names = jax.tree.leaves(axes, is_leaf=lambda a: isinstance(a, weights.Axes))
+        for (path, _), own in zip(paths.flatten(params), names, strict=True):
+            if path.endswith("kernel"):
+                assert output(path) == bool({"vocab", "labels"} & set(own)), path
+                seen |= {path} if output(path) else set()
+    assert "classifier/kernel" in seen
+
+
+def test_muon_steps_an_output_layer_as_adam_does():
+    grads = {"head": {"kernel": normal(4, 6)}, "attention": {"out": {"kernel": normal(4, 6)}}}
+    muon, adam = (first_update(name, grads, grads) for name in ("muon", "adamw"))
+    np.testing.assert_allclose(muon["head"]["kernel"], adam["head"]["kernel"], rtol=1e-6)
+    assert np.abs(muon["attention"]["out"]["kernel"] - adam["attention"]["out"]["kernel"]).max() > 0.1
+
+
+def test_noams_width_is_the_models():
+    run = RunConfig(MODELS["gpt2"], optimizer=OptimizerConfig("adam", 1.0, "noam", warmup_steps=1, weight_decay=0.0))
+    assert make_schedule(optimizer_of(run), 9)(0) == pytest.approx(MODELS["gpt2"].model_dim ** -0.5)
+    own = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, noam_dim=64))
+    assert make_schedule(optimizer_of(own), 9)(0) == pytest.approx(64**-0.5)
+    with pytest.raises(ValueError, match="schedule=noam needs noam_dim, the model's width"):
+        make_schedule(run.optimizer, 9)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "qwen3"])
 def test_decay_leaves_norms_and_biases_alone(name):
     params = model_params(MODELS[name])
@@ -183,6 +227,13 @@ def test_decay_leaves_norms_and_biases_alone(name):
         ({"name": "adagrad"}, "optimizer name='adagrad' is none of adam, "),
         ({"schedule": "step"}, "schedule='step' is none of constant, "),
         ({"learning_rate": 0.0}, "learning_rate=0.0 must be positive"),
+        ({"name": "adafactor", "eps": 1e-30}, "eps=1e-30 has no effect with name=adafactor and .* leave it at 1e-08"),
+        ({"name": "adafactor", "b1": 0.0}, "b1=0.0 has no effect"),
+        ({"name": "lion", "eps": 1e-6}, "eps=1e-06 has no effect with name=lion"),
+        ({"name": "sgd", "b2": 0.99}, "b2=0.99 has no effect with name=sgd"),
+        ({"noam_dim": 64}, "noam_dim=64 has no effect with name=adamw and schedule=cosine: leave it at None"),
+        ({"schedule": "constant", "final_ratio": 0.0}, "final_ratio=0.0 has no effect .* schedule=constant"),
+        ({"decay_steps": 5}, "decay_steps=5 has no effect"),
         ({"name": "adam"}, r"adam has no weight decay: set weight_decay=0 \(it is 0.1\) or name=adamw"),
     ],
 )

@@ -92,4 +92,13 @@ def test_the_direction_of_rows_moved_from_the_model_to_the_objective():
     old = lambda objective: {"model": {"family": "xlnet", "both_ways": True}, "objective": objective}
     assert todays(old(permuted))["objective"] == {**permuted, "both_ways": True}
     assert todays(old(labels)) == {"model": {"family": "xlnet"}, "objective": labels}
-    assert todays(CONFIG) is CONFIG
+    assert todays(CONFIG) == CONFIG
+
+
+def test_fields_that_an_optimizer_never_read_do_not_part_runs():
+    old = {
+        "optimizer": {"name": "adafactor", "schedule": "cosine", "eps": 1e-30, "noam_dim": 512, "learning_rate": 1.0}
+    }
+    assert todays(old)["optimizer"] == {"name": "adafactor", "schedule": "cosine", "learning_rate": 1.0}
+    noam = {"optimizer": {"name": "adam", "schedule": "noam", "eps": 1e-9, "noam_dim": 512}}
+    assert todays(noam) == noam
