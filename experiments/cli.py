@@ -132,7 +132,9 @@ def _command(given: Sequence[str], commands: Mapping[str, Sequence[flags.FlagHol
 
 
 def run(main: Callable[..., None], commands: Mapping[str, Sequence[flags.FlagHolder[Any]]] | None = None) -> None:
-    """Runs a binary; expected errors become one line on stderr and exit code 1 (130 when interrupted).
+    """Runs a binary; expected errors become one line on stderr.
+
+    The exit code is 1, 130 when interrupted, and 2 where the same command would fail again (`ConfigError.exit_code`).
 
     Args:
       main: takes nothing, or the command.
@@ -165,7 +167,7 @@ def run(main: Callable[..., None], commands: Mapping[str, Sequence[flags.FlagHol
             hint = "" if command else hint
             memory = isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in text
             first = next((line for line in text.splitlines() if line.strip()), type(e).__name__)
-            _fail(processes.explain(first) + (hint if memory else ""), 1)
+            _fail(processes.explain(first) + (hint if memory else ""), getattr(e, "exit_code", 1))
 
     app.run(wrapped, flags_parser=_parse)
 

@@ -4,7 +4,8 @@
 #   create          asks for the slices (a queued resource; waits in line, SPOT=1 takes preemptible ones)
 #   state           what became of that
 #   setup URL       clones the repository URL on every worker and installs llm_jax[tpu]
-#   run COMMAND...  starts COMMAND on every worker, detached and again whenever it fails (it then resumes)
+#   run COMMAND...  starts COMMAND on every worker, detached and again when it fails (it then resumes): not after exit
+#                   code 130 (stopped) or 2 (the command itself is wrong), nor after five failures within 10 min each
 #   logs            follows the log of worker 0
 #   stop            stops the command everywhere; it saves a checkpoint first
 #   delete          gives the slices back
@@ -12,7 +13,8 @@
 # NAME, ZONE, TYPE (v5litepod-256, v5p-128, v6e-256, ...) and RUNTIME say what and where; SLICES=1 how many;
 # PYTHON=python3 is that of the VMs (3.11 or newer); DRY_RUN=1 prints what would run. Example:
 #   export NAME=llama ZONE=us-west4-a TYPE=v5litepod-256 RUNTIME=v2-alpha-tpuv5-lite
-#   launch/tpu_vm.sh run python -m experiments.train --config=experiments/configs/llama2_7b.py --workdir=gs://BUCKET/7b
+#   launch/tpu_vm.sh run python -m experiments.train --config=experiments/configs/llama2_7b.py \
+#     --workdir=gs://BUCKET/7b --config.data.cache=/tmp/tokens
 set -euo pipefail
 action=${1:?create, state, setup, run, logs, stop or delete}
 shift
@@ -41,8 +43,10 @@ case $action in
 .venv/bin/pip install --quiet --constraint constraints.txt --editable '.[tpu]'" ;;
   run)
     : "${1:?a command}"
-    command="export PATH=\$PWD/.venv/bin:\$PATH JAX_COORDINATOR_ADDRESS=auto JAX_PLATFORMS=tpu,cpu; \
-until $(printf '%q ' "$@"); do code=\$?; [ \$code = 130 ] && exit; echo again in 30 s; sleep 30; done"
+    command="export PATH=\$PWD/.venv/bin:\$PATH JAX_COORDINATOR_ADDRESS=auto JAX_PLATFORMS=tpu,cpu; quick=0; \
+until SECONDS=0; $(printf '%q ' "$@"); do code=\$?; quick=\$((SECONDS < 600 ? quick + 1 : 0)); \
+if [[ \$code = 130 || \$code = 2 || \$quick = 5 ]]; then echo ended with exit code \$code; exit \$code; fi; \
+echo exit code \$code, again in 30 s; sleep 30; done"
     everywhere "cd llm && nohup setsid bash -c $(printf %q "$command") > ~/run.log 2>&1 < /dev/null &" ;;
   logs)
     do_it gcloud compute tpus tpu-vm ssh "$(nodes | head -n 1)" --zone="$ZONE" --worker=0 \

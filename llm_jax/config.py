@@ -10,7 +10,13 @@ T = TypeVar("T")
 
 
 class ConfigError(ValueError):
-    """A config that cannot be built: an unknown field or a value of the wrong type."""
+    """A config that cannot be built: an unknown field or a value of the wrong type.
+
+    Attributes:
+      exit_code: of a binary that ends so; 2 says that the same command will fail again, so no launcher repeats it.
+    """
+
+    exit_code = 2
 
 
 def to_dict(config: Any) -> Any:

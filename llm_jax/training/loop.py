@@ -25,7 +25,9 @@ from llm_jax.training.state import TrainState
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; what was learned is saved."""
+    """Training cannot continue, and would fail again when resumed (hence the exit code); what was learned is saved."""
+
+    exit_code = 2
 
 
 class Interrupted(KeyboardInterrupt):

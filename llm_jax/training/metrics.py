@@ -19,8 +19,8 @@ class MetricsWriter:
         self.active = jax.process_index() == 0
         if not self.active:
             return
-        kept = [r for r in read_metrics(workdir) if r["step"] <= first_step]
-        self.file.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        self.text = "".join(json.dumps(r) + "\n" for r in read_metrics(workdir) if r["step"] <= first_step)
+        self.file.write_text(self.text)
         import tensorboardX  # it imports torch where that is installed
 
         self._board = tensorboardX.SummaryWriter(str(epath.Path(workdir) / "tensorboard"), purge_step=first_step + 1)
@@ -30,8 +30,13 @@ class MetricsWriter:
         if not self.active:
             return
         clean = {k: (v if math.isfinite(v) else None) for k, v in values.items()}
-        with self.file.open("a") as f:
-            f.write(json.dumps({"step": step, **clean}) + "\n")
+        line = json.dumps({"step": step, **clean}) + "\n"
+        if "://" in str(self.file):  # object stores append nothing to a file
+            self.text += line
+            self.file.write_text(self.text)
+        else:
+            with self.file.open("a") as f:
+                f.write(line)
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 

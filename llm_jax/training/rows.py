@@ -23,6 +23,7 @@ from llm_jax.objectives.labels import Labels
 from llm_jax.objectives.masked_lm import MaskedLM
 from llm_jax.objectives.permutation_lm import PermutationLM
 from llm_jax.objectives.seq2seq import Seq2Seq
+from llm_jax.storage import locks
 from llm_jax.training.workdir import has_checkpoint
 
 log = logging.getLogger(__name__)
@@ -198,6 +199,19 @@ def check_objective(config: Any) -> None:
         raise configs.ConfigError(f"data.pairs={data.pairs} needs model.num_token_types=2 and model.head='pretraining'")
 
 
+def check_cache(data: DataConfig, workdir: epath.PathLike) -> None:
+    """Says where tokens cannot lie, before anything is tokenized and in every process of a job.
+
+    Raises:
+      ConfigError: naming the folder.
+    """
+    cache = str(data.cache or workdir)
+    if "://" in cache:
+        raise configs.ConfigError(
+            f"tokens are memory-mapped and cannot lie in {cache}: set --config.data.cache=FOLDER, local to every host"
+        )
+
+
 def _masked(config: Any, tokenizer: tokenizers.Tokenizer, store: tokens.TokenStore, copies: int) -> Any:
     length, kind = config.training.sequence_length, config.data.pairs
     frames = Frames.of(tokenizer)
@@ -330,14 +344,15 @@ def get_rows(
     data = config.data
     if isinstance(config.objective, Labels):
         return _labeled_rows(config, tokenizer)
-    cache = data.cache or workdir / "tokens"
-    if "://" in str(cache):
-        raise configs.ConfigError(f"tokens are memory-mapped and cannot lie in {cache}: set data.cache=LOCAL_FOLDER")
+    cache = epath.Path(data.cache or workdir / "tokens")
     if data.fields:
         encode, kind = pairs.encode_pairs(tokenizer, data.fields), f"pairs {data.fields}"
-    stores = tokens.build(
-        *(data.source, tokenizer, cache, data.validation_share, encode, kind, data.text_field, data.split, data.group)
-    )
+    cache.mkdir(parents=True, exist_ok=True)
+    with locks.hold(cache / ".lock", wait=True):  # of the processes that share the folder one fills it
+        stores = tokens.build(
+            *(data.source, tokenizer, cache, data.validation_share, encode, kind, data.text_field, data.split),
+            data.group,
+        )
     held = stores["validation"]
     make = _maker(config, tokenizer)
     train = make(stores["train"], False)

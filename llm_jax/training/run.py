@@ -34,7 +34,7 @@ from llm_jax.training.loop import NEXT_TOKEN, LoopConfig, run_loop, summarize
 from llm_jax.training.optimizers import OptimizerConfig
 from llm_jax.training.precision import Precision
 from llm_jax.training.program import Program, build
-from llm_jax.training.rows import DataConfig, carries, check_objective, get_rows, get_tokenizer
+from llm_jax.training.rows import DataConfig, carries, check_cache, check_objective, get_rows, get_tokenizer
 from llm_jax.training.state import TrainState
 from llm_jax.training.workdir import Workdir, todays
 
@@ -126,11 +126,11 @@ def _release(params: Any) -> None:
             x.delete()
 
 
-def _first_process_first(prepare: Callable[[], Any]) -> Any:
+def _first_process_first(what: str, prepare: Callable[[], Any]) -> Any:
     """Runs `prepare` in every process, in the others when the first has written what they then read."""
     done = prepare() if jax.process_index() == 0 else None
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("prepared")
+        multihost_utils.sync_global_devices(what)
     return prepare() if done is None else done
 
 
@@ -142,17 +142,21 @@ def _train(config, workdir, params, adapt, tokenizer, encode, kind, restore_step
     plan = Plan(config.plan, config.model)
     plan.check_batch(c.batch_size, c.accumulation, c.sequence_length)
     check_objective(config)
+    if not isinstance(config.objective, Labels):  # which keep no tokens
+        check_cache(config.data, workdir)
 
-    def prepare():
-        own = tokenizer
+    def shared_tokenizer():
         if jax.process_index():
-            own = own or tokenizers.load(workdir)
-        else:
-            own = own or get_tokenizer(config, workdir)
-            own.save(workdir)
-        return own, get_rows(config, own, workdir, encode, kind)
+            return tokenizer or tokenizers.load(workdir)
+        own = tokenizer or get_tokenizer(config, workdir)
+        own.save(workdir)
+        return own
 
-    tokenizer, rows = _first_process_first(prepare)
+    own = _first_process_first("tokenizer", shared_tokenizer)
+    read = lambda: get_rows(config, own, workdir, encode, kind)
+    # a folder of its own on every host is filled by all hosts at once, the work directory's by the first process
+    rows = read() if config.data.cache else _first_process_first("tokens", read)
+    tokenizer = own
     loader = Loader(rows.train, c.batch_size, c.seed, *plan.data_blocks(), shuffle=not carries(config.objective))
 
     program = build(config, plan, tokenizer.role("mask"), params, adapt, workdir / "on_disk")

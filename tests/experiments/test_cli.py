@@ -23,6 +23,7 @@ from experiments import cli, report
 from experiments.configs import demo
 from experiments.configs import finetune as finetune_experiment
 from llm_jax import interop
+from llm_jax.config import ConfigError
 from llm_jax.data import tokenizers
 from llm_jax.decoding.beam import BeamConfig, BeamSearch
 from llm_jax.decoding.generate import Completion, Generator
@@ -31,7 +32,7 @@ from llm_jax.models.llama import LlamaConfig
 from llm_jax.models.t5 import T5Config
 from llm_jax.nn import paths, weights
 from llm_jax.training.finetune import FinetuneConfig
-from llm_jax.training.loop import LoopConfig
+from llm_jax.training.loop import LoopConfig, TrainingError
 from llm_jax.training.run import RunConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -95,7 +96,7 @@ WORK = "--workdir={tmp}/work"
 SUBPROCESSES = [
     (("finetune", "--model=x", "--config.lora.rankk=3"), 2, "unknown config field 'rankk' Did you mean rank"),
     (("train", DEMO, WORK, "--config.data.source=/none.txt"), 1, "no corpus at '/none.txt': give a file"),
-    (("train", DEMO, WORK, "--config.model.num_heads=5"), 1, "model_dim=32 is not a multiple of num_heads=5"),
+    (("train", DEMO, WORK, "--config.model.num_heads=5"), 2, "model_dim=32 is not a multiple of num_heads=5"),
 ]
 
 
@@ -125,6 +126,8 @@ def test_a_profiler_window(folder, tmp_path):
 
 RAISED = [
     (ValueError("one\ntwo"), 1, "error: one\n"),
+    (ConfigError("no such field"), 2, "error: no such field\n"),  # no launcher repeats it
+    (TrainingError("not finite"), 2, "error: not finite\n"),
     (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space left on device\n"),
     (MemoryError(), 1, "error: MemoryError (too little memory: a smaller training.batch_size"),
     (RuntimeError("RESOURCE_EXHAUSTED: 9 GiB"), 1, "error: RESOURCE_EXHAUSTED: 9 GiB (too little memory"),

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,32 @@ def test_what_a_worker_runs_is_the_command(tmp_path):
     assert (tmp_path / "got").read_text().splitlines() == ["auto", *COMMAND[1:]]
 
 
+@pytest.mark.parametrize(
+    "codes, runs, said",
+    [
+        ([1, 1, 0], 3, ""),  # again until it succeeds
+        ([1, 130, 0], 2, "ended with exit code 130"),
+        ([2, 0], 1, "ended with exit code 2"),
+        ([1] * 9, 5, "ended with exit code 1"),  # five quick failures
+    ],
+)
+def test_a_worker_repeats_what_may_succeed(codes, runs, said, tmp_path):
+    """The remote line, run here with a command that takes its exit codes from a file and without the waiting."""
+    (tmp_path / "codes").write_text("".join(f"{c}\n" for c in codes))
+    step = 'code=$(head -n 1 codes); sed -i 1d codes; echo ran; exit "$code"'
+    (tmp_path / "python").write_text(f"#!/bin/bash\n{step}\n")
+    (tmp_path / "sleep").write_text("#!/bin/bash\n")
+    for name in ("python", "sleep"):
+        (tmp_path / name).chmod(0o755)
+    (asked,) = shlex.split(run("tpu_vm.sh", "run", *COMMAND, **POD).stdout)[-1:]
+    loop = shlex.split(asked.removeprefix("--command="))
+    line = loop[loop.index("-c") + 1]
+    path = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=path, capture_output=True, text=True, timeout=20)
+    assert done.stdout.count("ran\n") == runs and said in done.stdout
+    assert done.returncode == codes[runs - 1]
+
+
 def test_the_manifest_is_valid():
     validate = pytest.importorskip("kubernetes_validate", reason="no kubernetes-validate: pip install '.[test]'")
     done = run("gke/submit.sh", *COMMAND, **GKE, SLICES="2")
@@ -82,6 +109,11 @@ def test_the_manifest_is_valid():
     pod = job["spec"]["template"]["spec"]
     assert job["spec"]["parallelism"] == job["spec"]["completions"] == 128
     assert pod["containers"][0]["command"] == COMMAND
+    (rule,) = job["spec"]["podFailurePolicy"]["rules"]
+    assert rule["action"] == "FailJob" and rule["onExitCodes"]["values"] == [2]
+    assert rule["onExitCodes"]["containerName"] == pod["containers"][0]["name"]
+    (ends,) = jobset["spec"]["failurePolicy"]["rules"]
+    assert ends == {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "8x8x8"
     assert {e["name"]: e["value"] for e in pod["containers"][0]["env"]}["JAX_COORDINATOR_ADDRESS"] == "auto"
 
@@ -145,6 +177,8 @@ def test_slurm_queues_again_what_was_stopped_and_what_failed_five_times_at_most(
         assert done.returncode == 0 and calls == ["requeue", "4711"], done.stderr
     done, calls = slurm("bash", "-c", "exit 3")
     assert done.returncode == 3 and calls == [] and not list(pathlib.Path().glob(".slurm-*"))
+    done, calls = slurm("bash", "-c", "exit 2")  # it would fail again
+    assert done.returncode == 2 and calls == [] and not list(pathlib.Path().glob(".slurm-*"))
     done, calls = slurm("true")
     assert done.returncode == 0 and calls == []
 

@@ -31,3 +31,24 @@ def test_the_plot_is_a_picture_and_lives_without_an_evaluation(tmp_path):
     write(tmp_path, 0, [(1, {"train/loss": 2.0}), (2, {"train/loss": float("nan")}), (3, {"eval/loss": 1.0})])
     path = metrics.plot_loss(tmp_path)
     assert path.name == "loss.png" and path.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_an_object_store_appends_nothing(tmp_path):
+    """There the whole file is written again, with the lines of the runs before."""
+
+    class Store:
+        """As etils' paths on gs://, whose files cannot be opened for appending."""
+
+        def __str__(self):
+            return "gs://bucket/metrics.jsonl"
+
+        def write_text(self, text):
+            self.text = text
+
+    write(tmp_path, 0, [(1, {"a": 1.0})])
+    writer = metrics.MetricsWriter(tmp_path, 1)
+    writer.file = Store()
+    for step in (2, 3):
+        writer.write(step, {"a": float(step)})
+    writer.close()
+    assert [json.loads(line)["step"] for line in writer.file.text.splitlines()] == [1, 2, 3]

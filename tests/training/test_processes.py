@@ -66,12 +66,14 @@ def test_two_processes_are_one_run(corpus, tmp_path):
     said = alone.communicate(timeout=300)[0]
     assert said.count("interrupted: saved step") == 1, said
 
-    job = start(2, corpus, two, endless, "--config.plan.zero=2")
+    # a token cache of their own, which one of them fills while the other waits
+    job = start(2, corpus, two, endless, "--config.plan.zero=2", f"--config.data.cache={tmp_path}/cache")
     wait(job, two)
     pids = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(pids[-1]), signal.SIGTERM)  # one of them; the other hears of it
     said = job.communicate(timeout=300)[0]
     assert said.count("interrupted: saved step") == 2, said
+    assert len([p for p in (tmp_path / "cache").iterdir() if p.is_dir()]) == 1 and not (two / "tokens").exists()
     (saved,) = Checkpoints(two / "checkpoints", read_only=True).steps()[-1:]
     assert f"interrupted: saved step {saved} of 100000" in said and saved >= STEPS
     for step in range(1, STEPS + 1):

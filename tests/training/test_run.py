@@ -20,7 +20,7 @@ from llm_jax.models.gpt import GPTConfig
 from llm_jax.nn import paths
 from llm_jax.parallel.plan import PlanConfig
 from llm_jax.storage.checkpoints import Checkpoints
-from llm_jax.training import run
+from llm_jax.training import rows, run
 from llm_jax.training.loop import LoopConfig
 from llm_jax.training.metrics import read_metrics
 from llm_jax.training.optimizers import OptimizerConfig
@@ -160,7 +160,12 @@ def test_an_older_checkpoint_goes_on_upon_another_mesh(whole, corpus, tmp_path, 
         ("data", {"source": "/no/such/folder"}, CorpusError, "no corpus at '/no/such/folder'"),
         ("data", {"source": "SHORT"}, CorpusError, "tokens are too few for one row of 16"),
         ("data", {"tokenizer": "/no/such/file"}, TokenizerError, "/no/such/file"),
-        ("data", {"cache": "gs://bucket/tokens"}, ValueError, "cannot lie in gs://bucket/tokens: set data.cache=LOCAL"),
+        (
+            "data",
+            {"cache": "gs://bucket/tokens"},
+            ValueError,
+            "cannot lie in gs://bucket/tokens: set --config.data.cache=FOLDER, loc",
+        ),
         ("optimizer", {"decay": ("*kernle",)}, ValueError, r"pattern '\*kernle' matches no parameter"),
     ],
 )
@@ -192,11 +197,19 @@ def test_another_config_is_refused_in_a_used_folder(whole, corpus):
         (lambda: run.DataConfig(validation_share=1.0), "validation_share=1.0 must lie in"),
         (lambda: run.RunConfig.from_dict({"modle": {}}), "unknown field modle; did you mean model"),
         (lambda: run.load_config("/no/such/run"), "/no/such/run holds no run: config.json is missing"),
+        (
+            lambda: rows.check_cache(run.DataConfig(), "gs://bucket/7b"),
+            "cannot lie in gs://bucket/7b: set --config.data.c",
+        ),
     ],
 )
 def test_config_errors(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_a_remote_work_directory_needs_a_local_cache_only():
+    rows.check_cache(run.DataConfig(cache="/tmp/tokens"), "gs://bucket/7b")
 
 
 def test_config_file_is_the_config(whole, corpus):
