@@ -1,4 +1,4 @@
-"""A job of two processes whose one is killed: the other ends and says why; one and four processes go on."""
+"""Jobs of several processes: where one dies the others end and say why; others resume, with what rows remember."""
 
 import importlib.util
 import os
@@ -53,3 +53,28 @@ def test_the_others_end_and_others_resume(corpus, tmp_path, monkeypatch):
     for at in range(1, step + 4):
         assert four[at] == pytest.approx(one[at], rel=1e-4), at
         assert at > step or one[at] == before[at]
+
+
+SIZES = dict(num_heads=2, hidden_dim=16, memory_length=8, reuse_length=8)
+XLNET = [
+    *(f"--config.model.{k}={v}" for k, v in SIZES.items()),
+    *("--config.optimizer.name=adamw", "--config.optimizer.learning_rate=0.01", "--config.optimizer.schedule=constant"),
+    *("--config.plan.unroll=false", "--config.data.tokenizer_kind=bpe", "--samples=0"),
+]
+
+
+def test_what_rows_remember_is_read_on_by_other_processes(corpus, tmp_path):
+    """XLNet's memories, half of its rows backwards: saved by one process, resumed by two."""
+
+    def run(count, folder, steps):
+        job = jobs.start(count, corpus, tmp_path / folder, *XLNET, f"--config.training.steps={steps}", config="xlnet")
+        said = job.communicate(timeout=300)[0]
+        assert job.returncode == 0, said
+
+    run(1, "whole", jobs.STEPS)
+    run(1, "parts", 3)
+    run(2, "parts", jobs.STEPS)
+    whole, parts = (jobs.losses(tmp_path / name) for name in ("whole", "parts"))
+    assert sorted(parts) == list(range(1, jobs.STEPS + 1))
+    for step, loss in whole.items():
+        assert parts[step] == pytest.approx(loss, rel=1e-5), step

@@ -17,11 +17,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 STEPS = 6
 
 
-def command(source, workdir, *flags):
+def command(source, workdir, *flags, config="demo"):
     sizes = dict(vocab_size=300, context_length=16, model_dim=16, num_layers=2, num_heads=2)
     training = dict(steps=STEPS, batch_size=8, sequence_length=16, log_every=1, eval_every=STEPS, checkpoint_every=4)
     return [
-        *(sys.executable, "-m", "experiments.train", f"--config={ROOT}/experiments/configs/demo.py"),
+        *(sys.executable, "-m", "experiments.train", f"--config={ROOT}/experiments/configs/{config}.py"),
         *(f"--config.data.source={source}", "--config.data.validation_share=0.2", f"--workdir={workdir}"),
         *(f"--config.model.{k}={v}" for k, v in sizes.items()),
         *(f"--config.training.{k}={v}" for k, v in training.items()),
@@ -29,7 +29,7 @@ def command(source, workdir, *flags):
     ]
 
 
-def start(count, *args):
+def start(count, *args, **kwargs):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
@@ -42,7 +42,11 @@ def start(count, *args):
     }
     launch = [str(ROOT / "launch" / "local.sh"), str(count)] if count > 1 else []
     return subprocess.Popen(
-        [*launch, *command(*args)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*launch, *command(*args, **kwargs)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
