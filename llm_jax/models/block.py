@@ -8,7 +8,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
@@ -39,7 +38,8 @@ class BlockConfig:
       activation_dropout: rate inside the feed-forward.
       cross: attends to a source between the two.
       mlp_out_init_std: of the feed-forward's second kernel; None takes the attention's `out_init_std`.
-      clamp: in float16, states stay finite (T5 overflows there).
+      wide: in float16, sublayers end in float32 and so do the residual sums, which overflow in models that were
+        trained in bfloat16 (T5). transformers keeps T5's last kernel in float32 and has the same effect.
     """
 
     attention: AttentionConfig
@@ -54,7 +54,7 @@ class BlockConfig:
     activation_dropout: float = 0.0
     cross: bool = False
     mlp_out_init_std: float | None = None
-    clamp: bool = False
+    wide: bool = False
 
     def __post_init__(self) -> None:
         """Checks the mode strings."""
@@ -101,40 +101,45 @@ class Block(nn.Module):
         norm = functools.partial(RMSNorm if c.rms else LayerNorm, c.norm_eps)
         cache, cross_cache = (None, None) if caches is None else caches
         cross_shown = None
+        # the sums of a wide block may be in float32 while its execution says float16
+        dtype = self.execution.dtype if c.wide and self.execution.dtype is not None else x.dtype
 
         def add(x, name, sublayer):
             around = norm(name=name)
-            y, *rest = sublayer(around(x) if c.norm == "pre" else x)
-            x = _finite(x + dropout(self, y, c.dropout, train), c.clamp)
+            y, *rest = sublayer(around(x).astype(dtype) if c.norm == "pre" else x)
+            x = x + dropout(self, y, c.dropout, train)
             x = checkpoint_name(self.execution.constrain(x, ("batch", "sequence", "embed")), SUM)
-            return (x if c.norm == "pre" else around(x)), *rest
+            return (x if c.norm == "pre" else around(x).astype(dtype)), *rest
 
-        attention = Attention(a, self.execution, name="attention")
+        attention = Attention(a, self.execution, c.wide, name="attention")
         attend = lambda y: attention(
             *(y, s.mask, s.rotary, cache, s.slots_BT, train, self.output_attentions, s.bias_BNTS),
             distances_PD=s.distances_PD,
         )
         x, cache, shown = add(x, "attention_norm", attend)
         if c.cross:
-            cross = Attention(a, self.execution, name="cross_attention")
+            cross = Attention(a, self.execution, c.wide, name="cross_attention")
             look = lambda y: cross(
                 *(y, s.source_mask, None, cross_cache, None, train, self.output_attentions, None, s.source_BSD)
             )
             x, cross_cache, cross_shown = add(x, "cross_attention_norm", look)
         std, out_std = a.init_std, c.mlp_out_init_std if c.mlp_out_init_std is not None else a.out_init_std
         mlp = FeedForward(
-            *(c.hidden_dim, c.activation, c.gated, c.mlp_bias, std, out_std, c.activation_dropout, self.execution),
+            *(
+                c.hidden_dim,
+                c.activation,
+                c.gated,
+                c.mlp_bias,
+                std,
+                out_std,
+                c.activation_dropout,
+                self.execution,
+                c.wide,
+            ),
             name="mlp",
         )
         (x,) = add(x, "mlp_norm", lambda y: (mlp(y, train),))
         return x, ((cache, cross_cache), x if self.output_hidden_states else None, shown, cross_shown)
-
-
-def _finite(x: jax.Array, clamp: bool) -> jax.Array:
-    if not clamp or x.dtype != jnp.float16:
-        return x
-    top = float(jnp.finfo(x.dtype).max) - 1000
-    return jnp.clip(x, -top, top)
 
 
 def per_layer(cache: Cache | None) -> tuple[tuple[LayerCache, LayerCache | None], ...] | None:

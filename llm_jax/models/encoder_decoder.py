@@ -13,8 +13,10 @@ import jax.numpy as jnp
 from llm_jax.models import frame
 from llm_jax.models.block import BlockConfig, Shared, blocks, per_layer
 from llm_jax.models.output import Output
+from llm_jax.nn import weights
 from llm_jax.nn.attend import Mask
 from llm_jax.nn.cache import Cache
+from llm_jax.nn.execution import Execution
 from llm_jax.nn.output import Head
 
 
@@ -97,10 +99,11 @@ def run(module: Any, call: Call, parts: Parts) -> Output:
     if ids is not None:
         frame.check_call(module, ids, call.attention_mask, None, train)
         inputs = frame.prepare(ids, call.attention_mask, None, None, None, parts.context_length, causal=False)
-        x = first = pin(parts.embed(ids, inputs.positions_BT))
+        x, execution = _entry(module, pin(parts.embed(ids, inputs.positions_BT)), parts.encoder[0])
+        first = x
         shared = Shared(inputs.mask, bias_BNTS=parts.bias("encoder", inputs, False))
-        x, outputs = blocks(*parts.encoder, module.execution, *shown, "encoder")(x, None, (shared,), train)
-        source = parts.end(x, "encoder")
+        x, outputs = blocks(*parts.encoder, execution, *shown, "encoder")(x, None, (shared,), train)
+        source = parts.end(x, "encoder").astype(execution.dtype)
         encoded = frame.finish(source, first, outputs, None, inputs)
         real = jnp.ones(ids.shape, bool) if call.attention_mask is None else call.attention_mask.astype(bool)
     elif cache is not None:
@@ -115,7 +118,8 @@ def run(module: Any, call: Call, parts: Parts) -> Output:
     if target.shape[0] % real.shape[0]:
         raise ValueError(f"{target.shape[0]} rows of decoder_input_ids for {real.shape[0]} of input_ids")
     inputs = frame.prepare(target, call.decoder_attention_mask, None, None, cache, parts.context_length)
-    y = first = pin(parts.embed(target, inputs.positions_BT))
+    y, execution = _entry(module, pin(parts.embed(target, inputs.positions_BT)), parts.decoder[0])
+    first = y
     queries = jnp.zeros((real.shape[0], target.shape[0] // real.shape[0] * target.shape[1]), jnp.int32)
     source_mask = Mask(queries, jnp.where(real, 0, -1), causal=False)
     shared = Shared(
@@ -125,8 +129,8 @@ def run(module: Any, call: Call, parts: Parts) -> Output:
         source_BSD=source,
         source_mask=source_mask,
     )
-    y, outputs = blocks(*parts.decoder, module.execution, *shown, "decoder")(y, per_layer(cache), (shared,), train)
-    y = parts.end(y, "decoder")
+    y, outputs = blocks(*parts.decoder, execution, *shown, "decoder")(y, per_layer(cache), (shared,), train)
+    y = parts.end(y, "decoder").astype(execution.dtype)
     out = frame.finish(y, first, outputs, parts.head(y), inputs)
     caches, _, _, looks = zip(*outputs, strict=True)
     if out.cache is not None:
@@ -135,3 +139,12 @@ def run(module: Any, call: Call, parts: Parts) -> Output:
         cross = jax.tree.map(lambda x: x.astype(kept), cross)
         out = out.replace(cache=out.cache.replace(cross=cross, source_BS=real))
     return out.replace(cross_attentions=None if looks[0] is None else looks, encoder=encoded)
+
+
+def _entry(module: Any, x: jax.Array, block: BlockConfig) -> tuple[jax.Array, Execution]:
+    """What enters the first block, and an execution that names the dtype in which its sublayers compute.
+
+    The sums of a wide block are in float32 in float16, from the first on where no norm follows them.
+    """
+    dtype = weights.wide_half(x, block.wide and block.norm == "pre")
+    return x.astype(dtype), dataclasses.replace(module.execution, dtype=x.dtype)

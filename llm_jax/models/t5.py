@@ -1,7 +1,7 @@
 """T5: 1.0 (ReLU, tied) and 1.1 or FLAN (gated GELU, untied).
 
-In float16 the original overflows where it was trained in bfloat16; as transformers does, states are clamped to
-65504 - 1000 behind every residual sum there.
+Its states pass float16's largest number, since it was trained in bfloat16. In float16 the last product of every
+sublayer and the residual sums are therefore in float32 (transformers keeps the kernel `wo` in float32).
 
 Sources: Raffel et al. 2020, https://arxiv.org/abs/1910.10683; Shazeer 2020 (gates), https://arxiv.org/abs/2002.05202;
 the released configurations of 1.1, https://github.com/google-research/text-to-text-transfer-transformer.
@@ -138,7 +138,7 @@ class T5Config:
             dropout=c.dropout,
             activation_dropout=c.dropout,
             mlp_out_init_std=c.init_factor * c.hidden_dim**-0.5,
-            clamp=True,
+            wide=True,
         )
 
     def make(self, execution: Execution = Execution()) -> "T5":

@@ -107,7 +107,7 @@ class TransformerConfig:
             norm_eps=self.norm_eps,
             dropout=self.dropout,
             activation_dropout=self.activation_dropout,
-            clamp=True,
+            wide=True,
         )
 
     def make(self, execution: Execution = Execution()) -> "Transformer":

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from llm_jax.nn import ports, positions
+from llm_jax.nn import ports, positions, weights
 from llm_jax.nn.attend import Mask, attend, attention_weights, drop
 from llm_jax.nn.cache import LayerCache, joined
 from llm_jax.nn.execution import Execution
@@ -98,10 +98,17 @@ class AttentionConfig:
 
 
 class Attention(nn.Module):
-    """Self-attention, or cross-attention to a source, with an optional cache."""
+    """Self-attention, or cross-attention to a source, with an optional cache.
+
+    Attributes:
+      config: sizes and options.
+      execution: how it runs.
+      wide: in float16, the output kernel's product is in float32.
+    """
 
     config: AttentionConfig
     execution: Execution = Execution()
+    wide: bool = False
 
     @nn.compact
     def __call__(
@@ -184,7 +191,8 @@ class Attention(nn.Module):
         if output_attentions and shown is None:
             shown = attention_weights(q_BTNH, k_BSKH, mask, **scores)
         out_init = nn.initializers.normal(c.init_std if c.out_init_std is None else c.out_init_std)
-        y_BTD = Linear(c.model_dim, ("heads", "embed"), c.out_bias, out_init, name="out")(
+        dtype = weights.wide_half(x_BTD, self.wide)
+        y_BTD = Linear(c.model_dim, ("heads", "embed"), c.out_bias, out_init, dtype=dtype, name="out")(
             out_BTNH.reshape(b, t, c.num_heads * c.head_dim)
         )
         y_BTD = ports.sequential(self, "adapter", checkpoint_name(y_BTD, "attention"))

@@ -13,7 +13,7 @@ import jax
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from llm_jax.nn import ports
+from llm_jax.nn import ports, weights
 from llm_jax.nn.attend import drop
 from llm_jax.nn.execution import Execution
 from llm_jax.nn.linear import Linear
@@ -47,6 +47,7 @@ class FeedForward(nn.Module):
       out_init_std: of the down kernel; None takes init_std.
       dropout: rate behind the activation.
       execution: how it runs.
+      wide: in float16, what follows the first products is in float32: products of gates pass 65504.
     """
 
     hidden: int
@@ -57,6 +58,7 @@ class FeedForward(nn.Module):
     out_init_std: float | None = None
     dropout: float = 0.0
     execution: Execution = Execution()
+    wide: bool = False
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, train: bool = False) -> jax.Array:
@@ -77,7 +79,11 @@ class FeedForward(nn.Module):
             inputs, before = (gate_BTF, up_BTF), lambda gate, up: activate(gate) * up
         if train and self.dropout > 0:
             before = dropped(before, self.dropout, self.make_rng("dropout"))
-        down = linear(x_BTD.shape[-1], ("mlp", "embed"), kernel_init=out_init, before=before, name="down")
+        dtype = weights.wide_half(x_BTD, self.wide)
+        activated = lambda *inputs: before(*(x.astype(dtype) for x in inputs))
+        down = linear(
+            x_BTD.shape[-1], ("mlp", "embed"), kernel_init=out_init, before=activated, dtype=dtype, name="down"
+        )
         y_BTD = down(*inputs)
         y_BTD = ports.sequential(self, "adapter", checkpoint_name(y_BTD, "mlp"))
         return ports.parallel(self, "parallel_adapter", x_BTD, y_BTD)

@@ -30,6 +30,7 @@ class Linear(nn.Module):
       kernel_init: initialiser of the kernel.
       bias_init: initialiser of the bias.
       before: elementwise function of the inputs; what it returns is not kept for the backward pass, but computed again.
+      dtype: of the product and the result; None takes that of the inputs.
     """
 
     features: int
@@ -38,18 +39,21 @@ class Linear(nn.Module):
     kernel_init: Callable[..., jax.Array] = nn.initializers.normal(0.02)
     before: Callable[..., jax.Array] | None = None
     bias_init: Callable[..., jax.Array] = nn.initializers.zeros
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, *inputs: jax.Array) -> jax.Array:
-        """Computes in the dtype of the inputs."""
+        """`[..., in]` to `[..., features]`."""
         x = inputs[0]
+        dtype = self.dtype or x.dtype
         kernel: Any = weights.parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.axes)
         key = self.make_rng("dropout") if weights.is_node(kernel) and self.has_rng("dropout") else None
-        kernel, before = weights.cast(kernel, x.dtype), self.before
+        kernel, before = weights.cast(kernel, dtype), self.before
         if before is None:
-            y = weights.matmul(x, kernel, key)
+            y = weights.matmul(x.astype(dtype), kernel, key)
         else:
-            y = jax.checkpoint(lambda kernel, *inputs: weights.matmul(before(*inputs), kernel, key))(kernel, *inputs)
+            product = lambda kernel, *inputs: weights.matmul(before(*inputs).astype(dtype), kernel, key)
+            y = jax.checkpoint(product)(kernel, *inputs)
         if self.use_bias:
             bias = weights.parameter(self, "bias", self.bias_init, (self.features,), self.axes[1:])
             y = add_last(y, bias.astype(y.dtype))

@@ -131,6 +131,11 @@ def scaled(x: jax.Array, factor: jax.Array | float) -> jax.Array:
     return (x32 * jnp.broadcast_to(factor, x.shape)).astype(x.dtype)
 
 
+def wide_half(x: jax.Array, wide: bool) -> Any:
+    """Float32 where `wide` is set and `x` is float16, whose range ends at 65504; else the dtype of `x`."""
+    return jnp.dtype(jnp.float32) if wide and x.dtype == jnp.float16 else x.dtype
+
+
 # The plain product ---------------------------------------------------------------------------------------
 
 

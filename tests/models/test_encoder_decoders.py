@@ -12,7 +12,7 @@ from tiny_models import padded_rows as rows_of
 
 from llm_jax.models.t5 import T5Config
 from llm_jax.models.transformer import TransformerConfig
-from llm_jax.nn import positions, weights
+from llm_jax.nn import paths, positions, weights
 from llm_jax.nn.execution import Execution
 from llm_jax.nn.stack import unstack
 
@@ -182,13 +182,18 @@ def test_halves_are_the_same_sinusoids_in_another_order():
     close(halves[:, :6], np.sin(np.arange(16)[:, None] / 10000 ** (np.arange(6) / 6)))
 
 
-def test_float16_stays_finite():
-    """T5's states outgrow float16 where it was trained in bfloat16: they are clamped, and nothing is NaN."""
-    config = ENCODER_DECODERS["t5"]
-    large = jax.tree.map(lambda x: (x * 60).astype("float16"), model_params(config))
-    run = jax.jit(lambda p: config.make().apply({"params": p}, IDS, TARGET, REAL))
-    out = run(large)
-    assert np.isfinite(out.last_hidden_state).all() and np.isfinite(out.logits).all()
+@pytest.mark.parametrize("name, scale", [("t5_1.1", 200), ("transformer_pre", 1500), ("marian", 1500)])
+def test_float16_equals_float32_where_states_pass_its_range(name, scale):
+    """Feed-forwards this large pass 65504 inside and in the sums behind them."""
+    config = ENCODER_DECODERS[name]
+    enlarge = lambda path, x: (x * scale if "/mlp/" in path and path.endswith("kernel") else x).astype("float16")
+    half = paths.map_with_path(enlarge, model_params(config, std=0.1))
+    run = lambda p: config.make().apply({"params": p}, IDS, TARGET, REAL, output_hidden_states=True)
+    got, want = jax.device_get(jax.jit(lambda p: (run(p), run(weights.cast(p, jnp.float32))))(half))
+    assert config.block.norm == "post" or abs(want.hidden_states[1]).max() > 65504
+    assert got.last_hidden_state.dtype == np.float16
+    got, want = got.logits[..., :V], want.logits[..., :V]
+    np.testing.assert_allclose(got, want, rtol=0, atol=0.01 * abs(want).max())
 
 
 @pytest.mark.parametrize("name", ["transformer", "t5"])

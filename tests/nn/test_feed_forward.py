@@ -52,6 +52,24 @@ def test_formula(activation, gated, use_bias):
     assert {k: set(v) for k, v in shapes.items()} == {k: set(v) for k, v in params_of(gated, use_bias).items()}
 
 
+def test_a_wide_layer_in_float16_equals_float32_past_65504():
+    """Values and gradients: the product of gate and up passes float16's range, and the down product again."""
+    half = jax.tree.map(lambda x: (x * 300).astype(np.float16), params_of(True, False))
+    x = X.astype(np.float16)
+
+    def run(params, x):
+        return FeedForward(6, "gelu_tanh", True, False, wide=True).apply({"params": params}, x)
+
+    grad = lambda params, x: jax.grad(lambda p: run(p, x).sum() / 2**20)(params)
+    both = jax.jit(lambda params, x: (run(params, x), grad(params, x)))
+    whole = jax.tree.map(lambda x: x.astype(np.float32), half)
+    (got, grads), (want, wanted) = both(half, x), both(whole, x.astype(np.float32))
+    assert got.dtype == jnp.float32 and abs(want).max() > 65504
+    np.testing.assert_allclose(got, want, rtol=0, atol=0.005 * abs(want).max())
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=0.005 * abs(b).max())
+    jax.tree.map(close, grads, wanted)
+
+
 def test_every_activation_has_a_formula():
     assert FORMULAS.keys() == ACTIVATIONS.keys()
 

@@ -103,6 +103,22 @@ def test_equals_transformers(name, precision, tmp_path, monkeypatch):
         check_gradients(grads, theirs, tmp_path / "grads", BOUNDS[precision], ("logits_bias",))  # a buffer of theirs
 
 
+@pytest.mark.parametrize("name, scale", [("t5", 400.0), ("t5_1.1", 40.0), ("mt5_tied", 40.0)])
+def test_float16_is_as_close_to_float32_as_theirs(name, scale, tmp_path):
+    """Feed-forwards this large pass 65504 in their products; transformers keeps `wo` in float32."""
+    model = make(name, torch.float32)
+    with torch.no_grad():
+        for path, p in model.named_parameters():
+            p.mul_(scale if "DenseReluDense" in path else 1.0)
+        model.save_pretrained(tmp_path)
+        ids = dict(input_ids=torch.tensor(IDS), decoder_input_ids=torch.tensor(IDS[:, :T]))
+        want = model(**ids).logits.numpy()
+        theirs = type(model).from_pretrained(tmp_path, dtype=torch.float16).eval()(**ids).logits.float().numpy()
+    ours = interop.load(tmp_path, dtype="float16")
+    got = np.asarray(ours.model.apply({"params": ours.params}, IDS, IDS[:, :T]).logits[..., :61], np.float32)
+    assert abs(got - want).max() < 1.5 * abs(theirs - want).max() < 0.02 * abs(want).max()
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_export_loads_in_transformers(name, tmp_path):
     theirs = make(name, torch.float32)
