@@ -1,33 +1,41 @@
-"""LoRA in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`, both ways."""
+"""LoRA in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`, both ways.
 
-import json
+A head with labels trains beside LoRA and is stored whole, as PEFT does it (`modules_to_save`).
+"""
+
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from llm_jax.delta.lora import Lora, LoraConfig
-from llm_jax.interop import llama
+from llm_jax.interop import llama, names, peft_config
 from llm_jax.interop.names import InteropError, Rule
 from llm_jax.models.llama import LlamaConfig
 from llm_jax.nn import paths, weights
 from llm_jax.nn.stack import stack
 from llm_jax.storage.safetensors import TensorFolder, save_file
 
+FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_LABELS = "classifier/"  # our parameters of a head with labels
 
 
 def _rules(config: Any) -> list[Rule]:
     if not isinstance(config, LlamaConfig):
         raise InteropError("PEFT files are supported for the Llama family; GPT-2's fused projections have no match")
-    return [r for r in llama.rules(config) if r.ours.endswith("kernel")]
+    return llama.rules(config)
 
 
 def save(path: epath.PathLike, model: Any, params: Any, base: str = "") -> None:
-    """Writes the LoRA in `params` (not the base) so that `peft.PeftModel.from_pretrained` reads it.
+    """Writes the LoRA in `params` so that `peft.PeftModel.from_pretrained` reads it.
+
+    Of the base only a head with labels is written. LoRA on that head is merged into it: PEFT stores a module whole or
+    by matrices, not both.
 
     Raises:
       InteropError: if there is no LoRA, or its nodes differ in rank or scale.
@@ -41,9 +49,13 @@ def save(path: epath.PathLike, model: Any, params: Any, base: str = "") -> None:
     if len(settings) > 1:
         raise InteropError(f"LoRA nodes differ in (rank, scale, dropout): {sorted(settings)}")
     rank, scale, dropout = settings.pop()
-    tensors, modules = {}, set()
-    for rule in _rules(model.config):
-        if rule.ours not in nodes:
+    rules, head = _rules(model.config), {k: v for k, v in params.items() if f"{k}/" == _LABELS}
+    whole = names.write_params(head, rules, {}, jnp.float32)
+    tensors = {_PREFIX + name: np.ascontiguousarray(array) for name, array in whole}
+    nodes = {p: w for p, w in nodes.items() if not p.startswith(_LABELS)}
+    modules = set()
+    for rule in rules:
+        if rule.ours not in nodes or not rule.ours.endswith("kernel"):
             continue
         node, name = nodes.pop(rule.ours), rule.theirs.removesuffix(".weight")
         modules.add(name.rpartition(".")[2])
@@ -56,40 +68,25 @@ def save(path: epath.PathLike, model: Any, params: Any, base: str = "") -> None:
         raise InteropError(f"LoRA on {sorted(nodes)[:3]} has no place in PEFT's format")
     folder = epath.Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
-    settings_json = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
-        "lora_alpha": scale * rank, "lora_dropout": dropout, "use_rslora": False, "bias": "none",
-        "fan_in_fan_out": False, "target_modules": sorted(modules), "inference_mode": True,
-    }  # fmt: skip
-    (folder / "adapter_config.json").write_text(json.dumps(settings_json, indent=2) + "\n")
+    save_file(tensors, str(folder / FILE), metadata={"format": "pt"})
+    settings_of = LoraConfig(rank=rank, alpha=scale * rank, dropout=dropout)
+    peft_config.write(folder, settings_of, model.config.head, sorted(modules), base)
 
 
 def load(path: epath.PathLike, model: Any, params: Any) -> Any:
-    """Attaches the LoRA of a PEFT folder to `params`.
+    """Attaches the LoRA of a PEFT folder to `params`, and puts in the modules that the folder holds whole.
 
     Raises:
-      InteropError: on another kind of adapter, a tensor without a home, or a wrong shape.
+      InteropError: on another kind of adapter, a field or a tensor without a home, or a wrong shape.
     """
     folder = epath.Path(path)
-    file = folder / "adapter_config.json"
-    if not file.exists():
-        raise InteropError(f"{folder} holds no PEFT adapter: adapter_config.json is missing")
-    try:
-        raw = dict(json.loads(file.read_text()))
-    except (ValueError, TypeError) as e:
-        raise InteropError(f"{file} is no adapter config: {e}") from e
-    if raw.get("peft_type") != "LORA" or raw.get("use_dora") or raw.get("bias", "none") != "none":
-        raise InteropError(f"{file}: only plain LoRA (no DoRA, no biases) is supported, not {raw.get('peft_type')}")
-    if raw.get("rank_pattern") or raw.get("alpha_pattern"):
-        raise InteropError(f"{file}: rank_pattern and alpha_pattern are not supported")
-    try:
-        config = LoraConfig(rank=raw["r"], alpha=float(raw["lora_alpha"]), rs=bool(raw.get("use_rslora")))
-    except (KeyError, ValueError, TypeError) as e:
-        raise InteropError(f"{file} lacks or misstates {e}") from e
-    source = TensorFolder(folder)
+    config, saved = peft_config.read(folder)
+    rules = _rules(model.config)
+    source = TensorFolder(folder / FILE if (folder / FILE).exists() else folder)
     params, used = stack(params), set()
-    for rule in _rules(model.config):
+    for rule in rules:
+        if not rule.ours.endswith("kernel"):
+            continue
         name = rule.theirs.removesuffix(".weight")
         pattern = re.compile(re.escape(_PREFIX + name).replace(re.escape("{l}"), r"(\d+)") + r"\.lora_A\.weight")
         found = sorted(int(m.group(1)) if m.groups() else 0 for m in map(pattern.fullmatch, source) if m)
@@ -114,9 +111,37 @@ def load(path: epath.PathLike, model: Any, params: Any) -> Any:
             arrays = [source[k].T for k in keys]
             sides.append(jnp.asarray(np.stack(arrays) if "{l}" in name else np.array(arrays[0])))
         a, b = sides
-        node = Lora(w, a, b, config.scale, float(raw.get("lora_dropout", 0.0)))
+        node = Lora(w, a, b, config.scale, config.dropout)
         params = weights.replace(params, rule.ours, lambda _, __, node=node: node)
-    extra = sorted(set(source) - used)
+    rest = {name.removeprefix(_PREFIX): source[name] for name in source if name not in used}
+    return _put_whole(folder, model.config, params, rest, saved, rules)
+
+
+def _put_whole(
+    folder: epath.Path,
+    config: Any,
+    params: Any,
+    rest: Mapping[str, np.ndarray],
+    saved: Sequence[str],
+    rules: Sequence[Rule],
+) -> Any:
+    """Replaces the parameters that are stored whole: those of `saved` modules, and any other that is there."""
+    is_saved = lambda rule: any(part in saved for part in rule.theirs.split("."))
+    pattern = lambda rule: re.compile(re.escape(rule.theirs).replace(re.escape("{l}"), r"\d+"))
+    there = dict(paths.flatten(params, weights.is_node))
+    here = [r for r in rules if r.ours in there]
+    chosen = [r for r in here if is_saved(r) or any(map(pattern(r).fullmatch, rest))]
+    if config.tied and any(is_saved(r) for r in chosen if r.ours == "embed/embedding"):
+        raise InteropError(f"{folder} unties the output layer from embed_tokens; the base ties them (tied=True)")
+    wanted = {r.ours: there[r.ours] for r in chosen}
+    extra = sorted(n for n in rest if not any(pattern(r).fullmatch(n) for r in chosen))
     if extra:
-        raise InteropError(f"{folder} holds tensors without a home: {extra[:3]}")
+        is_head = any(n.split(".")[-2] in ("score", "classifier", "qa_outputs") for n in extra if "." in n)
+        remedy = f"; the base has head={config.head!r}: load it with another head" if is_head else ""
+        raise InteropError(f"{folder} holds tensors without a home: {[_PREFIX + n for n in extra[:3]]}{remedy}")
+    shapes = paths.nested((p, jax.ShapeDtypeStruct(weights.shape_of(w), jnp.float32)) for p, w in wanted.items())
+    whole = dict(paths.flatten(names.read_params(rest, rules, shapes, lambda _: False, str(folder))))
+    for path, w in wanted.items():
+        new = whole[path] if weights.is_node(w) else whole[path].astype(w.dtype)
+        params = weights.replace(params, path, lambda _, __, new=new: new)
     return params

@@ -1,5 +1,6 @@
 """PEFT folders, both ways: the same A and B under PEFT's names and layout, and every misfit named."""
 
+import dataclasses
 import functools
 import json
 
@@ -106,6 +107,68 @@ def test_rank_stabilised_files(tmp_path):
     assert loaded["decoder"]["layers"]["attention"]["query"]["kernel"].scale == 5 / 3**0.5
 
 
+CHANGES_MORE = {
+    "layer_replication": [[0, 2], [1, 2]], "alora_invocation_tokens": [2, 7], "use_qalora": True, "lora_bias": True,
+    "use_bdlora": {"nblocks": 2}, "kasa_config": {"a": 1}, "target_parameters": ["mlp.experts"],
+    "velora_config": {"rank": 1},
+    "trainable_token_indices": [1], "megatron_config": {"a": 1}, "arrow_config": {"top_k": 1}, "use_dora": True,
+    "monteclora_config": {"a": 1}, "ensure_weight_tying": True, "bias": "lora_only", "a_field_of_tomorrow": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [*CHANGES_MORE.items(), *(("init_lora_weights", x) for x in ("pissa", "pissa_niter_4", "olora", "corda", "loftq"))],
+)
+def test_fields_that_change_more_than_two_matrices_are_refused_by_name(field, value, tmp_path):
+    with pytest.raises(InteropError, match=f"{field}=.* is not supported, only plain LoRA is"):
+        peft.load(folder(tmp_path, {field: value}), MODEL, base())
+
+
+def test_fields_that_change_nothing_are_accepted(tmp_path):
+    off = dict.fromkeys(CHANGES_MORE, None) | {"use_dora": False, "bias": "none", "loftq_config": {}, "eva_config": {}}
+    said = {"init_lora_weights": "gaussian", "fan_in_fan_out": True, "peft_version": "0.99", "qalora_group_size": 16,
+            "exclude_modules": ["k_proj"], "layers_to_transform": [0, 1], "task_type": None}  # fmt: skip
+    loaded = peft.load(folder(tmp_path, {**off, **said}), MODEL, base())
+    assert isinstance(loaded["decoder"]["layers"]["attention"]["query"]["kernel"], Lora)
+
+
+@pytest.mark.parametrize("head, task, saved", [
+    ("classification", "SEQ_CLS", {"score.weight"}),
+    ("tokens", "TOKEN_CLS", {"score.weight", "score.bias"}),
+    ("span", "QUESTION_ANS", {"qa_outputs.weight", "qa_outputs.bias"}),
+])  # fmt: skip
+def test_a_head_with_labels_is_stored_whole(head, task, saved, tmp_path):
+    model = dataclasses.replace(LLAMA, head=head, labels=("a", "b", "c")).make()
+    trained = noise(model, 1.0)
+    query = trained["decoder"]["layers"]["attention"]["query"]
+    query["kernel"] = attached()["decoder"]["layers"]["attention"]["query"]["kernel"].replace(base=query["kernel"])
+    peft.save(tmp_path, model, trained)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["task_type"] == task and config["target_modules"] == ["q_proj"]
+    assert {name.split(".")[0] for name in saved} & set(config["modules_to_save"])
+    stored = set(TensorFolder(tmp_path))
+    assert {n for n in stored if "lora" not in n} == {f"base_model.model.{name}" for name in saved}
+    fresh = {**lora.detach(trained), "classifier": jax.tree.map(lambda x: x + 1, trained["classifier"])}
+    same(peft.load(tmp_path, model, fresh), trained)
+    with pytest.raises(InteropError, match="without a home.*the base has head='lm'"):
+        peft.load(tmp_path, MODEL, base())
+    write_folder(tmp_path, [(n, np.array(a)) for n, a in TensorFolder(tmp_path).items() if "lora" in n])
+    with pytest.raises(InteropError, match="missing (score|qa_outputs)"):
+        peft.load(tmp_path, model, fresh)
+
+
+def test_other_modules_stored_whole_take_the_place_of_the_base(tmp_path):
+    new = np.arange(24, dtype=np.float32)
+    path = folder(tmp_path / "norm", {"modules_to_save": ["norm"]}, {"base_model.model.model.norm.weight": new})
+    np.testing.assert_array_equal(peft.load(path, MODEL, base())["final_norm"]["scale"], new)
+    tied = dataclasses.replace(LLAMA, tied=True).make()
+    table = {"base_model.model.model.embed_tokens.weight": np.ones((31, 24), np.float32)}
+    path = folder(tmp_path / "table", {"modules_to_save": ["embed_tokens"]}, table)
+    with pytest.raises(InteropError, match="unties the output layer"):
+        peft.load(path, tied, noise(tied, 1.0))
+
+
 def wrong(name, shape):
     return {"tensors": {f"{PREFIX}{name}.weight": np.ones(shape, np.float32)}}
 
@@ -113,7 +176,7 @@ def wrong(name, shape):
 ERRORS = [
     ({"config": {"peft_type": "IA3"}}, "only plain LoRA (no DoRA, no biases) is supported, not IA3"),
     ({"config": {"use_dora": True}}, "only plain LoRA"),
-    ({"config": {"bias": "all"}}, "only plain LoRA"),
+    ({"config": {"bias": "all"}}, "bias='all' is not supported, only plain LoRA"),
     ({"config": {"rank_pattern": {"q_proj": 4}}}, "rank_pattern and alpha_pattern are not supported"),
     ({"config": {"alpha_pattern": {"q_proj": 4}}}, "rank_pattern and alpha_pattern are not supported"),
     ({"config": {"r": "drop"}}, "lacks or misstates 'r'"),

@@ -1,5 +1,7 @@
 """LoRA equals peft with copied matrices, in both directions, merged and unmerged, gradients too."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ import transformers
 from llm_jax import interop
 from llm_jax.delta import lora
 from llm_jax.interop import peft as peft_format
+from llm_jax.interop import peft_config
 from llm_jax.nn import paths
 from llm_jax.training.trainable import combine, partition
 
@@ -80,3 +83,71 @@ def test_our_adapter_there(theirs, tmp_path):
     want = base.model.apply({"params": params}, jnp.asarray(IDS)).logits
     np.testing.assert_allclose(logits_of(adapted), want, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(logits_of(adapted.merge_and_unload()), want, rtol=1e-5, atol=1e-5)
+
+
+def test_every_field_of_theirs_is_decided():
+    """A field that is in no table is refused unless it is off; its default must then be off."""
+    decided = peft_config.HONOURED | peft_config.NEUTRAL | peft_config.ALLOWED.keys()
+    defaults = peft.LoraConfig().to_dict()
+    assert {f.name for f in dataclasses.fields(peft.LoraConfig)} - defaults.keys() <= peft_config.NEUTRAL
+    left = {name: value for name, value in defaults.items() if name not in decided and value not in peft_config.OFF}
+    assert not left
+    for name, allowed in peft_config.ALLOWED.items():
+        assert defaults[name] in allowed or name == "peft_type"
+
+
+NEUTRAL = [
+    {"init_lora_weights": False}, {"init_lora_weights": "gaussian"}, {"init_lora_weights": "orthogonal"},
+    {"init_lora_weights": "eva", "eva_config": peft.EvaConfig()}, {"exclude_modules": ["k_proj"]},
+    {"layers_to_transform": [0, 1], "layers_pattern": "layers"}, {"fan_in_fan_out": True},
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", NEUTRAL, ids=str)
+def test_fields_without_effect_leave_their_logits(theirs, tmp_path, options):
+    settings = peft.LoraConfig(r=4, target_modules=TARGETS, **options)
+    adapted = peft.get_peft_model(theirs, settings)
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            if "lora_" in name:
+                p.normal_(std=0.3)
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    want = logits_of(peft.PeftModel.from_pretrained(again, tmp_path / "adapter").eval())
+    base = interop.load(tmp_path / "base")
+    params = peft_format.load(tmp_path / "adapter", base.model, base.params)
+    np.testing.assert_allclose(base.model.apply({"params": params}, IDS).logits, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind, task", [
+    ("SequenceClassification", "SEQ_CLS"), ("TokenClassification", "TOKEN_CLS"), ("QuestionAnswering", "QUESTION_ANS"),
+])  # fmt: skip
+def test_heads_with_labels_both_ways(theirs, tmp_path, kind, task):
+    config = transformers.LlamaConfig(**{**theirs.config.to_dict(), "num_labels": 3, "pad_token_id": 0})
+    cls = getattr(transformers, f"LlamaFor{kind}")
+    torch.manual_seed(1)
+    cls(config).save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(
+        cls.from_pretrained(tmp_path / "base"), peft.LoraConfig(r=4, target_modules=TARGETS, task_type=task)
+    ).eval()
+    with torch.no_grad():
+        for p in adapted.parameters():
+            if p.requires_grad:  # A, B and the head
+                p.normal_(std=0.3)
+
+    def both(model):
+        with torch.no_grad():
+            out = model(torch.tensor(IDS))
+        return (torch.stack([out.start_logits, out.end_logits], -1) if task == "QUESTION_ANS" else out.logits).numpy()
+
+    want = both(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    base = interop.load(tmp_path / "base")
+    params = peft_format.load(tmp_path / "adapter", base.model, base.params)
+    np.testing.assert_allclose(base.model.apply({"params": params}, IDS).logits, want, rtol=1e-5, atol=1e-5)
+    peft_format.save(tmp_path / "back", base.model, params, str(tmp_path / "base"))
+    again = peft.PeftModel.from_pretrained(cls.from_pretrained(tmp_path / "base"), tmp_path / "back").eval()
+    np.testing.assert_allclose(both(again), want, rtol=1e-5, atol=1e-5)
+    assert type(again) is type(adapted)
