@@ -5,8 +5,8 @@ from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from llm_jax import config as configs
-from llm_jax.interop import heads
-from llm_jax.interop.names import ACTIVATIONS, InteropError, Rule, linear, refuse_unknown, without
+from llm_jax.interop import fields, heads
+from llm_jax.interop.names import ACTIVATIONS, InteropError, Rule, linear, without
 from llm_jax.models.bert import BertConfig
 
 CLASSES = {
@@ -133,23 +133,11 @@ ALBERT_FIELDS = FIELDS | {
     "embedding_dim": "embedding_size",
     "num_groups": "num_hidden_groups",
 }
-# what a missing field means, where it is not what BertConfig says
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "bert": {},
-    "roberta": {"vocab_size": 50265},
-    "distilbert": {"num_layers": 6, "head_dropout": 0.2},
-    "albert": dict(
-        vocab_size=30000, model_dim=4096, num_heads=64, hidden_dim=16384, activation="gelu_new", dropout=0.0,
-        attention_dropout=0.0, head_dropout=0.1, embedding_dim=128, num_groups=1,
-    ),
-}  # fmt: skip
 # fields that must hold what this library computes
-FIXED = {
-    "add_cross_attention": (False, None),
-    "position_embedding_type": ("absolute", None),
-    "sinusoidal_pos_embds": (False, None),
-    "inner_group_num": (1, None),
-    "pruned_heads": ({}, None),
+FIXED: dict[str, tuple[Any, ...]] = {
+    "add_cross_attention": (False,),
+    "position_embedding_type": ("absolute",),
+    "inner_group_num": (1,),
     "hidden_activation": (None,),
 }
 READ = (
@@ -166,7 +154,6 @@ READ = (
 # BERT's and ALBERT's spellings of things without effect
 INERT = (
     *("pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type"),
-    "gradient_checkpointing",
     "net_structure_type",
     "gap_size",
     "layers_to_keep",
@@ -182,14 +169,10 @@ def _fields(kind: str) -> dict[str, str]:
 def config_from_hf(c: dict[str, Any]) -> BertConfig:
     """From the contents of `config.json`."""
     kind = c["model_type"]
-    names, fields, defaults = TABLE[kind], _fields(kind), DEFAULTS[kind]
-    refuse_unknown(c, {*fields.values(), *READ, *FIXED, *INERT})
-    for field, allowed in FIXED.items():
-        if c.get(field) not in allowed:
-            raise InteropError(f"{field}={c[field]!r} is not supported, only {allowed[0]!r}")
-    values = {ours: c[theirs] for ours, theirs in fields.items() if theirs in c}
-    values = {**defaults, **{k: v for k, v in values.items() if v is not None or k == "head_dropout"}}
-    activation = values.pop("activation", "gelu")
+    names, theirs_of = TABLE[kind], _fields(kind)
+    c = fields.checked(c, {*theirs_of.values(), *READ, *INERT}, FIXED)
+    values = {ours: c.get(theirs) for ours, theirs in theirs_of.items()}
+    activation = values.pop("activation")
     if activation not in ACTIVATIONS:
         raise InteropError(f"activation {activation!r} is not supported; there are {', '.join(ACTIVATIONS)}")
     classes = {ours: names.title + theirs for ours, theirs in CLASSES.items()}
@@ -199,12 +182,12 @@ def config_from_hf(c: dict[str, Any]) -> BertConfig:
         raise InteropError(
             f"is_decoder=True is not supported with {classes[head]}, only with {', '.join(DECODERS.values())}"
         )
-    offset = c.get("pad_token_id", 1) + 1 if kind == "roberta" else 0
+    offset = c["pad_token_id"] + 1 if kind == "roberta" else 0
     if kind == "distilbert":
         values |= {"num_token_types": 0, "norm_eps": 1e-12}
     values |= {
         "activation": ACTIVATIONS[activation],
-        "context_length": c.get("max_position_embeddings", 512) - offset,
+        "context_length": c["max_position_embeddings"] - offset,
         "position_offset": offset,
         "head": head,
         "labels": heads.labels_of(c),
@@ -212,7 +195,7 @@ def config_from_hf(c: dict[str, Any]) -> BertConfig:
         "causal": causal,
     }
     if head == "span":  # only DistilBERT drops there
-        values["head_dropout"] = c.get("qa_dropout", 0.1) if kind == "distilbert" else None
+        values["head_dropout"] = c["qa_dropout"] if kind == "distilbert" else None
     elif head == "tokens" and kind == "distilbert":
         values["head_dropout"] = None
     return configs.from_dict(BertConfig, values)

@@ -3,17 +3,18 @@
 from typing import Any
 
 from llm_jax import config as configs
-from llm_jax.interop import heads
-from llm_jax.interop.names import ACTIVATIONS, InteropError, Rule, refuse_unknown, without
+from llm_jax.interop import fields, heads
+from llm_jax.interop.names import ACTIVATIONS, InteropError, Rule, without
 from llm_jax.models.gpt import GPTConfig
 
-# read below; the summary_* fields are of a head that is not here, n_ctx is n_positions again
+# read below; the summary_* fields are of a head that is not here, n_ctx is n_positions again, and
+# reorder_and_upcast_attn computes the same scores in another order
 READ = frozenset(heads.READ) | frozenset(
     """
     scale_attn_by_inverse_layer_idx reorder_and_upcast_attn add_cross_attention scale_attn_weights afn
     activation_function vocab_size n_positions n_embd n_layer n_head n_inner layer_norm_epsilon tie_word_embeddings
     resid_pdrop embd_pdrop attn_pdrop initializer_range n_ctx summary_type summary_use_proj summary_activation
-    summary_first_dropout summary_proj_to_labels n_special predict_special_tokens gradient_checkpointing
+    summary_first_dropout summary_proj_to_labels n_special predict_special_tokens
     """.split()  # noqa: SIM905
 )
 
@@ -44,30 +45,30 @@ def _activation(name: str) -> str:
 def config_from_hf(c: dict[str, Any]) -> GPTConfig:
     """From the contents of `config.json`."""
     first = c["model_type"] == "openai-gpt"
-    refuse_unknown(c, READ)
-    for flag in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"):
+    c = fields.checked(c, READ)
+    for flag in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
         if c.get(flag):
             raise InteropError(f"{flag}=true is not supported")
     if not c.get("scale_attn_weights", True):
         raise InteropError("scale_attn_weights=false is not supported")
-    name = c.get("afn", "gelu") if first else c.get("activation_function", "gelu_new")
+    name = c["afn"] if first else c["activation_function"]
     values = dict(
-        vocab_size=c.get("vocab_size", 40478 if first else 50257),
-        context_length=c.get("n_positions", 512 if first else 1024),
-        model_dim=c.get("n_embd", 768),
-        num_layers=c.get("n_layer", 12),
-        num_heads=c.get("n_head", 12),
+        vocab_size=c["vocab_size"],
+        context_length=c["n_positions"],
+        model_dim=c["n_embd"],
+        num_layers=c["n_layer"],
+        num_heads=c["n_head"],
         hidden_dim=c.get("n_inner"),
         norm="post" if first else "pre",
         # GPT-1's "gelu" is the tanh approximation too (transformers' modeling_openai.py)
         activation="gelu_tanh" if first and name == "gelu" else _activation(name),
-        norm_eps=c.get("layer_norm_epsilon", 1e-5),
-        tied=c.get("tie_word_embeddings", True),
-        dropout=c.get("resid_pdrop", 0.1),
-        embed_dropout=None if c.get("embd_pdrop", 0.1) == c.get("resid_pdrop", 0.1) else c.get("embd_pdrop", 0.1),
-        attention_dropout=c.get("attn_pdrop", 0.1),
+        norm_eps=c["layer_norm_epsilon"],
+        tied=c["tie_word_embeddings"],
+        dropout=c["resid_pdrop"],
+        embed_dropout=None if c["embd_pdrop"] == c["resid_pdrop"] else c["embd_pdrop"],
+        attention_dropout=c["attn_pdrop"],
         **heads.on_decoder(c, CLASSES[c["model_type"]]),
-        init_std=c.get("initializer_range", 0.02),
+        init_std=c["initializer_range"],
     )
     return configs.from_dict(GPTConfig, values)  # checks types: JSON may hold anything
 

@@ -3,8 +3,8 @@
 from typing import Any
 
 from llm_jax import config as configs
-from llm_jax.interop import heads
-from llm_jax.interop.names import ACTIVATIONS, InteropError, Rule, refuse_unknown, without
+from llm_jax.interop import fields, heads
+from llm_jax.interop.names import ACTIVATIONS, InteropError, Rule, some, without
 from llm_jax.models.llama import LlamaConfig
 from llm_jax.nn.positions import RotaryScaling
 
@@ -14,7 +14,7 @@ READ = frozenset(heads.READ) | frozenset(
     vocab_size max_position_embeddings hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads head_dim hidden_act rms_norm_eps tie_word_embeddings rope_theta rope_scaling rope_parameters
     rope_interleaved use_mrope attention_bias mlp_bias sliding_window use_sliding_window max_window_layers layer_types
-    pretraining_tp attention_dropout initializer_range is_llama_config
+    attention_dropout initializer_range is_llama_config
     """.split()  # noqa: SIM905
 )
 MODEL_TYPES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
@@ -32,49 +32,68 @@ def _classes(kind: str) -> dict[str, str]:
     return {ours: MODEL_TYPES[kind] + theirs for ours, theirs in CLASSES.items()}
 
 
+# theirs -> ours
+SCALING = {
+    "original_max_position_embeddings": "original_length", "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow",
+    "attention_factor": "attention_factor", "truncate": "truncate",
+}  # fmt: skip
+# read here and in config_from_hf; the last says how a model was trained
+ROPE = frozenset([*SCALING, "rope_type", "type", "factor", "rope_theta", "mscale", "mscale_all_dim", "finetuned"])
+
+
 def _scaling(rope: dict[str, Any], context: int) -> RotaryScaling | None:
+    whole = {"partial_rotary_factor": 1.0}
+    unknown = sorted(k for k, v in rope.items() if k not in ROPE and v not in (*fields.EMPTY, whole.get(k)))
+    if unknown:
+        raise InteropError(f"rope has {some(unknown)}, which is not supported")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
-    names = {
-        "original_max_position_embeddings": "original_length", "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow",
-        "attention_factor": "attention_factor", "truncate": "truncate",
-    }  # fmt: skip
     if kind not in ("linear", "llama3", "yarn"):
         raise InteropError(f"rope_type {kind!r} is not supported; there are default, linear, llama3, yarn")
     if kind == "yarn" and (rope.get("mscale") or rope.get("mscale_all_dim")):
         raise InteropError("yarn with mscale is not supported")
-    values = {ours: rope[theirs] for theirs, ours in names.items() if rope.get(theirs) is not None}
+    values = {ours: rope[theirs] for theirs, ours in SCALING.items() if rope.get(theirs) is not None}
     values.setdefault("original_length", context)
     return RotaryScaling(kind=kind, factor=float(rope["factor"]), **values)
+
+
+def _window(c: dict[str, Any], kind: str) -> int | None:
+    """Width of the sliding window of all layers; Qwen's classes let the layers from `max_window_layers` on slide."""
+    if kind == "llama":
+        return None
+    window, count, kinds = c["sliding_window"], c["num_hidden_layers"], c.get("layer_types")
+    if kind == "mistral":  # its class slides in all layers, whatever their types are
+        if window is not None and "full_attention" in (kinds or []):
+            raise InteropError("a sliding window in some layers only is not supported")
+        return window
+    window = window if c["use_sliding_window"] else None
+    if not kinds:
+        full = count if window is None else min(c["max_window_layers"], count)
+        kinds = ["full_attention"] * full + ["sliding_attention"] * (count - full)
+    unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+    if unknown or len(kinds) != count:
+        raise InteropError(f"layer_types={kinds} must name full_attention or sliding_attention for {count} layers")
+    if len(set(kinds)) > 1:
+        raise InteropError("a sliding window in some layers only is not supported")
+    if kinds[0] == "sliding_attention" and window is None:
+        raise InteropError("layer_types has sliding_attention, but use_sliding_window=false or sliding_window=null")
+    return window if kinds[0] == "sliding_attention" else None
 
 
 def config_from_hf(c: dict[str, Any]) -> LlamaConfig:
     """From the contents of `config.json`, of transformers 4 and 5."""
     kind = c["model_type"]
-    refuse_unknown(c, READ)
+    c = fields.checked(c, READ)
     for flag in ("rope_interleaved", "use_mrope"):
         if c.get(flag):
             raise InteropError(f"{flag}=true is not supported")
-    rope = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}
-    context = c.get("max_position_embeddings", 2048)
-    activation = c.get("hidden_act", "silu")
+    rope = c.get("rope_scaling") or c.get("rope_parameters") or {}
+    context, activation = c["max_position_embeddings"], c["hidden_act"]
     if activation not in ACTIVATIONS:
         raise InteropError(f"hidden_act {activation!r} is not supported; there are {', '.join(ACTIVATIONS)}")
-    window = c.get("sliding_window")
-    if kind.startswith("qwen"):
-        layers = c.get("layer_types") or []
-        if c.get("use_sliding_window") and (c.get("max_window_layers", 0) > 0 or "full_attention" in layers):
-            raise InteropError("a sliding window in some layers only is not supported")
-        window = window if c.get("use_sliding_window") else None
-    elif kind == "llama":
-        window = None
-    elif window is not None and "full_attention" in (c.get("layer_types") or []):
-        raise InteropError("a sliding window in some layers only is not supported")
-    if c.get("pretraining_tp", 1) != 1:
-        raise InteropError("pretraining_tp other than 1 is not supported")
-    bias = c.get("attention_bias", False)
+    bias = c["attention_bias"] if kind in ("llama", "qwen3") else False
     values = dict(
         vocab_size=c["vocab_size"],
         context_length=context,
@@ -82,21 +101,21 @@ def config_from_hf(c: dict[str, Any]) -> LlamaConfig:
         num_layers=c["num_hidden_layers"],
         num_heads=c["num_attention_heads"],
         num_kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
-        head_dim=c.get("head_dim") or (128 if kind == "qwen3" else None),
+        head_dim=c.get("head_dim"),
         hidden_dim=c["intermediate_size"],
         activation=ACTIVATIONS[activation],
-        norm_eps=c.get("rms_norm_eps", 1e-6),
-        tied=c.get("tie_word_embeddings", False),
+        norm_eps=c["rms_norm_eps"],
+        tied=c["tie_word_embeddings"],
         rope_theta=float(rope.get("rope_theta", c.get("rope_theta", 10000.0))),
         rope_scaling=_scaling(rope, context),
         qkv_bias=True if kind == "qwen2" else bias,
-        out_bias=bias if kind in ("llama", "qwen3") else False,
-        mlp_bias=c.get("mlp_bias", False),
+        out_bias=bias,
+        mlp_bias=c["mlp_bias"] if kind == "llama" else False,
         qk_norm=kind == "qwen3",
-        window=window,
-        attention_dropout=c.get("attention_dropout", 0.0),
+        window=_window(c, kind),
+        attention_dropout=c["attention_dropout"],
         **heads.on_decoder(c, _classes(kind)),
-        init_std=c.get("initializer_range", 0.02),
+        init_std=c["initializer_range"],
     )
     return configs.from_dict(LlamaConfig, values)  # checks types: JSON may hold anything
 

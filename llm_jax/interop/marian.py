@@ -3,7 +3,8 @@
 from typing import Any
 
 from llm_jax import config as configs
-from llm_jax.interop.names import ACTIVATIONS, InteropError, Rule, banned, refuse_unknown
+from llm_jax.interop import fields
+from llm_jax.interop.names import ACTIVATIONS, InteropError, Rule, banned
 from llm_jax.models.transformer import TransformerConfig
 
 CLASSES = ("MarianMTModel", "MarianModel")
@@ -24,27 +25,23 @@ FIELDS = {
     "scale_embedding": "scale_embedding",
     "start_id": "decoder_start_token_id",
 }
-DEFAULTS = dict(
-    vocab_size=58101, model_dim=1024, num_layers=12, num_decoder_layers=12, num_heads=16, hidden_dim=4096,
-    activation="gelu", init_std=0.02, scale_embedding=False, start_id=58100,
-)  # fmt: skip
 # fields that must hold what this library computes
 FIXED: dict[str, tuple[Any, ...]] = {
-    "share_encoder_decoder_embeddings": (True, None),
-    "tie_word_embeddings": (True, None),
-    "normalize_before": (False, None),
-    "add_final_layer_norm": (False, None),
-    "normalize_embedding": (False, None),
-    "add_bias_logits": (False, None),
-    "extra_pos_embeddings": (0, None),
-    "static_position_embeddings": (True, None),
-    "encoder_layerdrop": (0.0, None),
-    "decoder_layerdrop": (0.0, None),
-    "is_decoder": (False, None),
+    "share_encoder_decoder_embeddings": (True,),
+    "tie_word_embeddings": (True,),
+    "normalize_before": (False,),
+    "add_final_layer_norm": (False,),
+    "normalize_embedding": (False,),
+    "add_bias_logits": (False,),
+    "extra_pos_embeddings": (0,),
+    "static_position_embeddings": (True,),
+    "encoder_layerdrop": (0.0,),
+    "decoder_layerdrop": (0.0,),
+    "is_decoder": (False,),
 }
 READ = (
     *("activation_function", "decoder_attention_heads", "decoder_ffn_dim", "decoder_vocab_size", "num_hidden_layers"),
-    *("classifier_dropout", "classif_dropout", "gradient_checkpointing"),  # of a head that is not here
+    *("classifier_dropout", "classif_dropout"),  # of a head that is not here
 )
 
 LAYER = {
@@ -56,23 +53,20 @@ MLP = {"up": "fc1", "down": "fc2"}
 
 def config_from_hf(c: dict[str, Any]) -> TransformerConfig:
     """From the contents of `config.json`."""
-    refuse_unknown(c, {*FIELDS.values(), *READ, *FIXED})
+    c = fields.checked(c, {*FIELDS.values(), *READ}, FIXED)
     name = (c.get("architectures") or ["MarianMTModel"])[0]
     if name not in CLASSES:
         raise InteropError(f"architectures {name!r} is not supported; there are {', '.join(CLASSES)}")
-    for field, allowed in FIXED.items():
-        if c.get(field) not in allowed:
-            raise InteropError(f"{field}={c[field]!r} is not supported, only {allowed[0]!r}")
     for decoder, encoder in (
         ("decoder_attention_heads", "encoder_attention_heads"),
         ("decoder_ffn_dim", "encoder_ffn_dim"),
     ):
-        if c.get(decoder) != c.get(encoder):
-            raise InteropError(f"{decoder}={c.get(decoder)} differs from {encoder}={c.get(encoder)}: not supported")
-    if c.get("decoder_vocab_size") not in (None, c.get("vocab_size")):
+        if c[decoder] != c[encoder]:
+            raise InteropError(f"{decoder}={c[decoder]} differs from {encoder}={c[encoder]}: not supported")
+    if c.get("decoder_vocab_size") not in (None, c["vocab_size"]):
         raise InteropError(f"decoder_vocab_size={c['decoder_vocab_size']} differs from vocab_size: not supported")
-    values = {**DEFAULTS, **{ours: c[theirs] for ours, theirs in FIELDS.items() if theirs in c}}
-    activation = c.get("activation_function", "gelu")
+    values = {ours: c[theirs] for ours, theirs in FIELDS.items()}
+    activation = c["activation_function"]
     if activation not in ACTIVATIONS:
         raise InteropError(f"activation {activation!r} is not supported; there are {', '.join(ACTIVATIONS)}")
     values |= {

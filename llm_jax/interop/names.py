@@ -7,7 +7,7 @@ is by slices, tensor by tensor, the largest first: never is more in memory than 
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,38 +31,6 @@ ACTIVATIONS = {
 
 class InteropError(ValueError):
     """A model that cannot be loaded or saved; the message names the tensors."""
-
-
-# fields of every config.json that change no number of a forward pass
-INERT = frozenset(
-    """
-    _num_labels output_past name xla_device tie_weights_ directionality sentence_transformers transformers.js_config
-    sbert_ce_default_activation_function
-    model_type architectures transformers_version torch_dtype dtype _name_or_path auto_map finetuning_task
-    problem_type task_specific_params tokenizer_class use_cache return_dict output_hidden_states output_attentions
-    torchscript chunk_size_feed_forward is_encoder_decoder bos_token_id eos_token_id sep_token_id pad_token_id
-    cls_token_id mask_token_id decoder_start_token_id prefix language _attn_implementation_autoset
-    _attn_implementation name_or_path id2label label2id num_labels classifiers_size vocab_size_or_config_json_file
-    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k
-    top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
-    bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id
-    forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
-    begin_suppress_tokens tf_legacy_loss use_bfloat16
-    """.split()  # noqa: SIM905
-)
-
-
-def refuse_unknown(config: dict[str, Any], known: Collection[str]) -> None:
-    """Refuses fields of a config.json that might change what a model computes and that nobody here reads.
-
-    Raises:
-      InteropError: naming them.
-    """
-    unknown = sorted(k for k in config.keys() - INERT - set(known))
-    if unknown:
-        raise InteropError(
-            f"config.json has {_some(unknown)}, which this library does not know; take them out if they change nothing"
-        )
 
 
 def banned(config: dict[str, Any]) -> tuple[int, ...]:
@@ -177,12 +145,12 @@ def read_params(
             continue
         wanted |= {theirs.format(l=i) for i in range(leaf.shape[0])} if "{l}" in theirs else {theirs}
     if given:
-        log.info("%s has no %s: initialised", where, _some(sorted(given)))
+        log.info("%s has no %s: initialised", where, some(sorted(given)))
     missing = sorted(wanted - set(source))
     replaced = {by_path[path].theirs for path in given}
     extra = sorted(n for n in set(source) - wanted - replaced if not ignored(n))
     if missing or extra:
-        parts = [f"missing {_some(missing)}"] * bool(missing) + [f"unexpected {_some(extra)}"] * bool(extra)
+        parts = [f"missing {some(missing)}"] * bool(missing) + [f"unexpected {some(extra)}"] * bool(extra)
         raise InteropError(f"{where} does not fit its config: {'; '.join(parts)}")
     flat_shardings = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings)
     out: list[Any] = [None] * len(leaves)
@@ -212,7 +180,8 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[start : raw.size - 64 + start].view(dtype).reshape(shape)
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first four names, and how many more there are."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
@@ -321,7 +290,7 @@ def write_params(
             by_theirs.setdefault(rule.theirs, []).append(rule)
     homeless = sorted(values.keys() - {r.ours for r in rules})
     if homeless:
-        raise InteropError(f"{_some(homeless)} have no place in that format; merge or detach what was added first")
+        raise InteropError(f"{some(homeless)} have no place in that format; merge or detach what was added first")
     for theirs, group in by_theirs.items():
         group = sorted(group, key=lambda r: 0 if r.part is None else r.part[0])
         count = jax.tree.leaves(values[group[0].ours])[0].shape[0] if "{l}" in theirs else None

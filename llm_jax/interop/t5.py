@@ -5,8 +5,8 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from llm_jax import config as configs
-from llm_jax.interop import heads
-from llm_jax.interop.names import ACTIVATIONS, InteropError, Rule, banned, linear, refuse_unknown
+from llm_jax.interop import fields, heads
+from llm_jax.interop.names import ACTIVATIONS, InteropError, Rule, banned, linear
 from llm_jax.models.t5 import T5Config
 
 # ours -> theirs; then what an encoder alone is, and an old spelling
@@ -39,7 +39,7 @@ FIELDS = {
 }
 READ = (
     *("feed_forward_proj", "dense_act_fn", "is_gated_act", "tie_word_embeddings", "scale_decoder_outputs"),
-    *("is_decoder", "gradient_checkpointing"),
+    "is_decoder",
 )
 
 # ours -> theirs; a layer's parts are numbered, and cross-attention moves the feed-forward
@@ -56,10 +56,10 @@ PARTS = {
 
 def config_from_hf(c: dict[str, Any]) -> T5Config:
     """From the contents of `config.json`."""
-    refuse_unknown(c, {*FIELDS.values(), *READ})
+    c = fields.checked(c, {*FIELDS.values(), *READ})
     wrote = [name.removeprefix("M") for name in c.get("architectures") or []]  # mT5's classes are T5's
     head = heads.of({"architectures": wrote}, CLASSES, "lm", ALSO)
-    kind, _, rest = c.get("feed_forward_proj", "relu").rpartition("-")
+    kind, _, rest = c["feed_forward_proj"].rpartition("-")
     activation = "gelu_new" if (kind, rest) == ("gated", "gelu") else rest  # theirs means the approximation there
     if kind not in ("", "gated") or activation not in ACTIVATIONS:
         raise InteropError(
@@ -67,7 +67,7 @@ def config_from_hf(c: dict[str, Any]) -> T5Config:
             f"{', '.join(ACTIVATIONS)}"
         )
     values = {ours: c[theirs] for ours, theirs in FIELDS.items() if theirs in c}
-    tied = c.get("tie_word_embeddings", True) is not False
+    tied = c["tie_word_embeddings"] is not False
     end = c.get("eos_token_id", 1)
     values |= {
         "activation": ACTIVATIONS[activation],

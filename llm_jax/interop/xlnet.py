@@ -3,8 +3,8 @@
 from typing import Any
 
 from llm_jax import config as configs
-from llm_jax.interop import heads
-from llm_jax.interop.names import ACTIVATIONS, InteropError, Rule, linear, refuse_unknown, without
+from llm_jax.interop import fields, heads
+from llm_jax.interop.names import ACTIVATIONS, InteropError, Rule, linear, without
 from llm_jax.models.xlnet import XLNetConfig
 
 CLASSES = {
@@ -30,16 +30,13 @@ FIELDS = {
     "head_dropout": "summary_last_dropout",
     "init_std": "initializer_range",
 }
-DEFAULTS = dict(
-    model_dim=1024, num_layers=24, num_heads=16, hidden_dim=4096, memory_length=512, reuse_length=None, head_dropout=0.1
-)
 # fields that must hold what this library computes
-FIXED: dict[str, tuple[Any, ...]] = {
-    "summary_type": ("last", None),
-    "summary_use_proj": (True, None),
-    "summary_activation": ("tanh", None),
-    "untie_r": (True, None),
-    "tie_word_embeddings": (True, None),
+FIXED: dict[str, tuple[Any, ...]] = {"untie_r": (True,), "tie_word_embeddings": (True,)}
+# the same, of heads that read one state for a row
+SUMMARY: dict[str, tuple[Any, ...]] = {
+    "summary_type": ("last",),
+    "summary_use_proj": (True,),
+    "summary_activation": ("tanh",),
 }
 # how a memory is used, and which rows run backwards, is the caller's choice here; the beams are of a head that is not
 # here; d_head and the last are other spellings
@@ -59,13 +56,11 @@ VECTORS = {
 
 def config_from_hf(c: dict[str, Any]) -> XLNetConfig:
     """From the contents of `config.json`."""
-    refuse_unknown(c, {*FIELDS.values(), *READ, *FIXED})
-    for field, allowed in FIXED.items():
-        if c.get(field) not in allowed:
-            raise InteropError(f"{field}={c[field]!r} is not supported, only {allowed[0]!r}")
     head = heads.of(c, CLASSES, "none")
-    values = {**DEFAULTS, **{ours: c[theirs] for ours, theirs in FIELDS.items() if theirs in c}}
-    activation, kind, clamp = c.get("ff_activation", "gelu"), c.get("attn_type", "bi"), c.get("clamp_len", -1)
+    fixed = FIXED | SUMMARY if head in ("classification", "choice") else FIXED
+    c = fields.checked(c, {*FIELDS.values(), *READ, *SUMMARY}, fixed)
+    values = {ours: c[theirs] for ours, theirs in FIELDS.items() if theirs in c}
+    activation, kind, clamp = c["ff_activation"], c["attn_type"], c["clamp_len"]
     if activation not in ACTIVATIONS:
         raise InteropError(f"activation {activation!r} is not supported; there are {', '.join(ACTIVATIONS)}")
     if kind not in ("bi", "uni"):
@@ -77,7 +72,7 @@ def config_from_hf(c: dict[str, Any]) -> XLNetConfig:
         "causal_mask": kind == "uni",
         "clamp_length": clamp if clamp and clamp > 0 else None,
         "memory_length": values["memory_length"] or 0,
-        "reuse_length": values["reuse_length"] or None,
+        "reuse_length": c.get("reuse_len") or None,
         "head": head,
         "labels": heads.labels_of(c),
     }

@@ -154,7 +154,6 @@ BASE = {"model_type": "bert"}
         ),
         ({"rotary_value": True}, "config.json has rotary_value, which this library does not know"),
         ({"model_type": "albert", "inner_group_num": 2}, "inner_group_num=2 is not supported, only 1"),
-        ({"model_type": "distilbert", "sinusoidal_pos_embds": True}, "sinusoidal_pos_embds=True is not supported"),
     ],
 )
 def test_unsupported_fields(values, words):

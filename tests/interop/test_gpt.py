@@ -33,7 +33,6 @@ def test_defaults_are_theirs():
 
 ERRORS = [
     ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=true is not supported"),
-    ({"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn=true"),
     ({"add_cross_attention": True}, "add_cross_attention=true"),
     ({"scale_attn_weights": False}, "scale_attn_weights=false"),
     ({"rotary_dim": 4}, "config.json has rotary_dim, which this library does not know"),

@@ -36,7 +36,7 @@ def test_configs_round_trip(kind, changes):
 
 def minimal(kind="llama", **changes):
     return {"model_type": kind, "vocab_size": 31, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
-            "num_attention_heads": 4, **changes}  # fmt: skip
+            "num_attention_heads": 4, **({} if kind == "llama" else {"num_key_value_heads": 4}), **changes}  # fmt: skip
 
 
 READ = [
@@ -44,7 +44,16 @@ READ = [
     ({"num_key_value_heads": None, "sliding_window": 5}, {"num_kv_heads": 4, "window": None}),  # llama has no window
     ({"kind": "mistral", "sliding_window": None}, {"window": None}),
     ({"kind": "qwen2", "sliding_window": 5}, {"window": None, "qkv_bias": True, "out_bias": False}),  # not switched on
-    ({"kind": "qwen2", "sliding_window": 5, "use_sliding_window": True}, {"window": 5}),
+    ({"kind": "mistral"}, {"window": 4096}),
+    # Qwen's windows begin at layer max_window_layers, the 28th where that is not said
+    ({"kind": "qwen2", "sliding_window": 5, "use_sliding_window": True}, {"window": None}),
+    ({"kind": "qwen2", "sliding_window": 5, "use_sliding_window": True, "max_window_layers": 2}, {"window": None}),
+    ({"kind": "qwen2", "sliding_window": 5, "use_sliding_window": True, "max_window_layers": 0}, {"window": 5}),
+    ({"kind": "qwen3", "use_sliding_window": True, "max_window_layers": 0}, {"window": 4096}),
+    ({"kind": "qwen3", "use_sliding_window": True, "max_window_layers": 0, "sliding_window": None}, {"window": None}),
+    ({"kind": "qwen3", "use_sliding_window": True, "layer_types": ["full_attention"] * 2}, {"window": None}),
+    ({"kind": "qwen3", "use_sliding_window": True, "layer_types": ["sliding_attention"] * 2}, {"window": 4096}),
+    ({"kind": "mistral", "attention_bias": True, "mlp_bias": True}, {"qkv_bias": False, "mlp_bias": False}),
     ({"kind": "qwen3"}, {"head_dim": 128, "qk_norm": True, "qkv_bias": False}),
     ({"rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}}, {"rope_theta": 7.0, "rope_scaling": None}),
     ({"rope_scaling": {"type": "linear", "factor": 2}, "max_position_embeddings": 99},
@@ -62,12 +71,19 @@ UNREADABLE = [
     ({"hidden_act": "mish"}, "hidden_act 'mish' is not supported"),
     ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic' is not supported"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale": 0.7}}, "yarn with mscale"),
-    ({"pretraining_tp": 2}, "pretraining_tp other than 1"),
-    ({"partial_rotary_factor": 0.5}, "config.json has partial_rotary_factor, which this library does not know"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
+    ({"rope_parameters": {"rope_theta": 7.0, "partial_rotary_factor": 0.5}}, "rope has partial_rotary_factor"),
+    ({"rope_scaling": {"type": "linear", "factor": 2, "mrope_section": [1, 1]}}, "rope has mrope_section"),
     ({"rope_interleaved": True}, "rope_interleaved=true is not supported"),
     ({"kind": "mistral", "sliding_window": 5, "layer_types": ["full_attention"]}, "in some layers only"),
     ({"kind": "qwen2", "use_sliding_window": True, "max_window_layers": 1}, "in some layers only"),
-    ({"kind": "qwen3", "use_sliding_window": True, "layer_types": ["full_attention"]}, "in some layers only"),
+    ({"kind": "qwen3", "use_sliding_window": True, "layer_types": ["full_attention"]}, "must name .* for 2 layers"),
+    (
+        {"kind": "qwen3", "use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]},
+        "in some layers only",
+    ),
+    ({"kind": "qwen2", "layer_types": ["sliding_attention"] * 2}, "but use_sliding_window=false"),
+    ({"kind": "qwen2", "layer_types": ["chunked_attention"] * 2}, "must name full_attention or sliding_attention"),
 ]
 
 

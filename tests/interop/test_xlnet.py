@@ -47,7 +47,10 @@ def test_a_folder_round_trips_and_takes_another_head(tmp_path):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"summary_type": "mean"}, "summary_type='mean' is not supported, only 'last'"),
+        (
+            {"summary_type": "mean", "architectures": ["XLNetForSequenceClassification"]},
+            "summary_type='mean' is not supported, only 'last'",
+        ),
         ({"attn_type": "both"}, "attn_type='both' is neither bi nor uni"),
         ({"d_head": 5}, "d_head=5 is not d_model / n_head"),
         ({"ff_activation": "tanh"}, "activation 'tanh' is not supported"),
