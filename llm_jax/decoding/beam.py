@@ -144,7 +144,7 @@ class BeamSearch:
         for token in named:
             if not 0 <= token < model.config.vocab_size:
                 raise ValueError(f"token {token} lies outside of the vocabulary of {model.config.vocab_size}")
-        self.model, self.params = model, prefill.serving(params)
+        self.model, self.params = model, prefill.serving(model, params)
         self.stop_tokens, self.config, self.cache_dtype = tuple(stop_tokens), config, cache_dtype
         self.banned = (*config.banned, *getattr(model.config, "banned_ids", ()))
         self.context_length = context_length or model.config.context_length

@@ -99,7 +99,7 @@ class Generator:
           ValueError: if the model has no decoder.
         """
         prefill.check_generates(model)
-        self.model, self.params = model, prefill.serving(params)
+        self.model, self.params = model, prefill.serving(model, params)
         self.banned = tuple(getattr(model.config, "banned_ids", ()))
         self.stop_tokens, self.sampling, self.cache_dtype = tuple(stop_tokens), sampling, cache_dtype
         self.context_length = context_length or model.config.context_length

@@ -10,6 +10,7 @@ import numpy as np
 from llm_jax.data.labeled_rows import Encoder, Pieces
 from llm_jax.data.tokenizers import Tokenizer
 from llm_jax.decoding.prefill import bucket
+from llm_jax.models import parameters
 from llm_jax.nn import weights
 
 INPUTS = {"classification": (1, 2), "span": (2,), "choice": range(3, 100)}
@@ -61,6 +62,7 @@ def predict(
       ValueError: if the model has no labels, or an input is not of its kind or too long.
     """
     config, kind = model.config, kind_of(model.config)
+    parameters.check(model, params)
     head = "classification" if kind == "regression" else kind
     for given in inputs:
         fits = head == "tokens" or (len(given) in INPUTS[head] and len(given) == len(inputs[0]))

@@ -18,6 +18,7 @@ from llm_jax.data.characters import character_ids
 from llm_jax.data.tokenizers import Tokenizer
 from llm_jax.decoding import prefill
 from llm_jax.decoding.masked import pseudo_logprobs
+from llm_jax.models import parameters
 from llm_jax.nn.weights import wide
 
 
@@ -65,6 +66,7 @@ def of_text(model: Any, params: Any, tokenizer: Tokenizer, text: str) -> np.ndar
       ValueError: if the text says nothing, or the model has no such head.
     """
     config = model.config
+    parameters.check(model, params)
     if config.reads in prefill.WRITES:
         prefill.check_generates(model)
     if config.reads == "source":

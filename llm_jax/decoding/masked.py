@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm_jax.models import parameters
 from llm_jax.nn.weights import wide
 
 ROWS = 16  # texts with one mask each that go through the model at once
@@ -24,6 +25,7 @@ def _log_softmax(model: Any, params: Any, ids_BT: jax.Array, mask_BT: jax.Array)
 def fill(model: Any, params: Any, ids_BT: np.ndarray, attention_mask_BT: np.ndarray) -> np.ndarray:
     """Log-probabilities `[B, T, V]` of every entry at every position, most useful where a mask token stands."""
     _check(model)
+    parameters.check(model, params)
     return np.asarray(_log_softmax(model, params, jnp.asarray(ids_BT), jnp.asarray(attention_mask_BT)))
 
 

@@ -15,7 +15,7 @@ from llm_jax.data import tokenizers
 from llm_jax.interop import bert, elmo, gpt, heads, llama, marian, names, streamed, t5, xlnet
 from llm_jax.interop import gguf as gguf_names
 from llm_jax.interop.names import InteropError
-from llm_jax.models import registry
+from llm_jax.models import parameters, registry
 from llm_jax.models.elmo import ElmoConfig
 from llm_jax.nn import paths, weights
 from llm_jax.nn.execution import Execution
@@ -153,11 +153,6 @@ def _find(path: epath.PathLike) -> epath.Path:
         raise InteropError(f"{path} is no local folder and could not be fetched from the hub: {e}") from e
 
 
-def _abstract(model: Any) -> tuple[Any, Any]:
-    ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    return weights.split_axes(jax.eval_shape(lambda k, i: model.init(k, i)["params"], jax.random.key(0), ids))
-
-
 def _initial(config: Any) -> Any:
     """A head's first values, from key 0: computed for one layer, since the layers are read."""
     changes: Any = {"num_layers": 1} | ({"num_groups": None} if hasattr(config, "num_groups") else {})
@@ -171,7 +166,7 @@ def _read(where, execution, dtype, place, stream, config, source, rules, ignored
     if stream and (place is not None or execution.stack_runner is not None):
         raise InteropError(f"{where}: stream=True is for one device, without place and without a stack_runner")
     dtype, model = dtype or kind, config.make(execution)
-    shapes, axes = _abstract(model)
+    shapes, axes = parameters.declared(config)
     padded = lambda p: p in PADDED and config.vocab_pad_multiple > 1
     shardings = None if place is None else place(shapes, axes)
     read = functools.partial(names.read_params, source, rules, shapes, ignored, where, dtype, shardings, padded, fresh)
@@ -295,10 +290,11 @@ def _load_own(path, dtype, execution, place, average):
     except (OSError, ValueError, KeyError) as e:
         raise InteropError(f"{path} is no work directory of ours: {e}") from e
     model = config.make(execution)
-    _, axes = _abstract(model)
+    _, axes = parameters.declared(config)
     checkpoints = Checkpoints(path / "checkpoints", read_only=True)
     put = None if place is None else lambda shapes: place(shapes, axes)
     params, _ = checkpoints.restore_params(average=average, cast=dtype, place=put)
+    parameters.check(model, params)
     return Pretrained(model, params, _tokenizer(path, config), config)
 
 
@@ -355,6 +351,7 @@ def save_own(path: epath.PathLike, model: Any, params: Any, tokenizer: tokenizer
     if (folder / "checkpoints").exists():
         raise InteropError(f"{folder} holds a run already; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
+    parameters.check(model, params)
     config = {"model": registry.to_dict(model.config)}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if tokenizer is not None:

@@ -18,7 +18,7 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
-from llm_jax.nn import weights
+from llm_jax.nn import ports, weights
 from llm_jax.nn.attend import Mask, attend, attention_weights
 from llm_jax.nn.attention import AttentionConfig
 from llm_jax.nn.cache import LayerCache, joined
@@ -167,7 +167,8 @@ class TwoStreamAttention(nn.Module):
                 dropout_key=self.make_rng("dropout") if train and c.dropout > 0 else None,
             )
             shown = attention_weights(q, k_BSNH, mask, scale=scale, bias_BNTS=bias) if output_attentions else None
-            return out(y.reshape(*x.shape[:2], width)), shown
+            y = ports.sequential(self, "adapter", out(y.reshape(*x.shape[:2], width)))
+            return ports.parallel(self, "parallel_adapter", x, y), shown
 
         h, shown = look(h_BTD, relations.content, None, 0)
         g = None

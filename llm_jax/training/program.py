@@ -10,7 +10,7 @@ from etils import epath
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llm_jax.nn import paths, weights
+from llm_jax.nn import paths, ports, weights
 from llm_jax.objectives.objective import Objective
 from llm_jax.parallel import explicit, offload
 from llm_jax.parallel.disk import OnDisk
@@ -165,7 +165,8 @@ def build(
       scratch: local folder for state on disk.
 
     Raises:
-      ValueError: where plan, batch, model, objective or optimizer do not fit together.
+      ValueError: where plan, batch, model, objective or optimizer do not fit together, or naming a parameter that no
+        module reads.
     """
     c = config.training
     plan.check_batch(c.batch_size, c.accumulation, c.sequence_length)
@@ -177,7 +178,8 @@ def build(
     boxed = jax.eval_shape(lambda key, ids: model.init(key, ids)["params"], jax.random.key(0), example)
     params, axes = weights.split_axes(boxed)
     given = None if given is None else jax.eval_shape(lambda p: p, given)
-    params = params if given is None else jax.eval_shape(adapt, given)
+    declared, params = params, params if given is None else jax.eval_shape(adapt, given)
+    ports.check(declared, params)
 
     if plan.schedule is not None:  # said here, before anything is compiled
         check_stages(params, plan.schedule, carries(config.objective))
