@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from llm_jax.nn import weights
 from llm_jax.nn.weights import Axes, Weight
 
-KERNELS = ("attention/*/kernel", "mlp/*/kernel")
+KERNELS = weights.LAYER_KERNELS
 
 
 class Quantized(Weight):
@@ -86,6 +86,8 @@ def quantize_array(w: jax.Array, axis: int = -2) -> Quantized:
 
 def quantize(params: Any, targets: str | Iterable[str] = KERNELS) -> Any:
     """Quantizes every plain kernel that matches (embedding tables by row).
+
+    The default takes every kernel of attention, cross-attention and feed-forwards; embeddings, poolers and heads stay.
 
     Raises:
       ValueError: if a pattern matches nothing.

@@ -27,14 +27,15 @@ class LoraConfig:
     """Where LoRA goes, and how large it is.
 
     Attributes:
-      targets: patterns of kernels (see `nn.paths`).
+      targets: patterns of kernels (see `nn.paths`). The default takes every kernel of attention, cross-attention and
+        feed-forwards, and leaves embeddings, poolers, heads and recurrent layers as they are.
       rank: r.
       alpha: the product is scaled by alpha / r, or alpha / sqrt(r) with `rs`.
       dropout: rate on the input of A while training.
       rs: rank-stabilised scaling.
     """
 
-    targets: tuple[str, ...] = ("attention/*/kernel", "mlp/*/kernel")
+    targets: tuple[str, ...] = weights.LAYER_KERNELS
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0

@@ -266,6 +266,10 @@ def shape_of(w: Any) -> tuple[int, ...]:
     return tuple(w.shape)
 
 
+# every kernel of self-attention, cross-attention and feed-forwards; embeddings, poolers and heads are not among them
+LAYER_KERNELS = ("*attention/*/kernel", "mlp/*/kernel")
+
+
 def is_matrix(path: str, w: Any) -> bool:
     """Whether `w` is a matrix, stacked or not; a stacked vector `[L, D]` is none."""
     return len(shape_of(w)) - paths.is_stacked(path) == 2

@@ -9,11 +9,13 @@ import pytest
 import tiny_models
 from tiny_models import noise
 
-from llm_jax.compress.quantize import Quantized, dequantize, quantize
+from llm_jax.compress.quantize import KERNELS, Quantized, dequantize, quantize
 from llm_jax.delta import lora
 from llm_jax.delta.lora import Lora, LoraConfig
+from llm_jax.models import parameters
 from llm_jax.models.gpt import GPTConfig
 from llm_jax.models.llama import LlamaConfig
+from llm_jax.models.xlnet import XLNetConfig
 from llm_jax.nn import paths, weights
 from llm_jax.nn.stack import stack, unstack
 from llm_jax.nn.weights import Axes
@@ -244,3 +246,30 @@ def test_errors(call, message):
     with pytest.raises(ValueError) as error:
         call()
     assert message in str(error.value)
+
+
+FAMILIES = {
+    **tiny_models.MODELS, **tiny_models.ENCODERS, **tiny_models.ENCODER_DECODERS,
+    "xlnet": XLNetConfig(vocab_size=31, model_dim=12, num_layers=2, num_heads=3, hidden_dim=10),
+}  # fmt: skip
+SUBLAYERS = {"attention", "cross_attention", "mlp"}
+# the matrices that the defaults leave as they are
+LEFT = ("embedding", "head/kernel", "head/transform/kernel", "head/output/kernel", "pooler/kernel", "pair/kernel",
+        "embed_projection/kernel")  # fmt: skip
+
+
+@pytest.mark.parametrize("targets", [LoraConfig().targets, KERNELS], ids=["lora", "int8"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_defaults_take_every_kernel_of_every_sublayer(name, targets):
+    declared = dict(paths.flatten(parameters.declared(FAMILIES[name])[0]))
+    matrices = [p for p in declared if p.endswith(("kernel", "embedding"))]
+    chosen = paths.select(matrices, targets)
+    assert chosen == [p for p in matrices if SUBLAYERS & set(p.split("/"))]
+    assert all(paths.matcher(LEFT)(p) for p in matrices if p not in chosen)
+
+
+def test_cross_attention_has_all_four_by_default():
+    shapes = parameters.declared(tiny_models.ENCODER_DECODERS["t5"])[0]
+    for change in (lambda p: lora.attach(p, LoraConfig(), jax.random.key(0)), quantize):
+        cross = jax.eval_shape(change, shapes)["decoder"]["layers"]["cross_attention"]
+        assert {k for k, v in cross.items() if weights.is_node(v["kernel"])} == {"query", "key", "value", "out"}
