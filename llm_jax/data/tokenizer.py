@@ -1,0 +1,206 @@
+"""A tokenizer: texts to ids and back, and the special ids that models need.
+
+The work is done by the `tokenizers` library, or `sentencepiece`.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import tokenizers
+from etils import epath
+
+from llm_jax.data.sentencepiece import FILE, MARIAN, SentencePiece, TokenizerError
+
+# how BERT's, XLNet's and RoBERTa's vocabularies spell them
+ROLES = {
+    "cls": ("[CLS]", "<cls>", "<s>"),
+    "sep": ("[SEP]", "<sep>", "</s>"),
+    "mask": ("[MASK]", "<mask>"),
+    "pad": ("[PAD]", "<pad>"),
+    "unk": ("[UNK]", "<unk>"),
+}
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer`, or SentencePiece models, with the special ids that models need.
+
+    Attributes:
+      backend: the library's tokenizer.
+      bos_id: put in front of a text, or None.
+      eos_ids: ids that end a text; the first separates packed documents.
+      chat_template: jinja2 source, or None.
+      token_types: whether `batch` says which text of a pair a token belongs to.
+      target: what encodes the targets of an encoder-decoder: itself, but for Marian.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer | SentencePiece,
+        bos_id: int | None = None,
+        eos_ids: Sequence[int] = (),
+        chat_template: str | None = None,
+    ) -> None:
+        """Wraps a backend."""
+        self.backend = backend
+        self.bos_id = bos_id
+        self.eos_ids = tuple(eos_ids)
+        self.chat_template = chat_template
+        self.token_types = True
+        self.target = self
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries, added tokens included."""
+        return max(self.backend.get_vocab_size(), 1 + max(self.backend.get_vocab().values(), default=-1))
+
+    @property
+    def separator(self) -> int | None:
+        """What ends a document in a token store: the first end-of-text token, or BERT's `[SEP]`."""
+        return self.role("sep") if self.eos_id is None else self.eos_id
+
+    @property
+    def eos_id(self) -> int | None:
+        """The separator of packed documents."""
+        return self.eos_ids[0] if self.eos_ids else None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; special tokens written in it are recognised, none are added."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_source(self, text: str) -> list[int]:
+        """Ids of a text as an encoder-decoder reads it, with its end."""
+        ids = self.backend.encode(text).ids
+        end = self.separator
+        return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of several texts, in parallel."""
+        return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def batch(
+        self, texts: Sequence[str], pairs: Sequence[str] | None = None, length: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """Inputs of an encoder: texts, or pairs of them, between special tokens, padded to the longest row.
+
+        Args:
+          texts: first (or only) texts.
+          pairs: second texts, as many.
+          length: tokens a row at most; whichever of the two texts is longer loses its end first.
+
+        Returns:
+          `input_ids` and `attention_mask` `[B, T]` int32, and `token_type_ids` where second texts have their own.
+
+        Raises:
+          TokenizerError: if there are no texts, or not as many of both.
+        """
+        rows = self.encodings(texts, pairs, length)
+        pad, size = self.role("pad") or 0, max(len(row.ids) for row in rows)
+        fill = lambda values, rest: np.array([[*v, *[rest] * (size - len(v))] for v in values], np.int32)
+        out = {
+            "input_ids": fill([r.ids for r in rows], pad),
+            "attention_mask": fill([[1] * len(r.ids) for r in rows], 0),
+        }
+        types = fill([r.type_ids for r in rows], 0)
+        return {**out, "token_type_ids": types} if types.any() and self.token_types else out
+
+    def encodings(
+        self,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None = None,
+        length: int | None = None,
+        strategy: str = "longest_first",
+    ) -> list[Any]:
+        """The library's rows of the same: ids between special tokens, and where in the texts each comes from.
+
+        Args:
+          texts: first (or only) texts.
+          pairs: second texts, as many.
+          length: tokens a row at most.
+          strategy: which text loses its end: `longest_first` or `only_second`.
+
+        Raises:
+          TokenizerError: if there are no texts, or not as many of both.
+        """
+        if not texts or (pairs is not None and len(pairs) != len(texts)):
+            raise TokenizerError(f"{len(texts)} texts and {len(pairs or ())} second ones make no batch")
+        if length is not None:
+            self.backend.enable_truncation(length, strategy=strategy)
+        try:
+            return self.backend.encode_batch(list(texts if pairs is None else zip(texts, pairs, strict=True)))
+        finally:
+            self.backend.no_truncation()
+
+    def words(self, text: str) -> list[str]:
+        """The text as the tokenizer first cuts it, before it looks anything up."""
+        before = getattr(self.backend, "pre_tokenizer", None)  # SentencePiece's cut nowhere
+        return text.split() if before is None else [word for word, _ in before.pre_tokenize_str(text)]
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of ids."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+    def token(self, index: int) -> str:
+        """The vocabulary entry of an id."""
+        entry = self.backend.id_to_token(index)
+        return f"<{index}>" if entry is None else entry
+
+    def role(self, name: str) -> int | None:
+        """Id of the token that plays a part: `cls`, `sep`, `mask`, `pad` or `unk`; None where there is none."""
+        ids = (self.backend.token_to_id(spelling) for spelling in ROLES[name])
+        return next((i for i in ids if i is not None), None)
+
+    def is_special(self) -> np.ndarray:
+        """`[V]` bool: entries that stand for no text."""
+        out = np.zeros(self.vocab_size, bool)
+        out[[i for i, token in self.backend.get_added_tokens_decoder().items() if token.special]] = True
+        return out
+
+    def starts_word(self) -> np.ndarray:
+        """`[V]` bool: entries that begin a word, by the mark of their kind (`##`, a blank before); special ones do."""
+        entries = self.backend.get_vocab()
+        kind = json.loads(self.backend.to_str())["model"]["type"]
+        out = np.ones(self.vocab_size, bool)
+        if kind == "WordPiece":
+            begins = lambda entry: not entry.startswith("##")
+        elif any(e.startswith("\u2581") for e in entries):  # a blank as Metaspace writes it
+            begins = lambda entry: entry.startswith("\u2581")
+        elif kind == "BPE":  # blank, line end and tab as byte-level BPE writes them
+            begins = lambda entry: entry.startswith(("\u0120", "\u010a", "\u0109"))
+        else:
+            return out
+        special = self.is_special()
+        for entry, index in entries.items():
+            out[index] = special[index] or begins(entry)
+        return out
+
+    def special(self, index: int | None) -> str:
+        """The vocabulary entry of a special id, the empty string for None."""
+        return "" if index is None else self.token(index)
+
+    def save(self, folder: epath.PathLike) -> None:
+        """Writes `tokenizer.json` or SentencePiece's files, and what we need beside it."""
+        folder = epath.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        extra: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        if isinstance(self.backend, SentencePiece):
+            extra = dict(self.backend.settings)
+            self.backend.save(folder)
+        else:
+            (folder / FILE).write_text(self.backend.to_str())
+            (folder / MARIAN[0]).unlink(missing_ok=True)  # an older one would be read in its place
+        if self.bos_id is not None:
+            extra["bos_token"] = self.token(self.bos_id)
+        if self.eos_ids:
+            extra["eos_token"] = self.token(self.eos_ids[0])
+            extra["eos_token_ids"] = list(self.eos_ids)
+        if self.role("mask") is not None:  # the parts of a masked model's vocabulary
+            parts = {name: self.role(name) for name in ROLES}
+            extra |= {f"{name}_token": self.token(index) for name, index in parts.items() if index is not None}
+            types = ["token_type_ids"] if self.token_types else []  # which transformers 5 leaves out by default
+            extra["model_input_names"] = ["input_ids", *types, "attention_mask"]
+        if self.chat_template is not None:
+            extra["chat_template"] = self.chat_template
+        (folder / "tokenizer_config.json").write_text(json.dumps(extra, indent=2) + "\n")
