@@ -82,7 +82,8 @@ def main() -> None:
     elif SOURCE.value:
         length = min(LENGTH.value, getattr(loaded.config, "context_length", LENGTH.value))
         objective, rows_of = rows_of_model(loaded.config, tokenizer, length)
-        store = tokens.build(SOURCE.value, tokenizer, CACHE.value, text_field=TEXT_FIELD.value)["train"]
+        framed = loaded.config.reads == "causal"
+        store = tokens.build(SOURCE.value, tokenizer, CACHE.value, text_field=TEXT_FIELD.value, framed=framed)["train"]
         rows, step = rows_of(store), jax.jit(make_eval_step(model, objective))
         ratio = len(store.ids) / store.text_bytes
         results |= evaluate_rows(

@@ -114,7 +114,7 @@ def main() -> None:
             )
         return
     prompt = _prompt()
-    ids = _beginning(tokenizer, prompt)
+    ids = tokenizer.encode_prompt(prompt)
     if not JSON.value:
         print(prompt, end="", flush=True)
         say(ids)
@@ -134,10 +134,6 @@ def _prompt() -> str:
     return pathlib.Path(PROMPT_FILE.value).read_text() if PROMPT_FILE.value else sys.stdin.read()
 
 
-def _beginning(tokenizer: Any, prompt: str) -> list[int]:
-    return ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(prompt)
-
-
 def answer(loaded: Any, sampling: Any, key: jax.Array) -> None:
     """Prints whole outputs: of every line for an encoder-decoder, and of a beam search."""
     from llm_jax.decoding.beam import BeamConfig, BeamSearch
@@ -149,7 +145,7 @@ def answer(loaded: Any, sampling: Any, key: jax.Array) -> None:
     if apart:
         prompts = [tokenizer.encode_source(line) for line in _prompt().splitlines() if line.strip()]
     else:
-        prompts = [_beginning(tokenizer, _prompt())]
+        prompts = [tokenizer.encode_prompt(_prompt())]
     longest = 1 if apart else max(map(len, prompts), default=0)
     new = NEW.value or min(256, model.config.context_length - longest)
     run: Callable[[Any], list[Any]]

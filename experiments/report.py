@@ -126,7 +126,8 @@ def continuations(trained: Trained, count: int, config: RunConfig, length: int =
         return []
     room = trained.model.config.context_length
     new = min(length, room // 2)
-    ids = [tokenizer.encode(p)[-(room - new) :] for p in prompts]
+    first = tokenizer.rule.begin
+    ids = [[*first, *tokenizer.encode(p)[-(room - new - len(first)) :]] for p in prompts]
     sampler = SamplingConfig(temperature=0.7, top_p=0.9)
     generator = Generator(trained.model, trained.params, tokenizer.eos_ids, sampler)
     results = generator.generate(ids, new, jax.random.key(config.training.seed))

@@ -21,8 +21,7 @@ def both(document: Document, fields: tuple[str, ...]) -> tuple[str, str] | None:
 
 
 def encode_pairs(tokenizer: Tokenizer, fields: tuple[str, ...]) -> Encode:
-    """Encodes records: the source with weight 0, the target with weight 1, each with the separator behind it."""
-    end = [] if tokenizer.separator is None else [tokenizer.separator]
+    """Encodes records: the source with weight 0, the target with weight 1, each as `encode_source` gives it."""
 
     def encode(batch: Sequence[Document], bad: BadRows) -> Iterator[Example]:
         usable = []
@@ -33,9 +32,9 @@ def encode_pairs(tokenizer: Tokenizer, fields: tuple[str, ...]) -> Encode:
             else:
                 usable.append(pair)
         sides = (tokenizer, tokenizer.target)
-        sources, targets = (side.encode_batch([p[i] for p in usable]) for i, side in enumerate(sides))
+        sources, targets = (side.encode_sources([p[i] for p in usable]) for i, side in enumerate(sides))
         for a, b in zip(sources, targets, strict=True):
-            yield Example([*a, *end, *b, *end], [0] * (len(a) + len(end)) + [1] * (len(b) + len(end)))
+            yield Example([*a, *b], [0] * len(a) + [1] * len(b))
 
     return encode
 

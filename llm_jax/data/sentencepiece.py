@@ -125,6 +125,14 @@ class SentencePiece:
         self._special = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
         self._length: int | None = None
 
+    @property
+    def around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Ids in front of a text and behind it."""
+        family = self.family
+        front, behind = [family.front], [family.end, family.last]
+        ids = lambda entries: tuple(self.vocab[entry] for entry in entries if entry is not None)
+        return ids(front), ids(behind)
+
     def encode(self, text: str, pair: str | None = None, add_special_tokens: bool = True) -> Encoding:
         """Ids of a text, or of two."""
         texts = [self._ids(t) for t in (text, pair) if t is not None]

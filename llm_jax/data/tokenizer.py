@@ -4,14 +4,15 @@ The work is done by the `tokenizers` library, or `sentencepiece`.
 """
 
 import json
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
 from etils import epath
+from tokenizers import models, processors
 
-from llm_jax.data.sentencepiece import FILE, MARIAN, SentencePiece, TokenizerError
+from llm_jax.data.sentencepiece import ADDED, FILE, MARIAN, SentencePiece, TokenizerError
 
 # how BERT's, XLNet's and RoBERTa's vocabularies spell them
 ROLES = {
@@ -22,16 +23,72 @@ ROLES = {
     "unk": ("[UNK]", "<unk>"),
 }
 END_OF_TEXT = "<|endoftext|>"
+NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))  # in transformers' order
+
+
+class Rule(NamedTuple):
+    """The ids that a tokenizer's own rule puts around a plain text.
+
+    Attributes:
+      begin: in front of the text.
+      end: behind it.
+    """
+
+    begin: tuple[int, ...] = ()
+    end: tuple[int, ...] = ()
+
+
+def rule_of(backend: Any) -> Rule:
+    """The rule of a backend: its post-processor's, or that of a SentencePiece model's family."""
+    if isinstance(backend, SentencePiece):
+        return Rule(*backend.around)
+    if backend.post_processor is None:
+        return Rule()
+    word = tokenizers.Tokenizer(models.WordLevel({"x": 0}, unk_token="x")).encode("x")
+    framed = backend.post_processor.process(word)
+    place = framed.special_tokens_mask.index(0)
+    return Rule(tuple(framed.ids[:place]), tuple(framed.ids[place + 1 :]))
+
+
+def set_rule(backend: tokenizers.Tokenizer, rule: Rule) -> None:
+    """Gives a backend a rule in place of its own; `tokenizer.json` holds it. Byte-level offsets stay as they are."""
+    spelled = {i: backend.id_to_token(i) or f"id {i}" for i in (*rule.begin, *rule.end)}
+    names = {i: f"id {i}" if ":" in token or token.startswith("$") else token for i, token in spelled.items()}
+    around = lambda text, kind: [
+        *(f"{names[i]}:{kind}" for i in rule.begin),
+        f"{text}:{kind}",
+        *(f"{names[i]}:{kind}" for i in rule.end),
+    ]
+    template = processors.TemplateProcessing(
+        single=around("$A", 0),
+        pair=[*around("$A", 0), *around("$B", 1)],
+        special_tokens=[{"id": names[i], "ids": [i], "tokens": [token]} for i, token in spelled.items()],
+    )
+    before = {} if backend.post_processor is None else json.loads(backend.post_processor.__getstate__())
+    steps: list[Any] = [
+        processors.ByteLevel(**{k: v for k, v in step.items() if k != "type"})
+        for step in before.get("processors", [before])
+        if step.get("type") == "ByteLevel"
+    ]
+    backend.post_processor = processors.Sequence([*steps, template]) if steps else template
 
 
 class Tokenizer:
     """A `tokenizers.Tokenizer`, or SentencePiece models, with the special ids that models need.
 
+    Two questions have two answers. `rule` says what stands around a plain text: the tokenizer's own post-processor, as
+    in transformers. It holds wherever a language model meets a text: training rows, prompts, likelihoods. `bos_id` says
+    which entry chat templates mean by `bos_token`; templates write it where they want it.
+
+    A tokenizer without a begin token starts a prompt with the prompt itself. A text whose likelihood is asked for then
+    follows the separator, as documents do in training rows (`decoding.prefill.beginning`).
+
     Attributes:
       backend: the library's tokenizer.
-      bos_id: put in front of a text, or None.
+      bos_id: the entry named `bos_token`, or None.
       eos_ids: ids that end a text; the first separates packed documents.
       chat_template: jinja2 source, or None.
+      named: special tokens by name (`pad_token`), as the tokenizer's files spell them; None where no file says it.
       token_types: whether `batch` says which text of a pair a token belongs to.
       target: what encodes the targets of an encoder-decoder: itself, but for Marian.
     """
@@ -42,12 +99,14 @@ class Tokenizer:
         bos_id: int | None = None,
         eos_ids: Sequence[int] = (),
         chat_template: str | None = None,
+        named: Mapping[str, str] | None = None,
     ) -> None:
         """Wraps a backend."""
         self.backend = backend
         self.bos_id = bos_id
         self.eos_ids = tuple(eos_ids)
         self.chat_template = chat_template
+        self.named = None if named is None else dict(named)
         self.token_types = True
         self.target = self
 
@@ -66,15 +125,46 @@ class Tokenizer:
         """The separator of packed documents."""
         return self.eos_ids[0] if self.eos_ids else None
 
+    @property
+    def rule(self) -> Rule:
+        """What the tokenizer puts around a plain text."""
+        return rule_of(self.backend)
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """Special tokens by name, as chat templates and `tokenizer_config.json` know them."""
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        if self.named is not None:
+            return {name: self.token(index) for name, index in ids.items() if index is not None} | self.named
+        return self._parts() | {name: self.token(index) for name, index in ids.items() if index is not None}
+
+    def _parts(self) -> dict[str, str]:
+        """What a masked model's vocabulary shows by its spellings."""
+        parts = {name: self.role(name) for name in ROLES}
+        known = {f"{name}_token": self.token(index) for name, index in parts.items() if index is not None}
+        return known if "mask_token" in known else {}
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text; special tokens written in it are recognised, none are added."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text that a language model continues: what the rule puts in front, and the text."""
+        return [*self.rule.begin, *self.encode(text)]
+
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of whole texts, with all that the rule puts around them."""
+        return [e.ids for e in self.backend.encode_batch_fast(list(texts))]
+
     def encode_source(self, text: str) -> list[int]:
         """Ids of a text as an encoder-decoder reads it, with its end."""
-        ids = self.backend.encode(text).ids
+        return self.encode_sources([text])[0]
+
+    def encode_sources(self, texts: Sequence[str]) -> list[list[int]]:
+        """The same for several texts."""
         end = self.separator
-        return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
+        tail = [] if end is None or self.rule.end[-1:] == (end,) else [end]
+        return [[*ids, *tail] for ids in self.encode_texts(texts)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of several texts, in parallel."""
@@ -149,7 +239,8 @@ class Tokenizer:
 
     def role(self, name: str) -> int | None:
         """Id of the token that plays a part: `cls`, `sep`, `mask`, `pad` or `unk`; None where there is none."""
-        ids = (self.backend.token_to_id(spelling) for spelling in ROLES[name])
+        named = (self.named or {}).get(f"{name}_token")
+        ids = (self.backend.token_to_id(spelling) for spelling in ([named] if named else ROLES[name]))
         return next((i for i in ids if i is not None), None)
 
     def is_special(self) -> np.ndarray:
@@ -184,21 +275,21 @@ class Tokenizer:
         """Writes `tokenizer.json` or SentencePiece's files, and what we need beside it."""
         folder = epath.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "chat_template.jinja").unlink(missing_ok=True)  # an older one would be read instead
         extra: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
         if isinstance(self.backend, SentencePiece):
             extra = dict(self.backend.settings)
             self.backend.save(folder)
         else:
             (folder / FILE).write_text(self.backend.to_str())
-            (folder / MARIAN[0]).unlink(missing_ok=True)  # an older one would be read in its place
-        if self.bos_id is not None:
-            extra["bos_token"] = self.token(self.bos_id)
+            for name in (MARIAN[0], ADDED, "special_tokens_map.json"):  # older ones would be read beside it
+                (folder / name).unlink(missing_ok=True)
+            if self.bos_id is not None:  # tokenizer.json decides; folders of ours without this line are older than that
+                extra["add_bos_token"] = self.rule.begin == (self.bos_id,)
+        extra |= self._parts() | self.special_tokens
         if self.eos_ids:
-            extra["eos_token"] = self.token(self.eos_ids[0])
             extra["eos_token_ids"] = list(self.eos_ids)
-        if self.role("mask") is not None:  # the parts of a masked model's vocabulary
-            parts = {name: self.role(name) for name in ROLES}
-            extra |= {f"{name}_token": self.token(index) for name, index in parts.items() if index is not None}
+        if self.role("mask") is not None:
             types = ["token_type_ids"] if self.token_types else []  # which transformers 5 leaves out by default
             extra["model_input_names"] = ["input_ids", *types, "attention_mask"]
         if self.chat_template is not None:

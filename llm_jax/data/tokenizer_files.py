@@ -1,61 +1,88 @@
-"""Reads the tokenizer that a folder holds."""
+"""Reads the tokenizer that a folder holds, with what stands beside it, as transformers does.
 
+Source: transformers' `PreTrainedTokenizerBase._from_pretrained` and `TokenizersBackend` (version 5) for which file
+decides, and in which order tokens beside a `tokenizer.json` are added.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import tokenizers
 from etils import epath
 
-from llm_jax.data import sentencepiece
-from llm_jax.data.sentencepiece import FILE, SentencePiece, TokenizerError, read_json
-from llm_jax.data.tokenizer import END_OF_TEXT, Tokenizer
+from llm_jax.data import sentencepiece, vocabularies
+from llm_jax.data.sentencepiece import ADDED, FILE, SentencePiece, TokenizerError, read_json
+from llm_jax.data.tokenizer import END_OF_TEXT, NAMES, Rule, Tokenizer, rule_of, set_rule
+from llm_jax.data.vocabularies import spelling
+
+log = logging.getLogger(__name__)
+EXTRA = ("extra_special_tokens", "additional_special_tokens")  # now and in older folders
 
 
 def exists(folder: epath.PathLike) -> bool:
     """Whether a folder holds a tokenizer that `load` reads."""
     folder = epath.Path(folder)
-    return (folder / FILE).exists() or sentencepiece.exists(folder)
+    return (folder / FILE).exists() or sentencepiece.exists(folder) or vocabularies.exists(folder)
 
 
 def load(path: epath.PathLike) -> Tokenizer:
-    """Reads a `tokenizer.json`, or the folder around it or SentencePiece's files with its `tokenizer_config.json`.
+    """Reads a tokenizer: a `tokenizer.json`, SentencePiece's files, or a vocabulary alone.
+
+    The files beside it say which of its entries play a part, and may add entries.
+
+    Args:
+      path: the folder, or the `tokenizer.json` in it.
 
     Raises:
       TokenizerError: if there is none, or it cannot be parsed.
     """
     path = epath.Path(path)
-    file = path / FILE if path.is_dir() else path
-    read = lambda name: read_json(file.parent / name) if (file.parent / name).exists() else {}
-    settings, named = read("tokenizer_config.json"), read("generation_config.json").get("eos_token_id")
-    backend, target = _backends(file, path.is_dir() and sentencepiece.exists(path), settings)
-    if isinstance(backend, SentencePiece):
-        settings = backend.settings
+    folder, file = (path, path / FILE) if path.is_dir() else (path.parent, path)
+    settings, named = _settings(folder)
+    ours = "eos_token_ids" in settings  # written by `Tokenizer.save`
+    backend: Any
+    target: Any
+    if path.is_dir() and sentencepiece.exists(folder):
+        backend, target = sentencepiece.read(folder, settings)
+        settings = {**settings, **backend.settings}
+    else:
+        kind = vocabularies.kind_of(folder, settings)
+        usual = {} if kind is None else vocabularies.KINDS[kind].special
+        alone = path.is_dir() and vocabularies.exists(folder)
+        backend = target = vocabularies.read(folder, kind, {**usual, **settings}) if alone else _parsed(file)
+        usual = {name: entry for name, entry in usual.items() if backend.token_to_id(entry) is not None}
+        settings = {**usual, **settings}
+        if not ours:  # where every entry is in tokenizer.json
+            _add_tokens(backend, folder, settings)
+        vocabularies.give_rule(backend, kind, settings, flags=alone)
 
-    def index(name: str) -> int | None:
-        value = settings.get(name)
-        value = value.get("content") if isinstance(value, dict) else value
-        return None if value is None else backend.token_to_id(value)
-
-    eos = [index("eos_token"), *settings.get("eos_token_ids", [])]
-    eos += named if isinstance(named, list) else [named]
-    if all(i is None for i in eos):
-        eos = [backend.token_to_id(END_OF_TEXT)]
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = next((t["template"] for t in template if t["name"] == "default"), None)
-    beside = file.parent / "chat_template.jinja"
-    if template is None and beside.exists():
-        template = beside.read_text()
-    rest = (index("bos_token"), list(dict.fromkeys(i for i in eos if i is not None)), template)
+    spelled = {name: entry for name, entry in _named(settings) if backend.token_to_id(entry) is not None}
+    bos = backend.token_to_id(spelled["bos_token"]) if "bos_token" in spelled else None
+    older = ours and "add_bos_token" not in settings and not isinstance(backend, SentencePiece)
+    if older and bos is not None and not rule_of(backend).begin:  # when bos_token said what stands in front
+        set_rule(backend, Rule((bos,)))
+    rest = (bos, _eos_ids(backend, folder, settings, named), _template(folder, settings), spelled)
     tokenizer = Tokenizer(backend, *rest)
     if target is not backend:
         tokenizer.target = Tokenizer(target, *rest)
     return tokenizer
 
 
-def _backends(file: epath.Path, pieces: bool, settings: dict[str, Any]) -> tuple[Any, Any]:
-    """What encodes sources and what encodes targets."""
-    if pieces:
-        return sentencepiece.read(file.parent, settings)
+def _settings(folder: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tokenizer's settings, and `special_tokens_map.json` alone.
+
+    That map counts among the settings where `tokenizer_config.json` lists no added tokens itself.
+    """
+    settings, named = _read(folder / "tokenizer_config.json"), _read(folder / "special_tokens_map.json")
+    return (settings if "added_tokens_decoder" in settings else {**settings, **named}), named
+
+
+def _read(file: epath.Path) -> dict[str, Any]:
+    return read_json(file) if file.exists() else {}
+
+
+def _parsed(file: epath.Path) -> tokenizers.Tokenizer:
     if not file.exists():
         raise TokenizerError(f"no tokenizer at {file}")
     try:
@@ -64,4 +91,84 @@ def _backends(file: epath.Path, pieces: bool, settings: dict[str, Any]) -> tuple
         raise TokenizerError(f"{file} is no tokenizer.json: {e}") from e
     backend.no_padding()
     backend.no_truncation()
-    return backend, backend
+    return backend
+
+
+def _extra(settings: Mapping[str, Any]) -> Any:
+    """Further special tokens: a list of them, or an object that names them."""
+    return next((settings[key] for key in EXTRA if settings.get(key)), [])
+
+
+def _named(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The special tokens that settings name: those with a part, then a model's own (`image_token`)."""
+    own = [name for name in settings if name.endswith("_token") and name not in NAMES]
+    extra = _extra(settings)
+    values = {name: settings.get(name) for name in (*NAMES, *own)}
+    values |= extra if isinstance(extra, dict) else {}
+    for name, value in values.items():
+        entry = spelling(value)
+        if entry is not None:
+            yield name, entry
+
+
+def _token(value: Any, **more: Any) -> tokenizers.AddedToken:
+    fields = ("single_word", "lstrip", "rstrip", "normalized")
+    given = {k: value[k] for k in fields if k in value} if isinstance(value, Mapping) else {}
+    return tokenizers.AddedToken(spelling(value), **{**more, **given})
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, folder: epath.Path, settings: Mapping[str, Any]) -> None:
+    """Adds the entries that stand beside the vocabulary only, in transformers' order, each with the next free id."""
+    extra = _extra(settings)
+    objects = {spelling(value): value for value in settings.values() if isinstance(value, Mapping)}
+    special: dict[Any, Any] = {entry: objects.get(entry, entry) for _, entry in _named(settings)}
+    special |= {spelling(value): value for value in extra if spelling(value) and not isinstance(extra, Mapping)}
+    placed: dict[int, tokenizers.AddedToken] = {}
+    for index, value in settings.get("added_tokens_decoder", {}).items():
+        placed[int(index)] = _token(value, special=bool(value.get("special", False)))
+    if "added_tokens_decoder" not in settings:
+        for entry, index in _read(folder / ADDED).items():
+            placed[index] = _token(entry, special=entry in special, normalized=entry not in special)
+    here = list(backend.get_added_tokens_decoder().values())
+    same = {repr(token) for token in here}
+    new = [token for _, token in sorted(placed.items()) if repr(token) not in same]
+    known = {token.content for token in (*here, *new)}
+    named = {entry for _, entry in _named(settings)}
+    for entry, value in special.items():
+        if entry not in known:  # an object in a list says itself whether it stands for no text
+            says = isinstance(value, Mapping) and entry not in named
+            new.append(_token(value, special=bool(value.get("special", False)) if says else True))
+    backend.add_tokens(new)
+    for index, token in placed.items():
+        found = backend.token_to_id(token.content)
+        if found != index:
+            log.warning("%s gives %r the id %d; the next free one is %d", folder, token.content, index, found)
+
+
+def _eos_ids(backend: Any, folder: epath.Path, settings: Mapping[str, Any], named: Mapping[str, Any]) -> list[int]:
+    """What ends a text, from all places; the tokenizer's own first, because it separates documents."""
+    entries = [spelling(place.get("eos_token")) for place in (settings, named)]
+    found = [backend.token_to_id(entry) for entry in entries if entry is not None]
+    found += settings.get("eos_token_ids", [])
+    for name in ("generation_config.json", "config.json"):
+        value = _read(folder / name).get("eos_token_id")
+        ids = value if isinstance(value, list) else [value]
+        if any(i is not None and (isinstance(i, bool) or not isinstance(i, int)) for i in ids):
+            raise TokenizerError(f"{folder / name}: eos_token_id={value!r} is neither an id nor a list of ids")
+        found += [i for i in ids if i is not None and i >= 0]
+    ids = list(dict.fromkeys(i for i in found if i is not None))
+    if not any(backend.id_to_token(i) is not None for i in ids):
+        usual = backend.token_to_id(END_OF_TEXT)
+        ids = ids if usual is None else [usual, *ids]
+    return sorted(ids, key=lambda i: backend.id_to_token(i) is None)  # an id without an entry separates nothing
+
+
+def _template(folder: epath.Path, settings: Mapping[str, Any]) -> str | None:
+    """The chat template: the file of its own before the one in the settings."""
+    beside = folder / "chat_template.jinja"
+    if beside.exists():
+        return beside.read_text()
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {t["name"]: t["template"] for t in template}
+    return template.get("default") if isinstance(template, Mapping) else template

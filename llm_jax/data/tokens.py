@@ -46,18 +46,26 @@ class TokenStore(NamedTuple):
     text_bytes: int
 
 
-def plain_text(tokenizer: Tokenizer) -> Encode:
-    """Encodes documents as text followed by the separator."""
+def plain_text(tokenizer: Tokenizer, framed: bool = True) -> Encode:
+    """Encodes documents as text followed by the separator.
+
+    Args:
+      tokenizer: its ids are stored.
+      framed: what the tokenizer's rule puts around a text stands there, so that a language model learns texts as it
+        will meet them. False for models whose rows are framed later (masked models, ELMo, XLNet, spans).
+    """
 
     def encode(batch: Sequence[Document], bad: BadRows) -> Iterator[Example]:
         end = [] if tokenizer.separator is None else [tokenizer.separator]
+        if framed and list(tokenizer.rule.end[-1:]) == end:
+            end = []  # it stands there already
         usable = []
         for d in batch:
             if d.text:
                 usable.append(d.text)
             else:
                 bad.add(d.name, "no text field")
-        for ids in tokenizer.encode_batch(usable):
+        for ids in (tokenizer.encode_texts if framed else tokenizer.encode_batch)(usable):
             yield Example(ids + end)
 
     return encode
@@ -90,6 +98,7 @@ def build(
     text_field: str = "text",
     split: str = "hash",
     group: str | None = None,
+    framed: bool = True,
 ) -> dict[str, TokenStore]:
     """Tokenizes a source, or opens the cache of an earlier run.
 
@@ -106,6 +115,7 @@ def build(
       split: `hash` holds out whole documents by a hash of their content, `tail` the end of every document (for a corpus
         that is one document).
       group: field whose equal values are held out together, see `corpora.documents`.
+      framed: of plain text, see `plain_text`.
 
     Returns:
       `{"train": ..., "validation": ...}`.
@@ -121,6 +131,8 @@ def build(
     if split == "tail" and encode is not None:
         raise CorpusError("data.split=tail cuts plain text only; chats and instructions need data.split=hash")
     key.update(f"{validation_share}{split}{text_field}{tokenizer.chat_template}{group or ''}".encode())
+    if encode is None and framed and any(tokenizer.rule):
+        key.update(repr(tokenizer.rule).encode())  # older caches lack what the rule puts around texts
     folder = epath.Path(cache) / key.hexdigest()
     try:
         return _open(folder)
@@ -130,7 +142,9 @@ def build(
         log.warning("token cache %s is damaged (%s); building it again", folder, e)
     working = epath.Path(f"{folder}.{uuid.uuid4().hex}.tmp")
     working.mkdir(parents=True)
-    _write(source, tokenizer, working, validation_share, encode or plain_text(tokenizer), text_field, split, group)
+    _write(
+        source, tokenizer, working, validation_share, encode or plain_text(tokenizer, framed), text_field, split, group
+    )
     try:
         working.rename(folder)
     except OSError:  # there is one: a damaged one, or that of another process that was faster

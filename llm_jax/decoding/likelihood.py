@@ -82,7 +82,9 @@ def of_text(model: Any, params: Any, tokenizer: Tokenizer, text: str) -> np.ndar
         spelled = np.stack([character_ids(tokenizer.token(i), config.max_characters) for i in ids])
         return np.asarray(both_ways_logprobs(model, params, np.asarray([ids]), spelled[None]))[0]
     if config.reads != "both_sides":
-        row = np.asarray([_some(prefill.beginning(tokenizer) + tokenizer.encode(text), text, 2)])
+        end = tokenizer.rule.end if config.reads == "causal" else ()  # XLNet's frame texts that are labelled
+        ids = [*prefill.beginning(tokenizer), *tokenizer.encode(text), *end]
+        row = np.asarray([_some(ids, text, 2)])
         return np.asarray(sequence_logprobs(model, params, row, np.ones_like(row)))[0]
     mask = tokenizer.role("mask")
     if mask is None:

@@ -46,9 +46,14 @@ def order(model: Any) -> dict[str, bool]:
 
 
 def beginning(tokenizer: Any) -> list[int]:
-    """What a decoder reads before a text: the bos token, or the end of the text before, or nothing."""
-    first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
-    return [] if first is None else [first]
+    """What a decoder reads before a text whose first token is predicted too.
+
+    It is what training rows hold there: the begin token of the tokenizer's rule, or else the separator that ends the
+    document before, or nothing.
+    """
+    if tokenizer.rule.begin:
+        return list(tokenizer.rule.begin)
+    return [] if tokenizer.separator is None else [tokenizer.separator]
 
 
 def serving(model: Any, params: Any) -> Any:

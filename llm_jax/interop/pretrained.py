@@ -144,7 +144,8 @@ def _find(path: epath.PathLike) -> epath.Path:
     try:
         fetch = lambda *more: epath.Path(
             huggingface_hub.snapshot_download(
-                str(path), allow_patterns=["*.json", "*.jinja", "*.spm", "spiece.model", *more]
+                str(path),
+                allow_patterns=["*.json", "*.jinja", "*.spm", "spiece.model", "merges.txt", "vocab.txt", *more],
             )
         )
         got = fetch("*.safetensors")

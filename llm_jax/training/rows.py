@@ -347,11 +347,13 @@ def get_rows(
     cache = epath.Path(data.cache or workdir / "tokens")
     if data.fields:
         encode, kind = pairs.encode_pairs(tokenizer, data.fields), f"pairs {data.fields}"
+        kind += f" {tokenizer.rule}" if tokenizer.rule.begin else ""  # older caches lack it
     cache.mkdir(parents=True, exist_ok=True)
     with locks.hold(cache / ".lock", wait=True):  # of the processes that share the folder one fills it
         stores = tokens.build(
             *(data.source, tokenizer, cache, data.validation_share, encode, kind, data.text_field, data.split),
             data.group,
+            framed=isinstance(config.objective, CausalLM),
         )
     held = stores["validation"]
     make = _maker(config, tokenizer)

@@ -99,6 +99,8 @@ def test_templates_beside_and_by_name(trained, tmp_path):
     assert tokenizers.load(tmp_path).chat_template == "beside"
     several = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": several}))
+    assert tokenizers.load(tmp_path).chat_template == "beside"  # a file of its own is the newer place
+    (tmp_path / "chat_template.jinja").unlink()
     assert tokenizers.load(tmp_path).chat_template == "yes"
 
 
