@@ -1,17 +1,16 @@
-"""GGUF files of the Llama family: config, names, rotary layout, tokenizer.
+"""GGUF files of the Llama family: config, names, rotary layout.
 
 GGUF's `llama` architecture stores query and key rows so that rotary pairs are neighbours; ours (and Hugging Face's)
 pairs dimension i with i + H/2. The rows are put back on reading.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from llm_jax.data.tokenizers import Tokenizer
+from llm_jax.interop.gguf_tokenizer import tokenizer_of as tokenizer_of
 from llm_jax.interop.names import InteropError, Rule
 from llm_jax.models.llama import LlamaConfig
 from llm_jax.nn.positions import RotaryScaling, rotary_frequencies
@@ -19,9 +18,32 @@ from llm_jax.storage.gguf import GgufFile
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+
+def _check_kind(metadata: Mapping[str, Any]) -> None:
+    """Refuses files that are no model of a supported architecture, by what they are.
+
+    Raises:
+      InteropError: that says it.
+    """
+    kind, content = metadata.get("general.architecture"), metadata.get("general.type", "model")
+    if content != "model":
+        form = f" ({metadata['adapter.type']})" if "adapter.type" in metadata else ""
+        raise InteropError(
+            f"this GGUF holds no model but general.type={content!r}{form}: give the file of the model; llama.cpp's "
+            "export-lora merges an adapter into it"
+        )
+    if metadata.get("split.count", 1) > 1:
+        raise InteropError(
+            f"this GGUF is file {metadata.get('split.no', 0) + 1} of a model split over several files, "
+            f"{metadata['split.count']} in all: merge them with llama.cpp's gguf-split --merge"
+        )
+    if kind not in ARCHITECTURES:
+        raise InteropError(f"GGUF architecture {kind!r} is not supported; there are {', '.join(ARCHITECTURES)}")
+    experts = metadata.get(f"{kind}.expert_count", 0)
+    if experts:
+        raise InteropError(
+            f"this GGUF holds a mixture of experts, {kind}.expert_count={experts}; only dense models are supported"
+        )
 
 
 def config_of(file: GgufFile) -> LlamaConfig:
@@ -31,33 +53,36 @@ def config_of(file: GgufFile) -> LlamaConfig:
       InteropError: if the architecture or its scaling is not supported, or an entry is missing.
     """
     m = file.metadata
-    kind = m.get("general.architecture")
-    if kind not in ARCHITECTURES:
-        raise InteropError(f"GGUF architecture {kind!r} is not supported; there are {', '.join(ARCHITECTURES)}")
-    if m.get("split.count", 1) > 1:
-        raise InteropError("this GGUF is split over several files; merge them first")
+    _check_kind(m)
+    kind = m["general.architecture"]
+
+    def get(name: str, default: Any) -> Any:
+        value = m.get(f"{kind}.{name}", default)
+        if not isinstance(value, list):
+            return value
+        if not value or any(v != value[0] for v in value):  # one number a layer
+            raise InteropError(f"the GGUF gives layers different {kind}.{name}: {value}; only equal ones are supported")
+        return value[0]
 
     def need(name: str) -> Any:
         if f"{kind}.{name}" not in m:
             raise InteropError(f"the GGUF lacks {kind}.{name}")
-        return m[f"{kind}.{name}"]
-
-    def get(name: str, default: Any) -> Any:
-        return m.get(f"{kind}.{name}", default)
+        return get(name, None)
 
     if "token_embd.weight" not in file:
         raise InteropError("the GGUF lacks token_embd.weight")
     heads, dim = int(need("attention.head_count")), int(need("embedding_length"))
     head_dim = int(get("attention.key_length", dim // heads))
     theta, context = float(get("rope.freq_base", 10000.0)), int(need("context_length"))
-    scaling = None
-    if get("rope.scaling.type", "none") not in ("none", None):
-        scaling = RotaryScaling(
-            get("rope.scaling.type", ""),
-            float(get("rope.scaling.factor", 1.0)),
-            original_length=int(get("rope.scaling.original_context_length", context)),
-        )
-    elif "rope_freqs.weight" in file:
+    for name in ("rope.dimension_count", "attention.value_length"):
+        if get(name, head_dim) != head_dim:
+            raise InteropError(
+                f"the GGUF has {kind}.{name}={get(name, None)}, only the head's size {head_dim} is supported"
+            )
+    scaling = _scaling(get, context)
+    if "rope_freqs.weight" in file:
+        if scaling is not None:
+            raise InteropError(f"the GGUF scales rotary positions twice: rope_freqs.weight and {kind}.rope.scaling")
         scaling = _llama3_scaling(file["rope_freqs.weight"], head_dim, theta)
     return LlamaConfig(
         vocab_size=file.shape("token_embd.weight")[0],
@@ -77,6 +102,36 @@ def config_of(file: GgufFile) -> LlamaConfig:
         qk_norm="blk.0.attn_q_norm.weight" in file,
         window=get("attention.sliding_window", None),
     )
+
+
+def _scaling(get: Callable[[str, Any], Any], context: int) -> RotaryScaling | None:
+    """How rotary positions are scaled, as llama.cpp reads it: a factor without a kind is linear.
+
+    YaRN's `attn_factor` multiplies its usual factor on cosines and sines.
+    """
+    kind = get("rope.scaling.type", "linear")
+    factor = float(get("rope.scaling.factor", 0.0) or get("rope.scale_linear", 0.0) or 1.0)
+    attention = float(get("rope.scaling.attn_factor", 1.0))
+    if kind not in ("none", "linear", "yarn"):
+        raise InteropError(f"GGUF rope.scaling.type {kind!r} is not supported; there are none, linear, yarn")
+    plain = {"yarn_ext_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_log_multiplier": 0.0} if kind == "yarn" else {}
+    for name, default in {**plain, **({} if kind == "yarn" else {"attn_factor": 1.0})}.items():
+        value = float(get(f"rope.scaling.{name}", default))
+        if value != default:
+            raise InteropError(f"GGUF rope.scaling.{name}={value:g} is not supported with {kind}, only {default:g}")
+    if kind == "yarn":
+        usual = 0.1 * math.log(factor) + 1
+        return RotaryScaling(
+            "yarn",
+            factor,
+            original_length=int(get("rope.scaling.original_context_length", context)),
+            beta_fast=float(get("rope.scaling.yarn_beta_fast", 32.0)),
+            beta_slow=float(get("rope.scaling.yarn_beta_slow", 1.0)),
+            attention_factor=None if attention == 1 else attention * usual,
+        )
+    if kind == "none" or factor == 1:
+        return None
+    return RotaryScaling("linear", factor, int(get("rope.scaling.original_context_length", context)))
 
 
 def _llama3_scaling(factors: np.ndarray, head_dim: int, theta: float) -> RotaryScaling:
@@ -122,89 +177,3 @@ def rules(config: LlamaConfig, architecture: str) -> list[Rule]:
 def ignored(name: str) -> bool:
     """Their tensors without a counterpart."""
     return name in ("rope_freqs.weight",)
-
-
-def tokenizer_of(metadata: Mapping[str, Any]) -> Tokenizer | None:
-    """The tokenizer inside, None where the file has none.
-
-    Raises:
-      InteropError: if its kind is not supported.
-    """
-    kind = metadata.get("tokenizer.ggml.model")
-    if kind is None:
-        return None
-
-    def need(name: str) -> list[Any]:
-        if f"tokenizer.ggml.{name}" not in metadata:
-            raise InteropError(f"the GGUF lacks tokenizer.ggml.{name}")
-        return list(metadata[f"tokenizer.ggml.{name}"])
-
-    tokens: list[str] = need("tokens")
-    types = list(metadata.get("tokenizer.ggml.token_type", [1] * len(tokens)))
-    if len(types) != len(tokens):
-        raise InteropError(f"the GGUF has {len(tokens)} tokens and {len(types)} token types")
-    vocab = {t: i for i, t in enumerate(tokens)}
-    if kind == "gpt2":
-        backend = _byte_level(vocab, need("merges"), metadata.get("tokenizer.ggml.pre"))
-    elif kind == "llama":
-        backend = _sentence_piece(vocab, need("scores"), metadata)
-    else:
-        raise InteropError(f"GGUF tokenizer model {kind!r} is not supported; there are gpt2, llama")
-    special = [
-        tokenizers.AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, types, strict=True) if k == 3
-    ]
-    user = [tokenizers.AddedToken(t, normalized=False) for t, k in zip(tokens, types, strict=True) if k == 4]
-    backend.add_special_tokens(special)
-    backend.add_tokens(user)
-    bos = metadata.get("tokenizer.ggml.bos_token_id")
-    if not metadata.get("tokenizer.ggml.add_bos_token", kind == "llama"):
-        bos = None
-    eos = [metadata.get(f"tokenizer.ggml.{n}_token_id") for n in ("eos", "eot")]
-    return Tokenizer(
-        backend,
-        None if bos is None else int(bos),
-        list(dict.fromkeys(int(i) for i in eos if i is not None)),
-        metadata.get("tokenizer.chat_template"),
-    )
-
-
-def _byte_level(vocab: dict[str, int], merges: list[str], pre: str | None) -> tokenizers.Tokenizer:
-    pairs = [(a, b) for a, _, b in (m.partition(" ") for m in merges)]
-    backend = tokenizers.Tokenizer(models.BPE(vocab, pairs))
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    split = lambda regex: pre_tokenizers.Sequence([pre_tokenizers.Split(tokenizers.Regex(regex), "isolated"), plain])
-    known: dict[str | None, Any] = {
-        None: byte_level,
-        "default": byte_level,
-        "gpt-2": byte_level,
-        "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level]),
-        "llama-bpe": split(_LLAMA3),
-        "qwen2": split(_QWEN2),
-    }
-    if pre not in known:
-        raise InteropError(f"GGUF pre-tokenizer {pre!r} is not supported; there are {', '.join(map(str, known))}")
-    if pre == "qwen2":
-        backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = known[pre]
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
-def _sentence_piece(vocab: dict[str, int], scores: list[float], metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """Llama 1 and 2: SentencePiece BPE, whose merges are implied by the scores of the merged pieces."""
-    merges = []
-    for piece in vocab:
-        for cut in range(1, len(piece)):
-            a, b = piece[:cut], piece[cut:]
-            if a in vocab and b in vocab:
-                merges.append((-scores[vocab[piece]], vocab[a], vocab[b], a, b))
-    pairs = [(a, b) for *_, a, b in sorted(merges)]
-    unknown = next((t for t, i in vocab.items() if i == metadata.get("tokenizer.ggml.unknown_token_id", 0)), None)
-    backend = tokenizers.Tokenizer(models.BPE(vocab, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    space = metadata.get("tokenizer.ggml.add_space_prefix", True)
-    steps: list[Any] = [normalizers.Prepend("▁")] if space else []
-    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
-    tail: list[Any] = [decoders.Strip(" ", 1, 0)] if space else []
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *tail])
-    return backend

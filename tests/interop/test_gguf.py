@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_models import noise
+from tokenizers import pre_tokenizers
 
 from llm_jax import interop
-from llm_jax.data import tokenizers
+from llm_jax.data import chat, tokenizers
+from llm_jax.data.tokenizer import Rule
 from llm_jax.interop import InteropError
 from llm_jax.interop.gguf import tokenizer_of
 from llm_jax.models.llama import LlamaConfig
@@ -149,6 +151,10 @@ def test_quantized_tensors_load_as_their_dequantized_values(tmp_path):
         np.testing.assert_array_equal(found, jnp.asarray(want, jnp.bfloat16), err_msg=path)
 
 
+def entry(kind, *values):
+    return {"more": lambda writer: getattr(writer, f"add_{kind}")(*values)}
+
+
 BROKEN = [
     (("gpt2", "llama"), {}, "GGUF architecture 'gpt2' is not supported; there are llama, qwen2, qwen3"),
     (("llama", "llama"), {"leave_out": ("block_count",)}, "the GGUF lacks llama.block_count"),
@@ -156,9 +162,62 @@ BROKEN = [
     (("llama", "llama"), {"leave_out": ("blk.1.ffn_up.weight",)}, "missing blk.1.ffn_up.weight"),
     (("llama", "llama"), {"more": lambda w: w.add_tensor("extra", np.ones(2, np.float32))}, "unexpected extra"),
     (("llama", "llama"), {"more": lambda w: w.add_uint16("split.count", 2)}, "split over several files"),
+    (("llama", "llama"), entry("string", "general.type", "adapter"), "no model but general.type='adapter'"),
+    (("llama", "llama"), entry("expert_count", 8), "a mixture of experts, llama.expert_count=8"),
+    (("llama", "llama"), entry("rope_dimension_count", 4), "llama.rope.dimension_count=4, only the head's size 8"),
+    (("llama", "llama"), entry("value_length", 4), "llama.attention.value_length=4, only the head's size 8"),
+    (("llama", "llama3"), entry("rope_scaling_factor", 2.0), "scales rotary positions twice"),
+    (("llama", "llama"), entry("rope_scaling_type", gguf.RopeScalingType.LONGROPE), "'longrope' is not supported"),
+    (("llama", "llama"), entry("rope_scaling_attn_factors", 1.5), "attn_factor=1.5 is not supported with linear"),
     (("llama", "tied"), {"more": lambda w: w.add_tensor("rope_freqs.weight", np.full(4, 3, np.float32))}, "Llama 3's"),
     (("llama", "llama"), {"more": lambda w: w.add_tokenizer_model("t5")}, "lacks tokenizer.ggml.tokens"),
 ]  # fmt: skip
+
+
+def yarn(writer, **more):
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(4.0)
+    writer.add_rope_scaling_orig_ctx_len(16)
+    for name, value in more.items():
+        writer.add_float32(f"llama.rope.scaling.{name}", value)
+
+
+USUAL = 0.1 * math.log(4) + 1  # YaRN's factor on cosines and sines
+SCALINGS = [  # as llama.cpp reads them
+    (lambda w: w.add_rope_scaling_factor(4.0), RotaryScaling("linear", 4.0, 64)),
+    (lambda w: w.add_float32("llama.rope.scale_linear", 4.0), RotaryScaling("linear", 4.0, 64)),
+    (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.NONE), None),
+    (lambda w: [w.add_rope_scaling_type(gguf.RopeScalingType.NONE), w.add_rope_scaling_factor(4.0)], None),
+    (lambda w: w.add_rope_scaling_factor(1.0), None),
+    (yarn, RotaryScaling("yarn", 4.0, 16)),
+    (lambda w: yarn(w, attn_factor=0.5), RotaryScaling("yarn", 4.0, 16, attention_factor=0.5 * USUAL)),
+    (
+        lambda w: yarn(w, yarn_beta_fast=16.0, yarn_beta_slow=2.0),
+        RotaryScaling("yarn", 4.0, 16, beta_fast=16.0, beta_slow=2.0),
+    ),
+]
+
+
+@pytest.mark.parametrize("add, want", SCALINGS)
+def test_rotary_scalings(add, want, tmp_path):
+    found = interop.load(write(tmp_path / "a.gguf", "llama", CONFIGS["llama"][1], more=add)).config
+    assert found.rope_scaling == want
+
+
+LISTED = {"feed_forward_length": 64, "attention.head_count": 4, "attention.head_count_kv": 2, "block_count": 2}
+
+
+@pytest.mark.parametrize("name, value", {**LISTED, "attention.key_length": 8}.items())
+def test_equal_numbers_of_layers_are_one(name, value, tmp_path):
+    config = CONFIGS["llama"][1]
+
+    def load(values):
+        more = entry("array", f"llama.{name}", values)
+        return interop.load(write(tmp_path / "a.gguf", "llama", config, leave_out=(name,), **more))
+
+    assert load([value, value]).config == config
+    with pytest.raises(InteropError, match=f"the GGUF gives layers different llama.{name}: .*only equal ones"):
+        load([value, value + 1])
 
 
 @pytest.mark.parametrize("which, options, message", BROKEN)
@@ -192,16 +251,56 @@ def test_byte_level_vocabularies_cut_as_the_original(byte_level):
     for text in ["the mat don't <|end|>we've  12345\n\n x", "naïve 😀😀", "\x00 \t unseen ж", ""]:
         assert found.encode(text) == byte_level.encode(text)
         assert found.decode(found.encode(text), skip_special_tokens=False) == text
-    assert (found.bos_id, found.eos_ids, found.chat_template) == (None, (1,), "{{ x }}")
+    assert (found.bos_id, found.eos_ids, found.chat_template) == (0, (1,), "{{ x }}") and found.rule == Rule()
     assert found.decode([0, *found.encode("the")]) == "the"
     added = tokenizer_of(byte_level_metadata(byte_level, add_bos_token=True, eot_token_id=0))
-    assert (added.bos_id, added.eos_ids) == (0, (1, 0))
+    assert (added.bos_id, added.eos_ids) == (0, (1, 0)) and added.rule == Rule((0,))
+
+
+def test_where_the_file_does_not_say_what_stands_around_a_text(byte_level):
+    """Llama 3's and SentencePiece's vocabularies put a begin token there, others none; a template names it anyway."""
+    template = "{{ bos_token }}{{ messages[0].content }}"
+    rows = [
+        (byte_level_metadata, {"pre": "gpt-2"}, Rule()),
+        (byte_level_metadata, {"pre": "qwen2"}, Rule()),
+        (byte_level_metadata, {"pre": "llama-bpe"}, Rule((0,))),
+        (byte_level_metadata, {"pre": "llama-bpe", "add_bos_token": False}, Rule()),
+        (byte_level_metadata, {"pre": "gpt-2", "add_bos_token": True, "add_eos_token": True}, Rule((0,), (1,))),
+        (sentence_piece_metadata, {}, Rule((1,))),
+        (sentence_piece_metadata, {"add_bos_token": False, "add_eos_token": True}, Rule((), (2,))),
+    ]
+    for make, changes, rule in rows:
+        metadata = make(**changes) if make is sentence_piece_metadata else make(byte_level, **changes)
+        tokens = metadata["tokenizer.ggml.tokens"]
+        metadata |= {"tokenizer.chat_template": template}
+        found = tokenizer_of(metadata)
+        assert found.rule == rule, changes
+        bare = found.encode("ab")
+        assert found.encode_texts(["ab"]) == [[*rule.begin, *bare, *rule.end]]
+        begin = tokens[metadata["tokenizer.ggml.bos_token_id"]]
+        assert chat.render(found, [{"role": "user", "content": "x"}]) == f"{begin}x"
+
+
+@pytest.mark.parametrize("pre", ["llama-bpe", "llama3", "gpt-2", "qwen2"])
+def test_whole_entries_come_before_merges_where_llama_3_says_so(pre):
+    """An entry that no merge makes is found whole, or never."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*letters, "ab", "cd", "abcd", "<|end|>"]
+    metadata = {
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.merges": ["a b", "c d"], "tokenizer.ggml.eos_token_id": len(tokens) - 1,
+    }  # fmt: skip
+    found = tokenizer_of(metadata)
+    pieces = [found.token(i) for i in found.encode("abcd abd")]
+    assert pieces == [*(["abcd"] if pre.startswith("llama") else ["ab", "cd"]), "\u0120", "ab", "d"]
 
 
 SPLITS = [
     ("gpt-2", "it's 12345  x", ["it", "'s", " 12345", " ", " x"]),
     ("smollm", "it's 12345  x", ["it", "'s", " ", "1", "2", "3", "4", "5", " ", " x"]),
     ("llama-bpe", "it'S 12345\n\n x (a)", ["it", "'S", " ", "123", "45", "\n\n", " x", " (", "a", ")"]),
+    ("llama3", "12345", ["123", "45"]),
+    ("deepseek-r1-qwen", "123", ["1", "2", "3"]),
     ("qwen2", "it's 123\n x", ["it", "'s", " ", "1", "2", "3", "\n", " x"]),
 ]
 
@@ -261,6 +360,7 @@ TOKENIZER_ERRORS = [
     ({"model": "t5"}, "GGUF tokenizer model 't5' is not supported; there are gpt2, llama"),
     ({"pre": "tekken"}, "GGUF pre-tokenizer 'tekken' is not supported"),
     ({"token_type": [1]}, "tokens and 1 token types"),
+    ({"eos_token_id": 9999}, "the GGUF's eos token has the id 9999"),
     ({"model": "llama"}, "the GGUF lacks tokenizer.ggml.scores"),
 ]
 
@@ -284,4 +384,4 @@ def test_a_tokenizer_inside_a_file(byte_level, tmp_path):
 
     found = interop.load(write(tmp_path / "a.gguf", *CONFIGS["tied"], more=add)).tokenizer
     assert found.encode("the cat 😀") == byte_level.encode("the cat 😀")
-    assert (found.bos_id, found.eos_ids, found.chat_template) == (None, (1,), "{{ x }}")
+    assert (found.bos_id, found.eos_ids, found.chat_template) == (None, (1,), "{{ x }}")  # it names no other
