@@ -74,9 +74,43 @@ def test_what_templates_may_use(make):
         ("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}", "4"),
         ("a\n  {% if true %}\nb\n  {% endif %}\nc", "a\nb\nc"),  # blocks take their line along
         ("{{ strftime_now('%%') }}{{ bos_token }}{{ eos_token }}", "%<s><|endoftext|>"),
+        ("{{ tools is none }}{{ documents is none }}{{ tools is defined }}", "TrueTrueTrue"),
+        ("{{ unk_token is defined }}{{ pad_token is defined }}", "FalseFalse"),
+        ("{{ messages[0] | tojson(separators=(',', ':')) }}", '{"role":"user","content":"Hi <é>"}'),
+        (
+            "{{ messages[0] | tojson(ensure_ascii=True, sort_keys=True) }}",
+            '{"content": "Hi <\\u00e9>", "role": "user"}',
+        ),
+        ("{{ [1] | tojson(True, 2) }}{{ ['é'] | tojson(2) }}", '[\n  1\n]["\\u00e9"]'),
+        ("{% for m in messages %}{% generation %}\n{{ m.role }}{% endgeneration %}{% endfor %}", "userassistant" * 2),
+        ("{% generation %}{% set x = 1 %}{% endgeneration %}{{ x is defined }}", "False"),
     ]
     for template, want in rows:
         assert render(make(template), CHAT) == want
+
+
+def test_templates_know_the_special_tokens_by_name(backend):
+    named = {"bos_token": "<s>", "pad_token": "<|im_end|>", "image_token": "<image>"}
+    template = "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ image_token }}{{ unk_token }}|"
+    assert render(Tokenizer(backend, 3, [0], template, named), CHAT) == "<s><|endoftext|><|im_end|><image>|"
+    assert render(Tokenizer(backend, None, [], "{{ bos_token is defined }}{{ eos_token }}"), CHAT) == "False"
+
+
+U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
+PARTS = {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]}
+
+
+def test_templates_get_messages_whole(make):
+    rows = [
+        ("{{ messages[0].content is defined }}{{ messages[0].tool_calls[0].function.name }}", [CALL], "Falseadd"),
+        ("{% for p in messages[0].content %}{{ p.text }}{% endfor %}", [PARTS], "onetwo"),
+        ("{{ messages[0].reasoning_content }}{{ messages[0].thinking }}", [{**A, "reasoning": "why"}], "whywhy"),
+        ("{{ messages[0].name }}{{ messages[0].other is defined }}", [{**U, "name": "Ann", "other": None}], "AnnFalse"),
+        ("{{ tools[0].name }}{{ documents | length }}", [U], "add2"),
+    ]
+    for template, messages, want in rows:
+        assert render(make(template), messages, tools=[{"name": "add"}], documents=[{}, {}]) == want
 
 
 @pytest.mark.parametrize(
@@ -106,7 +140,6 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(make):
         encode_chat(make("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"), CHAT)
 
 
-U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 RECORDS = [
     ({"messages": [U, A]}, [U, A]),
     ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, [U, A]),
@@ -119,6 +152,16 @@ RECORDS = [
     ({"messages": ["q", A]}, None),
     ({"messages": [U, {"role": "assistant"}]}, None),
     ({"messages": [U, {"role": "assistant", "content": [{"type": "text"}]}]}, None),
+    ({"messages": [PARTS, A]}, [PARTS, A]),
+    (
+        {"messages": [U, CALL, {"role": "tool", "content": "1", "name": "add"}]},
+        [U, CALL, {"role": "tool", "content": "1", "name": "add"}],
+    ),
+    ({"messages": [U, {"role": "assistant", "content": None, "tool_calls": []}]}, None),
+    ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}, A]}, None),
+    ({"messages": [{"role": "user", "content": []}, A]}, None),
+    ({"messages": [{"role": 3, "content": "q"}, A]}, None),
+    ({"conversations": ["q"]}, None),
     ({"conversations": [{"from": ["human"], "value": "q"}]}, None),
     ({"prompt": "q", "completion": 3}, None),
     ({"text": "q"}, None),
@@ -137,3 +180,34 @@ def test_bad_rows_are_counted(make, caplog):
     found = list(chats(tokenizer)([Document(str(i), "", r) for i, r in enumerate(rows)], bad))
     assert bad.count == 3 and len(found) == 2 and found[0] == found[1] == encode_chat(tokenizer, [U, A])
     assert "no assistant turn" in caplog.text
+
+
+def test_rows_that_cannot_be_written_are_named(make, caplog):
+    """A row that the template refuses is a bad row like any other: it says why, and the run goes on."""
+    picky = "{{ tools | length if tools else '' }}{% for m in messages %}{{ m.content }}"
+    picky += "{% if m.content == 'no' %}{{ raise_exception('not this') }}{% endif %}{% endfor %}"
+    image = {"role": "user", "content": [{"type": "image", "url": "x"}]}
+    rows = [
+        ({"messages": [U, A]}, None),
+        ({"messages": [{**U, "content": "no"}, A]}, "TemplateError: not this"),
+        ({"messages": [image, A]}, "the content of message 1 has a part of type 'image'"),
+        ({"messages": [U, {"role": "assistant"}]}, "the content of message 2 is neither text nor"),
+        ({"messages": [U, A], "tools": "add"}, "tools is no JSON"),
+        ({"messages": [U, A], "tools": {"name": "add"}}, "tools is no list of objects"),
+        ({"messages": []}, "no message"),
+        ({"messages": [U, A], "tools": '[{"name": "add"}]', "documents": "[]"}, None),
+    ]
+    for record, why in rows:
+        bad = BadRows()
+        caplog.clear()
+        found = list(chats(make(picky))([Document("a.jsonl:7", "", record)], bad))
+        assert len(found) == (why is None) and bad.count == (why is not None)
+        assert why is None or (why in caplog.text and "a.jsonl:7" in caplog.text)
+    with_tools, without = (
+        make(picky).decode(e.ids)
+        for e in chats(make(picky))([Document("a", "", rows[-1][0]), Document("b", "", rows[0][0])], BadRows())
+    )
+    assert (with_tools, without) == ("1qa", "qa")
+    for message in (PARTS, CALL):  # the plain template writes text only, and says so
+        with pytest.raises(TokenizerError, match="content in parts and tool calls need"):
+            render(make(None), [message])
