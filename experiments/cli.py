@@ -98,6 +98,20 @@ def define_stream() -> flags.FlagHolder[Any]:
     return flags.DEFINE_bool("stream", False, "Leave layers on disk and read each when it runs: models beyond memory.")
 
 
+def define_encoding() -> flags.FlagHolder[Any]:
+    """The `--encoding` flag of binaries that read text, for `storage.text_files`."""
+    help_text = "Encoding of text without a byte order mark, as latin-1; UTF-8 by default; replace: U+FFFD for errors."
+    return flags.DEFINE_string("encoding", None, help_text)
+
+
+def text_of(source: str, encoding: str | None) -> Any:
+    """A `TextFile` of a file, or of stdin where `source` is `-`."""
+    from llm_jax.storage.text_files import TextFile
+
+    stdin: Any = sys.stdin.buffer if source == "-" else None
+    return TextFile("stdin" if source == "-" else source, encoding, stdin)
+
+
 def define_config(default: str | None, help_text: str) -> flags.FlagHolder[Any]:
     """The `--config=FILE[:variant]` flag with dotted overrides; overrides of the default file are read right here."""
     try:

@@ -22,9 +22,10 @@ MODEL = cli.define_model()
 AVERAGE = cli.define_average()
 STREAM = cli.define_stream()
 SOURCE = flags.DEFINE_string("source", None, "Corpus: stdlib, a file, a folder, a glob.")
-TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Field of JSON rows and Parquet tables.")
+TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Field of records (JSON, tables, Parquet) with the text.")
 FIELDS = flags.DEFINE_list("fields", [], "Fields of labelled examples (data.fields), of a model with labels.")
-LAYOUT = flags.DEFINE_string("layout", None, "Of labelled examples whose files' names do not tell (data.layout).")
+LAYOUT = flags.DEFINE_string("layout", None, "How files are written whose names do not tell (data.layout).")
+ENCODING = cli.define_encoding()
 LENGTH = flags.DEFINE_integer("sequence_length", 512, "Tokens of a row.", lower_bound=1)
 BATCH = flags.DEFINE_integer("batch_size", 4, "Rows at once.", lower_bound=1)
 LIMIT = flags.DEFINE_integer("limit", 0, "Batches; 0 takes the whole corpus.", lower_bound=0)
@@ -46,7 +47,7 @@ def on_labels(loaded: Any, source: str) -> dict[str, float]:
     from llm_jax.training.step import make_eval_step
 
     kind, config = kind_of(loaded.config), loaded.config
-    examples, _ = labeled.read(source, kind, FIELDS.value, layout=LAYOUT.value)
+    examples, _ = labeled.read(source, kind, FIELDS.value, layout=LAYOUT.value, encoding=ENCODING.value)
     names = labeled.names_of(examples, kind, FIELDS.value) if kind == "choice" else config.labels
     encoder = Encoder.of(config, loaded.tokenizer, kind, min(LENGTH.value, getattr(config, "context_length", 512)))
     rows, objective = LabeledRows(examples, encoder, names, source), Labels(kind)
@@ -82,8 +83,9 @@ def main() -> None:
     elif SOURCE.value:
         length = min(LENGTH.value, getattr(loaded.config, "context_length", LENGTH.value))
         objective, rows_of = rows_of_model(loaded.config, tokenizer, length)
+        read_as: dict[str, Any] = {"text_field": TEXT_FIELD.value, "layout": LAYOUT.value, "encoding": ENCODING.value}
         framed = loaded.config.reads == "causal"
-        store = tokens.build(SOURCE.value, tokenizer, CACHE.value, text_field=TEXT_FIELD.value, framed=framed)["train"]
+        store = tokens.build(SOURCE.value, tokenizer, CACHE.value, **read_as, framed=framed)["train"]
         rows, step = rows_of(store), jax.jit(make_eval_step(model, objective))
         ratio = len(store.ids) / store.text_bytes
         results |= evaluate_rows(

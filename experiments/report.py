@@ -19,9 +19,15 @@ from llm_jax.objectives.seq2seq import Seq2Seq
 from llm_jax.training.run import RunConfig, Trained
 
 
-def xz_bits_per_byte(source: str, share: float, text_field: str = "text") -> float | None:
-    """Bits per byte of `xz -9` on the held-out documents joined, None where nothing is held out."""
-    documents = corpora.documents(source, text_field=text_field)
+def xz_bits_per_byte(source: str, share: float, **read_as: Any) -> float | None:
+    """Bits per byte of `xz -9` on the held-out documents joined, None where nothing is held out.
+
+    Args:
+      source: of the run.
+      share: held out.
+      **read_as: how the files are read, see `corpora.documents`.
+    """
+    documents = corpora.documents(source, **read_as)
     held = [d.text for d in documents if d.text and corpora.split_of(d, share) == "validation"]
     data = "".join(held).encode("utf-8", "surrogatepass")
     return 8 * len(lzma.compress(data, preset=9)) / len(data) if data else None
@@ -39,7 +45,7 @@ def summary(config: RunConfig, trained: Trained, workdir: str) -> str:
     line = numbers(trained, workdir)
     if "eval/bits_per_byte" not in trained.evaluation or config.data.split != "hash":
         return line
-    xz = xz_bits_per_byte(config.data.source, config.data.validation_share, config.data.text_field)
+    xz = xz_bits_per_byte(config.data.source, config.data.validation_share, **config.data.read_as)
     return line if xz is None else f"xz -9 on the held-out files: {xz:.3f} bits per byte\n{line}"
 
 
@@ -53,7 +59,7 @@ def _beginning(text: str) -> str:
 def _beginnings(config: RunConfig, count: int) -> list[str]:
     """Of held-out documents, or of training ones where none is held out."""
     found: list[str] = []
-    for document in corpora.documents(config.data.source, text_field=config.data.text_field):
+    for document in corpora.documents(config.data.source, **config.data.read_as):
         held = corpora.split_of(document, config.data.validation_share) == "validation"
         if document.text and (held or not config.data.validation_share or config.data.split == "tail"):
             found.append(_beginning(document.text))
@@ -80,7 +86,7 @@ def answers(trained: Trained, count: int, config: RunConfig) -> list[str]:
     data, length = config.data, config.training.sequence_length
     if not data.fields:
         return []
-    read = corpora.documents(data.source, text_field=data.text_field, group=data.group)
+    read = corpora.documents(data.source, **data.read_as)
     held = (d for d in read if corpora.split_of(d, data.validation_share) == "validation")
     found = (pairs.both(d, data.fields) for d in held)
     texts = list(itertools.islice((p for p in found if p is not None and len(tokenizer.encode(p[0])) < length), count))

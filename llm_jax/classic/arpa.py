@@ -16,7 +16,8 @@ from tqdm import tqdm
 from llm_jax.classic import counting
 from llm_jax.classic.counting import ABSENT
 from llm_jax.classic.ngram import BackoffModel, Model
-from llm_jax.classic.sentences import DAMAGED, SPECIAL, Vocabulary
+from llm_jax.classic.sentences import SPECIAL, Vocabulary
+from llm_jax.storage.text_files import TextFile, TextFileError
 
 NEVER = -99.0  # how the format writes the logarithm of zero; what is below is as little
 CHUNK = 1 << 16  # n-grams at once
@@ -91,26 +92,25 @@ def read(path: epath.PathLike, progress: bool = False) -> BackoffModel:
     path = epath.Path(path)
     if not path.is_file():
         raise ArpaError(f"{path} is no file")
-    with path.open("rb") as raw, _packed(raw, path, "rb") as file:
-        return _Lines(path, file, progress).model()
+    return _Lines(path, progress).model()
 
 
 class _Lines:
     """A file line by line."""
 
-    def __init__(self, path: epath.Path, file: Any, progress: bool) -> None:
+    def __init__(self, path: epath.Path, progress: bool) -> None:
         self.path, self.number, self.progress = path, 0, progress
-        self.lines = self._strip(file)
+        self.lines = self._strip()
 
-    def _strip(self, file: Any) -> Iterator[bytes]:
+    def _strip(self) -> Iterator[bytes]:
         try:
-            for line in file:
-                self.number += 1
+            for number, line in TextFile(self.path).byte_lines():
+                self.number = number
                 line = line.strip()
                 if line:
                     yield line
-        except DAMAGED as e:
-            raise self.error(f"cut short: {e}") from None
+        except TextFileError as e:
+            raise self.error(f"damaged or cut short: {e.__cause__ or e}") from None
 
     def error(self, text: str) -> ArpaError:
         return ArpaError(f"{self.path}:{self.number}: {text}")

@@ -14,6 +14,7 @@ import scipy.stats
 from etils import epath
 
 from llm_jax.classic.vectors import EPSILON, VectorsError, WordVectors, combine
+from llm_jax.storage.text_files import TextFile, TextFileError
 
 ROWS, QUESTIONS = 4096, 64  # of scores at once: 1 MiB, which a cache holds
 
@@ -78,10 +79,9 @@ def _lines(path: epath.PathLike) -> list[tuple[int, str]]:
     if not file.is_file():
         raise VectorsError(f"{file} is no file")
     try:
-        lines = file.read_bytes().decode().split("\n")
-    except UnicodeDecodeError as e:
-        raise VectorsError(f"{file} is no UTF-8 ({e.reason} at byte {e.start})") from None
-    return [(n, line.strip()) for n, line in enumerate(lines, start=1) if line.strip()]
+        return [(n, line.strip()) for n, line in TextFile(file).lines() if line.strip()]
+    except TextFileError as e:
+        raise VectorsError(str(e)) from None
 
 
 def read_pairs(path: epath.PathLike) -> list[Pair]:

@@ -1,12 +1,11 @@
 """Text as numbers for n-grams and word vectors: one sentence a line, words between blanks, `.gz` too.
 
-Words stay bytes until a vocabulary is made: text is UTF-8, which splitting at ASCII blanks does not harm.
+Words stay bytes until a vocabulary is made: text is UTF-8, which splitting at ASCII blanks does not harm. Files come
+through `storage.text_files`, which drops a byte order mark and turns UTF-16 that has one into UTF-8.
 """
 
 import collections
 import functools
-import gzip
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -14,12 +13,12 @@ import numpy as np
 from etils import epath
 
 from llm_jax.classic.numbering import LINE_END, Numbers
+from llm_jax.storage.text_files import TextFile, TextFileError
 
 UNKNOWN, BEGIN, END = 0, 1, 2
 SPECIAL = ("<unk>", "<s>", "</s>")
 POLICIES = ("strict", "skip", "replace")
 BLOCK = 1 << 23  # bytes read at once
-DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error)  # what reading a compressed file may raise
 
 
 class TextError(ValueError):
@@ -55,14 +54,14 @@ class Reader:
     def blocks(self) -> Iterator[bytes]:
         """Whole lines of valid UTF-8, each ended by a line feed."""
         for path in self.paths:
-            with path.open("rb") as raw:
-                line = 1
-                try:
-                    for block in _lines(gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw):
-                        yield self._valid(block, path, line)
-                        line += block.count(b"\n")
-                except DAMAGED as e:
-                    raise TextError(f"{path}: damaged or cut short behind line {line - 1}: {e}") from None
+            line = 1
+            try:
+                for block in _lines(TextFile(path).blocks(BLOCK)):
+                    yield self._valid(block, path, line)
+                    line += block.count(b"\n")
+            except TextFileError as e:
+                reason = e.__cause__ or e
+                raise TextError(f"{path}: damaged or cut short behind line {line - 1}: {reason}") from None
 
     def _valid(self, block: bytes, path: epath.Path, line: int) -> bytes:
         try:
@@ -86,10 +85,10 @@ class Reader:
         return text
 
 
-def _lines(file: Any) -> Iterator[bytes]:
+def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
     """Blocks that end with a line."""
     rest = b""
-    while block := file.read(BLOCK):
+    for block in blocks:
         rest += block
         cut = rest.rfind(b"\n") + 1
         if cut:
@@ -160,7 +159,7 @@ def read_vocabulary(path: epath.PathLike) -> Vocabulary:
     if not path.is_file():
         raise TextError(f"{path} is no file")
     words = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    for number, line in TextFile(path).byte_lines():
         parts = line.split()
         try:
             named = [x.decode() for x in parts]

@@ -97,6 +97,7 @@ def read(
     share: float = 0.0,
     layout: str | None = None,
     group: str | None = None,
+    encoding: str | None = None,
 ) -> tuple[list[Example], list[Example]]:
     """(training, held-out) examples.
 
@@ -108,6 +109,7 @@ def read(
       share: of the source, where there is no `validation`.
       layout: see `corpora.documents`.
       group: see `corpora.documents`.
+      encoding: see `corpora.documents`.
 
     Raises:
       CorpusError: if a source is missing or no row can be used; the first bad one is named.
@@ -115,18 +117,19 @@ def read(
     check_fields(kind, fields)
     parts: dict[str, list[Example]] = {"train": [], "validation": []}
     for name, part in (("train", source), ("validation", validation)):
-        bad, first = BadRows(), ""
-        for document in () if part is None else corpora.documents(part, bad, group=group, layout=layout):
+        if part is None:
+            continue
+        bad = BadRows()
+        for document in corpora.documents(part, bad, group=group, layout=layout, encoding=encoding):
             held = name == "validation" or (validation is None and corpora.split_of(document, share) == "validation")
             try:
                 parsed = _parse(document.record or {}, kind, fields)
             except (ValueError, TypeError) as e:
-                first = first or f"{document.name}: {e}"
                 bad.add(document.name, str(e))
                 continue
             parts["validation" if held else "train"].append(Example(document.name, *parsed))
-        if part is not None and not any(parts.values() if validation is None else [parts[name]]):
-            raise CorpusError(f"{part!r} holds no row with {FIELDS[kind]} ({bad.count} bad rows; {first})")
+        if not any(parts.values() if validation is None else [parts[name]]):
+            raise CorpusError(f"{part!r} holds no row with {FIELDS[kind]} {bad}")
     return parts["train"], parts["validation"]
 
 

@@ -1,5 +1,11 @@
-"""Tokenized corpora on disk: written once, memory-mapped, checked when opened, rebuilt when damaged."""
+"""Tokenized corpora on disk: written once, memory-mapped, checked when opened, rebuilt when damaged.
 
+Opening compares sizes and times of the sources and of the cache with those of the last full check, which are stored
+beside their digests (`storage.digests`); only what differs is read and hashed again.
+"""
+
+import array
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -7,17 +13,20 @@ import json
 import logging
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
-from llm_jax.data.corpora import BadRows, CorpusError, Document, documents, fingerprint, split_of
+from llm_jax.data.corpora import BadRows, CorpusError, Document, documents, file_digests, fingerprint, split_of
 from llm_jax.data.tokenizers import Tokenizer, TokenizerError
+from llm_jax.storage import digests
+from llm_jax.storage.digests import FileDigest
 
 log = logging.getLogger(__name__)
-FORMAT = 3
+FORMAT = 4
+CHECKED = "checked.json"  # digests of the sources and of the cache, at the last full check
 
 
 class Example(NamedTuple):
@@ -64,7 +73,7 @@ def plain_text(tokenizer: Tokenizer, framed: bool = True) -> Encode:
             if d.text:
                 usable.append(d.text)
             else:
-                bad.add(d.name, "no text field")
+                bad.add(d.name, f"no text in data.text_field, only {', '.join(map(str, d.record or ())) or 'no field'}")
         for ids in (tokenizer.encode_texts if framed else tokenizer.encode_batch)(usable):
             yield Example(ids + end)
 
@@ -98,6 +107,10 @@ def build(
     text_field: str = "text",
     split: str = "hash",
     group: str | None = None,
+    layout: str | None = None,
+    encoding: str | None = None,
+    stored: Mapping[str, FileDigest] | None = None,
+    verify: bool = False,
     framed: bool = True,
 ) -> dict[str, TokenStore]:
     """Tokenizes a source, or opens the cache of an earlier run.
@@ -111,58 +124,77 @@ def build(
       validation_share: share of documents held out, by hash of their content.
       encode: how documents become ids; plain text with a separator by default.
       kind: names `encode` in the key.
-      text_field: field of JSON rows and Parquet tables that holds the text.
+      text_field: field of records (JSON, tables, Parquet) that holds the text.
       split: `hash` holds out whole documents by a hash of their content, `tail` the end of every document (for a corpus
         that is one document).
       group: field whose equal values are held out together, see `corpora.documents`.
+      layout: see `corpora.documents`.
+      encoding: see `corpora.documents`.
+      stored: digests of source files that are known already.
+      verify: reads and hashes the sources and the cache, even where sizes and times say that nothing changed.
       framed: of plain text, see `plain_text`.
 
     Returns:
       `{"train": ..., "validation": ...}`.
 
     Raises:
-      CorpusError: if the source is missing or empty.
+      CorpusError: if the source is missing or empty, or changes while it is read.
     """
-    key = hashlib.blake2b(digest_size=16)
-    for part in (str(FORMAT), fingerprint(source), tokenizer.backend.to_str(), repr(tokenizer.eos_ids), kind):
-        key.update(part.encode("utf-8", "surrogatepass") + b"\0")
     if split not in ("hash", "tail"):
         raise CorpusError(f"data.split={split!r} is neither hash nor tail")
     if split == "tail" and encode is not None:
         raise CorpusError("data.split=tail cuts plain text only; chats and instructions need data.split=hash")
-    key.update(f"{validation_share}{split}{text_field}{tokenizer.chat_template}{group or ''}".encode())
+    known = dict(stored or {}) if verify else {**(stored or {}), **_checked(cache)}
+    sources = file_digests(source, layout, known)
+    key = hashlib.blake2b(digest_size=16)
+    for part in (str(FORMAT), fingerprint(sources), tokenizer.backend.to_str(), repr(tokenizer.eos_ids), kind):
+        key.update(part.encode("utf-8", "surrogatepass") + b"\0")
+    read = (group or "", layout or "", encoding or "")
+    key.update(f"{validation_share}{split}{text_field}{tokenizer.chat_template}{read}".encode())
     if encode is None and framed and any(tokenizer.rule):
         key.update(repr(tokenizer.rule).encode())  # older caches lack what the rule puts around texts
     folder = epath.Path(cache) / key.hexdigest()
     try:
-        return _open(folder)
+        return _open(folder, sources, verify)
     except FileNotFoundError:
         pass
     except (ValueError, OSError, KeyError, TypeError) as e:
         log.warning("token cache %s is damaged (%s); building it again", folder, e)
     working = epath.Path(f"{folder}.{uuid.uuid4().hex}.tmp")
     working.mkdir(parents=True)
-    _write(
-        source, tokenizer, working, validation_share, encode or plain_text(tokenizer, framed), text_field, split, group
-    )
+    read_as = {"text_field": text_field, "group": group, "layout": layout, "encoding": encoding}
+    encode = encode or plain_text(tokenizer, framed)
+    _write(source, tokenizer, working, validation_share, encode, split, read_as)
+    if changed := [path for path, file in sources.items() if file[:4] != digests.stamp(path)]:
+        shutil.rmtree(working, ignore_errors=True)
+        raise CorpusError(f"{changed[0]} changed while it was tokenized: run again when it is complete")
     try:
         working.rename(folder)
     except OSError:  # there is one: a damaged one, or that of another process that was faster
         try:
-            return _open(folder)
+            return _open(folder, sources, verify)
         except Exception:
             shutil.rmtree(folder, ignore_errors=True)
             working.rename(folder)
         finally:
             shutil.rmtree(working, ignore_errors=True)
-    return _open(folder)
+    return _open(folder, sources)
 
 
-def _write(source, tokenizer, folder, validation_share, encode, text_field, how, group):
+def _checked(cache: epath.PathLike) -> dict[str, FileDigest]:
+    """Digests of files that are as they were when an earlier run read them."""
+    found: dict[str, FileDigest] = {}
+    for file in epath.Path(cache).glob(f"*/{CHECKED}"):
+        with contextlib.suppress(ValueError, OSError):  # damaged, or removed meanwhile: the files are read instead
+            found |= {path: digest for path, digest in digests.load(file).items() if digest.is_current(path)}
+    return found
+
+
+def _write(source, tokenizer, folder, validation_share, encode, how, read_as):
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     bad = BadRows()
     splits = {s: _Writer(folder, s, dtype) for s in ("train", "validation")}
-    stream = documents(source, bad, text_field, group)
+    stream = documents(source, bad, **read_as)
     while batch := list(itertools.islice(stream, 256)):
         for split, writer in splits.items():
             if how == "hash":
@@ -176,7 +208,7 @@ def _write(source, tokenizer, folder, validation_share, encode, text_field, how,
     for writer in splits.values():
         writer.close()
     if not any(len(w.starts) > 1 for w in splits.values()):
-        raise CorpusError(f"{source!r} holds no usable document ({bad.count} bad rows)")
+        raise CorpusError(f"{source!r} holds no usable document {bad}")
     if bad.count:
         log.warning("%d bad rows skipped in %s", bad.count, source)
 
@@ -194,7 +226,7 @@ class _Writer:
         self.folder, self.split, self.dtype = folder, split, dtype
         self.ids, self.weights = (folder / f"{split}.ids").open("wb"), (folder / f"{split}.weights").open("wb")
         self.digests = {s: hashlib.blake2b(digest_size=16) for s in ("ids", "weights", "starts")}
-        self.starts, self.text_bytes, self.weighted = [0], 0, False
+        self.starts, self.text_bytes, self.weighted = array.array("q", [0]), 0, False
 
     def add(self, example: Example) -> None:
         weights = np.ones(len(example.ids), np.uint8) if example.weights is None else example.weights
@@ -229,11 +261,26 @@ def _digest(data: Any) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def _open(folder: epath.Path) -> dict[str, TokenStore]:
-    return {split: _open_split(folder, split) for split in ("train", "validation")}
+def _open(folder: epath.Path, sources: Mapping[str, FileDigest], verify: bool = False) -> dict[str, TokenStore]:
+    """Opens the splits; reads and hashes files that were not, or may have changed since, and stores that they were."""
+    file = folder / CHECKED
+    checked: dict[str, FileDigest] = {}
+    with contextlib.suppress(ValueError):  # damaged: everything is checked
+        checked = {} if verify else digests.load(file)
+    current = dict(sources)
+    stores = {split: _open_split(folder, split, checked, current) for split in ("train", "validation")}
+    if current != checked:
+        try:
+            digests.save(file, current)
+        except OSError as e:
+            log.info("%s cannot be written (%s): the next start checks everything again", file, e)
+    return stores
 
 
-def _open_split(folder: epath.Path, split: str) -> TokenStore:
+def _open_split(
+    folder: epath.Path, split: str, checked: Mapping[str, FileDigest], current: dict[str, FileDigest]
+) -> TokenStore:
+    """Opens a split, and puts its files into `current`."""
     meta = json.loads((folder / f"{split}.json").read_text())
     if meta.pop("digest") != _digest(json.dumps(meta).encode()):
         raise ValueError(f"{split}.json does not match its checksum")
@@ -243,15 +290,19 @@ def _open_split(folder: epath.Path, split: str) -> TokenStore:
         found = (folder / f"{split}.{suffix}").stat().length
         if found != size:
             raise ValueError(f"{split}.{suffix} has {found} bytes, expected {size}")
+    for suffix in sizes:
+        path, digest = folder / f"{split}.{suffix}", meta["digests"][suffix]
+        entry = checked.get(str(path))
+        if entry is None or entry.digest != digest or not entry.is_current(path):
+            entry = digests.digest_file(path, digest_size=16)
+            if entry.digest != digest:
+                raise ValueError(f"{split}.{suffix} does not match its checksum")
+        current[str(path)] = entry
     read = lambda suffix, dtype, n: (
         np.memmap(folder / f"{split}.{suffix}", dtype, "r", shape=(n,)) if n else np.zeros(0, dtype)
     )
     ids, weights = read("ids", dtype, tokens), read("weights", np.uint8, tokens)
     starts = np.array(read("starts", np.int64, meta["documents"] + 1))
-    arrays: dict[str, Any] = {"ids": ids, "weights": weights, "starts": starts}
-    for suffix, array in arrays.items():
-        if _digest(array.data) != meta["digests"][suffix]:
-            raise ValueError(f"{split}.{suffix} does not match its checksum")
     return TokenStore(ids, starts, weights if meta["weighted"] else None, meta["text_bytes"])
 
 

@@ -1,10 +1,8 @@
 """Formats of word vectors, a block of a file at a time: what the first line says, then words and numbers."""
 
-import functools
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from etils import epath
@@ -12,7 +10,6 @@ from etils import epath
 from llm_jax.classic.vectors import VectorsError
 
 FORMATS = ("word2vec", "word2vec_binary", "glove")
-BLOCK = 1 << 23  # bytes read at once
 LONGEST = 1 << 16  # bytes of a word
 NUMBER = re.compile(rb"[-+]?(\d+\.?\d*(e[-+]?\d+)?|\.\d+(e[-+]?\d+)?|nan|inf|infinity)", re.IGNORECASE)
 
@@ -29,13 +26,18 @@ class VectorFile:
     """
 
     def __init__(
-        self, path: epath.Path, file: Any, format: str | None, limit: int | None, keep: set[bytes] | None
+        self,
+        path: epath.Path,
+        blocks: Iterator[bytes],
+        format: str | None,
+        limit: int | None,
+        keep: set[bytes] | None,
     ) -> None:
         """Looks at the first line.
 
         Args:
           path: of the file, for errors.
-          file: its bytes.
+          blocks: its bytes.
           format: one of FORMATS; None finds it out.
           limit: reads the first so many words only.
           keep: only these words; the numbers of others are not looked at.
@@ -44,7 +46,6 @@ class VectorFile:
           VectorsError: for an empty file, or a first line that is none of the format.
         """
         self.path, self.limit, self.keep = path, limit, keep
-        blocks = iter(functools.partial(file.read, BLOCK), b"")
         head = next(blocks, b"")
         if not head.strip():
             raise VectorsError(f"{path} is empty")

@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from llm_jax.classic.sentences import DAMAGED, POLICIES
+from llm_jax.classic.sentences import POLICIES
 from llm_jax.classic.vectors import VectorsError
 from llm_jax.interop.vector_rows import FORMATS, VectorFile
+from llm_jax.storage.text_files import TextFile, TextFileError
 
 log = logging.getLogger(__name__)
+BLOCK = 1 << 23  # bytes read at once
 ROWS = 4096  # written at once
 
 
@@ -60,17 +62,16 @@ def read(
     wanted = None if keep is None else {w.encode(errors="surrogatepass") for w in keep}
     words: list[bytes] = []
     tables = []
-    with path.open("rb") as raw, _packed(raw, path, "rb") as file:
-        try:
-            reading = VectorFile(path, file, format, limit, wanted)
-            for some, table in reading.rows():
-                if not np.isfinite(table).all():
-                    word = some[int(np.argmin(np.isfinite(table).all(1)))].decode(errors="replace")
-                    raise VectorsError(f"{path}: the vector of {word!r} holds numbers that are not finite")
-                words += some
-                tables.append(table)
-        except DAMAGED as e:
-            raise VectorsError(f"{path}: damaged or cut short: {e}") from None
+    try:
+        reading = VectorFile(path, TextFile(path).blocks(BLOCK), format, limit, wanted)
+        for some, table in reading.rows():
+            if not np.isfinite(table).all():
+                word = some[int(np.argmin(np.isfinite(table).all(1)))].decode(errors="replace")
+                raise VectorsError(f"{path}: the vector of {word!r} holds numbers that are not finite")
+            words += some
+            tables.append(table)
+    except TextFileError as e:
+        raise VectorsError(f"{path}: damaged or cut short: {e.__cause__ or e}") from None
     matrix = np.concatenate(tables) if tables else np.zeros((0, reading.width), np.float32)
     return _once(path, *_decoded(path, words, matrix, invalid))
 

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +24,8 @@ from llm_jax.objectives.masked_lm import MaskedLM
 from llm_jax.objectives.permutation_lm import PermutationLM
 from llm_jax.objectives.seq2seq import Seq2Seq
 from llm_jax.storage import locks
+from llm_jax.storage.digests import FileDigest
+from llm_jax.storage.text_files import check_encoding
 from llm_jax.training.workdir import has_checkpoint
 
 log = logging.getLogger(__name__)
@@ -47,14 +49,17 @@ class DataConfig:
       pairs: of masked models: `none` (full sentences across documents), `next` (half of the second sentences are of
         another document) or `order` (half are swapped).
       mask_copies: of masked models: 0 masks anew at every visit, n gives every row n masks for good.
-      text_field: field of JSON rows and Parquet tables.
-      fields: of pairs: the fields of source and target (JSON rows, tables with tabs). Of labelled examples: their
-        fields, in the order of `labeled.FIELDS`; columns of a CoNLL file have numbers, of CoNLL-U names.
-      layout: of labelled examples, where the files' names do not end in .tsv, .jsonl, .conll or .conllu: one of these,
-        or a regular expression that takes a line apart into named groups.
-      group: field of JSON rows and tables; rows that agree in it are held out together. `field:REGEX` compares only
-        what the expression finds in it.
+      text_field: field of records (JSON, tables, Parquet) that holds the text.
+      fields: of pairs: the fields of source and target. Of labelled examples: their fields, in the order of
+        `labeled.FIELDS`; columns of a CoNLL file have numbers, of CoNLL-U names.
+      layout: how the files are written, where their names' endings do not say it: `text`, `jsonl`, `csv`, ... (all of
+        `corpora.LAYOUTS`), or a regular expression that takes a line apart into named groups.
+      encoding: of files without a byte order mark: None for UTF-8, the name of another one (`latin-1`, `cp1252`), or
+        `replace` for UTF-8 with U+FFFD where a file is none.
+      group: field of records; those that agree in it are held out together. `field:REGEX` compares only what the
+        expression finds in it.
       cache: local folder for tokenized data; None takes the work directory's `tokens`.
+      verify: a start reads and hashes all sources and the token cache, even where sizes and times did not change.
     """
 
     source: str = "stdlib"
@@ -70,8 +75,10 @@ class DataConfig:
     text_field: str = "text"
     fields: tuple[str, ...] = ()
     layout: str | None = None
+    encoding: str | None = None
     group: str | None = None
     cache: str | None = None
+    verify: bool = False
 
     def __post_init__(self) -> None:
         """Checks names and ranges."""
@@ -83,6 +90,12 @@ class DataConfig:
             raise ValueError(f"mask_copies={self.mask_copies} must not be negative")
         if not 0 <= self.validation_share < 1:
             raise ValueError(f"validation_share={self.validation_share} must lie in [0, 1)")
+        check_encoding(self.encoding)
+
+    @property
+    def read_as(self) -> dict[str, Any]:
+        """How the files are read, as `corpora.documents` takes it."""
+        return {n: getattr(self, n) for n in ("text_field", "group", "layout", "encoding")}
 
 
 class Rows(NamedTuple):
@@ -109,8 +122,9 @@ def carries(objective: Any) -> bool:
 
 def read_labeled(data: DataConfig, objective: Labels) -> tuple[list[labeled.Example], list[labeled.Example]]:
     """(training, held-out) examples of a run."""
-    share = data.validation_share
-    return labeled.read(data.source, objective.kind, data.fields, data.validation, share, data.layout, data.group)
+    split: dict[str, Any] = {"validation": data.validation, "share": data.validation_share}
+    read_as = {name: value for name, value in data.read_as.items() if name != "text_field"}
+    return labeled.read(data.source, objective.kind, data.fields, **split, **read_as)
 
 
 def _texts(config: Any) -> Iterator[str]:
@@ -120,7 +134,7 @@ def _texts(config: Any) -> Iterator[str]:
         examples, _ = read_labeled(data, config.objective)
         join = config.objective.kind == "tokens"
         return (text for e in examples for text in ([" ".join(e.inputs)] if join else e.inputs))
-    read = (d for d in corpora.documents(data.source, text_field=data.text_field, group=data.group))
+    read = corpora.documents(data.source, **data.read_as)
     if data.fields:
         train = (d for d in read if corpora.split_of(d, data.validation_share) == "train")
         found = (pairs.both(d, data.fields) for d in train)
@@ -173,8 +187,8 @@ def check_objective(config: Any) -> None:
             if getattr(data, name) != getattr(plain, name):
                 raise configs.ConfigError(f"labelled examples are rows of their own: leave data.{name}")
         return
-    if data.validation is not None or data.layout is not None:
-        raise configs.ConfigError("data.validation and data.layout are of labelled examples: take objective Labels")
+    if data.validation is not None:
+        raise configs.ConfigError("data.validation is of labelled examples: take objective Labels")
     paired = isinstance(objective, Seq2Seq) and objective.task == "pairs"
     if len(data.fields) not in (0, 2):
         raise configs.ConfigError(f"data.fields={data.fields} must name a source and a target")
@@ -338,9 +352,23 @@ def _labeled_rows(config: Any, tokenizer: tokenizers.Tokenizer) -> Rows:
 
 
 def get_rows(
-    config: Any, tokenizer: tokenizers.Tokenizer, workdir: epath.Path, encode: tokens.Encode | None, kind: str
+    config: Any,
+    tokenizer: tokenizers.Tokenizer,
+    workdir: epath.Path,
+    encode: tokens.Encode | None,
+    kind: str,
+    stored: Mapping[str, FileDigest] | None = None,
 ) -> Rows:
-    """Tokenizes the corpus, or opens the cache, and cuts it into rows."""
+    """Tokenizes the corpus, or opens the cache, and cuts it into rows.
+
+    Args:
+      config: of the run.
+      tokenizer: its tokenizer.
+      workdir: its work directory, which holds the cache by default.
+      encode: how documents become ids, see `tokens.build`.
+      kind: names `encode`.
+      stored: digests of source files that are known already.
+    """
     data = config.data
     if isinstance(config.objective, Labels):
         return _labeled_rows(config, tokenizer)
@@ -351,8 +379,11 @@ def get_rows(
     cache.mkdir(parents=True, exist_ok=True)
     with locks.hold(cache / ".lock", wait=True):  # of the processes that share the folder one fills it
         stores = tokens.build(
-            *(data.source, tokenizer, cache, data.validation_share, encode, kind, data.text_field, data.split),
-            data.group,
+            *(data.source, tokenizer, cache, data.validation_share, encode, kind),
+            split=data.split,
+            **data.read_as,
+            stored=stored,
+            verify=data.verify,
             framed=isinstance(config.objective, CausalLM),
         )
     held = stores["validation"]

@@ -73,6 +73,14 @@ def test_reads_either_dialect(tmp_path):
     np.testing.assert_allclose(model.log_prob(model.vocabulary.encode(["a"])), [0, -0.1, -0.2])
 
 
+@pytest.mark.parametrize("coding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_is_no_comment(tmp_path, coding):
+    """Behind it `\\data\\` is the first line."""
+    path = tmp_path / "model.arpa"
+    path.write_bytes(GOOD.removeprefix("a comment\n\n").encode(coding))
+    assert arpa.read(path).vocabulary.words[3:] == ["a"]
+
+
 def test_files_without_all_suffixes(tmp_path):
     """Pruning leaves `<s> a b` without `a b`; a text is still scored as its words one by one."""
     path = tmp_path / "model.arpa"

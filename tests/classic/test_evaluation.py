@@ -111,6 +111,14 @@ def test_files_that_are_wrong(tmp_path, read, data, words):
         read(tmp_path / "gone")
 
 
+@pytest.mark.parametrize("coding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_test_sets_with_a_byte_order_mark(tmp_path, coding):
+    (tmp_path / "pairs").write_bytes("love\tsex\t6.77\n".encode(coding))
+    assert read_pairs(tmp_path / "pairs") == [("love", "sex", 6.77)]
+    (tmp_path / "questions").write_bytes(": x\na b c d\n".encode(coding))
+    assert read_questions(tmp_path / "questions") == {"x": [("a", "b", "c", "d")]}
+
+
 def test_bad_options():
     with pytest.raises(VectorsError, match="limit=0 is below 1"):
         evaluate_analogies(SQUARE, QUESTIONS, limit=0)

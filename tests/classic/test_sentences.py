@@ -41,6 +41,15 @@ def test_lines_at_once():
         vocabulary.encode_lines(["a\nb"])
 
 
+@pytest.mark.parametrize("coding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_is_no_letter(coding, file):
+    text, words = "b a\u2028é\n\nb\x85 a\n", "b\na\n"
+    want = read(Reader([file(text)]))
+    got = read(Reader([file(text.encode(coding), "marked.txt")]))
+    assert got[0].words == want[0].words and got[1].tolist() == want[1].tolist()
+    assert sentences.read_vocabulary(file(words.encode(coding), "words.txt")).words[3:] == ["b", "a"]
+
+
 def test_empty_lines_may_stay(file):
     vocabulary, _ = read(Reader([file("a\n")]))
     _, text = read(Reader([file("\na\n\n")]), vocabulary=vocabulary, keep_empty=True)

@@ -10,7 +10,16 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from llm_jax.data.corpora import BadRows, CorpusError, Document, documents, find_files, fingerprint, split_of
+from llm_jax.data.corpora import (
+    BadRows,
+    CorpusError,
+    Document,
+    documents,
+    file_digests,
+    find_files,
+    fingerprint,
+    split_of,
+)
 
 ROWS = [{"text": "one\n"}, {"text": "two é 😀"}, {"text": "three"}]
 TEXTS = [r["text"] for r in ROWS]
@@ -43,16 +52,21 @@ def test_every_format_gives_the_same_documents(name, tmp_path):
         assert [d.name for d in found] == [f"{tmp_path / name}:{i}" for i in (1, 2, 3)]
 
 
-def test_sources_of_files(tmp_path):
+def test_sources_of_files(tmp_path, caplog):
     (tmp_path / "sub").mkdir()
     for name, text in {"b.txt": "B", "sub/a.md": "A", "c.png": "C", "empty.txt": " \n"}.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "z.txt.gz").write_bytes(gzip.compress(b"Z"))
     read = lambda source: [d.text for d in documents(source)]
     assert read(str(tmp_path)) == ["B", "A", "Z"]  # sorted by path; the picture and the blank file are no text
+    assert "files of unknown kinds left out" in caplog.text and "1 (c.png)" in caplog.text
     assert read(f"{tmp_path}/**/*.md") == ["A"]
     assert read(f"{tmp_path}/sub,{tmp_path}/b.txt,{tmp_path}/b.txt") == ["B", "A"]
-    assert read(f"{tmp_path}/c.png") == ["C"]  # named outright it is read as text
+    for source in (f"{tmp_path}/c.png", f"{tmp_path}/*"):  # what is named is read or refused
+        with pytest.raises(CorpusError, match=r"the name of .*c.png does not say what it holds .* set data.layout"):
+            read(source)
+    assert [d.text for d in documents(f"{tmp_path}/c.png", layout="text")] == ["C"]
+    assert [d.text for d in documents(str(tmp_path), layout="text")] == ["B", "C", "A", "Z"]
     library = [str(p) for p in find_files("stdlib")]
     assert any(p.endswith("json/decoder.py") for p in library) and not any("/test/" in p for p in library)
 
@@ -84,23 +98,17 @@ def test_what_cannot_be_read_is_one_line(name, tmp_path, monkeypatch):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_missing_parquet_column_is_named(tmp_path):
-    parquet(tmp_path / "a.parquet")
-    with pytest.raises(CorpusError, match=r"no column 'body', only \['text', 'id'\]"):
-        list(documents(str(tmp_path), text_field="body"))
-
-
 def test_bad_rows_are_counted_and_the_rest_is_read(tmp_path, caplog):
     lines = [b'{"text": "good"}', b"{", b"\xff\xfe", b"3", b"[" * 100_000, b'{"other": 1}', b'{"text": 5}', b""]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     pq.write_table(pa.table({"text": ["x", None, "y"]}), tmp_path / "b.parquet")
     bad = BadRows()
     found = list(documents(str(tmp_path), bad))
-    assert bad.count == 5  # four lines without an object, one null
-    assert [d.text for d in found] == ["good", "", "", "x", "y"]
+    assert bad.count == 4  # lines without an object
+    assert [d.text for d in found] == ["good", "", "", "x", "", "y"]  # a record without text may have other uses
     assert found[1].record == {"other": 1}
     assert len([r for r in caplog.records if "skipping bad row" in r.message]) == 3  # the first few
-    assert "5 bad rows skipped" in caplog.text
+    assert "4 bad rows skipped" in caplog.text
 
 
 def test_split_depends_on_content_only_and_has_its_share():
@@ -121,12 +129,13 @@ def test_split_depends_on_content_only_and_has_its_share():
 
 
 def test_fingerprint_follows_names_and_contents(tmp_path):
+    of = lambda source: fingerprint(file_digests(str(source)))
     path = tmp_path / "a.txt"
     path.write_text("one")
-    first = fingerprint(str(path))
-    assert fingerprint(str(path)) == first
+    first = of(path)
+    assert of(path) == first
     path.write_text("two")
-    changed = fingerprint(str(path))
+    changed = of(path)
     path.write_text("one")
     path.rename(tmp_path / "b.txt")
-    assert len({first, changed, fingerprint(str(tmp_path))}) == 3
+    assert len({first, changed, of(tmp_path)}) == 3

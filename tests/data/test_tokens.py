@@ -1,6 +1,7 @@
 """The token cache: exact contents, reuse without rewriting, keyed by everything that matters, rebuilt when damaged."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from llm_jax.data.chat import chats
 from llm_jax.data.corpora import CorpusError, Document, documents, split_of
 from llm_jax.data.tokenizers import Tokenizer, TokenizerError
 from llm_jax.data.tokens import Example
+from llm_jax.storage import digests
 
 LINES = [f"document {i} é" for i in range(40)]
 
@@ -80,6 +82,7 @@ def test_a_cache_is_reused_and_keyed_by_what_matters(source, tokenizer, tmp_path
         {"validation_share": 0.5},
         {"kind": "chat"},
         {"text_field": "other"},
+        {"encoding": "latin-1"},
         {"split": "tail", "encode": None, "validation_share": 0.5},
     ]
     for i, change in enumerate(changes):
@@ -110,6 +113,85 @@ def test_a_damaged_cache_is_built_again(suffix, damage, source, tokenizer, tmp_p
         np.testing.assert_array_equal(a, b)
     assert ("damaged" in caplog.text) == (damage != "remove")
     assert file.read_bytes() == data
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Names of the files that were hashed since the last look."""
+    seen, whole = [], digests.digest_file
+
+    def look():
+        found = sorted(seen)
+        seen.clear()
+        return found
+
+    monkeypatch.setattr(digests, "digest_file", lambda path, *a, **k: seen.append(path.name) or whole(path, *a, **k))
+    return look
+
+
+EVERYTHING = sorted(
+    ["rows.jsonl", *(f"{s}.{x}" for s in ("train", "validation") for x in ("ids", "starts", "weights"))]
+)
+
+
+def test_a_start_hashes_what_may_have_changed_and_no_more(source, tokenizer, tmp_path, reads, monkeypatch):
+    """What may have changed is told by sizes and times, by a restart of the machine, or on request."""
+    build = lambda **more: tokens.build(source, tokenizer, tmp_path / "cache", validation_share=0.3, **more)["train"]
+    first = build()
+    assert reads() == EVERYTHING
+    before = stamp(tmp_path / "cache")
+    build()
+    tokens.build(source, tokenizer, tmp_path / "cache", validation_share=0.5)  # another cache of the same source
+    assert "rows.jsonl" not in reads()
+    os.utime(source)
+    build()
+    assert reads() == ["rows.jsonl"]  # the same content: nothing is built, and the new time is stored
+    again = build()
+    assert reads() == [] and len(list((tmp_path / "cache").iterdir())) == 2
+    assert {p for p, s in stamp(tmp_path / "cache").items() if before.get(p, s) != s} == {
+        p for p in before if p.name == "checked.json"
+    }
+    np.testing.assert_array_equal(again.ids, first.ids)
+    build(verify=True)
+    assert reads() == EVERYTHING
+    monkeypatch.setattr(digests, "_boot", lambda: "after a crash")
+    build()
+    assert reads() == EVERYTHING
+    build()
+    assert reads() == []
+    (file,) = (p for p in before if p.name == "checked.json")
+    file.write_text("{}")  # as one of a version without it
+    build()
+    assert reads() == EVERYTHING
+
+
+def test_a_change_that_keeps_size_and_time_is_noticed(source, tokenizer, tmp_path, caplog):
+    build = lambda: tokens.build(source, tokenizer, tmp_path / "cache")["train"]
+    first = np.array(build().ids)
+
+    def exchange(path, old, new):
+        times = path.stat().st_mtime_ns
+        path.write_bytes(path.read_bytes().replace(old, new, 1))
+        os.utime(path, ns=(times, times))
+
+    exchange(type(tmp_path)(source), b"document 7 ", b"document 8 ")
+    assert (build().ids != first).sum() == 1
+    (ids,) = {p for p in (tmp_path / "cache").rglob("train.ids") if not (np.fromfile(p, np.uint16) != first).any()}
+    exchange(ids, ids.read_bytes()[:2], b"\0\0")
+    exchange(type(tmp_path)(source), b"document 8 ", b"document 7 ")
+    np.testing.assert_array_equal(build().ids, first)
+    assert "train.ids does not match its checksum" in caplog.text
+
+
+def test_a_source_that_grows_while_it_is_read_is_no_cache(source, tokenizer, tmp_path):
+    def encode(batch, bad):
+        with open(source, "a") as f:
+            f.write("\n" + json.dumps({"text": "one more"}))
+        return [Example(tokenizer.encode(d.text)) for d in batch]
+
+    with pytest.raises(CorpusError, match="rows.jsonl changed while it was tokenized: run again"):
+        tokens.build(source, tokenizer, tmp_path / "cache", encode=encode)
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 @pytest.mark.parametrize("size, dtype", [(2**16, np.uint16), (2**16 + 1, np.uint32)])

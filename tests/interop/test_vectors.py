@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llm_jax.classic.vectors import VectorsError
-from llm_jax.interop import vector_rows
+from llm_jax.interop import vector_rows, vectors
 from llm_jax.interop.vectors import FORMATS, read, write
 
 WORDS = ["the", "señor", "3", "東京", "a\u00a0b", "\u2028", "</s>", "nan"]
@@ -33,12 +33,22 @@ def test_there_and_back(tmp_path, matrix, format, suffix):
         np.testing.assert_array_equal(again, matrix)
 
 
+@pytest.mark.parametrize("coding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("format", ["word2vec", "glove"])
+def test_a_byte_order_mark_belongs_to_no_header_and_no_word(tmp_path, matrix, format, coding):
+    write(tmp_path / "plain", WORDS, matrix, format)
+    (tmp_path / "marked").write_bytes((tmp_path / "plain").read_bytes().decode().encode(coding))
+    words, again = read(tmp_path / "marked")
+    assert words == WORDS
+    np.testing.assert_array_equal(again, matrix)
+
+
 @pytest.mark.parametrize("block", [90, 100, 137])
 @pytest.mark.parametrize("format", FORMATS)
 def test_any_block(tmp_path, matrix, format, block, monkeypatch):
     """Wherever a block of the file ends."""
     write(tmp_path / "vectors", WORDS, matrix, format)
-    monkeypatch.setattr(vector_rows, "BLOCK", block)  # the first holds a line
+    monkeypatch.setattr(vectors, "BLOCK", block)  # the first holds a line
     words, again = read(tmp_path / "vectors")
     assert words == WORDS
     np.testing.assert_array_equal(again, matrix)

@@ -212,8 +212,8 @@ def test_what_does_not_fit(changes, fields, objective, message, data, tmp_path):
 
 
 def test_labels_have_fields_of_their_own(data, tmp_path):
-    with pytest.raises(configs.ConfigError, match="data.validation and data.layout are of labelled examples"):
-        run.train(run.RunConfig(data=run.DataConfig(layout="tsv")), tmp_path)
+    with pytest.raises(configs.ConfigError, match="data.validation is of labelled examples"):
+        run.train(run.RunConfig(data=run.DataConfig(validation="a.tsv")), tmp_path)
     with pytest.raises(configs.ConfigError, match="must name a source and a target"):
         run.train(run.RunConfig(data=run.DataConfig(fields=("a", "b", "c"))), tmp_path)
     with pytest.raises(ValueError, match="format='chat' has no labels"):
