@@ -69,7 +69,7 @@ COUNTS = count_models.define()
 WORDS = word_models.define()
 OUT: flags.FlagHolder[Any] = flags.DEFINE_string("out", None, "Folder for the model.")
 FOLDER: flags.FlagHolder[Any] = flags.DEFINE_string("model_folder", None, "What train wrote.")
-TEXTS = flags.DEFINE_multi_string("text", [], "A text, may be repeated.")
+TEXTS = cli.define_texts("text", "A text, may be repeated.")
 JSON_OUT = flags.DEFINE_string("json", None, "Write the numbers to this file.")
 
 SETS = [DATA, DEV, TEST, FIELDS, LAYOUT, ENCODING, SOURCE]

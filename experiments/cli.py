@@ -98,6 +98,28 @@ def define_stream() -> flags.FlagHolder[Any]:
     return flags.DEFINE_bool("stream", False, "Leave layers on disk and read each when it runs: models beyond memory.")
 
 
+class _Text(flags.ArgumentParser):
+    """Text for a model; the bytes of an argument that are no UTF-8 come as halves of surrogate pairs."""
+
+    def parse(self, argument: str) -> str:
+        """The argument; raises ValueError, which becomes one line."""
+        try:
+            argument.encode()
+        except UnicodeEncodeError as e:
+            raise ValueError(f"is no UTF-8 at character {e.start}") from None
+        return argument
+
+
+def define_text(name: str, help_text: str) -> flags.FlagHolder[Any]:
+    """A flag whose value is text for a model."""
+    return flags.DEFINE(_Text(), name, None, help_text)
+
+
+def define_texts(name: str, help_text: str) -> flags.FlagHolder[Any]:
+    """The same, may be repeated."""
+    return flags.DEFINE_multi(_Text(), flags.ArgumentSerializer(), name, [], help_text)
+
+
 def define_encoding() -> flags.FlagHolder[Any]:
     """The `--encoding` flag of binaries that read text, for `storage.text_files`."""
     help_text = "Encoding of text without a byte order mark, as latin-1; UTF-8 by default; replace: U+FFFD for errors."
@@ -206,5 +228,5 @@ def _one_line(error: BaseException) -> str:
     text = str(inner.args[0]) if isinstance(inner, KeyError) and inner.args else str(inner)
     if "Traceback" in text:  # a config file that raises: its own message is the last line
         text = text.strip().splitlines()[-1]
-    text = " ".join(text.split()).replace('"', "")
+    text = " ".join(text.split()).replace('"', "").encode(errors="replace").decode()
     return f"unknown config field {text}" if isinstance(error, (AttributeError, KeyError)) else text

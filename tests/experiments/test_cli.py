@@ -78,6 +78,8 @@ MISTAKES = [
     ("finetune", (FINETUNE, "--model=x", "--config.lora.rankk=3"), "Did you mean rank instead of rankk?"),
     ("finetune", (FINETUNE,), "--model must have a value"),
     ("generate", ("--model=x", "--max_new_tokens=0"), "--max_new_tokens"),
+    ("evaluate", ("--model=x", "--next=caf\udce9"), "--next=caf?: is no UTF-8 at character 3"),
+    ("predict", ("--model=x", "--question=\ud83d"), "--question=?: is no UTF-8 at character 0"),
     ("convert", ("--model=x",), "--out must have a value"),
     ("convert", ("--model=x", "--out=y", "--dtype=int3"), "--dtype=int3"),
 ]
@@ -277,7 +279,7 @@ def test_generate(folder, capsys, monkeypatch, tmp_path):
     (tmp_path / "prompt.txt").write_text("abc")
     call("generate", *arguments, f"--prompt_file={tmp_path / 'prompt.txt'}")
     assert capsys.readouterr().out == f"abc{text}\n"
-    monkeypatch.setattr(sys, "stdin", io.StringIO("abc"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"abc")))
     call("generate", *arguments, f"--stop={text[3]}")
     assert capsys.readouterr().out == f"abc{text.partition(text[3])[0]}\n"
     call("generate", f"--model={folder}", "--prompt=abc", "--json")  # as many as fit
@@ -299,21 +301,42 @@ def translator(tmp_path_factory):
     return path
 
 
-def test_an_encoder_decoder_answers_line_by_line(translator, capsys, tmp_path):
+def test_an_encoder_decoder_answers_line_by_line(translator, capsys, tmp_path, monkeypatch):
     loaded = interop.load(translator)
-    sources = [loaded.tokenizer.encode_source(line) for line in ("abc", "abd abe", "u")]
+    lines = ("abc", "abd\x85abe\u2028", "u")  # line ends to Python, not to a file
+    sources = [loaded.tokenizer.encode_source(line) for line in lines]
     search = BeamSearch(loaded.model, loaded.params, loaded.tokenizer.eos_ids, BeamConfig(3, penalty="gnmt"))
     want = [h for row in search.search(sources, 6, 2) for h in row]
-    (tmp_path / "in.txt").write_text("abc\nabd abe\n\nu\n")
+    (tmp_path / "in.txt").write_text("\ufeff{}\n{}\n\n{}\r\n".format(*lines), newline="")
     arguments = (f"--model={translator}", f"--prompt_file={tmp_path / 'in.txt'}", "--max_new_tokens=6")
     call("generate", *arguments, "--beams=3", "--num_return=2", "--penalty=gnmt", "--json", "--batch_size=2")
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [f["text"] for f in found[4:6]] == ["", ""]  # two outputs of the empty line
+    del found[4:6]
     assert [f["tokens"] for f in found] == [h.tokens for h in want] and len(found) == 6
     np.testing.assert_allclose([f["score"] for f in found], [h.score for h in want], rtol=1e-5)
     call("generate", *arguments)  # greedy
     generator = Generator(loaded.model, loaded.params, loaded.tokenizer.eos_ids)
     greedy = [loaded.tokenizer.decode(c.tokens) for c in generator.generate(sources, 6, jax.random.key(0))]
-    assert capsys.readouterr().out == "".join(f"{text}\n" for text in greedy)
+    assert capsys.readouterr().out == f"{greedy[0]}\n{greedy[1]}\n\n{greedy[2]}\n"
+    monkeypatch.setattr(loaded.tokenizer.__class__, "decode", lambda self, ids: "x\ny")
+    call("generate", *arguments)
+    assert capsys.readouterr().out == "x y\nx y\n\nx y\n"  # what an output holds shifts no line
+
+
+def test_text_of_flags_and_files_has_one_encoding(folder, tmp_path, capsys):
+    (tmp_path / "prompt.txt").write_bytes("abc".encode("utf-16"))
+    arguments = (f"--model={folder}", "--max_new_tokens=2")
+    call("generate", *arguments, "--prompt=abc")
+    want = capsys.readouterr().out
+    call("generate", *arguments, f"--prompt_file={tmp_path / 'prompt.txt'}")
+    assert capsys.readouterr().out == want
+    (tmp_path / "prompt.txt").write_bytes(b"ab\xe9")
+    for given in (f"--prompt_file={tmp_path / 'prompt.txt'}", "--prompt=ab\udce9"):
+        with pytest.raises(ValueError, match=r"is no UTF-8 \(unexpected end of data at byte 2\): .*--encoding"):
+            call("generate", *arguments, given)
+        call("generate", *arguments, given, "--encoding=latin-1")
+        assert capsys.readouterr().out.startswith("abé")
 
 
 def test_beams_of_a_decoder(folder, capsys):
@@ -396,7 +419,7 @@ def test_chat_goes_on_turn_by_turn(folder, tmp_path, capsys, monkeypatch):
     say = lambda text: chatty.decode(g.generate([chatty.encode(text)], 3, jax.random.key(0))[0].tokens)
     first = say("a,")
     second = say(f"a,{first},b,")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("a\n\nb\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\n\nb\n")))
     call("generate", f"--model={tmp_path}", "--chat", "--max_new_tokens=3")
     assert capsys.readouterr().out == f"{first}\n{second}\n"
 

@@ -54,11 +54,15 @@ def test_finetune_predict_evaluate(folder, tuned, capsys, monkeypatch, tmp_path)
         call("predict", f"--model={model}", "--text=the cat", "--text=one mat")
         lines = capsys.readouterr().out.splitlines()
         assert lines == [f"{w['label']}\t{w['probability']:.4f}" for w in want]
-    (tmp_path / "in.txt").write_text("the cat\n\none mat\n")
+    (tmp_path / "in.txt").write_text("the cat\n\none\u2028mat\n", "utf-8")  # a blank, no line end
     call("predict", f"--model={tuned}", f"--file={tmp_path / 'in.txt'}", "--json")
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert found[1]["input"] == ["one mat"] and found[1]["probabilities"] == pytest.approx(want[1]["probabilities"])
-    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\ta dog\n"))
+    assert found[2]["input"] == ["one\u2028mat"]
+    assert found[2]["probabilities"] == pytest.approx(want[1]["probabilities"])
+    assert found[1] == {"input": []} and len(found) == 3
+    call("predict", f"--model={tuned}", f"--file={tmp_path / 'in.txt'}")
+    assert capsys.readouterr().out.splitlines() == [lines[0], "", lines[1]]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the cat\ta dog\n")))
     call("predict", f"--model={tuned}", "--file=-")
     pair = capsys.readouterr().out
     call("predict", f"--model={tuned}", "--text=the cat", "--text_pair=a dog")
