@@ -7,6 +7,7 @@ Sources: Devlin et al. 2019, appendix A.2 (pairs), https://arxiv.org/abs/1810.04
 sentences), https://arxiv.org/abs/1907.11692; Lan et al. 2020, section 3.1 (order), https://arxiv.org/abs/1909.11942.
 """
 
+import logging
 from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
@@ -15,6 +16,7 @@ from llm_jax.data.corpora import CorpusError
 from llm_jax.data.tokenizers import Tokenizer, TokenizerError
 from llm_jax.data.tokens import TokenStore
 
+log = logging.getLogger(__name__)
 PAIRS = ("next", "order")
 SHORTEST = 8  # tokens of text in a pair
 
@@ -124,6 +126,10 @@ class PairRows:
                 f"pairs={kind!r} needs rows of at least {SHORTEST + 3} tokens and "
                 f"{'two documents' if kind == 'next' else 'a document'} of at least {SHORTEST}"
             )
+        lost, total = int(sizes.sum()) - sum(end - begin for _, begin, end in self.windows), int(sizes.sum())
+        if lost:
+            share = 100 * lost / total
+            log.info("%d tokens, %.1f %% of all, are left over in fewer than %d and left out", lost, share, SHORTEST)
 
     def __len__(self) -> int:
         """Rows."""

@@ -3,12 +3,15 @@
 Both are random-access sources: row i is computed from the memory-mapped tokens, nothing is copied up front.
 """
 
+import logging
 from typing import Any, SupportsIndex
 
 import numpy as np
 
 from llm_jax.data.corpora import CorpusError
 from llm_jax.data.tokens import TokenStore
+
+log = logging.getLogger(__name__)
 
 
 class StreamRows:
@@ -74,18 +77,25 @@ class WholeRows:
     """Rows of whole documents, each a segment, the rest padding of weight 0; documents longer than a row are cut.
 
     Consecutive documents share a row while they fit (next fit), so the order of the corpus is kept.
+
+    Attributes:
+      truncated: documents that were cut.
+      cut_tokens: tokens that this took from them.
+      dropped: documents of fewer than two tokens, which predict nothing.
     """
 
     def __init__(self, store: TokenStore, length: int) -> None:
-        """Raises CorpusError where there is no document of two tokens."""
+        """Raises CorpusError where there is no document of two tokens; one line says what was cut or left out."""
         self.store, self.length, self.size = store, length, length + 1
         rows: list[list[int]] = []
         room = 0
-        self.truncated = 0
-        for document, n in enumerate(np.diff(store.starts)):
+        sizes = np.diff(store.starts)
+        over = np.maximum(sizes - self.size, 0)
+        self.truncated, self.cut_tokens = int((over > 0).sum()), int(over.sum())
+        self.dropped = int((sizes < 2).sum())
+        for document, n in enumerate(sizes):
             if n < 2:
                 continue
-            self.truncated += int(n > self.size)
             n = min(int(n), self.size)
             if n > room:
                 rows.append([])
@@ -95,6 +105,13 @@ class WholeRows:
         if not rows:
             raise CorpusError("no document of at least two tokens")
         self.rows = rows
+        if self.truncated:
+            said = "%d of %d documents are longer than a row of %d + 1 tokens and are cut: "
+            said += "%d tokens, %.1f %% of all, are lost"
+            share = 100 * self.cut_tokens / len(store.ids)
+            log.warning(said, self.truncated, len(sizes), length, self.cut_tokens, share)
+        if self.dropped:
+            log.info("%d of %d documents have fewer than two tokens and are left out", self.dropped, len(sizes))
 
     def __len__(self) -> int:
         """Rows."""

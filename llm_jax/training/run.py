@@ -163,7 +163,10 @@ def _train(config, workdir, params, adapt, tokenizer, encode, kind, restore_step
     terms = program.objective.plain().coefficients
     paired = config.data.pairs != "none" and "pair" in terms
     baseline = rows.unigram + (terms["pair"] * math.log(2) if paired else 0.0)
-    held = Held(rows.held, rows.tokens_per_byte, {"eval/baseline_loss": baseline} if rows.unigram else {})
+    known = {"eval/baseline_loss": baseline} if rows.unigram else {}
+    if cut := getattr(rows.held, "cut_tokens", 0):
+        known["eval/cut_tokens"] = float(cut)
+    held = Held(rows.held, rows.tokens_per_byte, known)
     state, evaluation = run_program(program, config, plan, loader, held, workdir, whole, params, restore_step)
     return Trained(state, config.model.make(), tokenizer, evaluation)
 

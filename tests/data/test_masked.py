@@ -64,6 +64,13 @@ def test_pairs(kind):
     assert seen == {0, 1}
 
 
+def test_pairs_say_what_is_left_over(caplog):
+    caplog.set_level("INFO")
+    texts = [list(range(10, 10 + n)) for n in (7, 12, 8, 25)]
+    PairRows(store(*texts), 15, FRAMES, "order", 0)  # windows of 12: 7 and 1 tokens are too few
+    assert "8 tokens, 15.4 % of all, are left over in fewer than 8 and left out" in caplog.text
+
+
 def test_pairs_need_text():
     with pytest.raises(CorpusError, match="two documents"):
         PairRows(store(DOCUMENTS[0]), 15, FRAMES, "next", 0)

@@ -42,9 +42,15 @@ def test_stream_segments_and_weights_by_hand():
     assert set(StreamRows(store([9]), 3)[0]) == {"input_ids"}
 
 
-def test_whole_documents_by_hand():
+def test_whole_documents_by_hand(caplog):
+    caplog.set_level("INFO")
     rows = WholeRows(store([2, 1, 2, 3, 6, 2]), 3)
-    assert len(rows) == 4 and rows.truncated == 1
+    assert len(rows) == 4 and (rows.truncated, rows.cut_tokens, rows.dropped) == (1, 2, 1)
+    said = "1 of 6 documents are longer than a row of 3 + 1 tokens and are cut: 2 tokens, 12.5 % of all, are lost"
+    assert said in caplog.text and "1 of 6 documents have fewer than two tokens and are left out" in caplog.text
+    caplog.clear()
+    WholeRows(store([2, 4]), 3)
+    assert not caplog.text
     assert [r["input_ids"].tolist() for r in rows_of(rows)] == [[1, 2, 4, 5], [6, 7, 8, 0], [9, 10, 11, 12],
                                                                 [15, 16, 0, 0]]  # fmt: skip
     assert [r["segment_ids"].tolist() for r in rows_of(rows)] == [[1, 1, 2, 2], [1, 1, 1, 0], [1] * 4, [1, 1, 0, 0]]
@@ -68,6 +74,7 @@ def test_whole_documents_stay_whole(seed):
     documents = [tokens.ids[a:b].tolist() for a, b in zip(tokens.starts, tokens.starts[1:], strict=False)]
     assert found == [d[:9] for d in documents if len(d) > 1]
     assert source.truncated == sum(len(d) > 9 for d in documents)
+    assert source.cut_tokens == sum(len(d[9:]) for d in documents)
 
 
 def test_too_little_text():

@@ -214,3 +214,20 @@ def test_a_remote_work_directory_needs_a_local_cache_only():
 
 def test_config_file_is_the_config(whole, corpus):
     assert json.loads((whole[0] / "config.json").read_text()) == config_of(corpus).to_dict()
+
+
+def test_what_whole_documents_lose_stands_beside_the_evaluation(tmp_path, monkeypatch):
+    """Without a run: what it would be measured with."""
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": f"{i} " * 20 * (i % 3 + 1)}) + "\n" for i in range(60))
+    )
+    seen = []
+    monkeypatch.setattr(run, "run_program", lambda *given: seen.append(given[4]) or (None, {}))
+    data = run.DataConfig(str(tmp_path / "a.jsonl"), tokenizer_kind="char", validation_share=0.3, packing="whole")
+    plain = config_of("").training
+    config = run.RunConfig(model=GPTConfig(300, 64, 16, 1, 2), data=data, training=plain)
+    config = change(config, "training", sequence_length=64, accumulation=1)
+    run.train(config, tmp_path / "whole")
+    run.train(change(config, "data", packing="stream"), tmp_path / "stream")
+    whole, stream = (held.known for held in seen)
+    assert whole["eval/cut_tokens"] == seen[0].rows.cut_tokens > 0 and set(stream) == {"eval/baseline_loss"}
