@@ -98,6 +98,11 @@ def define_stream() -> flags.FlagHolder[Any]:
     return flags.DEFINE_bool("stream", False, "Leave layers on disk and read each when it runs: models beyond memory.")
 
 
+def define_accept_changed_data() -> flags.FlagHolder[Any]:
+    """The `--accept_changed_data` flag of binaries that resume, for `training.run.train`."""
+    return flags.DEFINE_bool("accept_changed_data", False, "Resume although data files were replaced since.")
+
+
 class _Text(flags.ArgumentParser):
     """Text for a model; the bytes of an argument that are no UTF-8 come as halves of surrogate pairs."""
 

@@ -23,6 +23,7 @@ CONFIG = cli.define_config("experiments/configs/finetune.py", "Experiment file, 
 MODEL = cli.define_model()
 WORKDIR = flags.DEFINE_string("workdir", "runs/finetune", "Everything the run writes.")
 RESTORE = flags.DEFINE_integer("restore_step", None, "Resume from this checkpoint instead of the newest.")
+ACCEPT = cli.define_accept_changed_data()
 log = logging.getLogger("experiments.finetune")
 
 
@@ -36,7 +37,8 @@ def main() -> None:
     config = cli.from_config_dict(FinetuneConfig, CONFIG.value)
     log.info("config %s", json.dumps(config.to_dict()))
     loaded = finetune.load(cli.find_model(MODEL.value), config)
-    result = finetune.run(loaded, config, WORKDIR.value, jax.random.key(config.run.training.seed), RESTORE.value)
+    key = jax.random.key(config.run.training.seed)
+    result = finetune.run(loaded, config, WORKDIR.value, key, RESTORE.value, ACCEPT.value)
     print(result.describe())
     if finetune.can_save(loaded.config):
         interop.save(f"{WORKDIR.value}/merged", loaded.model, result.merged, loaded.tokenizer)

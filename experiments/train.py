@@ -18,6 +18,7 @@ from experiments import cli
 CONFIG = cli.define_config("experiments/configs/demo.py", "Experiment file, FILE[:variant].")
 WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Everything the run writes; may be remote (gs://...).")
 RESTORE = flags.DEFINE_integer("restore_step", None, "Resume from this checkpoint instead of the newest.")
+ACCEPT = cli.define_accept_changed_data()
 log = logging.getLogger(__name__ if __name__ != "__main__" else "experiments.train")
 VECTORS = flags.DEFINE_string("vectors", None, "Word vectors that the token table begins with (interop/embeddings.py).")
 SAMPLES = flags.DEFINE_integer("samples", 3, "Continuations printed at the end.", lower_bound=0)
@@ -56,7 +57,8 @@ def main() -> None:
 
     config = cli.from_config_dict(run.RunConfig, CONFIG.value)
     log.info("config %s", json.dumps(config.to_dict()))
-    trained = run.train(config, WORKDIR.value, restore_step=RESTORE.value, **start(config))
+    resumed: dict[str, Any] = {"restore_step": RESTORE.value, "accept_changed_data": ACCEPT.value}
+    trained = run.train(config, WORKDIR.value, **resumed, **start(config))
     print(report.summary(config, trained, WORKDIR.value))
     for text in report.samples(trained, SAMPLES.value, config):
         print("-" * 80, text, sep="\n")

@@ -106,9 +106,22 @@ def adapt(params: Any, config: FinetuneConfig, key: jax.Array) -> Any:
 
 
 def run(
-    loaded: Pretrained, config: FinetuneConfig, workdir: epath.PathLike, key: jax.Array, restore_step: int | None = None
+    loaded: Pretrained,
+    config: FinetuneConfig,
+    workdir: epath.PathLike,
+    key: jax.Array,
+    restore_step: int | None = None,
+    accept_changed_data: bool = False,
 ) -> Finetuned:
-    """Adapts and trains; resumes like any run. The parameters of `loaded` are taken over (see `run.train`).
+    """Adapts and trains; resumes like any run. The parameters of `loaded` are taken over.
+
+    Args:
+      loaded: the model to begin with.
+      config: of the run.
+      workdir: see `run.train`.
+      key: draws LoRA's matrices.
+      restore_step: see `run.train`.
+      accept_changed_data: see `run.train`.
 
     Raises:
       ValueError: and its kin, each with one line.
@@ -127,6 +140,7 @@ def run(
     trained = train(
         *(chosen, workdir, loaded.params, loaded.tokenizer, encode, config.format, restore_step, {"finetune": extra}),
         adapt=lambda params: adapt(params, config, key),
+        accept_changed_data=accept_changed_data,
     )
     sizes = {
         "parameters": weights.bytes_of(trained.state.params),

@@ -24,7 +24,7 @@ from llm_jax.objectives.masked_lm import MaskedLM
 from llm_jax.objectives.permutation_lm import PermutationLM
 from llm_jax.objectives.seq2seq import Seq2Seq
 from llm_jax.storage import locks
-from llm_jax.storage.digests import FileDigest
+from llm_jax.storage.digests import FileDigest, digest_files
 from llm_jax.storage.text_files import check_encoding
 from llm_jax.training.workdir import has_checkpoint
 
@@ -125,6 +125,24 @@ def read_labeled(data: DataConfig, objective: Labels) -> tuple[list[labeled.Exam
     split: dict[str, Any] = {"validation": data.validation, "share": data.validation_share}
     read_as = {name: value for name, value in data.read_as.items() if name != "text_field"}
     return labeled.read(data.source, objective.kind, data.fields, **split, **read_as)
+
+
+def data_digests(data: DataConfig, stored: Mapping[str, FileDigest] | None = None) -> dict[str, FileDigest]:
+    """Digests by path of the files that a run reads: sources, held-out ones, the tokenizer.
+
+    Args:
+      data: of the run.
+      stored: of an earlier start; files that did not change since are not read, unless `data.verify` is set.
+    """
+    known = None if data.verify else stored
+    found: dict[str, FileDigest] = {}
+    for source in (data.source, data.validation):
+        if source is not None:
+            found |= corpora.file_digests(source, data.layout, known)
+    if data.tokenizer is not None:
+        path = epath.Path(data.tokenizer)
+        found |= digest_files([p for p in (path, path / "tokenizer.json") if p.is_file()], known)
+    return found
 
 
 def _texts(config: Any) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """A whole training run from one config: the function behind `experiments/train.py` and the notebooks."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -29,12 +30,21 @@ from llm_jax.objectives.seq2seq import Seq2Seq
 from llm_jax.parallel import offload, processes
 from llm_jax.parallel.plan import Plan, PlanConfig
 from llm_jax.storage.checkpoints import Checkpoints
+from llm_jax.storage.digests import FileDigest
 from llm_jax.training import flops, metrics
 from llm_jax.training.loop import NEXT_TOKEN, LoopConfig, run_loop, summarize
 from llm_jax.training.optimizers import OptimizerConfig
 from llm_jax.training.precision import Precision
 from llm_jax.training.program import Program, build
-from llm_jax.training.rows import DataConfig, carries, check_cache, check_objective, get_rows, get_tokenizer
+from llm_jax.training.rows import (
+    DataConfig,
+    carries,
+    check_cache,
+    check_objective,
+    data_digests,
+    get_rows,
+    get_tokenizer,
+)
 from llm_jax.training.state import TrainState
 from llm_jax.training.workdir import Workdir, todays
 
@@ -89,6 +99,7 @@ def train(
     restore_step: int | None = None,
     extra: dict[str, Any] | None = None,
     adapt: Callable[[Any], Any] = lambda params: params,
+    accept_changed_data: bool = False,
 ) -> Trained:
     """Trains, or resumes where the work directory's last checkpoint stands.
 
@@ -103,6 +114,7 @@ def train(
       restore_step: checkpoint to resume from; the newest by default.
       extra: what else defines the run (JSON-ready); saved and compared like the config.
       adapt: a pure function of `params`: what is added or exchanged before training (LoRA, quantized weights).
+      accept_changed_data: resumes although the data files are not those that the run began with.
 
     Raises:
       CorpusError, TokenizerError, ConfigError, CheckpointError, WorkdirError, TrainingError: each with one line.
@@ -112,7 +124,7 @@ def train(
         whole = {**config.to_dict(), **(extra or {})}
         defaults = RunConfig(model=type(config.model)(), objective=type(config.objective)())
         claimed.settle_config(whole, defaults.to_dict())
-        return _train(config, claimed.path, params, adapt, tokenizer, encode, kind, restore_step, whole)
+        return _train(config, claimed, params, adapt, tokenizer, encode, kind, restore_step, whole, accept_changed_data)
 
 
 def _is_gone(params: Any) -> bool:
@@ -134,8 +146,18 @@ def _first_process_first(what: str, prepare: Callable[[], Any]) -> Any:
     return prepare() if done is None else done
 
 
-def _train(config, workdir, params, adapt, tokenizer, encode, kind, restore_step, whole):
-    c = config.training
+def _settle_data(config: RunConfig, claimed: Workdir, accept: bool) -> dict[str, FileDigest]:
+    """Digests of the run's data, which are those that it began with."""
+    stored: dict[str, FileDigest] = {}
+    with contextlib.suppress(ValueError):  # `settle_data` says so
+        stored = claimed.known_data()
+    found = data_digests(config.data, stored)
+    claimed.settle_data(found, accept)
+    return found
+
+
+def _train(config, claimed, params, adapt, tokenizer, encode, kind, restore_step, whole, accept):
+    c, workdir = config.training, claimed.path
     limit = getattr(config.model, "context_length", None)
     if limit is not None and c.sequence_length > limit:
         raise configs.ConfigError(f"training.sequence_length={c.sequence_length} exceeds model.context_length={limit}")
@@ -145,15 +167,19 @@ def _train(config, workdir, params, adapt, tokenizer, encode, kind, restore_step
     if not isinstance(config.objective, Labels):  # which keep no tokens
         check_cache(config.data, workdir)
 
+    stored = None
+
     def shared_tokenizer():
+        nonlocal stored
         if jax.process_index():
             return tokenizer or tokenizers.load(workdir)
+        stored = _settle_data(config, claimed, accept)
         own = tokenizer or get_tokenizer(config, workdir)
         own.save(workdir)
         return own
 
     own = _first_process_first("tokenizer", shared_tokenizer)
-    read = lambda: get_rows(config, own, workdir, encode, kind)
+    read = lambda: get_rows(config, own, workdir, encode, kind, stored)
     # a folder of its own on every host is filled by all hosts at once, the work directory's by the first process
     rows = read() if config.data.cache else _first_process_first("tokens", read)
     tokenizer = own

@@ -1,14 +1,16 @@
-"""The work directory of a run: one live run at a time, one config."""
+"""The work directory of a run: one live run at a time, one config, the same data."""
 
 import json
 import logging
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 import jax
 from etils import epath
 
-from llm_jax.storage import locks
+from llm_jax.storage import digests, locks
 from llm_jax.storage.checkpoints import CheckpointError, Checkpoints
+from llm_jax.storage.digests import FileDigest
 from llm_jax.training.optimizers import unread
 
 log = logging.getLogger(__name__)
@@ -24,11 +26,12 @@ FREE = (
         for n in ("data", "replica", "pipe", "schedule", "microbatches", "chunks", "seq", "model", "zero", "explicit")
     ),
     *(f"plan.{n}" for n in ("remat", "attention", "unroll", "offload", "compiler")),
+    "data.verify",
 )
 
 
 class WorkdirError(ValueError):
-    """A work directory that is in use, or belongs to another config."""
+    """A work directory that is in use, or belongs to another config or to other data."""
 
 
 def has_checkpoint(path: epath.PathLike) -> bool:
@@ -122,6 +125,47 @@ class Workdir:
         if not isinstance(found, dict):
             raise WorkdirError(f"{file} is missing or damaged, and the newest checkpoint holds no config")
         return found
+
+    def known_data(self) -> dict[str, FileDigest]:
+        """Digests of the data files that the run read; empty for a run that stored none.
+
+        Raises:
+          ValueError: if they are damaged.
+        """
+        return digests.load(self.path / "data.json")
+
+    def settle_data(self, data: Mapping[str, FileDigest], accept_changed: bool = False) -> None:
+        """Writes `data.json`, or checks that the run goes on with the files that it began with.
+
+        Args:
+          data: digests by path.
+          accept_changed: resumes on other data, with a warning that names them.
+
+        Raises:
+          WorkdirError: naming the files that changed.
+        """
+        if has_checkpoint(self.path):
+            try:
+                before = self.known_data()
+                changed = _changes(before, data) if before else ""  # an older version stored none
+            except ValueError as e:
+                changed = f"{e}, so nothing says whether the data changed"
+            if changed and not accept_changed:
+                remedy = "--accept_changed_data resumes on what is there now; or choose another --workdir"
+                raise WorkdirError(f"the data of the run in {self.path} changed: {changed}; {remedy}")
+            if changed:
+                log.warning("resuming on changed data: %s", changed)
+        digests.save(self.path / "data.json", data)
+
+
+def _changes(before: Mapping[str, FileDigest], after: Mapping[str, FileDigest]) -> str:
+    """What differs, in words; the first few files."""
+    found = [f"{path} is gone" for path in before if path not in after]
+    found += [f"{path} is new" for path in after if path not in before]
+    for path, old in before.items():
+        if path in after and after[path].digest != old.digest:
+            found.append(f"{path} was replaced ({old.size:,} -> {after[path].size:,} bytes)")
+    return ", ".join(found[:3]) + (f", and {len(found) - 3} more" if len(found) > 3 else "")
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, str]:

@@ -22,7 +22,7 @@ from tiny_models import ENCODER_DECODERS, noise
 from experiments import cli, report
 from experiments.configs import demo
 from experiments.configs import finetune as finetune_experiment
-from llm_jax import interop
+from llm_jax import interop, training
 from llm_jax.config import ConfigError
 from llm_jax.data import tokenizers
 from llm_jax.decoding.beam import BeamConfig, BeamSearch
@@ -422,6 +422,23 @@ def test_chat_goes_on_turn_by_turn(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\n\nb\n")))
     call("generate", f"--model={tmp_path}", "--chat", "--max_new_tokens=3")
     assert capsys.readouterr().out == f"{first}\n{second}\n"
+
+
+@pytest.mark.parametrize("name", ["train", "finetune"])
+def test_changed_data_is_accepted_when_asked_for(name, folder, tmp_path, monkeypatch):
+    seen = []
+
+    def train(*given, accept_changed_data, **more):
+        seen.append(accept_changed_data)
+        raise StopIteration
+
+    monkeypatch.setattr(training.run, "train", train)
+    monkeypatch.setattr(training.finetune, "train", train)
+    config = (DEMO,) if name == "train" else (FINETUNE, f"--model={folder}")
+    for flag in ([], ["--accept_changed_data"]):
+        with pytest.raises(StopIteration):
+            call(name, *config, f"--workdir={tmp_path}", *flag)
+    assert seen == [False, True]
 
 
 def test_finetune(folder, tmp_path, capsys):

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+from llm_jax.data import tokenizers
 from llm_jax.data.corpora import CorpusError
 from llm_jax.data.tokenizers import TokenizerError
 from llm_jax.models.gpt import GPTConfig
@@ -231,3 +232,33 @@ def test_what_whole_documents_lose_stands_beside_the_evaluation(tmp_path, monkey
     run.train(change(config, "data", packing="stream"), tmp_path / "stream")
     whole, stream = (held.known for held in seen)
     assert whole["eval/cut_tokens"] == seen[0].rows.cut_tokens > 0 and set(stream) == {"eval/baseline_loss"}
+
+
+@pytest.mark.parametrize("which", ["source", "tokenizer"])
+def test_a_replaced_file_stops_a_run_that_resumes(which, tmp_path, monkeypatch):
+    """Without a run: whether it would go on, and on which tokens."""
+    corpus, entries = tmp_path / "a.txt", tmp_path / "tokenizer.json"
+    corpus.write_text("abcd " * 80)
+    tokenizers.train(["abcde "], "char", 1).backend.save(str(entries))
+    data = run.DataConfig(str(corpus), str(entries), validation_share=0.2, split="tail")
+    config = run.RunConfig(model=GPTConfig(16, 16, 16, 1, 2), data=data, training=config_of("").training)
+    config = change(config, "training", accumulation=1)
+    seen = []
+    monkeypatch.setattr(run, "run_program", lambda *given: seen.append(next(given[3])["input_ids"]) or (None, {}))
+    work = tmp_path / "work"
+    run.train(config, work)
+    (work / "checkpoints" / "5").mkdir(parents=True)
+    run.train(config, work)
+    np.testing.assert_array_equal(*seen)
+    if which == "source":
+        corpus.write_text("abce " * 80)
+    else:
+        tokenizers.train(["eeedcba "], "char", 1).backend.save(str(entries))
+    changed = corpus if which == "source" else entries
+    with pytest.raises(WorkdirError, match=f"{changed.name} was replaced .*; --accept_changed_data resumes"):
+        run.train(config, work)
+    assert len(seen) == 2
+    run.train(config, work, accept_changed_data=True)
+    run.train(config, work)  # what was accepted is the run's data now
+    assert len(seen) == 4 and (seen[3] != seen[1]).any()
+    np.testing.assert_array_equal(seen[2], seen[3])

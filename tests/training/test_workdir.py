@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from llm_jax.storage.checkpoints import Checkpoints
+from llm_jax.storage.digests import FileDigest
 from llm_jax.training.workdir import Workdir, WorkdirError, todays
 
 CONFIG = {"model": {"num_layers": 2}, "plan": {"data": 1}, "training": {"steps": 5, "seed": 0, "log_every": 1}}
@@ -102,3 +103,49 @@ def test_fields_that_an_optimizer_never_read_do_not_part_runs():
     assert todays(old)["optimizer"] == {"name": "adafactor", "schedule": "cosine", "learning_rate": 1.0}
     noam = {"optimizer": {"name": "adam", "schedule": "noam", "eps": 1e-9, "noam_dim": 512}}
     assert todays(noam) == noam
+
+
+DATA = {f"{n}.txt": FileDigest(12, 3, 4, "boot", f"0{n}") for n in "abc"}
+OTHER = FileDigest(1500, 3, 4, "boot", "ff")
+GONE = {"a.txt": DATA["a.txt"]}
+
+
+@pytest.mark.parametrize(
+    "after, words",
+    [
+        (DATA, None),
+        (
+            {n: d._replace(modified=9, changed=9, boot="another") for n, d in DATA.items()},
+            None,
+        ),  # touched, or restarted
+        ({**DATA, "b.txt": OTHER}, r"changed: b.txt was replaced \(12 -> 1,500 bytes\); --accept_changed_data resumes"),
+        ({**DATA, "d.txt": OTHER}, "changed: d.txt is new; "),
+        (GONE, "changed: b.txt is gone, c.txt is gone; "),
+        ({n + "s": OTHER for n in DATA}, "a.txt is gone, b.txt is gone, c.txt is gone, and 3 more; "),
+    ],
+)
+def test_a_run_goes_on_with_its_own_data_unless_told_otherwise(tmp_path, after, words, caplog):
+    with Workdir(tmp_path) as workdir:
+        workdir.settle_data(GONE)
+        workdir.settle_data(DATA)  # before the first checkpoint data may change
+        (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+        if words is not None:
+            with pytest.raises(WorkdirError, match=words) as error:
+                workdir.settle_data(after)
+            assert workdir.known_data() == DATA and "\n" not in str(error.value)
+        workdir.settle_data(after, accept_changed=True)
+        assert ("resuming on changed data: " in caplog.text) == (words is not None)
+        workdir.settle_data(after)
+        assert workdir.known_data() == after
+
+
+def test_data_of_older_and_of_damaged_work_directories(tmp_path, caplog):
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    with Workdir(tmp_path) as workdir:
+        workdir.settle_data(DATA)  # an older version stored nothing to compare with
+        assert workdir.known_data() == DATA and not caplog.text
+        (tmp_path / "data.json").write_text("{")
+        with pytest.raises(WorkdirError, match="data.json is damaged: .*, so nothing says whether the data changed"):
+            workdir.settle_data(DATA)
+        workdir.settle_data(DATA, accept_changed=True)
+        workdir.settle_data(DATA)
