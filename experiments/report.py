@@ -60,11 +60,11 @@ def _beginnings(config: RunConfig, count: int) -> list[str]:
     """Of held-out documents, or of training ones where none is held out."""
     found: list[str] = []
     for document in corpora.documents(config.data.source, **config.data.read_as):
+        if len(found) == count:
+            break
         held = corpora.split_of(document, config.data.validation_share) == "validation"
         if document.text and (held or not config.data.validation_share or config.data.split == "tail"):
             found.append(_beginning(document.text))
-        if len(found) == count:
-            break
     return found
 
 

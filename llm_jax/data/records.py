@@ -19,7 +19,7 @@ from typing import Any
 
 from etils import epath
 
-from llm_jax.storage.text_files import TextFile, TextFileError
+from llm_jax.storage.text_files import BLOCK, TextFile, TextFileError
 
 log = logging.getLogger(__name__)
 
@@ -294,7 +294,8 @@ def _parquet(path: epath.Path, file: TextFile, bad: BadRows, text_field: str) ->
         raise CorpusError(f"{path}: Parquet needs pyarrow: pip install 'llm_jax[parquet]'") from e
     try:
         with path.open("rb") as f:
-            rows = (row for batch in pq.ParquetFile(f).iter_batches(ROWS) for row in batch.to_pylist())
+            table = pq.ParquetFile(f, buffer_size=BLOCK, pre_buffer=False)  # else a row group is held as a whole
+            rows = (row for batch in table.iter_batches(ROWS) for row in batch.to_pylist())
             for number, row in enumerate(rows, 1):
                 yield from _record(f"{path}:{number}", row, bad, text_field)
     except Exception as e:
