@@ -55,13 +55,14 @@ class TokenStore(NamedTuple):
     text_bytes: int
 
 
-def plain_text(tokenizer: Tokenizer, framed: bool = True) -> Encode:
+def plain_text(tokenizer: Tokenizer, framed: bool = True, text_field: str = "text") -> Encode:
     """Encodes documents as text followed by the separator.
 
     Args:
       tokenizer: its ids are stored.
       framed: what the tokenizer's rule puts around a text stands there, so that a language model learns texts as it
         will meet them. False for models whose rows are framed later (masked models, ELMo, XLNet, spans).
+      text_field: named where a record has no text there.
     """
 
     def encode(batch: Sequence[Document], bad: BadRows) -> Iterator[Example]:
@@ -73,7 +74,8 @@ def plain_text(tokenizer: Tokenizer, framed: bool = True) -> Encode:
             if d.text:
                 usable.append(d.text)
             else:
-                bad.add(d.name, f"no text in data.text_field, only {', '.join(map(str, d.record or ())) or 'no field'}")
+                others = ", ".join(map(str, d.record or ())) or "no field"
+                bad.add(d.name, f"no text in field {text_field!r} (data.text_field), only {others}")
         for ids in (tokenizer.encode_texts if framed else tokenizer.encode_batch)(usable):
             yield Example(ids + end)
 
@@ -163,7 +165,7 @@ def build(
     working = epath.Path(f"{folder}.{uuid.uuid4().hex}.tmp")
     working.mkdir(parents=True)
     read_as = {"text_field": text_field, "group": group, "layout": layout, "encoding": encoding}
-    encode = encode or plain_text(tokenizer, framed)
+    encode = encode or plain_text(tokenizer, framed, text_field)
     _write(source, tokenizer, working, validation_share, encode, split, read_as)
     if changed := [path for path, file in sources.items() if file[:4] != digests.stamp(path)]:
         shutil.rmtree(working, ignore_errors=True)

@@ -90,7 +90,9 @@ def test_parquet_rows_are_used_like_those_of_json_lines(tmp_path):
         found[ending] = (encoded, examples, [(d.text, d.group) for d in held])
         bad = BadRows()
         assert list(plain_text(tokenizer)(list(documents(path)), bad)) == []
-        assert bad.count == 2 and bad.first == f"{path}:1: no text in data.text_field, only {', '.join(NESTED[0])}"
+        fields = ", ".join(NESTED[0])
+        assert bad.count == 2
+        assert bad.first == f"{path}:1: no text in field 'text' (data.text_field), only {fields}"
     assert found["parquet"] == found["jsonl"] and all(map(len, found["jsonl"][0]))
 
 

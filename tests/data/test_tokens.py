@@ -209,6 +209,11 @@ def test_errors_are_one_line(source, tokenizer, tmp_path):
     tail = {"split": "tail", "encode": chats(tokenizer)}
     rows = [
         (lambda: tokens.build(str(tmp_path / "no_text.jsonl"), tokenizer, tmp_path), CorpusError, "(2 bad rows)"),
+        (
+            lambda: tokens.build(str(tmp_path / "no_text.jsonl"), tokenizer, tmp_path, text_field="body2"),
+            CorpusError,
+            "no_text.jsonl:1: no text in field 'body2' (data.text_field), only body",
+        ),
         (lambda: tokens.build("/none", tokenizer, tmp_path), CorpusError, "no corpus at '/none'"),
         (lambda: tokens.build(source, tokenizer, tmp_path, split="head"), CorpusError, "neither hash nor tail"),
         (lambda: tokens.build(source, tokenizer, tmp_path, 0.1, **tail), CorpusError, "need data.split=hash"),
