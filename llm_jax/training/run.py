@@ -167,22 +167,18 @@ def _train(config, claimed, params, adapt, tokenizer, encode, kind, restore_step
     if not isinstance(config.objective, Labels):  # which keep no tokens
         check_cache(config.data, workdir)
 
-    stored = None
-
-    def shared_tokenizer():
-        nonlocal stored
+    def prepare():
         if jax.process_index():
-            return tokenizer or tokenizers.load(workdir)
+            return tokenizer or tokenizers.load(workdir), None
         stored = _settle_data(config, claimed, accept)
         own = tokenizer or get_tokenizer(config, workdir)
         own.save(workdir)
-        return own
+        return own, stored
 
-    own = _first_process_first("tokenizer", shared_tokenizer)
-    read = lambda: get_rows(config, own, workdir, encode, kind, stored)
+    tokenizer, stored = _first_process_first("tokenizer", prepare)
+    read = lambda: get_rows(config, tokenizer, workdir, encode, kind, stored)
     # a folder of its own on every host is filled by all hosts at once, the work directory's by the first process
     rows = read() if config.data.cache else _first_process_first("tokens", read)
-    tokenizer = own
     loader = Loader(rows.train, c.batch_size, c.seed, *plan.data_blocks(), shuffle=not carries(config.objective))
 
     program = build(config, plan, tokenizer.role("mask"), params, adapt, workdir / "on_disk")
