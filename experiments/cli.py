@@ -200,7 +200,7 @@ def run(main: Callable[..., None], commands: Mapping[str, Sequence[flags.FlagHol
             _fail((str(e) or "interrupted") + ("" if command else "; run the same command again to resume"), 130)
         except BrokenPipeError:
             sys.exit(1)
-        except (ValueError, TypeError, RuntimeError, OSError, MemoryError) as e:
+        except (ValueError, TypeError, RuntimeError, OSError, MemoryError, ImportError) as e:
             if os.environ.get("LLM_JAX_TRACEBACK"):
                 raise
             text = str(e).strip() or type(e).__name__

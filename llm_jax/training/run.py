@@ -120,6 +120,8 @@ def train(
       CorpusError, TokenizerError, ConfigError, CheckpointError, WorkdirError, TrainingError: each with one line.
       Interrupted: on SIGINT or SIGTERM, after saving.
     """
+    if not isinstance(config.objective, Labels):  # which keep no tokens
+        check_cache(config.data, workdir)
     with Workdir(workdir) as claimed:
         whole = {**config.to_dict(), **(extra or {})}
         defaults = RunConfig(model=type(config.model)(), objective=type(config.objective)())
@@ -164,9 +166,6 @@ def _train(config, claimed, params, adapt, tokenizer, encode, kind, restore_step
     plan = Plan(config.plan, config.model)
     plan.check_batch(c.batch_size, c.accumulation, c.sequence_length)
     check_objective(config)
-    if not isinstance(config.objective, Labels):  # which keep no tokens
-        check_cache(config.data, workdir)
-
     def prepare():
         if jax.process_index():
             return tokenizer or tokenizers.load(workdir), None

@@ -131,6 +131,7 @@ RAISED = [
     (ConfigError("no such field"), 2, "error: no such field\n"),  # no launcher repeats it
     (TrainingError("not finite"), 2, "error: not finite\n"),
     (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space left on device\n"),
+    (ImportError("Please install gcsfs"), 1, "error: Please install gcsfs\n"),  # a work directory on gs://
     (MemoryError(), 1, "error: MemoryError (too little memory: a smaller training.batch_size"),
     (RuntimeError("RESOURCE_EXHAUSTED: 9 GiB"), 1, "error: RESOURCE_EXHAUSTED: 9 GiB (too little memory"),
     (KeyboardInterrupt("saved step 3"), 130, "error: saved step 3; run the same command again to resume\n"),
