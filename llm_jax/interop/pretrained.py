@@ -20,7 +20,7 @@ from llm_jax.models.elmo import ElmoConfig
 from llm_jax.nn import paths, weights
 from llm_jax.nn.execution import Execution
 from llm_jax.nn.stack import stack
-from llm_jax.storage import flax_msgpack
+from llm_jax.storage import flax_msgpack, safetensors
 from llm_jax.storage.gguf import GgufFile
 from llm_jax.storage.onnx import OnnxFile
 from llm_jax.storage.safetensors import TensorFolder, write_folder
@@ -149,7 +149,7 @@ def _find(path: epath.PathLike) -> epath.Path:
             )
         )
         got = fetch("*.safetensors")
-        return got if any(got.glob("*.safetensors")) else fetch(flax_msgpack.FILE)
+        return got if any(got.glob("*.safetensors")) else fetch(flax_msgpack.PATTERN)
     except Exception as e:
         raise InteropError(f"{path} is no local folder and could not be fetched from the hub: {e}") from e
 
@@ -189,6 +189,8 @@ def _load_gguf(path, read):
 def _load_huggingface(path, read, head, labels):
     file = path / "config.json"
     if not file.exists():
+        if (path / "adapter_config.json").exists():
+            raise InteropError(f"{path} holds a PEFT adapter: load its base first, and give this to interop.peft.load")
         raise InteropError(f"{path} holds no model: config.json is missing")
     try:
         raw = json.loads(file.read_text())
@@ -241,8 +243,8 @@ def _tokenizer(path, config):
 
 def _tensors(path):
     """Their tensors by name: safetensors, or else an old Flax file, or else an ONNX graph; never a pickle."""
-    if not any(path.glob("*.safetensors")):
-        if (path / flax_msgpack.FILE).exists():
+    if not safetensors.has_model(path):
+        if flax_msgpack.is_in(path):
             return flax_msgpack.read(path)
         graphs = sorted(p.name for p in path.glob("*.onnx"))
         if len(graphs) > 1:
@@ -250,7 +252,7 @@ def _tensors(path):
         if graphs:
             return OnnxFile(path / graphs[0])
         pickles = sorted(p.name for suffix in PICKLES for p in path.glob(f"*{suffix}"))
-        if pickles:
+        if pickles and not any(path.glob("*.safetensors")):
             raise InteropError(
                 f"{path} holds pickles only ({pickles[0]}), which are never read: convert to safetensors"
             )

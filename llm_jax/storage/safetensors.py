@@ -1,11 +1,16 @@
 """Safetensors files and folders: lazy views in, sharded files out.
 
+A folder's model is `model.safetensors`, or else what `model.safetensors.index.json` names, or else all files but those
+that are known to hold something else: a consolidated copy, a copy in another precision, an adapter.
+
 The library checks headers; every tensor asked for is then a memory map of its own, so nothing is read before it is
 used, and nothing stays in memory when its view is dropped.
 """
 
 import json
+import logging
 import os
+import re
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
@@ -25,6 +30,14 @@ DTYPES: dict[str, Any] = {
 }  # fmt: skip
 
 
+log = logging.getLogger(__name__)
+
+FILE = "model.safetensors"
+INDEX = f"{FILE}.index.json"
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+# Meta's and Mistral's own layout, transformers' `variant`, peft
+_BESIDE = re.compile(r"(consolidated.*|model\.[^.]+|adapter_model.*)\.safetensors")
+
 Entry = tuple[BinaryIO, np.dtype, tuple[int, ...], int]  # open file, dtype, shape, where its bytes begin
 
 
@@ -32,8 +45,44 @@ class StorageError(ValueError):
     """A file that cannot be read as what it claims to be."""
 
 
+def has_model(folder: epath.PathLike) -> bool:
+    """Whether a folder holds safetensors beside those that are known to be no model."""
+    return any(not _BESIDE.fullmatch(file.name) for file in epath.Path(folder).glob("*.safetensors"))
+
+
+def files_of(folder: epath.PathLike) -> list[epath.Path]:
+    """The files that hold a folder's model; what is left out is logged.
+
+    Raises:
+      StorageError: if there is none, a file that the index names is missing, or nothing says which one is meant.
+    """
+    folder = epath.Path(folder)
+    files = {file.name: file for file in sorted(folder.glob("*.safetensors"), key=str)}
+    if not files:
+        raise StorageError(f"no *.safetensors in {folder}")
+    index = folder / INDEX
+    if FILE in files:
+        chosen = [FILE]
+    elif index.exists():
+        try:
+            chosen = sorted(set(map(str, json.loads(index.read_text())["weight_map"].values())))
+        except (ValueError, KeyError, AttributeError, TypeError) as e:
+            raise StorageError(f"{index} is damaged: {e}") from e
+        missing = [name for name in chosen if name not in files]
+        if missing:
+            raise StorageError(f"{folder} lacks {', '.join(missing)}, named in its index")
+    else:
+        chosen = [name for name in files if not _BESIDE.fullmatch(name)] or list(files)
+        if len(chosen) > 1 and _BESIDE.fullmatch(chosen[0]):
+            raise StorageError(f"{folder} holds {', '.join(chosen)} and no {FILE}: rename the one that is to be read")
+    left = [name for name in files if name not in chosen] + [INDEX] * (FILE in files and index.exists())
+    if left:
+        log.warning("%s: reading %s, leaving %s", folder, ", ".join(chosen), ", ".join(left))
+    return [files[name] for name in chosen]
+
+
 class TensorFolder(LazyTensors):
-    """All tensors of one file, or of every `*.safetensors` in a folder, as read-only views."""
+    """All tensors of one file, or of a folder's model (`files_of`), as read-only views."""
 
     def __init__(self, path: epath.PathLike) -> None:
         """Reads the headers.
@@ -43,25 +92,16 @@ class TensorFolder(LazyTensors):
             is stored twice.
         """
         path = epath.Path(path)
-        files = sorted(path.glob("*.safetensors"), key=str) if path.is_dir() else [path]
-        if not files or not files[0].exists():
+        if not path.exists():
             raise StorageError(f"no *.safetensors in {path}")
-        index = path / "model.safetensors.index.json"
-        if path.is_dir() and index.exists():
-            try:
-                named = set(map(str, json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError, TypeError) as e:
-                raise StorageError(f"{index} is damaged: {e}") from e
-            missing = named - {f.name for f in files}
-            if missing:
-                raise StorageError(f"{path} lacks {', '.join(sorted(missing))}, named in its index")
-            files = [f for f in files if f.name in named]
+        files = files_of(path) if path.is_dir() else [path]
         self._entries: dict[str, Entry] = {}
+        owner: dict[str, str] = {}
         for file in files:
             for name, entry in _read(str(file), self):
                 if name in self._entries:
-                    raise StorageError(f"{name} is stored twice in {path}")
-                self._entries[name] = entry
+                    raise StorageError(f"{name} is stored twice in {path}: in {owner[name]} and in {file.name}")
+                self._entries[name], owner[name] = entry, file.name
 
     def __getitem__(self, name: str) -> np.ndarray:
         """A view."""
@@ -129,10 +169,11 @@ def write_folder(path: epath.PathLike, tensors: Iterable[tuple[str, np.ndarray]]
         total += array.nbytes
     flush()
     count = len(shards)
-    file = lambda i: "model.safetensors" if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+    file = lambda i: FILE if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
     for old in folder.glob("*.safetensors"):
-        old.unlink()
-    index = folder / "model.safetensors.index.json"
+        if old.name == FILE or _SHARD.fullmatch(old.name):
+            old.unlink()
+    index = folder / INDEX
     if index.exists():
         index.unlink()
     for i in range(count):

@@ -18,7 +18,7 @@ from llm_jax.models.gpt import GPTConfig
 from llm_jax.models.llama import LlamaConfig
 from llm_jax.nn import paths
 from llm_jax.nn.stack import unstack
-from llm_jax.storage.safetensors import TensorFolder, write_folder
+from llm_jax.storage.safetensors import TensorFolder, save_file
 
 LLAMA = LlamaConfig(vocab_size=31, context_length=16, model_dim=24, num_layers=2, num_heads=4, num_kv_heads=2,
                     hidden_dim=40, tied=False)  # fmt: skip
@@ -98,7 +98,7 @@ def folder(path, config=None, tensors=None, drop=()):
         json.dumps({k: v for k, v in {**json.loads(file.read_text()), **(config or {})}.items() if v != "drop"})
     )
     stored = {n: np.array(a) for n, a in TensorFolder(path).items()} | (tensors or {})
-    write_folder(path, [(n, a) for n, a in stored.items() if not any(d in n for d in drop)])
+    save_file({n: a for n, a in stored.items() if not any(d in n for d in drop)}, path / peft.FILE)
     return path
 
 
@@ -153,7 +153,7 @@ def test_a_head_with_labels_is_stored_whole(head, task, saved, tmp_path):
     same(peft.load(tmp_path, model, fresh), trained)
     with pytest.raises(InteropError, match="without a home.*the base has head='lm'"):
         peft.load(tmp_path, MODEL, base())
-    write_folder(tmp_path, [(n, np.array(a)) for n, a in TensorFolder(tmp_path).items() if "lora" in n])
+    save_file({n: np.array(a) for n, a in TensorFolder(tmp_path).items() if "lora" in n}, tmp_path / peft.FILE)
     with pytest.raises(InteropError, match="missing (score|qa_outputs)"):
         peft.load(tmp_path, model, fresh)
 

@@ -236,6 +236,7 @@ FOLDERS = [
     (lambda d: (d / "config.json").write_text("{") and d, InteropError, "is no model config"),
     (lambda d: (d / "config.json").write_text("[1]") and d, InteropError, "is no model config"),
     (lambda d: (d / "config.json").write_text("{}") and d, InteropError, "is no model config: KeyError: 'model_type'"),
+    (lambda d: (d / "adapter_config.json").write_text("{}") and d, InteropError, "holds a PEFT adapter: load its base"),
     (lambda d: damaged(d, model_type="mamba"), InteropError, "model_type 'mamba' is not supported; there are gpt2"),
     (lambda d: damaged(d, vocab_size=None), InteropError, "misstates vocab_size takes int, not None"),
     (lambda d: damaged(d, num_attention_heads="four"), InteropError, "misstates num_heads takes int, not 'four'"),

@@ -1,5 +1,7 @@
 """Folders of Flax in transformers 4: written here by its rules, read back, and damaged."""
 
+import json
+
 import numpy as np
 import pytest
 from flax import serialization, traverse_util
@@ -8,7 +10,7 @@ from tiny_models import ENCODERS, MODELS, noise
 from llm_jax import interop
 from llm_jax.nn import paths
 from llm_jax.storage import flax_msgpack
-from llm_jax.storage.safetensors import StorageError, TensorFolder
+from llm_jax.storage.safetensors import StorageError, TensorFolder, save_file
 
 NORMS = ("LayerNorm", "layer_norm", "ln_1", "ln_2", "ln_f", "norm", "layernorm", "vocab_layer_norm")
 
@@ -77,3 +79,49 @@ def test_damaged_files_are_one_line(tmp_path):
     file.write_bytes(serialization.msgpack_serialize({"a": "text"}))
     with pytest.raises(StorageError, match="is no array"):
         flax_msgpack.read(tmp_path)
+
+
+SHARD = "flax_model-00001-of-00002.msgpack"
+
+
+def in_shards(folder):
+    """Cuts `flax_model.msgpack` in two, as transformers 4 did past a size: paths with slashes in the index."""
+    flat = traverse_util.flatten_dict(serialization.msgpack_restore((folder / flax_msgpack.FILE).read_bytes()))
+    (folder / flax_msgpack.FILE).unlink()
+    places = {}
+    for i, keys in enumerate((list(flat)[::2], list(flat)[1::2])):
+        name = f"flax_model-{i + 1:05d}-of-00002.msgpack"
+        part = {k: flat[k] for k in keys}
+        (folder / name).write_bytes(serialization.msgpack_serialize(traverse_util.unflatten_dict(part)))
+        places |= {"/".join(k): name for k in keys}
+    (folder / flax_msgpack.INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+
+
+def test_shards_are_read_and_beside_strays_too(tmp_path):
+    model = MODELS["gpt2"].make()
+    interop.save(tmp_path, model, noise(model, 0.3))
+    want = {n: np.array(a) for n, a in TensorFolder(tmp_path).items()}
+    rewrite(tmp_path)
+    in_shards(tmp_path)
+    got = flax_msgpack.read(tmp_path)
+    assert got.keys() == want.keys() and all(np.array_equal(got[n], want[n]) for n in want)
+    save_file({"a": np.ones(2)}, tmp_path / "adapter_model.safetensors")  # which holds no model
+    assert interop.load(tmp_path).params["embed"]["embedding"].shape == want["transformer.wte.weight"].shape
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda d: (d / "flax_model-00002-of-00002.msgpack").unlink(), "no flax_model-00002-of-00002.msgpack in"),
+        (lambda d: (d / flax_msgpack.INDEX).write_text("{}"), "index.json is damaged: KeyError"),
+        (lambda d: (d / flax_msgpack.INDEX).write_text(json.dumps({"weight_map": {"x/kernel": SHARD}})),
+         f"x.weight is in none of {SHARD}"),
+    ],
+)  # fmt: skip
+def test_damaged_shards_are_one_line(damage, words, tmp_path):
+    (tmp_path / flax_msgpack.FILE).write_bytes(serialization.msgpack_serialize({"a": np.ones(2), "b": np.ones(2)}))
+    in_shards(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(StorageError) as error:
+        flax_msgpack.read(tmp_path)
+    assert words in str(error.value) and "\n" not in str(error.value)

@@ -104,6 +104,46 @@ def test_files_outside_the_index_are_left_alone(tmp_path):
     assert sorted(TensorFolder(tmp_path)) == ["a", "b"]
 
 
+BESIDE = ("consolidated.safetensors", "adapter_model.safetensors", "model.fp16.safetensors")
+
+
+@pytest.mark.parametrize("shard_bytes", [2**30, 8], ids=["one file", "shards"])
+def test_files_beside_the_model_are_left_and_named(shard_bytes, tmp_path, caplog):
+    """A copy, an adapter, another precision: none of them is the model, nor are they lost when it is written."""
+    want = {"a": np.ones(4, np.float32), "b": np.zeros(4, np.float32)}
+    for name in (*BESIDE, "optimizer.safetensors"):
+        safetensors.numpy.save_file({"a": np.full(4, 7, np.float32)}, tmp_path / name)
+    write_folder(tmp_path, want.items(), shard_bytes)
+    assert same(want, dict(TensorFolder(tmp_path)))
+    assert all(name in caplog.text for name in BESIDE)
+
+
+def test_a_stale_index_beside_a_whole_file_is_left(tmp_path, caplog):
+    _, index = two_shards(tmp_path)
+    old = index.read_text()
+    write_folder(tmp_path, [("c", np.ones(2))])
+    index.write_text(old)
+    assert list(TensorFolder(tmp_path)) == ["c"]
+    assert "reading model.safetensors, leaving model.safetensors.index.json" in caplog.text
+
+
+def test_odd_names_are_read_where_nothing_else_is_there(tmp_path):
+    write = lambda name, *tensors: safetensors.numpy.save_file(dict.fromkeys(tensors, np.ones(1)), tmp_path / name)
+    assert not storage.has_model(tmp_path)
+    write("consolidated.safetensors", "a")
+    assert list(TensorFolder(tmp_path)) == ["a"] and not storage.has_model(tmp_path)
+    write("model.fp16.safetensors", "b")
+    with pytest.raises(StorageError, match="holds consolidated.safetensors, model.fp16.safetensors and no model.safe"):
+        TensorFolder(tmp_path)
+    write("weights.safetensors", "c")
+    assert list(TensorFolder(tmp_path)) == ["c"] and storage.has_model(tmp_path)
+    write("more.safetensors", "d")  # parts
+    assert list(TensorFolder(tmp_path)) == ["d", "c"]
+    write("more.safetensors", "c")
+    with pytest.raises(StorageError, match="c is stored twice in .*: in more.safetensors and in weights.safetensors"):
+        TensorFolder(tmp_path)
+
+
 def test_an_unsupported_dtype_is_named(tmp_path):
     safetensors.numpy.save_file({"c": np.ones(2, np.uint64)}, tmp_path / "a.safetensors")
     with pytest.raises(StorageError, match="c has dtype U64, which is not supported"):
