@@ -9,7 +9,6 @@ python -m experiments.evaluate --model=runs/sst2/merged --source=test.tsv --fiel
 
 import functools
 import json
-import math
 from typing import Any
 
 import jax
@@ -59,7 +58,9 @@ def main() -> None:
     """Perplexity on a corpus or a head's accuracy, probability of sentences, probability of next tokens."""
     from llm_jax import interop
     from llm_jax.data import tokens
+    from llm_jax.data.tokenizers import check_ids
     from llm_jax.decoding import prefill
+    from llm_jax.decoding.finite import check_finite
     from llm_jax.decoding.likelihood import of_text
     from llm_jax.training.rows import rows_of_model
     from llm_jax.training.run import evaluate_rows
@@ -86,19 +87,24 @@ def main() -> None:
         read_as: dict[str, Any] = {"text_field": TEXT_FIELD.value, "layout": LAYOUT.value, "encoding": ENCODING.value}
         framed = loaded.config.reads == "causal"
         store = tokens.build(SOURCE.value, tokenizer, CACHE.value, **read_as, framed=framed)["train"]
+        tokens.check_store(tokenizer, loaded.config.vocab_size, store)
         rows, step = rows_of(store), jax.jit(make_eval_step(model, objective))
         ratio = len(store.ids) / store.text_bytes
         results |= evaluate_rows(
             step, params, rows, BATCH.value, LIMIT.value, lambda b: b, ratio, objective.coefficients
         )
+    check_finite("the evaluation", *results.values())
     for name, value in results.items():
         print(f"{name} {value:.4f}")
     results["sentences"] = []
     for text in SENTENCES.value:
         logp = of_text(model, params, tokenizer, text)
         total = float(logp.sum())
+        with np.errstate(over="ignore"):
+            perplexity = np.exp(-total / len(logp))
+        check_finite(f"the perplexity of {text!r}", perplexity)
         results["sentences"].append({"text": text, "log_probability": total, "tokens": len(logp)})  # type: ignore[attr-defined]
-        print(f"log p = {total:.3f} ({len(logp)} tokens, perplexity {math.exp(-total / len(logp)):.2f}): {text}")
+        print(f"log p = {total:.3f} ({len(logp)} tokens, perplexity {perplexity:.2f}): {text}")
     results["next"] = []
     call = functools.partial(model.apply, **prefill.order(model))
     following = jax.jit(lambda params, ids: jax.nn.softmax(call({"params": params}, ids).logits[0, -1]))
@@ -106,14 +112,16 @@ def main() -> None:
         ids = np.asarray([prefill.beginning(tokenizer) + tokenizer.encode(text)])
         if not ids.size:
             raise ValueError("--next is empty and the tokenizer has no beginning of text")
+        check_ids(ids, loaded.config.vocab_size, tokenizer)
         p = np.asarray(following(params, ids))
+        check_finite(f"the probabilities after {text!r}", p)
         best = np.argsort(-p)[:10]
         found = [(tokenizer.decode([int(i)]), float(p[i])) for i in best]
         results["next"].append({"text": text, "tokens": found})  # type: ignore[attr-defined]
         print(text, *(f"  {q:.3f} {token!r}" for token, q in found), sep="\n")
     if JSON_OUT.value:
         with open(JSON_OUT.value, "w") as f:
-            json.dump(results, f, indent=2)
+            json.dump(results, f, indent=2, allow_nan=False)
 
 
 if __name__ == "__main__":

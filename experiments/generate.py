@@ -60,6 +60,7 @@ def main() -> None:
     """Loads, then answers a prompt or a chat."""
     from llm_jax import interop
     from llm_jax.data import chat
+    from llm_jax.data.tokenizers import check_ids
     from llm_jax.decoding.generate import Generator
     from llm_jax.decoding.prefill import is_encoder_decoder
     from llm_jax.decoding.sampling import SamplingConfig
@@ -99,6 +100,7 @@ def main() -> None:
 
     def say(ids: list[int]) -> str:
         text = ""
+        check_ids(ids, loaded.config.vocab_size, tokenizer)
         for piece in generator.stream(ids, limit(ids), key, tokenizer.decode, WINDOW.value, STOP.value):
             print(piece, end="", flush=True)
             text += piece
@@ -117,6 +119,7 @@ def main() -> None:
         return
     prompt = _prompt().read()
     ids = tokenizer.encode_prompt(prompt)
+    check_ids(ids, loaded.config.vocab_size, tokenizer)
     if not JSON.value:
         print(prompt, end="", flush=True)
         say(ids)
@@ -125,7 +128,8 @@ def main() -> None:
     text = tokenizer.decode(done.tokens)
     print(
         json.dumps(
-            {"text": text, "tokens": done.tokens, "logprobs": done.logprobs, "finish_reason": done.finish_reason}
+            {"text": text, "tokens": done.tokens, "logprobs": done.logprobs, "finish_reason": done.finish_reason},
+            allow_nan=False,
         )
     )
 
@@ -140,6 +144,7 @@ def _prompt() -> Any:
 
 def answer(loaded: Any, sampling: Any, key: jax.Array) -> None:
     """Prints whole outputs: of every line for an encoder-decoder, and of a beam search."""
+    from llm_jax.data.tokenizers import check_ids
     from llm_jax.decoding.beam import BeamConfig, BeamSearch
     from llm_jax.decoding.generate import Generator
     from llm_jax.decoding.prefill import is_encoder_decoder
@@ -150,6 +155,7 @@ def answer(loaded: Any, sampling: Any, key: jax.Array) -> None:
         prompts = [tokenizer.encode_source(line) if line.strip() else None for _, line in _prompt().lines()]
     else:
         prompts = [tokenizer.encode_prompt(_prompt().read())]
+    check_ids([i for ids in prompts for i in ids or ()], model.config.vocab_size, tokenizer)
     longest = 1 if apart else len(prompts[0] or ())
     new = NEW.value or min(256, model.config.context_length - longest)
     run: Callable[[Any], list[Any]]
@@ -176,7 +182,7 @@ def _shown(output: Any, tokenizer: Any, on_a_line: bool) -> str:
         return json.dumps({"text": "", "tokens": [], "finish_reason": "empty"}) if JSON.value else ""
     text = tokenizer.decode(output.tokens)
     if JSON.value:
-        return json.dumps({"text": text, **vars(output)})
+        return json.dumps({"text": text, **vars(output)}, allow_nan=False)
     return text.replace("\r", "\n").replace("\n", " ") if on_a_line else text
 
 

@@ -19,7 +19,7 @@ from llm_jax.data import characters
 from llm_jax.data.corpora import BadRows, CorpusError
 from llm_jax.data.labeled import Example
 from llm_jax.data.pairs import IGNORED
-from llm_jax.data.tokenizers import Tokenizer
+from llm_jax.data.tokenizers import Tokenizer, check_ids
 from llm_jax.data.tokens import unigram_nats
 
 log = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ class Encoder:
       max_characters: of a word, where the model reads characters between the ends of a sentence.
       types: the model is told which of two texts a token belongs to.
       left: padding stands in front.
+      entries: of the model's table, which every id is held to; None where it has none.
     """
 
     tokenizer: Tokenizer
@@ -63,18 +64,21 @@ class Encoder:
     max_characters: int | None = None
     types: bool = False
     left: bool = False
+    entries: int | None = None
 
     @classmethod
     def of(cls, model: Any, tokenizer: Tokenizer, kind: str, length: int) -> "Encoder":
         """That of a model's config."""
         types, left = getattr(model, "num_token_types", 0) > 1, getattr(model, "pads_left", False)
-        return cls(tokenizer, kind, length, getattr(model, "max_characters", None), types, left)
+        spells = getattr(model, "max_characters", None)
+        entries = None if spells is not None else getattr(model, "vocab_size", None)
+        return cls(tokenizer, kind, length, spells, types, left, entries)
 
     def __call__(self, inputs: Sequence[tuple[str, ...]]) -> list[list[Pieces]]:
         """Of every example its pieces, those of every choice; empty where a question leaves its context no room.
 
         Raises:
-          ValueError: on pairs where words are spelled.
+          ValueError: on pairs where words are spelled, and ids that the model's table has no row for.
         """
         if self.max_characters is not None:
             if self.kind != "tokens" and any(len(x) > 1 for x in inputs):
@@ -100,6 +104,8 @@ class Encoder:
         texts, seconds = [x[0] for x in inputs], None if len(inputs[0]) == 1 else [x[1] for x in inputs]
         strategy = "only_second" if self.kind == "span" else "longest_first"
         rows = self.tokenizer.encodings(texts, seconds, self.length, strategy)
+        if self.entries is not None:
+            check_ids([i for row in rows for i in row.ids], self.entries, self.tokenizer)
         mine = 1 if self.kind == "span" else 0
         places = lambda row: [o if s == mine else None for o, s in zip(row.offsets, row.sequence_ids, strict=True)]
         array = lambda values: np.asarray(values, np.int32)

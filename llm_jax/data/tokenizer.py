@@ -73,6 +73,28 @@ def set_rule(backend: tokenizers.Tokenizer, rule: Rule) -> None:
     backend.post_processor = processors.Sequence([*steps, template]) if steps else template
 
 
+def check_ids(ids: Any, rows: int, tokenizer: "Tokenizer | None" = None) -> None:
+    """Refuses token ids that a model's table has no row for: compiled code would answer with NaN, or a wrong row.
+
+    Args:
+      ids: an array, or a list, of any shape.
+      rows: entries of the table.
+      tokenizer: names the entry.
+
+    Raises:
+      TokenizerError: that names the first such id.
+    """
+    ids = np.asarray(ids)
+    if not ids.size or (ids.min() >= 0 and ids.max() < rows):
+        return
+    wrong = int(ids[(ids < 0) | (ids >= rows)].flat[0])
+    entry = "" if tokenizer is None else f" ({tokenizer.token(wrong)!r})"
+    raise TokenizerError(
+        f"the token id {wrong}{entry} lies outside of the model's table of {rows} entries: take the tokenizer that the "
+        "model was made with, or a model with a row for every entry"
+    )
+
+
 class Tokenizer:
     """A `tokenizers.Tokenizer`, or SentencePiece models, with the special ids that models need.
 

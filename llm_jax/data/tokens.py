@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 
 from llm_jax.data.corpora import BadRows, CorpusError, Document, documents, file_digests, fingerprint, split_of
-from llm_jax.data.tokenizers import Tokenizer, TokenizerError
+from llm_jax.data.tokenizers import Tokenizer, TokenizerError, check_ids
 from llm_jax.storage import digests
 from llm_jax.storage.digests import FileDigest
 
@@ -306,6 +306,19 @@ def _open_split(
     ids, weights = read("ids", dtype, tokens), read("weights", np.uint8, tokens)
     starts = np.array(read("starts", np.int64, meta["documents"] + 1))
     return TokenStore(ids, starts, weights if meta["weighted"] else None, meta["text_bytes"])
+
+
+def check_store(tokenizer: Tokenizer, vocab_size: int, store: TokenStore) -> None:
+    """Refuses stored ids that the model's table has no row for.
+
+    It reads them only where the tokenizer has more entries than the table.
+
+    Raises:
+      TokenizerError: that names the id and its entry.
+    """
+    if tokenizer.vocab_size > vocab_size:
+        for start in range(0, len(store.ids), 2**24):
+            check_ids(store.ids[start : start + 2**24], vocab_size, tokenizer)
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 from flax import struct
 
 from llm_jax.decoding import prefill
+from llm_jax.decoding.finite import check_finite
 from llm_jax.decoding.top import top_k, whole_blocks
 from llm_jax.nn.cache import Cache
 
@@ -265,6 +266,9 @@ class BeamSearch:
         limits = [max_new_tokens] * len(prompts)
         ids, mask, slots, new = prefill.lay_out(self.model, prompts, limits, self.context_length)
         ended = jax.device_get(self._search(self.params, ids, mask, slots, new, np.int32(max_new_tokens)))
+        found = ended.length[:, :num_return] > 0
+        # comparisons with NaN are false: no beam of such a prompt ever ends
+        check_finite("the best scores of the prompts", np.where(found[:, 0], ended.score[:, 0], np.nan))
         return [
             [self._hypothesis(ended, row, beam) for beam in range(num_return) if ended.length[row, beam]]
             for row in range(len(prompts))

@@ -13,6 +13,7 @@ import numpy as np
 from flax import struct
 
 from llm_jax.decoding import prefill, sampling
+from llm_jax.decoding.finite import check_finite
 from llm_jax.decoding.sampling import SamplingConfig
 from llm_jax.nn.cache import Cache
 
@@ -35,6 +36,7 @@ class DecodeState(struct.PyTreeNode):
       history_BM: prompt and output, for n-gram blocking; width 0 where it is off.
       prompt_BV: token counts of the prompt; width 0 where no penalty is on.
       output_BV: token counts of the output.
+      sound_B: whether all log-probabilities so far were finite; a stop token's counts too.
     """
 
     cache: Cache
@@ -48,6 +50,7 @@ class DecodeState(struct.PyTreeNode):
     history_BM: jax.Array
     prompt_BV: jax.Array
     output_BV: jax.Array
+    sound_B: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +133,7 @@ class Generator:
             history_BM=history,
             prompt_BV=prompt,
             output_BV=jnp.zeros_like(prompt),
+            sound_B=jnp.ones((b,), bool),
         )
 
     def _loop(self, params, state, steps):
@@ -173,6 +177,7 @@ class Generator:
             reason_B=reason,
             history_BM=history,
             output_BV=output,
+            sound_B=state.sound_B & (jnp.isfinite(logprob) | ~running),
         )
 
     def start(
@@ -261,6 +266,7 @@ class Generator:
         hold = max((len(s) for s in stop_strings), default=1) - 1
         while True:
             state = self.advance(state, chunk)
+            _check_sound(state)
             if stop_strings:
                 state, running = self._cut(state, stop_strings, decode)
             else:
@@ -277,8 +283,17 @@ class Generator:
                 return
 
 
+def _check_sound(state: DecodeState) -> None:
+    check_finite("the rows' log-probabilities", np.where(jax.device_get(state.sound_B), 0, np.nan))
+
+
 def completions(state: DecodeState) -> list[Completion]:
-    """Results of a finished state, on the host."""
+    """Results of a finished state, on the host.
+
+    Raises:
+      ValueError: if the model's logits were not finite.
+    """
+    _check_sound(state)
     tokens, logprobs, count, reason = jax.device_get(
         (state.tokens_BN, state.logprobs_BN, state.count_B, state.reason_B)
     )

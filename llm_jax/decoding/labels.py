@@ -9,6 +9,7 @@ import numpy as np
 
 from llm_jax.data.labeled_rows import Encoder, Pieces
 from llm_jax.data.tokenizers import Tokenizer
+from llm_jax.decoding.finite import check_finite
 from llm_jax.decoding.prefill import bucket
 from llm_jax.models import parameters
 from llm_jax.nn import weights
@@ -59,7 +60,8 @@ def predict(
       `{"choice", "probability", "probabilities"}` (choice).
 
     Raises:
-      ValueError: if the model has no labels, or an input is not of its kind or too long.
+      ValueError: if the model has no labels, an input is not of its kind or too long, a token has no row in the model's
+        table, or a number is not finite.
     """
     config, kind = model.config, kind_of(model.config)
     parameters.check(model, params)
@@ -83,6 +85,7 @@ def predict(
         rows = [encoder.row(pieces, size) for pieces in chunk]
         rows += rows[:1] * (batch_size - len(rows))
         logits = np.asarray(_logits(model, params, {k: np.stack([r[k] for r in rows]) for k in rows[0]}))
+        check_finite("the labels' logits", logits[: len(chunk)])
         for given, pieces, row in zip(inputs[start:], chunk, logits, strict=False):
             row = row[encoder.shift(pieces[0], size) :] if head in ("tokens", "span") else row
             out.append(_said(config.labels, kind, given, pieces[0], row))

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.data.characters import character_ids
-from llm_jax.data.tokenizers import Tokenizer
+from llm_jax.data.tokenizers import Tokenizer, check_ids
 from llm_jax.decoding import prefill
+from llm_jax.decoding.finite import check_finite
 from llm_jax.decoding.masked import pseudo_logprobs
 from llm_jax.models import parameters
 from llm_jax.nn.weights import wide
@@ -56,6 +57,9 @@ def both_ways_logprobs(model: Any, params: Any, ids_BT: jax.Array, characters_BT
 def of_text(model: Any, params: Any, tokenizer: Tokenizer, text: str) -> np.ndarray:
     """Log-probabilities of a text's tokens, `[P]`; their sum is the text's.
 
+    A decoder reads what training rows hold before a text (`prefill.beginning`); what the tokenizer's rule puts behind a
+    text counts as part of it.
+
     Args:
       model: any with a head for language.
       params: its parameters.
@@ -63,8 +67,15 @@ def of_text(model: Any, params: Any, tokenizer: Tokenizer, text: str) -> np.ndar
       text: for an encoder-decoder `SOURCE ||| TARGET`.
 
     Raises:
-      ValueError: if the text says nothing, or the model has no such head.
+      ValueError: if the text says nothing, or the model has no such head; if a token has no row in its table, or a
+        log-probability is not finite.
     """
+    out = _of_text(model, params, tokenizer, text)
+    check_finite(f"the log-probabilities of {text!r}", out)
+    return out
+
+
+def _of_text(model: Any, params: Any, tokenizer: Tokenizer, text: str) -> np.ndarray:
     config = model.config
     parameters.check(model, params)
     if config.reads in prefill.WRITES:
@@ -74,22 +85,26 @@ def of_text(model: Any, params: Any, tokenizer: Tokenizer, text: str) -> np.ndar
         if not bar or not source.strip() or not target.strip():
             raise ValueError(f"{text!r} is no 'SOURCE ||| TARGET', which an encoder-decoder scores")
         sides = tokenizer.encode_source(source.strip()), tokenizer.target.encode_source(target.strip())
+        check_ids([*sides[0], *sides[1]], config.vocab_size, tokenizer)
         return np.asarray(target_logprobs(model, params, *(np.asarray([ids]) for ids in sides)))[0]
     if config.reads == "characters":
         if not config.vocab_size or tokenizer.separator is None:
             raise ValueError("this ELMo has no output layer (vocab_size=0) or its tokenizer no end of text")
         ids = [tokenizer.separator, *_some(tokenizer.encode(text), text, 1), tokenizer.separator]
+        check_ids(ids, config.vocab_size, tokenizer)
         spelled = np.stack([character_ids(tokenizer.token(i), config.max_characters) for i in ids])
         return np.asarray(both_ways_logprobs(model, params, np.asarray([ids]), spelled[None]))[0]
     if config.reads != "both_sides":
         end = tokenizer.rule.end if config.reads == "causal" else ()  # XLNet's frame texts that are labelled
         ids = [*prefill.beginning(tokenizer), *tokenizer.encode(text), *end]
         row = np.asarray([_some(ids, text, 2)])
+        check_ids(row, config.vocab_size, tokenizer)
         return np.asarray(sequence_logprobs(model, params, row, np.ones_like(row)))[0]
     mask = tokenizer.role("mask")
     if mask is None:
         raise ValueError("the tokenizer has no mask token")
     framed = tokenizer.batch([text])["input_ids"][0]
+    check_ids(framed, config.vocab_size, tokenizer)
     places = _some(np.flatnonzero(~tokenizer.is_special()[framed]), text, 1)
     return pseudo_logprobs(model, params, framed, places, mask)
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm_jax.data.tokenizers import check_ids
 from llm_jax.models import parameters
 from llm_jax.nn.weights import wide
 
@@ -26,6 +27,7 @@ def fill(model: Any, params: Any, ids_BT: np.ndarray, attention_mask_BT: np.ndar
     """Log-probabilities `[B, T, V]` of every entry at every position, most useful where a mask token stands."""
     _check(model)
     parameters.check(model, params)
+    check_ids(ids_BT, model.config.vocab_size)
     return np.asarray(_log_softmax(model, params, jnp.asarray(ids_BT), jnp.asarray(attention_mask_BT)))
 
 
@@ -46,6 +48,7 @@ def pseudo_logprobs(model: Any, params: Any, ids: np.ndarray, positions: np.ndar
       ValueError: if the model has no masked-LM head.
     """
     _check(model)
+    check_ids([*np.asarray(ids), mask_id], model.config.vocab_size)
     out = []
     for start in range(0, len(positions), ROWS):
         here = positions[start : start + ROWS]

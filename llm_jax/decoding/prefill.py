@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm_jax.data.tokenizers import check_ids
 from llm_jax.models import heads, parameters
 from llm_jax.nn import paths, weights
 from llm_jax.nn.cache import Cache
@@ -112,13 +113,14 @@ def lay_out(
       window: go on past the context with a sliding window (rotary models).
 
     Raises:
-      ValueError: if a prompt is empty, or a row exceeds the context and `window` is off or the model has learned
-        positions.
+      ValueError: if a prompt is empty or holds an id outside of the vocabulary, or a row exceeds the context and
+        `window` is off or the model has learned positions.
     """
     if not prompts or any(len(p) == 0 for p in prompts):
         raise ValueError("a prompt is empty; give at least one token (the model's bos token will do)")
     if len(limits) != len(prompts):
         raise ValueError(f"{len(limits)} limits for {len(prompts)} prompts")
+    check_ids(np.concatenate([np.asarray(p) for p in prompts]), model.config.vocab_size)
     longest = max(len(p) for p in prompts)
     if longest > context_length:
         raise ValueError(f"the prompt of {longest} tokens is longer than the context of {context_length}")

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import logging
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from llm_jax.storage.gguf import GgufFile
 from llm_jax.storage.onnx import OnnxFile
 from llm_jax.storage.safetensors import TensorFolder, write_folder
 
+log = logging.getLogger(__name__)
 FAMILIES = {
     "gpt2": gpt,
     "openai-gpt": gpt,
@@ -183,7 +185,10 @@ def _load_gguf(path, read):
     config = gguf_names.config_of(file)
     rules = gguf_names.rules(config, file.metadata["general.architecture"])
     model, params = read(config, file, rules, gguf_names.ignored, kind=jnp.float32)
-    return Pretrained(model, params, gguf_names.tokenizer_of(file.metadata), config)
+    tokenizer = gguf_names.tokenizer_of(file.metadata)
+    if tokenizer is not None:
+        _check_entries(tokenizer, config)
+    return Pretrained(model, params, tokenizer, config)
 
 
 def _load_huggingface(path, read, head, labels):
@@ -238,7 +243,22 @@ def _tokenizer(path, config):
         return None
     tokenizer = tokenizers.load(path)
     tokenizer.token_types = getattr(config, "num_token_types", 0) > 1
+    _check_entries(tokenizer, config)
     return tokenizer
+
+
+def _check_entries(tokenizer: tokenizers.Tokenizer, config: Any) -> None:
+    """Says which entries the model has no row for: a text with one is refused, any other is read."""
+    rows, size = getattr(config, "vocab_size", 0), tokenizer.vocab_size
+    if not rows:  # an ELMo without an output layer
+        return
+    if size > rows:
+        log.warning(
+            "the tokenizer has %d entries and the model %d rows: texts with %r%s are refused",
+            *(size, rows, tokenizer.token(rows), " and the like" if size > rows + 1 else ""),
+        )
+    # what neither can say ends nothing
+    tokenizer.eos_ids = tuple(i for i in tokenizer.eos_ids if i < max(rows, size))
 
 
 def _tensors(path):

@@ -37,7 +37,11 @@ class Embedding(nn.Module):
         )
 
     def __call__(self, ids: jax.Array, dtype: Any = None) -> jax.Array:
-        """Rows for `ids`: `[*ids.shape, D]`."""
+        """Rows for `ids`: `[*ids.shape, D]`.
+
+        Compiled code cannot raise: an id behind the table gives NaN, which no result survives. Callers check ids where
+        these come from (`data.tokenizers.check_ids`).
+        """
         x = weights.take(self.table, ids)
         x = x if dtype is None else x.astype(dtype)
         return weights.scaled(x, math.sqrt(self.features)) if self.scale else x

@@ -405,6 +405,8 @@ def get_rows(
             framed=isinstance(config.objective, CausalLM),
         )
     held = stores["validation"]
+    for store in stores.values():
+        tokens.check_store(tokenizer, config.model.vocab_size, store)
     make = _maker(config, tokenizer)
     train = make(stores["train"], False)
     try:

@@ -166,6 +166,7 @@ def _train(config, claimed, params, adapt, tokenizer, encode, kind, restore_step
     plan = Plan(config.plan, config.model)
     plan.check_batch(c.batch_size, c.accumulation, c.sequence_length)
     check_objective(config)
+
     def prepare():
         if jax.process_index():
             return tokenizer or tokenizers.load(workdir), None

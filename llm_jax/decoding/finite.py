@@ -1,0 +1,24 @@
+"""Numbers that are no numbers never count as a result."""
+
+from typing import Any
+
+import numpy as np
+
+
+def check_finite(what: str, *values: Any) -> None:
+    """Refuses results with NaN or infinity in them.
+
+    Args:
+      what: names them in the message.
+      *values: arrays or numbers.
+
+    Raises:
+      ValueError: that says how many are not finite.
+    """
+    wrong = sum(int((~np.isfinite(np.asarray(value, np.float64))).sum()) for value in values)
+    if wrong:
+        total = sum(np.asarray(value).size for value in values)
+        raise ValueError(
+            f"{wrong} of {total} numbers are not finite in {what}: the parameters are damaged, or the model overflows "
+            "in its precision (try float32)"
+        )
