@@ -28,7 +28,7 @@ from llm_jax.classic import counting, sentences
 from llm_jax.classic.counting import ABSENT, Counts
 from llm_jax.classic.numbering import Numbers
 from llm_jax.classic.sentences import BEGIN, END, Reader, Vocabulary
-from llm_jax.storage import locks
+from llm_jax.storage import digests, locks
 
 WRITTEN = "written.json"  # stands where the text is whole
 RANGE = 1 << 22  # keys that are merged at once
@@ -48,7 +48,7 @@ def resumable(scratch: epath.PathLike, reader: Reader, **options: Any) -> Iterat
       ValueError: where another process works there.
       KeyboardInterrupt: as it came, with how to go on.
     """
-    files = [(str(p), p.stat().length, p.stat().mtime) for p in reader.paths]
+    files = [(str(p), *digests.stamp(p)[:3]) for p in reader.paths]
     given = options.get("vocabulary")
     about = (files, reader.policy, sorted((options | {"vocabulary": given and given.words}).items()))
     folder = epath.Path(scratch) / f"ngrams_{zlib.crc32(repr(about).encode()):08x}"

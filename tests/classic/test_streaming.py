@@ -1,10 +1,14 @@
 """Counting through files equals counting in memory, in any blocks, with several processes."""
 
+import os
+import warnings
+
 import numpy as np
 import pytest
 from letters import TEXT
 
 from llm_jax.classic import counting, sentences, smoothing, streaming
+from llm_jax.storage import digests
 
 
 @pytest.mark.parametrize("block, span, workers", [(40, 2, 1), (40, 1 << 22, 1), (1 << 23, 8, 1), (40, 4, 2)])
@@ -90,3 +94,22 @@ def test_what_was_done_is_taken_again(tmp_path, monkeypatch):
     for name in ("keys", "counts", "suffixes"):
         for a, b in zip(getattr(got, name), getattr(want, name), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+def test_what_was_counted_of_a_replaced_text_is_not_taken_again(tmp_path):
+    """Whatever the other text keeps: its name, its size, its time."""
+    path, folders = tmp_path / "text.txt", []
+    for text in (TEXT, TEXT[::-1], None):
+        times = path.stat().st_mtime_ns if path.exists() else 0
+        if text is not None:
+            path.write_text(text)
+            os.utime(path, ns=(times, times))
+            digests.settle(path)
+        with (
+            warnings.catch_warnings(action="ignore"),
+            pytest.raises(KeyboardInterrupt),
+            streaming.resumable(tmp_path / "scratch", sentences.Reader([path])) as folder,
+        ):
+            folders.append(folder)
+            raise KeyboardInterrupt
+    assert folders[0] != folders[1] == folders[2]
