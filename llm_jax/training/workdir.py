@@ -159,7 +159,10 @@ class Workdir:
 
 
 def _changes(before: Mapping[str, FileDigest], after: Mapping[str, FileDigest]) -> str:
-    """What differs, in words; the first few files."""
+    """What differs, in words; the first few files. Files that only moved, in the same order, are the same data."""
+    in_order = lambda files: [files[path].digest for path in sorted(files)]
+    if in_order(before) == in_order(after):
+        return ""
     found = [f"{path} is gone" for path in before if path not in after]
     found += [f"{path} is new" for path in after if path not in before]
     for path, old in before.items():

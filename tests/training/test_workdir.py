@@ -118,6 +118,7 @@ GONE = {"a.txt": DATA["a.txt"]}
             {n: d._replace(modified=9, changed=9, boot="another") for n, d in DATA.items()},
             None,
         ),  # touched, or restarted
+        ({f"moved/{n}": d for n, d in DATA.items()}, None),
         ({**DATA, "b.txt": OTHER}, r"changed: b.txt was replaced \(12 -> 1,500 bytes\); --accept_changed_data resumes"),
         ({**DATA, "d.txt": OTHER}, "changed: d.txt is new; "),
         (GONE, "changed: b.txt is gone, c.txt is gone; "),
