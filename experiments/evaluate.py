@@ -107,13 +107,15 @@ def main() -> None:
         print(f"log p = {total:.3f} ({len(logp)} tokens, perplexity {perplexity:.2f}): {text}")
     results["next"] = []
     call = functools.partial(model.apply, **prefill.order(model))
-    following = jax.jit(lambda params, ids: jax.nn.softmax(call({"params": params}, ids).logits[0, -1]))
+    logits = jax.jit(lambda params, ids, mask: call({"params": params}, ids, attention_mask=mask).logits)
     for text in NEXT.value:
-        ids = np.asarray([prefill.beginning(tokenizer) + tokenizer.encode(text)])
-        if not ids.size:
+        ids = prefill.beginning(tokenizer) + tokenizer.encode(text)
+        if not ids:
             raise ValueError("--next is empty and the tokenizer has no beginning of text")
         check_ids(ids, loaded.config.vocab_size, tokenizer)
-        p = np.asarray(following(params, ids))
+        p = np.asarray(
+            jax.nn.softmax(logits(params, *prefill.padded(ids, loaded.config.context_length))[0, len(ids) - 1])
+        )
         check_finite(f"the probabilities after {text!r}", p)
         best = np.argsort(-p)[:10]
         found = [(tokenizer.decode([int(i)]), float(p[i])) for i in best]

@@ -97,9 +97,9 @@ def _of_text(model: Any, params: Any, tokenizer: Tokenizer, text: str) -> np.nda
     if config.reads != "both_sides":
         end = tokenizer.rule.end if config.reads == "causal" else ()  # XLNet's frame texts that are labelled
         ids = [*prefill.beginning(tokenizer), *tokenizer.encode(text), *end]
-        row = np.asarray([_some(ids, text, 2)])
-        check_ids(row, config.vocab_size, tokenizer)
-        return np.asarray(sequence_logprobs(model, params, row, np.ones_like(row)))[0]
+        check_ids(_some(ids, text, 2), config.vocab_size, tokenizer)
+        row = prefill.padded(ids, config.context_length + 1)
+        return np.asarray(sequence_logprobs(model, params, *row))[0, : len(ids) - 1]
     mask = tokenizer.role("mask")
     if mask is None:
         raise ValueError("the tokenizer has no mask token")

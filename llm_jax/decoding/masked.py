@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.data.tokenizers import check_ids
+from llm_jax.decoding import prefill
 from llm_jax.models import parameters
 from llm_jax.nn.weights import wide
 
@@ -49,12 +50,13 @@ def pseudo_logprobs(model: Any, params: Any, ids: np.ndarray, positions: np.ndar
     """
     _check(model)
     check_ids([*np.asarray(ids), mask_id], model.config.vocab_size)
-    out = []
+    out, (padded, mask) = [], prefill.padded(ids, model.config.context_length)
+    mask = np.repeat(mask, ROWS, axis=0)
     for start in range(0, len(positions), ROWS):
         here = positions[start : start + ROWS]
-        rows = np.tile(ids, (ROWS, 1))
+        rows = np.repeat(padded, ROWS, axis=0)
         rows[np.arange(len(here)), here] = mask_id
-        logp = _log_softmax(model, params, jnp.asarray(rows), jnp.ones(rows.shape, jnp.int32))
+        logp = _log_softmax(model, params, jnp.asarray(rows), jnp.asarray(mask))
         out.append(np.asarray(logp)[np.arange(len(here)), here, ids[here]])
     return np.concatenate(out) if out else np.zeros(0, np.float32)
 

@@ -80,6 +80,20 @@ def bucket(size: int, smallest: int = 16) -> int:
     return smallest
 
 
+def padded(ids: Sequence[int], longest: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """One row `[1, T]` of ids and its mask, padded on the right to a bucket: texts of like lengths share a program.
+
+    Args:
+      ids: the row.
+      longest: no padding goes past this length; None where there is no limit.
+    """
+    width = bucket(len(ids))
+    width = max(len(ids), width if longest is None else min(width, longest))
+    row, mask = np.zeros((1, width), np.int32), np.zeros((1, width), bool)
+    row[0, : len(ids)], mask[0, : len(ids)] = ids, True
+    return row, mask
+
+
 class Layout(NamedTuple):
     """Prompts as arrays, padded to buckets: one compilation per shape bucket and not one per prompt length.
 

@@ -9,6 +9,7 @@ from tiny_models import ENCODER_DECODERS, ENCODERS, MODELS, V, model_params
 
 from llm_jax.data import tokenizers
 from llm_jax.data.characters import character_ids
+from llm_jax.decoding import likelihood, masked
 from llm_jax.decoding.likelihood import of_text
 from llm_jax.models.elmo import ElmoConfig
 from llm_jax.models.xlnet import XLNetConfig
@@ -90,3 +91,12 @@ def test_a_text_is_the_product_of_its_tokens(name):
 def test_what_says_nothing(name, text, words_):
     with pytest.raises(ValueError, match=words_):
         of_text(CONFIGS[name].make(), model_params(CONFIGS[name]), words(name == "bert"), text)
+
+
+@pytest.mark.parametrize("name, program", [("gpt", likelihood.sequence_logprobs), ("bert", masked._log_softmax)])
+def test_texts_of_like_lengths_share_a_program(name, program):
+    tokenizer, params = words(name == "bert"), model_params(CONFIGS[name])
+    count = lambda: [of_text(CONFIGS[name].make(), params, tokenizer, "the " * n) for n in (2, 3, 5)]
+    before = program._cache_size()
+    found = count()
+    assert program._cache_size() <= before + 1 and [len(x) for x in found] == [2, 3, 5]
