@@ -137,10 +137,10 @@ ALBERT_FIELDS = FIELDS | {
 FIXED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "position_embedding_type": ("absolute",),
-    "inner_group_num": (1,),
     "hidden_activation": (None,),
 }
 READ = (
+    "inner_group_num",
     "is_decoder",
     "qa_dropout",
     "max_position_embeddings",
@@ -183,6 +183,9 @@ def config_from_hf(c: dict[str, Any]) -> BertConfig:
             f"is_decoder=True is not supported with {classes[head]}, only with {', '.join(DECODERS.values())}"
         )
     offset = c["pad_token_id"] + 1 if kind == "roberta" else 0
+    if kind == "albert":  # their layers are groups of layers, ours are layers
+        size = values["group_size"] = c["inner_group_num"]
+        values |= {"num_layers": values["num_layers"] * size, "num_groups": values["num_groups"] * size}
     if kind == "distilbert":
         values |= {"num_token_types": 0, "norm_eps": 1e-12}
     values |= {
@@ -272,6 +275,12 @@ def config_to_hf(config: BertConfig) -> dict[str, Any]:
         "max_position_embeddings": config.context_length + config.position_offset,
         **heads.labels_to_hf(config),
     }
+    if kind == "albert":
+        out |= {
+            "inner_group_num": config.group_size,
+            "num_hidden_layers": config.num_layers // config.group_size,
+            "num_hidden_groups": (config.num_groups or 0) // config.group_size,
+        }
     out |= {"is_decoder": True} if config.causal else {}
     return out | ({"pad_token_id": config.position_offset - 1} if kind == "roberta" else {})
 
@@ -295,8 +304,10 @@ def rules(config: BertConfig) -> list[Rule]:
     out += norm("embed_norm", f"{names.root}.embeddings.LayerNorm")
     if config.embedding_dim is not None:
         out += linear("embed_projection", f"{names.root}.encoder.embedding_hidden_mapping_in")
+    layer = names.layer if config.group_size == 1 else names.layer.replace("layers.0", "layers.{inner}")
     for ours, theirs in names.inside.items():
-        out += (norm if ours.endswith("_norm") else linear)(f"encoder/layers/{ours}", f"{names.layer}.{theirs}")
+        made = (norm if ours.endswith("_norm") else linear)(f"encoder/layers/{ours}", f"{layer}.{theirs}")
+        out += [dataclasses.replace(r, group_size=config.group_size) for r in made]
     if config.pooler is not None:
         own = names.classifier_pooler
         stands_apart = config.head == "classification" or (config.head == "choice" and kind == "distilbert")

@@ -17,7 +17,9 @@ FIELDS = {
     "num_layers": "encoder_layers",
     "num_decoder_layers": "decoder_layers",
     "num_heads": "encoder_attention_heads",
+    "num_decoder_heads": "decoder_attention_heads",
     "hidden_dim": "encoder_ffn_dim",
+    "decoder_hidden_dim": "decoder_ffn_dim",
     "dropout": "dropout",
     "attention_dropout": "attention_dropout",
     "activation_dropout": "activation_dropout",
@@ -40,7 +42,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "is_decoder": (False,),
 }
 READ = (
-    *("activation_function", "decoder_attention_heads", "decoder_ffn_dim", "decoder_vocab_size", "num_hidden_layers"),
+    *("activation_function", "decoder_vocab_size", "num_hidden_layers"),
     *("classifier_dropout", "classif_dropout"),  # of a head that is not here
 )
 
@@ -57,15 +59,11 @@ def config_from_hf(c: dict[str, Any]) -> TransformerConfig:
     name = (c.get("architectures") or ["MarianMTModel"])[0]
     if name not in CLASSES:
         raise InteropError(f"architectures {name!r} is not supported; there are {', '.join(CLASSES)}")
-    for decoder, encoder in (
-        ("decoder_attention_heads", "encoder_attention_heads"),
-        ("decoder_ffn_dim", "encoder_ffn_dim"),
-    ):
-        if c[decoder] != c[encoder]:
-            raise InteropError(f"{decoder}={c[decoder]} differs from {encoder}={c[encoder]}: not supported")
     if c.get("decoder_vocab_size") not in (None, c["vocab_size"]):
         raise InteropError(f"decoder_vocab_size={c['decoder_vocab_size']} differs from vocab_size: not supported")
     values = {ours: c[theirs] for ours, theirs in FIELDS.items()}
+    for decoder, encoder in (("num_decoder_heads", "num_heads"), ("decoder_hidden_dim", "hidden_dim")):
+        values[decoder] = None if values[decoder] == values[encoder] else values[decoder]
     activation = c["activation_function"]
     if activation not in ACTIVATIONS:
         raise InteropError(f"activation {activation!r} is not supported; there are {', '.join(ACTIVATIONS)}")
@@ -95,8 +93,8 @@ def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
         "model_type": "marian",
         "architectures": ["MarianMTModel"],
         "decoder_layers": config.depth[1],
-        "decoder_attention_heads": config.num_heads,
-        "decoder_ffn_dim": config.hidden_dim,
+        "decoder_attention_heads": config.num_decoder_heads or config.num_heads,
+        "decoder_ffn_dim": config.decoder_hidden_dim or config.hidden_dim,
         "decoder_vocab_size": config.vocab_size,
         "init_std": config.block.attention.init_std,
         "activation_function": theirs[config.activation],

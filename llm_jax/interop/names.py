@@ -51,11 +51,13 @@ class Rule:
 
     Attributes:
       ours: our path, without the layer index.
-      theirs: their name, `{l}` for the layer.
+      theirs: their name, `{l}` for the layer; where they number layers in groups `{l}` for the group and `{inner}` for
+        the layer in it.
       transposed: stored `[out, in]`.
       part: (index, sizes) of the piece of their last axis (first where transposed) that is ours: fused projections.
       forward: their array to ours, after the above (rotary layouts).
       backward: the inverse, for saving.
+      group_size: layers of a group.
     """
 
     ours: str
@@ -64,6 +66,13 @@ class Rule:
     part: tuple[int, tuple[int, ...]] | None = None
     forward: Callable[[np.ndarray], np.ndarray] | None = None
     backward: Callable[[np.ndarray], np.ndarray] | None = None
+    group_size: int = 1
+
+    def at(self, layer: int | None) -> str:
+        """Their name of a layer's tensor; without a layer the name as it is."""
+        if layer is None:
+            return self.theirs
+        return self.theirs.format(l=layer // self.group_size, inner=layer % self.group_size)
 
 
 def linear(ours: str, theirs: str, bias: bool = True) -> list[Rule]:
@@ -78,7 +87,7 @@ def without(prefix: str, rules: Sequence[Rule]) -> list[Rule]:
 
 
 def _get(source: Mapping[str, np.ndarray], rule: Rule, layer: int | None) -> np.ndarray:
-    name = rule.theirs.format(l=layer)
+    name = rule.at(layer)
     array = source[name]
     if rule.transposed:
         array = array.T
@@ -143,7 +152,7 @@ def read_params(
         if fresh is not None and path in fresh and (theirs not in source or _other_shape(source, by_path[path], leaf)):
             given[path] = fresh[path]
             continue
-        wanted |= {theirs.format(l=i) for i in range(leaf.shape[0])} if "{l}" in theirs else {theirs}
+        wanted |= {by_path[path].at(i) for i in range(leaf.shape[0])} if "{l}" in theirs else {theirs}
     if given:
         log.info("%s has no %s: initialised", where, some(sorted(given)))
     missing = sorted(wanted - set(source))
@@ -186,7 +195,7 @@ def some(names: Sequence[str]) -> str:
 
 
 def _slice(source, rule, index, shape, padded=False):
-    name = rule.theirs.format(l=index)
+    name = rule.at(index)
     array = _get(source, rule, index)
     if padded:
         return _fill_rows(array, shape, name)
@@ -304,4 +313,4 @@ def write_params(
                 pieces.append(array)
             joined = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=-1)
             joined = joined.T if group[0].transposed else joined
-            yield theirs.format(l=layer), joined if dtype is None else joined.astype(jnp.dtype(dtype))
+            yield group[0].at(layer), joined if dtype is None else joined.astype(jnp.dtype(dtype))

@@ -158,7 +158,8 @@ def _find(path: epath.PathLike) -> epath.Path:
 
 def _initial(config: Any) -> Any:
     """A head's first values, from key 0: computed for one layer, since the layers are read."""
-    changes: Any = {"num_layers": 1} | ({"num_groups": None} if hasattr(config, "num_groups") else {})
+    shared = {"num_groups": None, "group_size": 1} if hasattr(config, "num_groups") else {}
+    changes: Any = {"num_layers": 1, **shared}
     model = dataclasses.replace(config, **changes).make()
     boxed = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     return jax.device_get(weights.split_axes(boxed)[0])

@@ -47,6 +47,7 @@ class BertConfig:
       position_offset: rows of the position table before the first token's; RoBERTa keeps pad_id + 1 = 2.
       embedding_dim: E, width of the tables where it is not D (ALBERT).
       num_groups: sets of layer parameters, shared by consecutive layers; None means one a layer (ALBERT: 1).
+      group_size: sets that run in turn before they are used again (ALBERT: 1); divides num_groups and num_layers.
       head: `none`, `masked_lm`, `pretraining` (masked LM and a pair of sentences), `classification`, `tokens`, `span`
         (extractive question answering) or `choice`.
       labels: names of the classes (classification, tokens); one class is regression.
@@ -83,6 +84,7 @@ class BertConfig:
     head_dropout: float | None = None
     init_std: float = 0.02
     vocab_pad_multiple: int = 1
+    group_size: int = 1
 
     def __post_init__(self) -> None:
         """Checks sizes and names."""
@@ -95,6 +97,13 @@ class BertConfig:
             raise ValueError(f"causal=True takes head='masked_lm' or 'none', not {self.head!r}")
         if self.num_groups is not None and not 1 <= self.num_groups <= self.num_layers:
             raise ValueError(f"num_groups={self.num_groups} must lie in 1..num_layers={self.num_layers}")
+        if self.group_size < 1 or self.num_layers % self.group_size or (self.num_groups or 0) % self.group_size:
+            raise ValueError(
+                f"group_size={self.group_size} must divide num_layers={self.num_layers} and "
+                f"num_groups={self.num_groups}"
+            )
+        if self.group_size > 1 and self.num_groups is None:
+            raise ValueError(f"group_size={self.group_size} needs num_groups: layers share no parameters without")
         _ = self.block
 
     @property
@@ -191,7 +200,9 @@ class Bert(nn.Module):
             x = Linear(c.model_dim, ("embed", "embed"), kernel_init=init, name="embed_projection")(x)
         x = first = self.execution.constrain(x, ("batch", "sequence", "embed"))
         stack = blocks(
-            *(c.block, c.num_layers, self.execution, output_hidden_states, output_attentions, "encoder", c.num_groups)
+            *(c.block, c.num_layers, self.execution, output_hidden_states, output_attentions, "encoder"),
+            num_groups=c.num_groups,
+            group_size=c.group_size,
         )
         x, outputs = stack(x, per_layer(cache), (Shared(inputs.mask, inputs.slots_BT),), train)
         out = frame.finish(x, first, outputs, None, inputs)

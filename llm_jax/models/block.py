@@ -157,7 +157,8 @@ def blocks(
     output_attentions: bool,
     name: str,
     num_groups: int | None = None,
+    group_size: int = 1,
 ) -> Stack:
     """A stack of blocks, called as `stack(x, per_layer(cache), (Shared(...),), train)`."""
     block = functools.partial(Block, config, execution, output_hidden_states, output_attentions)
-    return Stack(block, num_layers, num_groups, execution, name=name)
+    return Stack(block, num_layers, num_groups, execution, group_size, name=name)

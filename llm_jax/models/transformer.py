@@ -38,7 +38,9 @@ class TransformerConfig:
       num_layers: of the encoder.
       num_decoder_layers: of the decoder; None takes as many.
       num_heads: N.
+      num_decoder_heads: of the decoder; None takes as many.
       hidden_dim: F.
+      decoder_hidden_dim: of the decoder; None takes the same.
       activation: of the feed-forward.
       norm: `post` (the paper's) or `pre` (with a norm behind each stack).
       norm_eps: of the layer norms.
@@ -76,6 +78,8 @@ class TransformerConfig:
     start_id: int = 0
     banned_ids: tuple[int, ...] = ()
     vocab_pad_multiple: int = 1
+    num_decoder_heads: int | None = None
+    decoder_hidden_dim: int | None = None
 
     reads: ClassVar[str] = "source"
 
@@ -87,7 +91,7 @@ class TransformerConfig:
             raise ValueError(f"model_dim={self.model_dim} must be even for sines and cosines")
         if not 0 <= self.start_id < self.vocab_size:
             raise ValueError(f"start_id={self.start_id} lies outside of the vocabulary of {self.vocab_size}")
-        _ = self.block
+        _ = self.block, self.decoder_block
 
     @property
     def depth(self) -> tuple[int, int]:
@@ -97,11 +101,20 @@ class TransformerConfig:
 
     @property
     def block(self) -> BlockConfig:
-        """The encoder's layers; the decoder's have cross-attention also."""
+        """The encoder's layers."""
+        return self._block(self.num_heads, self.hidden_dim)
+
+    @property
+    def decoder_block(self) -> BlockConfig:
+        """The decoder's layers, which have cross-attention also."""
+        own = self._block(self.num_decoder_heads or self.num_heads, self.decoder_hidden_dim or self.hidden_dim)
+        return dataclasses.replace(own, cross=True)
+
+    def _block(self, num_heads: int, hidden_dim: int) -> BlockConfig:
         std = self.model_dim**-0.5 if self.init_std is None else self.init_std
         return BlockConfig(
-            attention=AttentionConfig.with_biases(self.model_dim, self.num_heads, self.attention_dropout, std),
-            hidden_dim=self.hidden_dim,
+            attention=AttentionConfig.with_biases(self.model_dim, num_heads, self.attention_dropout, std),
+            hidden_dim=hidden_dim,
             activation=self.activation,
             norm=self.norm,
             norm_eps=self.norm_eps,
@@ -118,7 +131,8 @@ class TransformerConfig:
         """An empty cache of the decoder."""
         if size > self.context_length:
             raise ValueError(f"a cache of {size} exceeds the context of {self.context_length}")
-        return init_cache(self.depth[1], batch, size, self.num_heads, self.model_dim // self.num_heads, dtype)
+        heads = self.num_decoder_heads or self.num_heads
+        return init_cache(self.depth[1], batch, size, heads, self.model_dim // heads, dtype)
 
 
 class Transformer(nn.Module):
@@ -169,7 +183,7 @@ class Transformer(nn.Module):
         encoder, decoder = c.depth
         parts = Parts(
             encoder=(c.block, encoder),
-            decoder=(dataclasses.replace(c.block, cross=True), decoder),
+            decoder=(c.decoder_block, decoder),
             embed=embed,
             bias=lambda *_: None,
             end=end,

@@ -113,7 +113,9 @@ class Stack(nn.Module):
     Attributes:
       make_block: makes an unbound block; takes `parent=None`.
       num_layers: L.
-      num_groups: G parameter sets, layer l uses set l * G // L; None means one a layer.
+      num_groups: G parameter sets; None means one a layer.
+      group_size: S consecutive sets run in turn before these or the next S run again (layers inside ALBERT's groups);
+        with S = 1 layer l uses set l * G // L.
       execution: remat policy and stack runner.
     """
 
@@ -121,6 +123,7 @@ class Stack(nn.Module):
     num_layers: int
     num_groups: int | None = None
     execution: Execution = Execution()
+    group_size: int = 1
 
     def _init(self, key: jax.Array, carry: Any, per_layer: Any, shared: tuple[Any, ...]) -> Any:
         groups = self.num_groups or self.num_layers
@@ -172,7 +175,8 @@ class Stack(nn.Module):
             (carry, out), sown = run(mutable=["intermediates"])
             return carry, out, sown.get("intermediates", {})
 
-        group_of = [l * groups // count for l in range(count)]
+        size = self.group_size
+        group_of = [l // size * (groups // size) // (count // size) * size + l % size for l in range(count)]
         if self.execution.stack_runner is not None:
             if extra is not None:
                 raise ValueError("a stack_runner runs layers that share their structure: no per_layer")

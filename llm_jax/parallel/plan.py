@@ -163,15 +163,18 @@ class Plan:
         self.zero_axes = ("data", "seq") if config.seq > 1 else "data"
         heads = getattr(model_config, "num_heads", 1)
         kv = getattr(model_config, "num_kv_heads", heads)
-        if heads % config.model or kv % config.model:
+        decoder = getattr(model_config, "num_decoder_heads", None) or heads
+        if heads % config.model or kv % config.model or decoder % config.model:
             if config.pipe > 1:  # whole heads between divided kernels would be resharded inside a tick's turns
                 raise ValueError(
                     f"plan.pipe={config.pipe} needs heads that divide by plan.model={config.model}: "
-                    f"there are {heads} query and {kv} key heads"
+                    f"there are {heads} query and {kv} key heads" + f", {decoder} in the decoder" * (decoder != heads)
                 )
             self.rules = {**self.rules, "heads": None, "kv": None}
             self.notes.append(
-                f"attention is replicated: {heads} query and {kv} key heads do not divide by model={config.model}"
+                f"attention is replicated: {heads} query and {kv} key heads"
+                + f", {decoder} in the decoder," * (decoder != heads)
+                + f" do not divide by model={config.model}"
             )
 
     @property

@@ -49,6 +49,27 @@ def test_configs_round_trip_and_names_are_one_to_one(kind, head):
     assert not any(ignored(config, r.theirs.format(l=0)) for r in table)
 
 
+def test_layers_inside_alberts_groups_are_sets_of_their_own(tmp_path):
+    """4 times one of 2 groups, of 3 layers each: 12 layers with 6 sets of parameters."""
+    sizes = {**BERT, "num_layers": 12, "embedding_dim": 8, "num_groups": 6, "group_size": 3}
+    config = BertConfig(**sizes, head="none", head_dropout=0.3)
+    theirs = config_to_hf(config)
+    said = {"num_hidden_layers": 4, "num_hidden_groups": 2, "inner_group_num": 3}
+    assert {k: theirs[k] for k in said} == said and config_from_hf(theirs) == config
+    model = config.make()
+    params = noise(model, 0.3)
+    interop.save(tmp_path, model, params)
+    stored = TensorFolder(tmp_path)
+    where = "encoder.albert_layer_groups.{}.albert_layers.{}.ffn.bias"
+    assert {n for n in stored if n.endswith(".ffn.bias")} == {where.format(g, j) for g in range(2) for j in range(3)}
+    biases = params["encoder"]["layers"]["mlp"]["up"]["bias"]
+    np.testing.assert_array_equal(stored[where.format(1, 0)], biases[3])
+    loaded = interop.load(tmp_path)
+    assert loaded.config == config
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+    assert interop.load(tmp_path, head="masked_lm").config.group_size == 3
+
+
 @pytest.mark.parametrize("kind, name", DECODERS.items())
 def test_a_decoders_folder_is_a_masked_models_of_another_class(kind, name, tmp_path):
     config = dataclasses.replace(made(kind, "masked_lm"), causal=True)
@@ -153,7 +174,6 @@ BASE = {"model_type": "bert"}
             "architectures 'BertForTheWeather' is not supported; there are BertModel",
         ),
         ({"rotary_value": True}, "config.json has rotary_value, which this library does not know"),
-        ({"model_type": "albert", "inner_group_num": 2}, "inner_group_num=2 is not supported, only 1"),
     ],
 )
 def test_unsupported_fields(values, words):

@@ -207,3 +207,28 @@ def test_errors():
     params = {"layers": PARAMS["layers"], "per_layer": PARAMS["layers"]}
     with pytest.raises(ValueError, match="a stack_runner runs layers that share their structure"):
         make(stack_runner=lambda *a: None).apply({"params": params}, X, None, (1.0,))
+
+
+@pytest.mark.parametrize(
+    "layers, groups, size, order",
+    [
+        (4, None, 1, [0, 1, 2, 3]),
+        (4, 2, 1, [0, 0, 1, 1]),
+        (3, 2, 1, [0, 0, 1]),
+        (8, 4, 2, [0, 1, 0, 1, 2, 3, 2, 3]),
+        (6, 3, 3, [0, 1, 2, 0, 1, 2]),
+    ],
+)
+def test_which_parameters_a_layer_has(layers, groups, size, order):
+    """Layers of a group run in turn before they are used again."""
+    seen = []
+
+    def runner(call):
+        seen.append(call.group_of)
+        return call.carry, None
+
+    made = Stack(Block, layers, groups, Execution(stack_runner=runner), size)
+    params = random_params(Stack(Block, layers, groups, group_size=size), X, None, (1.0,))
+    assert jax.tree.leaves(params)[0].shape[0] == (groups or layers)
+    jax.eval_shape(lambda p: made.apply({"params": p}, X, None, (1.0,)), params)
+    assert seen == [tuple(order)]

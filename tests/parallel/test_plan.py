@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from plan_runs import MODELS_HERE, TX, assert_equals_one_device, run_steps
 from tiny_models import abstract
 
+from llm_jax.models.transformer import TransformerConfig
 from llm_jax.nn import paths, weights
 from llm_jax.parallel.plan import Plan, PlanConfig
 from llm_jax.training.optimizers import NAMES, OptimizerConfig, make_optimizer
@@ -108,6 +109,10 @@ def make(model_config=MODELS_HERE["gpt"], **sizes):
 def test_heads_that_do_not_divide_are_replicated_and_said():
     assert make(model=4, data=2).notes == ["attention is replicated: 3 query and 3 key heads do not divide by model=4"]
     assert make(MODELS_HERE["llama"], model=2, data=4).notes == []
+    uneven = TransformerConfig(num_heads=8, num_decoder_heads=2, model_dim=16)
+    assert make(uneven, model=4, data=2).notes == [
+        "attention is replicated: 8 query and 8 key heads, 2 in the decoder, do not divide by model=4"
+    ]
     params, axes = abstract(MODELS_HERE["gpt"].make(), np.zeros((1, 4), np.int32))
     text = make(model=2, data=4, zero=3).describe(params, axes)
     assert "mesh {'data': 4, 'model': 2}, zero 3" in text and "attention is replicated: 3" in text

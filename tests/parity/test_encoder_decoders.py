@@ -29,6 +29,9 @@ CONFIGS = {
     "mt5_tied": lambda: transformers.MT5Config(**T5, decoder_start_token_id=0),
     "marian": lambda: transformers.MarianConfig(**MARIAN, activation_function="swish", scale_embedding=True),
     "marian_plain": lambda: transformers.MarianConfig(**MARIAN, activation_function="relu"),
+    "marian_uneven": lambda: transformers.MarianConfig(
+        **{**MARIAN, "decoder_attention_heads": 4, "decoder_ffn_dim": 30}, activation_function="swish"
+    ),
 }
 RNG = np.random.default_rng(0)
 S, T = 40, 24
