@@ -61,6 +61,7 @@ def main() -> None:
     from llm_jax import interop
     from llm_jax.data import chat
     from llm_jax.data.tokenizers import check_ids
+    from llm_jax.decoding.continuation import Continuation
     from llm_jax.decoding.generate import Generator
     from llm_jax.decoding.prefill import is_encoder_decoder
     from llm_jax.decoding.sampling import SamplingConfig
@@ -101,7 +102,8 @@ def main() -> None:
     def say(ids: list[int]) -> str:
         text = ""
         check_ids(ids, loaded.config.vocab_size, tokenizer)
-        for piece in generator.stream(ids, limit(ids), key, tokenizer.decode, WINDOW.value, STOP.value):
+        more: dict[str, Any] = {"settled": tokenizer.settled, "alone": CHAT.value}
+        for piece in generator.stream(ids, limit(ids), key, tokenizer.decode, WINDOW.value, STOP.value, **more):
             print(piece, end="", flush=True)
             text += piece
         print()
@@ -125,7 +127,7 @@ def main() -> None:
         say(ids)
         return
     done = generator.generate([ids], limit(ids), key, WINDOW.value, STOP.value, tokenizer.decode)[0]
-    text = tokenizer.decode(done.tokens)
+    text = Continuation(tokenizer.decode, ids).text(done.tokens)
     print(
         json.dumps(
             {"text": text, "tokens": done.tokens, "logprobs": done.logprobs, "finish_reason": done.finish_reason},
@@ -146,6 +148,7 @@ def answer(loaded: Any, sampling: Any, key: jax.Array) -> None:
     """Prints whole outputs: of every line for an encoder-decoder, and of a beam search."""
     from llm_jax.data.tokenizers import check_ids
     from llm_jax.decoding.beam import BeamConfig, BeamSearch
+    from llm_jax.decoding.continuation import Continuation
     from llm_jax.decoding.generate import Generator
     from llm_jax.decoding.prefill import is_encoder_decoder
 
@@ -167,20 +170,21 @@ def answer(loaded: Any, sampling: Any, key: jax.Array) -> None:
     else:
         generator = Generator(model, params, tokenizer.eos_ids, sampling)
         run = lambda batch: generator.generate(batch, new, key, stop_strings=STOP.value, decode=tokenizer.decode)
+    behind = Continuation(tokenizer.decode, () if apart else prompts[0] or ())  # a target is a text of its own
     for start in range(0, len(prompts), BATCH.value):
         batch = prompts[start : start + BATCH.value]
         full = [prompt for prompt in batch if prompt is not None]
         outputs = iter(run(full) if full else [])
         for prompt in batch:
             for _ in range(NUM_RETURN.value):
-                print(_shown(None if prompt is None else next(outputs), tokenizer, apart), flush=True)
+                print(_shown(None if prompt is None else next(outputs), behind, apart), flush=True)
 
 
-def _shown(output: Any, tokenizer: Any, on_a_line: bool) -> str:
+def _shown(output: Any, behind: Any, on_a_line: bool) -> str:
     """An output, or what stands for that of an empty line."""
     if output is None:
         return json.dumps({"text": "", "tokens": [], "finish_reason": "empty"}) if JSON.value else ""
-    text = tokenizer.decode(output.tokens)
+    text = behind.text(output.tokens)
     if JSON.value:
         return json.dumps({"text": text, **vars(output)}, allow_nan=False)
     return text.replace("\r", "\n").replace("\n", " ") if on_a_line else text

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from llm_jax.data import corpora, pairs
+from llm_jax.decoding.continuation import Continuation
 from llm_jax.decoding.generate import Generator
 from llm_jax.decoding.masked import fill
 from llm_jax.decoding.sampling import SamplingConfig
@@ -138,4 +139,5 @@ def continuations(trained: Trained, count: int, config: RunConfig, length: int =
     generator = Generator(trained.model, trained.params, tokenizer.eos_ids, sampler)
     results = generator.generate(ids, new, jax.random.key(config.training.seed))
     begin, end = _marks()
-    return [f"{tokenizer.decode(p)}{begin}{tokenizer.decode(r.tokens)}{end}" for p, r in zip(ids, results, strict=True)]
+    said = [Continuation(tokenizer.decode, p).text(r.tokens) for p, r in zip(ids, results, strict=True)]
+    return [f"{tokenizer.decode(p)}{begin}{text}{end}" for p, text in zip(ids, said, strict=True)]

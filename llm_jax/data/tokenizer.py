@@ -4,6 +4,7 @@ The work is done by the `tokenizers` library, or `sentencepiece`.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ ROLES = {
     "pad": ("[PAD]", "<pad>"),
     "unk": ("[UNK]", "<unk>"),
 }
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 END_OF_TEXT = "<|endoftext|>"
 NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))  # in transformers' order
 
@@ -253,6 +255,16 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of ids."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+    def settled(self, ids: Sequence[int]) -> int:
+        """How many leading ids have a text that no later id changes.
+
+        Where single bytes have entries (`<0xE2>`), a run of them is decoded as a whole: while it goes on it is open.
+        """
+        end = len(ids)
+        while end and (_BYTE.fullmatch(self.token(int(ids[end - 1]))) or not self.decode([ids[end - 1]])):
+            end -= 1  # what has no text of its own, as special tokens, interrupts no run
+        return end
 
     def token(self, index: int) -> str:
         """The vocabulary entry of an id."""

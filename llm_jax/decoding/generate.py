@@ -13,6 +13,7 @@ import numpy as np
 from flax import struct
 
 from llm_jax.decoding import prefill, sampling
+from llm_jax.decoding.continuation import Continuation, Decode
 from llm_jax.decoding.finite import check_finite
 from llm_jax.decoding.sampling import SamplingConfig
 from llm_jax.nn.cache import Cache
@@ -214,7 +215,7 @@ class Generator:
         key: jax.Array,
         window: bool = False,
         stop_strings: Sequence[str] = (),
-        decode: Callable[[list[int]], str] | None = None,
+        decode: Decode | None = None,
         chunk: int = 16,
     ) -> list[Completion]:
         """Generates for all prompts.
@@ -224,26 +225,31 @@ class Generator:
           max_new_tokens: for all rows, or one each.
           key: same key, same text.
           window: see `start`.
-          stop_strings: a row ends where its text contains one of these; checked every `chunk` tokens, the tokens
-            behind the match are dropped.
+          stop_strings: a row ends where its text behind the prompt contains one of these; checked every `chunk` tokens,
+            the tokens behind the match are dropped.
           decode: ids to text, needed for stop strings.
           chunk: tokens between checks.
         """
         if stop_strings and decode is None:
             raise ValueError("stop_strings need decode, the tokenizer's decoder")
         state = self.start(prompts, max_new_tokens, key, window)
-        if not stop_strings:
+        if not stop_strings or decode is None:
             return completions(self.advance(state, 2**30))
+        texts = [self._behind(decode, prompt).text for prompt in prompts]
         while True:
             state = self.advance(state, chunk)
-            state, running = self._cut(state, stop_strings, decode)
+            state, running = self._cut(state, stop_strings, texts)
             if not running:
                 return completions(state)
 
-    def _cut(self, state, stop_strings, decode):
+    def _behind(self, decode: Decode, prompt: Sequence[int], **options: Any) -> Continuation:
+        """The prompt's continuation; what an encoder-decoder writes is a text of its own."""
+        return Continuation(decode, () if prefill.is_encoder_decoder(self.model) else prompt, **options)
+
+    def _cut(self, state, stop_strings, texts):
         tokens, count, reason = (np.array(x) for x in (state.tokens_BN, state.count_B, state.reason_B))
         for row in range(len(count)):
-            ids = tokens[row, : count[row]].tolist()
+            ids, decode = tokens[row, : count[row]].tolist(), texts[row]
             if reason[row] == STOP_STRING or not any(s in decode(ids) for s in stop_strings):
                 continue
             end = next(n for n in range(1, len(ids) + 1) if any(s in decode(ids[:n]) for s in stop_strings))
@@ -256,29 +262,40 @@ class Generator:
         prompt: Sequence[int],
         max_new_tokens: int,
         key: jax.Array,
-        decode: Callable[[list[int]], str],
+        decode: Decode,
         window: bool = False,
         stop_strings: Sequence[str] = (),
         chunk: int = 1,
+        settled: Callable[[list[int]], int] | None = None,
+        alone: bool = False,
     ) -> Iterator[str]:
-        """Yields text as it is generated, in whole characters; stop strings are not yielded."""
-        state, shown = self.start([prompt], max_new_tokens, key, window), ""
-        hold = max((len(s) for s in stop_strings), default=1) - 1
+        """Yields text as it is generated; the pieces joined are the text behind the prompt, without stop strings.
+
+        Args:
+          prompt: token ids.
+          max_new_tokens: at most.
+          key: same key, same text.
+          decode: ids to text.
+          window: see `start`.
+          stop_strings: see `generate`.
+          chunk: tokens between pieces.
+          settled: see `Continuation`; a tokenizer's own.
+          alone: the new tokens are a text of their own (an answer in a chat), and do not continue the prompt.
+        """
+        state = self.start([prompt], max_new_tokens, key, window)
+        follow = self._behind(decode, () if alone else prompt, stop_strings=stop_strings, settled=settled)
+        plain = self._behind(decode, () if alone else prompt)
         while True:
             state = self.advance(state, chunk)
             _check_sound(state)
             if stop_strings:
-                state, running = self._cut(state, stop_strings, decode)
+                state, running = self._cut(state, stop_strings, [plain.text])
             else:
                 running = bool(np.asarray(state.reason_B)[0] == RUNNING)
-            text = decode(np.asarray(state.tokens_BN)[0, : int(np.asarray(state.count_B)[0])].tolist())
-            for stop in stop_strings:
-                text = text.partition(stop)[0]
-            whole = text.rstrip("\ufffd")  # half a character may still become another one
-            ready = whole[: max(len(whole) - hold, 0)] if running else text
-            if len(ready) > len(shown):
-                yield ready[len(shown) :]
-                shown = ready
+            new = np.asarray(state.tokens_BN)[0, : int(np.asarray(state.count_B)[0])].tolist()
+            piece = follow.piece(new, not running)
+            if piece:
+                yield piece
             if not running:
                 return
 

@@ -208,6 +208,20 @@ def test_the_stream_joins_to_the_generated_text(stops):
     assert "".join(g.stream(PROMPTS[1], 12, KEY, decode, stop_strings=stops, chunk=5)) == "".join(pieces)
 
 
+def test_the_stream_continues_its_prompt():
+    """What stands between the prompt and the first new token belongs to the text; an answer is a text of its own."""
+    g, prompt = generator(LLAMA), PROMPTS[1]
+    words = lambda ids: " ".join(f"w{i}" for i in ids)
+    (done,) = g.generate([prompt], 12, KEY)
+    joined = "".join(g.stream(prompt, 12, KEY, words))
+    assert words(prompt) + joined == words([*prompt, *done.tokens])
+    assert "".join(g.stream(prompt, 12, KEY, words, alone=True)) == words(done.tokens)
+    first = f" w{done.tokens[0]}"
+    assert list(g.stream(prompt, 12, KEY, words, stop_strings=[first])) == []
+    (stopped,) = g.generate([prompt], 12, KEY, stop_strings=[first], decode=words)
+    assert (stopped.tokens, stopped.finish_reason) == (done.tokens[:1], "stop_string")
+
+
 ERRORS = [
     (LLAMA, ([], 3), "a prompt is empty"),
     (LLAMA, ([[1], []], 3), "a prompt is empty"),

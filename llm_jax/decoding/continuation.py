@@ -1,0 +1,63 @@
+"""The text of new tokens behind a prompt: what a tokenizer does across the seam is done, whole and piece by piece.
+
+Tokens decoded alone lose what the prompt gives them: the blank of a Metaspace word that would begin a text, the other
+bytes of a character, the word that a `##` piece belongs to.
+"""
+
+import os.path
+from collections.abc import Callable, Sequence
+
+Decode = Callable[[list[int]], str]
+WINDOW = 64  # tokens of a prompt that are decoded again with the new ones, where a cut between them is known to be safe
+
+
+class Continuation:
+    """Decodes the new tokens of one row.
+
+    `piece` gives text as soon as no later token can change it; all pieces joined are `text` of the last tokens.
+
+    Attributes:
+      before: the end of the prompt, decoded with the new tokens and taken away again.
+      shown: what the pieces so far hold.
+    """
+
+    def __init__(
+        self,
+        decode: Decode,
+        prompt: Sequence[int] = (),
+        stop_strings: Sequence[str] = (),
+        settled: Callable[[list[int]], int] | None = None,
+    ) -> None:
+        """Begins behind a prompt.
+
+        Args:
+          decode: ids to text.
+          prompt: what the new tokens continue; empty where they are a text of their own.
+          stop_strings: text ends before the first of them.
+          settled: how many leading ids have a text that no later id changes (`Tokenizer.settled`). Whatever it says,
+            U+FFFD at the end waits: half a character may become a whole one.
+        """
+        self._decode, self._settled = decode, settled or len
+        self._stops, self._hold = tuple(stop_strings), max(map(len, stop_strings), default=1) - 1
+        start = 0 if settled is None else settled(list(prompt[: max(len(prompt) - WINDOW, 0)]))  # a cut changes no text
+        self.before = list(prompt[start:])
+        self._text_before = decode(self.before) if self.before else ""
+        self.shown = ""
+
+    def text(self, new: Sequence[int]) -> str:
+        """The text of the new tokens, up to the first stop string."""
+        whole = self._decode([*self.before, *new])
+        text = whole[len(os.path.commonprefix((self._text_before, whole))) :]
+        ends = [text.index(stop) for stop in self._stops if stop in text]
+        return text[: min(ends)] if ends else text
+
+    def piece(self, new: Sequence[int], done: bool) -> str:
+        """What is ready of the new tokens' text and in no earlier piece; all of it where the row is done."""
+        ready = self.text(new)
+        if not done:
+            sure = max(self._settled([*self.before, *new]) - len(self.before), 0)
+            ready = self.text(new[:sure]).rstrip("\ufffd")
+            ready = ready[: max(len(ready) - self._hold, 0)]
+        out = ready[len(self.shown) :]
+        self.shown += out
+        return out
