@@ -309,14 +309,15 @@ class Tokenizer:
         """Writes `tokenizer.json` or SentencePiece's files, and what we need beside it."""
         folder = epath.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "chat_template.jinja").unlink(missing_ok=True)  # an older one would be read instead
+        for name in ("chat_template.jinja", "special_tokens_map.json"):  # older ones would be read too
+            (folder / name).unlink(missing_ok=True)
         extra: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
         if isinstance(self.backend, SentencePiece):
             extra = dict(self.backend.settings)
             self.backend.save(folder)
         else:
             (folder / FILE).write_text(self.backend.to_str())
-            for name in (MARIAN[0], ADDED, "special_tokens_map.json"):  # older ones would be read beside it
+            for name in (MARIAN[0], ADDED):  # older ones would be read beside it
                 (folder / name).unlink(missing_ok=True)
             if self.bos_id is not None:  # tokenizer.json decides; folders of ours without this line are older than that
                 extra["add_bos_token"] = self.rule.begin == (self.bos_id,)

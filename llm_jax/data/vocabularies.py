@@ -22,6 +22,10 @@ LLAMA3 = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
+class FamilyError(TokenizerError):
+    """A vocabulary that stands alone, and nothing that says how its texts are cut."""
+
+
 class Kind(NamedTuple):
     """A class of tokenizers.
 
@@ -102,13 +106,14 @@ def read(folder: epath.Path, kind: str | None, settings: Mapping[str, Any]) -> t
       settings: of its `tokenizer_config.json`, with the special tokens of its kind.
 
     Raises:
-      TokenizerError: if nothing names the family, or a file is damaged.
+      FamilyError: if nothing names a family that has such a vocabulary.
+      TokenizerError: if a file is damaged.
     """
     files = MERGED if _merged(folder) else (LISTED,)
     fitting = [name for name, k in KINDS.items() if k.listed == (files == (LISTED,))]
     if kind not in fitting:
         names = ", ".join(KINDS[name].names[0] for name in fitting)
-        raise TokenizerError(
+        raise FamilyError(
             f"{folder} holds {' and '.join(files)} and no {FILE}, which may be of any family: name it in "
             f"tokenizer_config.json's tokenizer_class or config.json's model_type; there are {names}"
         )

@@ -50,7 +50,7 @@ def pseudo_logprobs(model: Any, params: Any, ids: np.ndarray, positions: np.ndar
     """
     _check(model)
     check_ids([*np.asarray(ids), mask_id], model.config.vocab_size)
-    out, (padded, mask) = [], prefill.padded(ids, model.config.context_length)
+    out, (padded, mask) = [], prefill.padded(ids.tolist(), model.config.context_length)
     mask = np.repeat(mask, ROWS, axis=0)
     for start in range(0, len(positions), ROWS):
         here = positions[start : start + ROWS]

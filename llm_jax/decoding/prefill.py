@@ -139,6 +139,8 @@ def lay_out(
     if longest > context_length:
         raise ValueError(f"the prompt of {longest} tokens is longer than the context of {context_length}")
     apart = is_encoder_decoder(model)
+    if apart:
+        check_ids([model.config.start_id], model.config.vocab_size)
     total = max((1 if apart else len(p)) + n for p, n in zip(prompts, limits, strict=True))
     if total > context_length and not window:
         what = "the start token and output" if apart else "prompt and output"

@@ -242,7 +242,11 @@ def _load_huggingface(path, read, head, labels):
 def _tokenizer(path, config):
     if not tokenizers.exists(path):
         return None
-    tokenizer = tokenizers.load(path)
+    try:
+        tokenizer = tokenizers.load(path)
+    except tokenizers.FamilyError as e:  # the model may be wanted alone
+        log.warning("read without a tokenizer: %s", e)
+        return None
     tokenizer.token_types = getattr(config, "num_token_types", 0) > 1
     _check_entries(tokenizer, config)
     return tokenizer

@@ -393,7 +393,10 @@ def get_rows(
     cache = epath.Path(data.cache or workdir / "tokens")
     if data.fields:
         encode, kind = pairs.encode_pairs(tokenizer, data.fields), f"pairs {data.fields}"
-        kind += f" {tokenizer.rule}" if tokenizer.rule.begin else ""  # older caches lack it
+        end = () if tokenizer.separator is None else (tokenizer.separator,)
+        kind += f" {tokenizer.rule}" if tokenizer.rule not in (((), ()), ((), end)) else ""  # older caches lack it
+    elif encode is not None:
+        kind += f" {tokenizer.special_tokens}"  # which a chat template may write
     cache.mkdir(parents=True, exist_ok=True)
     with locks.hold(cache / ".lock", wait=True):  # of the processes that share the folder one fills it
         stores = tokens.build(

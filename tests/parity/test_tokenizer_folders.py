@@ -4,7 +4,7 @@ import json
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from llm_jax.data import tokenizers
 
@@ -160,3 +160,25 @@ def test_vocabularies_alone(name, trained, tmp_path):
     write(tmp_path / "in", files)
     Tokenizer.from_str(trained[kind]).model.save(str(tmp_path / "in"))
     check(tmp_path / "in", tmp_path / "out")
+
+
+PLACES = [  # generation_config.json, config.json
+    (None, {"eos_token_id": 2}),
+    (None, {"eos_token_id": [2, 0]}),
+    ({"eos_token_id": [0, 5]}, {"eos_token_id": 2}),
+    ({"eos_token_id": 5}, {}),
+]
+
+
+@pytest.mark.parametrize("generation, model", PLACES)
+def test_whatever_ends_a_generation_of_theirs_ends_ours(generation, model, trained, tmp_path):
+    write(tmp_path / "in", {"config": {"model_type": "llama", **model}, **config()})
+    if generation is not None:
+        (tmp_path / "in" / "generation_config.json").write_text(json.dumps(generation))
+    (tmp_path / "in" / "tokenizer.json").write_text(trained["bpe"])
+    if generation is None:
+        theirs = GenerationConfig.from_model_config(AutoConfig.from_pretrained(tmp_path / "in"))
+    else:
+        theirs = GenerationConfig.from_pretrained(tmp_path / "in")
+    ends = theirs.eos_token_id if isinstance(theirs.eos_token_id, list) else [theirs.eos_token_id]
+    assert set(ends) <= set(tokenizers.load(tmp_path / "in").eos_ids)
