@@ -321,7 +321,7 @@ def read(folder: epath.Path, settings: Mapping[str, Any]) -> tuple[SentencePiece
     models = [_processor(folder / name, files[name]) for name in names if name.endswith((".spm", ".model"))]
     special = dict.fromkeys(family.special, True)
     if kind == "marian":
-        vocab = _entries(folder / MARIAN[2])
+        vocab = read_entries(folder / MARIAN[2])
     else:
         pieces = {models[0].id_to_piece(i): i for i in range(models[0].get_piece_size())}
         special |= {piece: True for piece, i in pieces.items() if models[0].is_control(i)}
@@ -330,7 +330,7 @@ def read(folder: epath.Path, settings: Mapping[str, Any]) -> tuple[SentencePiece
         special |= dict.fromkeys(sentinels, True)
         vocab = pieces | sentinels
     if ADDED in files:
-        added = _entries(folder / ADDED)
+        added = read_entries(folder / ADDED)
         vocab |= added
         special = dict.fromkeys(added, False) | special
     for index, entry in (settings.get("added_tokens_decoder") or {}).items():
@@ -368,7 +368,12 @@ def _processor(file: epath.Path, data: bytes) -> Any:
         raise TokenizerError(f"{file} is no SentencePiece model") from e
 
 
-def _entries(file: epath.Path) -> dict[str, int]:
+def read_entries(file: epath.Path) -> dict[str, int]:
+    """A file of entries with their ids.
+
+    Raises:
+      TokenizerError: if it is none, or an id is no number.
+    """
     values = read_json(file)
     wrong = next((entry for entry, index in values.items() if not isinstance(index, int) or index < 0), None)
     if wrong is not None:

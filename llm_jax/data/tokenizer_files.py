@@ -12,7 +12,7 @@ import tokenizers
 from etils import epath
 
 from llm_jax.data import sentencepiece, vocabularies
-from llm_jax.data.sentencepiece import ADDED, FILE, SentencePiece, TokenizerError, read_json
+from llm_jax.data.sentencepiece import ADDED, FILE, SentencePiece, TokenizerError, read_entries, read_json
 from llm_jax.data.tokenizer import END_OF_TEXT, NAMES, Rule, Tokenizer, rule_of, set_rule
 from llm_jax.data.vocabularies import spelling
 
@@ -106,6 +106,8 @@ def _named(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     values = {name: settings.get(name) for name in (*NAMES, *own)}
     values |= extra if isinstance(extra, dict) else {}
     for name, value in values.items():
+        if name in NAMES and not (value is None or isinstance(value, (str, Mapping))):
+            raise TokenizerError(f"{name}={value!r} is no token: give its text, or null")
         entry = spelling(value)
         if entry is not None:
             yield name, entry
@@ -124,10 +126,14 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: epath.Path, settings: Map
     special: dict[Any, Any] = {entry: objects.get(entry, entry) for _, entry in _named(settings)}
     special |= {spelling(value): value for value in extra if spelling(value) and not isinstance(extra, Mapping)}
     placed: dict[int, tokenizers.AddedToken] = {}
-    for index, value in settings.get("added_tokens_decoder", {}).items():
+    for index, value in (settings.get("added_tokens_decoder") or {}).items():
+        if not index.isdecimal() or spelling(value) is None or not isinstance(value, Mapping):
+            raise TokenizerError(
+                f"{folder}: added_tokens_decoder has {index!r}: {value!r}, which is no id with a token"
+            )
         placed[int(index)] = _token(value, special=bool(value.get("special", False)))
     if "added_tokens_decoder" not in settings:
-        for entry, index in _read(folder / ADDED).items():
+        for entry, index in (read_entries(folder / ADDED) if (folder / ADDED).exists() else {}).items():
             placed[index] = _token(entry, special=entry in special, normalized=entry not in special)
     here = list(backend.get_added_tokens_decoder().values())
     same = {repr(token) for token in here}

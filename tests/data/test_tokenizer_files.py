@@ -86,6 +86,20 @@ def test_entries_beside_the_vocabulary(files, want, folder):
     assert tokenizers.load(folder).encode("hello<x>world<y>") == want
 
 
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        (dict(tokenizer_config={"eos_token": ["</s>"]}), r"eos_token=\['</s>'\] is no token"),
+        (dict(tokenizer_config={"added_tokens_decoder": {"10": "<x>"}}), "added_tokens_decoder has '10': '<x>'"),
+        (dict(tokenizer_config={"added_tokens_decoder": {"ten": OBJECT}}), "added_tokens_decoder has 'ten'"),
+        (dict(added_tokens={"<x>": "10"}), "added_tokens.json: '<x>' has the id '10'"),
+    ],
+)
+def test_what_is_no_token_is_named(files, message, folder):
+    with pytest.raises(TokenizerError, match=message):
+        tokenizers.load(write(folder, **files))
+
+
 def test_an_entry_with_another_id_than_said_is_told(folder, caplog):
     tokenizers.load(write(folder, added_tokens={"<x>": 12}))
     assert "gives '<x>' the id 12; the next free one is 10" in caplog.text
