@@ -176,5 +176,8 @@ def _template(folder: epath.Path, settings: Mapping[str, Any]) -> str | None:
         return beside.read_text()
     template = settings.get("chat_template")
     if isinstance(template, list):  # several, by name
-        template = {t["name"]: t["template"] for t in template}
-    return template.get("default") if isinstance(template, Mapping) else template
+        template = {t.get("name"): t.get("template") for t in template if isinstance(t, Mapping)}
+    template = template.get("default") if isinstance(template, Mapping) else template
+    if template is not None and not isinstance(template, str):
+        raise TokenizerError(f"{folder}: chat_template={template!r} is no text")
+    return template

@@ -53,8 +53,9 @@ class Continuation:
 
     def piece(self, new: Sequence[int], done: bool) -> str:
         """What is ready of the new tokens' text and in no earlier piece; all of it where the row is done."""
-        ready = self.text(new)
-        if not done:
+        if done:
+            ready = self.text(new)
+        else:
             sure = max(self._settled([*self.before, *new]) - len(self.before), 0)
             ready = self.text(new[:sure]).rstrip("\ufffd")
             ready = ready[: max(len(ready) - self._hold, 0)]

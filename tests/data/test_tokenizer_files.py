@@ -92,6 +92,7 @@ def test_entries_beside_the_vocabulary(files, want, folder):
         (dict(tokenizer_config={"eos_token": ["</s>"]}), r"eos_token=\['</s>'\] is no token"),
         (dict(tokenizer_config={"added_tokens_decoder": {"10": "<x>"}}), "added_tokens_decoder has '10': '<x>'"),
         (dict(tokenizer_config={"added_tokens_decoder": {"ten": OBJECT}}), "added_tokens_decoder has 'ten'"),
+        (dict(tokenizer_config={"chat_template": 3}), "chat_template=3 is no text"),
         (dict(added_tokens={"<x>": "10"}), "added_tokens.json: '<x>' has the id '10'"),
     ],
 )

@@ -17,7 +17,7 @@ from llm_jax import interop
 from llm_jax.data import chat, tokenizers
 from llm_jax.data.tokenizer import Rule
 from llm_jax.interop import InteropError
-from llm_jax.interop.gguf import tokenizer_of
+from llm_jax.interop.gguf import config_of, tokenizer_of
 from llm_jax.models.llama import LlamaConfig
 from llm_jax.nn import paths
 from llm_jax.nn.positions import RotaryScaling
@@ -226,6 +226,25 @@ def test_what_cannot_be_loaded_is_one_line(which, options, message, tmp_path):
     with pytest.raises(InteropError) as error:
         interop.load(path)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "metadata, message",
+    [
+        ({"split.no": 1, "split.count": 3}, "file 2 of a model split over several files, 3 in all"),  # it says no more
+        ({"general.type": "adapter", "adapter.type": "lora"}, r"general.type='adapter' \(lora\)"),
+        ({"general.type": "mmproj", "general.architecture": "clip"}, "general.type='mmproj'"),
+        ({"general.architecture": "llama", "llama.expert_count": 0}, "the GGUF lacks llama.attention.head_count"),
+    ],
+)
+def test_other_files_are_refused_by_what_they_are(metadata, message):
+    class File(dict):
+        pass
+
+    file = File({"token_embd.weight": None})
+    file.metadata = metadata
+    with pytest.raises(InteropError, match=message):
+        config_of(file)
 
 
 @pytest.fixture(scope="module")
