@@ -129,6 +129,7 @@ class Encoder:
         With the kind `choice` all are `[choices, length]`; characters are `[length, M]`.
         """
         pad = 0 if self.max_characters is not None else self.tokenizer.role("pad") or 0
+        pad = pad if self.entries is None or pad < self.entries else 0  # nobody reads it, but its row must be a number
 
         def padded(p: Pieces, values: np.ndarray, rest: int) -> np.ndarray:
             out = np.full((length, *values.shape[1:]), rest, np.int32)

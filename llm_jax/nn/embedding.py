@@ -39,8 +39,9 @@ class Embedding(nn.Module):
     def __call__(self, ids: jax.Array, dtype: Any = None) -> jax.Array:
         """Rows for `ids`: `[*ids.shape, D]`.
 
-        Compiled code cannot raise: an id behind the table gives NaN, which no result survives. Callers check ids where
-        these come from (`data.tokenizers.check_ids`).
+        Compiled code cannot raise. An id past the table's end gives NaN, so that the mistake shows in every result; a
+        negative one counts from the end, and padded rows hold no entry. Ids are checked where they enter, on the host
+        (`data.tokenizers.check_ids`).
         """
         x = weights.take(self.table, ids)
         x = x if dtype is None else x.astype(dtype)

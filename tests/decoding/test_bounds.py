@@ -83,6 +83,9 @@ def test_labelled_inputs_and_stored_rows_name_the_entry(words, tmp_path):
     config = type(config)(**{**vars(config), "head": "classification", "labels": ("a", "b")})
     encoder = Encoder.of(config, words, "classification", 8)
     assert len(encoder([("the cat",)])) == 1
+    padded = tokenizers.Tokenizer(words.backend, None, words.eos_ids, None, {"pad_token": "<extra>"})
+    short = Encoder.of(config, padded, "classification", 8)
+    assert short.row(short([("the cat",)])[0], 8)["input_ids"][-1] == 0  # padding that the model has no row for
     for run in (
         lambda: encoder([("the cat",), ("a <extra>",)]),
         lambda: labels.predict(config.make(), {}, words, [("<extra> cat",)]),
