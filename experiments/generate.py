@@ -102,8 +102,8 @@ def main() -> None:
     def say(ids: list[int]) -> str:
         text = ""
         check_ids(ids, loaded.config.vocab_size, tokenizer)
-        more: dict[str, Any] = {"settled": tokenizer.settled, "alone": CHAT.value}
-        for piece in generator.stream(ids, limit(ids), key, tokenizer.decode, WINDOW.value, STOP.value, **more):
+        how = (WINDOW.value, STOP.value)
+        for piece in generator.stream(ids, limit(ids), key, tokenizer.decode, *how, alone=CHAT.value):
             print(piece, end="", flush=True)
             text += piece
         print()

@@ -34,9 +34,11 @@ class Continuation:
           decode: ids to text.
           prompt: what the new tokens continue; empty where they are a text of their own.
           stop_strings: text ends before the first of them.
-          settled: how many leading ids have a text that no later id changes (`Tokenizer.settled`). Whatever it says,
-            U+FFFD at the end waits: half a character may become a whole one.
+          settled: how many leading ids have a text that no later id changes; a tokenizer's own (`Tokenizer.settled`)
+            where `decode` is its method. Whatever it says, U+FFFD at the end waits: half a character may become a
+            whole one.
         """
+        settled = settled or getattr(getattr(decode, "__self__", None), "settled", None)
         self._decode, self._settled = decode, settled or len
         self._stops, self._hold = tuple(stop_strings), max(map(len, stop_strings), default=1) - 1
         start = 0 if settled is None else settled(list(prompt[: max(len(prompt) - WINDOW, 0)]))  # a cut changes no text

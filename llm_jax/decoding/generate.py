@@ -4,7 +4,7 @@ The loop runs on unstacked parameters: scanning would copy every layer's weights
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -266,7 +266,6 @@ class Generator:
         window: bool = False,
         stop_strings: Sequence[str] = (),
         chunk: int = 1,
-        settled: Callable[[list[int]], int] | None = None,
         alone: bool = False,
     ) -> Iterator[str]:
         """Yields text as it is generated; the pieces joined are the text behind the prompt, without stop strings.
@@ -275,15 +274,14 @@ class Generator:
           prompt: token ids.
           max_new_tokens: at most.
           key: same key, same text.
-          decode: ids to text.
+          decode: ids to text; see `Continuation`.
           window: see `start`.
           stop_strings: see `generate`.
           chunk: tokens between pieces.
-          settled: see `Continuation`; a tokenizer's own.
           alone: the new tokens are a text of their own (an answer in a chat), and do not continue the prompt.
         """
         state = self.start([prompt], max_new_tokens, key, window)
-        follow = self._behind(decode, () if alone else prompt, stop_strings=stop_strings, settled=settled)
+        follow = self._behind(decode, () if alone else prompt, stop_strings=stop_strings)
         plain = self._behind(decode, () if alone else prompt)
         while True:
             state = self.advance(state, chunk)

@@ -70,7 +70,7 @@ def test_pieces_joined_are_the_decoded_whole(kind, make, monkeypatch):
         new += [rng.choice(odd) if rng.random() < 0.4 else rng.randrange(size) for _ in range(rng.randrange(9))]
         before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *new])
         want = whole[len(os.path.commonprefix((before, whole))) :]  # but for half a character the prompt's own text
-        follow = Continuation(tokenizer.decode, prompt, settled=tokenizer.settled)
+        follow = Continuation(tokenizer.decode, prompt)
         step, pieces = rng.randrange(1, 4), []
         for end in [*range(step, len(new), step), len(new)]:
             pieces.append(follow.piece(new[:end], end == len(new)))
@@ -92,11 +92,11 @@ def test_bytes_wait_for_the_end_of_their_run(make):
     tokenizer = make("bytes")
     byte = lambda *values: [tokenizer.backend.token_to_id(f"<0x{v:02X}>") for v in values]
     euro, prompt = byte(0xE2, 0x82, 0xAC), tokenizer.encode("hello")
-    follow = Continuation(tokenizer.decode, prompt, settled=tokenizer.settled)
+    follow = Continuation(tokenizer.decode, prompt)
     assert [follow.piece(euro[:n], False) for n in (1, 2, 3)] == ["", "", ""]
     assert follow.piece([*euro, *byte(0xE2)], False) == ""
     assert follow.piece([*euro, *byte(0xE2), *tokenizer.encode("he")], True) == "\ufffd" * 4 + " he"
-    follow = Continuation(tokenizer.decode, prompt, settled=tokenizer.settled)
+    follow = Continuation(tokenizer.decode, prompt)
     assert follow.piece([*euro, *tokenizer.encode("he")], False) == "€ he"
 
 
@@ -106,7 +106,7 @@ def test_stop_strings_across_the_seam(make):
     for stops in ([" world"], ["the", ","], ["worlds"], ["d, t"]):
         whole = Continuation(tokenizer.decode, prompt).text(new)
         want = whole[: min((whole.index(s) for s in stops if s in whole), default=len(whole))]
-        follow = Continuation(tokenizer.decode, prompt, stops, tokenizer.settled)
+        follow = Continuation(tokenizer.decode, prompt, stops)
         pieces = [follow.piece(new[:n], n == len(new)) for n in range(1, len(new) + 1)]
         assert "".join(pieces) == want
     assert Continuation(tokenizer.decode, prompt, [" world"]).text(new) == ""
