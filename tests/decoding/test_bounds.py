@@ -125,6 +125,14 @@ def test_numbers_that_are_not_finite_end_a_generation():
             run()
 
 
+def test_numbers_that_are_not_finite_are_no_label(words):
+    config = small(ENCODERS["bert"])
+    model = type(config)(**{**vars(config), "num_layers": 1, "head": "classification", "labels": ("a", "b")}).make()
+    params = jax.tree.map(lambda x: x * np.nan, noise(model, 0.3))
+    with pytest.raises(ValueError, match="not finite in the labels' logits"):
+        labels.predict(model, params, words, [("the cat",)])
+
+
 def test_numbers_that_are_not_finite_are_no_score():
     with pytest.raises(ValueError, match="not finite in the best scores"):
         BeamSearch(GPT.make(), broken(), (0,), BeamConfig(2)).search([[1, 2]], 3)
