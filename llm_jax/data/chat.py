@@ -97,8 +97,9 @@ def render(
     Raises:
       TokenizerError: if the template fails or refuses the messages.
     """
+    template = tokenizer.tool_template if tools is not None else None
     try:
-        return _compiled(tokenizer.chat_template or PLAIN_TEMPLATE).render(
+        return _compiled(template or tokenizer.chat_template or PLAIN_TEMPLATE).render(
             **tokenizer.special_tokens,
             messages=[_seen(message) for message in messages],
             tools=None if tools is None else list(tools),

@@ -112,6 +112,7 @@ class Tokenizer:
       bos_id: the entry named `bos_token`, or None.
       eos_ids: ids that end a text; the first separates packed documents.
       chat_template: jinja2 source, or None.
+      tool_template: the one for chats with tools, where that is another.
       named: special tokens by name (`pad_token`), as the tokenizer's files spell them; None where no file says it.
       token_types: whether `batch` says which text of a pair a token belongs to.
       target: what encodes the targets of an encoder-decoder: itself, but for Marian.
@@ -130,6 +131,7 @@ class Tokenizer:
         self.bos_id = bos_id
         self.eos_ids = tuple(eos_ids)
         self.chat_template = chat_template
+        self.tool_template: str | None = None
         self.named = None if named is None else dict(named)
         self.token_types = True
         self.target = self
@@ -329,4 +331,7 @@ class Tokenizer:
             extra["model_input_names"] = ["input_ids", *types, "attention_mask"]
         if self.chat_template is not None:
             extra["chat_template"] = self.chat_template
+        if self.tool_template is not None:
+            templates = {"default": self.chat_template, "tool_use": self.tool_template}
+            extra["chat_template"] = [{"name": n, "template": t} for n, t in templates.items() if t is not None]
         (folder / "tokenizer_config.json").write_text(json.dumps(extra, indent=2) + "\n")

@@ -62,8 +62,10 @@ def load(path: epath.PathLike) -> Tokenizer:
     older = ours and "add_bos_token" not in settings and not isinstance(backend, SentencePiece)
     if older and bos is not None and not rule_of(backend).begin:  # when bos_token said what stands in front
         set_rule(backend, Rule((bos,)))
-    rest = (bos, _eos_ids(backend, folder, settings, named), _template(folder, settings), spelled)
+    templates = _templates(folder, settings)
+    rest = (bos, _eos_ids(backend, folder, settings, named), templates.get("default"), spelled)
     tokenizer = Tokenizer(backend, *rest)
+    tokenizer.tool_template = templates.get("tool_use")
     if target is not backend:
         tokenizer.target = Tokenizer(target, *rest)
     return tokenizer
@@ -169,15 +171,16 @@ def _eos_ids(backend: Any, folder: epath.Path, settings: Mapping[str, Any], name
     return sorted(ids, key=lambda i: backend.id_to_token(i) is None)  # an id without an entry separates nothing
 
 
-def _template(folder: epath.Path, settings: Mapping[str, Any]) -> str | None:
-    """The chat template: the file of its own before the one in the settings."""
+def _templates(folder: epath.Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """The chat templates by name: the file of its own stands before those in the settings."""
     beside = folder / "chat_template.jinja"
-    if beside.exists():
-        return beside.read_text()
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = {t.get("name"): t.get("template") for t in template if isinstance(t, Mapping)}
-    template = template.get("default") if isinstance(template, Mapping) else template
-    if template is not None and not isinstance(template, str):
-        raise TokenizerError(f"{folder}: chat_template={template!r} is no text")
-    return template
+    found = beside.read_text() if beside.exists() else settings.get("chat_template")
+    if isinstance(found, list):
+        found = {t.get("name"): t.get("template") for t in found if isinstance(t, Mapping)}
+    templates = dict(found) if isinstance(found, Mapping) else {} if found is None else {"default": found}
+    wrong = next((template for template in templates.values() if not isinstance(template, str)), None)
+    if wrong is not None:
+        raise TokenizerError(f"{folder}: chat_template={wrong!r} is no text")
+    if templates and "default" not in templates:
+        log.warning("%s: of the chat templates %s none is the default one", folder, ", ".join(map(str, templates)))
+    return templates

@@ -396,7 +396,7 @@ def get_rows(
         end = () if tokenizer.separator is None else (tokenizer.separator,)
         kind += f" {tokenizer.rule}" if tokenizer.rule not in (((), ()), ((), end)) else ""  # older caches lack it
     elif encode is not None:
-        kind += f" {tokenizer.special_tokens}"  # which a chat template may write
+        kind += f" {tokenizer.special_tokens} {tokenizer.tool_template}"  # what chats are written with, too
     cache.mkdir(parents=True, exist_ok=True)
     with locks.hold(cache / ".lock", wait=True):  # of the processes that share the folder one fills it
         stores = tokens.build(

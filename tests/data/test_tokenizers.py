@@ -8,7 +8,7 @@ import pytest
 import tokenizers as backends
 from tokenizers import models, pre_tokenizers
 
-from llm_jax.data import tokenizers
+from llm_jax.data import chat, tokenizers
 from llm_jax.data.tokenizers import END_OF_TEXT, Tokenizer, TokenizerError
 
 TEXTS = ["the cat sat on the mat, the cat sat richly", "low lower lowest, new newer newest", "naïve café 😀\n"] * 8
@@ -92,7 +92,7 @@ def test_special_ids(trained, tmp_path):
         assert (found.bos_id, found.eos_ids) == (bos, eos), config
 
 
-def test_templates_beside_and_by_name(trained, tmp_path):
+def test_templates_beside_and_by_name(trained, tmp_path, caplog):
     Tokenizer(trained["bpe"].backend).save(tmp_path)
     assert tokenizers.load(tmp_path).chat_template is None
     (tmp_path / "chat_template.jinja").write_text("beside")
@@ -101,7 +101,14 @@ def test_templates_beside_and_by_name(trained, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": several}))
     assert tokenizers.load(tmp_path).chat_template == "beside"  # a file of its own is the newer place
     (tmp_path / "chat_template.jinja").unlink()
-    assert tokenizers.load(tmp_path).chat_template == "yes"
+    found = tokenizers.load(tmp_path)
+    assert (found.chat_template, found.tool_template) == ("yes", "no")
+    found.save(tmp_path)
+    found = tokenizers.load(tmp_path)
+    assert (found.chat_template, found.tool_template) == ("yes", "no")
+    assert [chat.render(found, [], tools=tools) for tools in (None, [])] == ["yes", "no"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": {"rag": "no"}}))
+    assert tokenizers.load(tmp_path).chat_template is None and "of the chat templates rag none is the" in caplog.text
 
 
 def test_errors_are_one_line(trained, tmp_path):

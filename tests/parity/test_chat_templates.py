@@ -42,7 +42,7 @@ def test_text(name, place, tmp_path):
     template = TEMPLATES[name]
     if place == "file":
         (tmp_path / "chat_template.jinja").write_text(template)
-    several = [{"name": "default", "template": template}, {"name": "rag", "template": "another"}]
+    several = [{"name": "default", "template": template}, {"name": "tool_use", "template": "with " + template}]
     settings["chat_template"] = {"settings": template, "file": "older", "list": several}[place]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     theirs, ours = PreTrainedTokenizerFast.from_pretrained(tmp_path), tokenizers.load(tmp_path)
