@@ -45,7 +45,8 @@ def main() -> None:
     if config.lora is not None and finetune.can_export(loaded.config):
         from llm_jax.interop import peft
 
-        peft.save(f"{WORKDIR.value}/adapter", loaded.model, result.trained.params, MODEL.value or "")
+        beside = config.run.training.trainable or ()
+        peft.save(f"{WORKDIR.value}/adapter", loaded.model, result.trained.params, MODEL.value or "", beside)
     print(report.numbers(result.trained, WORKDIR.value))
 
 

@@ -1,6 +1,6 @@
 """LoRA in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`, both ways.
 
-A head with labels trains beside LoRA and is stored whole, as PEFT does it (`modules_to_save`).
+What trains beside LoRA, as a head with labels does, is stored whole, module by module (PEFT's `modules_to_save`).
 """
 
 import re
@@ -22,7 +22,7 @@ from llm_jax.storage.safetensors import TensorFolder, save_file
 
 FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_LABELS = "classifier/"  # our parameters of a head with labels
+_LABELS = "classifier/*"  # our parameters of a head with labels
 
 
 def _rules(config: Any) -> list[Rule]:
@@ -31,14 +31,19 @@ def _rules(config: Any) -> list[Rule]:
     return llama.rules(config)
 
 
-def save(path: epath.PathLike, model: Any, params: Any, base: str = "") -> None:
+def save(path: epath.PathLike, model: Any, params: Any, base: str = "", whole: Sequence[str] = ()) -> None:
     """Writes the LoRA in `params` so that `peft.PeftModel.from_pretrained` reads it.
 
-    Of the base only a head with labels is written. LoRA on that head is merged into it: PEFT stores a module whole or
-    by matrices, not both.
+    Args:
+      path: folder.
+      model: the module.
+      params: stacked or unstacked.
+      base: name or path of the base model.
+      whole: patterns of parameters that trained beside LoRA. Their modules are stored whole, as a head with labels
+        always is; LoRA on such a module is merged into it.
 
     Raises:
-      InteropError: if there is no LoRA, or its nodes differ in rank or scale.
+      InteropError: if there is no LoRA, its nodes differ in rank or scale, or a tied table is to be stored.
     """
     params = stack(params)
     is_lora = lambda x: isinstance(x, Lora)
@@ -49,11 +54,16 @@ def save(path: epath.PathLike, model: Any, params: Any, base: str = "") -> None:
     if len(settings) > 1:
         raise InteropError(f"LoRA nodes differ in (rank, scale, dropout): {sorted(settings)}")
     rank, scale, dropout = settings.pop()
-    rules, head = _rules(model.config), {k: v for k, v in params.items() if f"{k}/" == _LABELS}
-    whole = names.write_params(head, rules, {}, jnp.float32)
-    tensors = {_PREFIX + name: np.ascontiguousarray(array) for name, array in whole}
-    nodes = {p: w for p, w in nodes.items() if not p.startswith(_LABELS)}
-    modules = set()
+    rules, flat = _rules(model.config), dict(paths.flatten(params, weights.is_node))
+    module_of = lambda rule: rule.theirs.rpartition(".")[0]
+    chosen = {module_of(r) for r in rules if r.ours in flat and paths.matcher((_LABELS, *whole))(r.ours)}
+    stored = {r.ours: flat[r.ours] for r in rules if r.ours in flat and module_of(r) in chosen}
+    if model.config.tied and "embed/embedding" in stored:
+        raise InteropError("PEFT's format cannot store a table that the output layer shares: train it without LoRA")
+    written = names.write_params(paths.nested(stored.items()), rules, {}, jnp.float32)
+    tensors = {_PREFIX + name: np.ascontiguousarray(array) for name, array in written}
+    nodes = {p: w for p, w in nodes.items() if p not in stored}
+    modules: set[str] = set()
     for rule in rules:
         if rule.ours not in nodes or not rule.ours.endswith("kernel"):
             continue
@@ -66,11 +76,14 @@ def save(path: epath.PathLike, model: Any, params: Any, base: str = "") -> None:
             tensors[f"{where}.lora_B.weight"] = np.ascontiguousarray(b[pick].T)
     if nodes:
         raise InteropError(f"LoRA on {sorted(nodes)[:3]} has no place in PEFT's format")
+    if not modules:
+        raise InteropError("all modules with LoRA are stored whole: save the merged model instead")
     folder = epath.Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, str(folder / FILE), metadata={"format": "pt"})
     settings_of = LoraConfig(rank=rank, alpha=scale * rank, dropout=dropout)
-    peft_config.write(folder, settings_of, model.config.head, sorted(modules), base)
+    saved = sorted({name.rpartition(".")[2] for name in chosen})
+    peft_config.write(folder, settings_of, model.config.head, sorted(modules), saved, base)
 
 
 def load(path: epath.PathLike, model: Any, params: Any) -> Any:

@@ -39,13 +39,13 @@ REMEDY = {
     "layer_replication": "it repeats layers of the base; merge it in PEFT first",
 }
 
-# head of a model -> PEFT's task, and the modules that PEFT then saves whole
+# head of a model -> PEFT's task, for which PEFT itself saves the modules of a head whole
 TASKS = {
-    "lm": ("CAUSAL_LM", None),
-    "none": ("FEATURE_EXTRACTION", None),
-    "classification": ("SEQ_CLS", ["classifier", "score"]),
-    "tokens": ("TOKEN_CLS", ["classifier", "score"]),
-    "span": ("QUESTION_ANS", ["qa_outputs"]),
+    "lm": "CAUSAL_LM",
+    "none": "FEATURE_EXTRACTION",
+    "classification": "SEQ_CLS",
+    "tokens": "TOKEN_CLS",
+    "span": "QUESTION_ANS",
 }
 
 
@@ -90,7 +90,7 @@ def read(folder: epath.Path) -> AdapterConfig:
         raise InteropError(f"{file} lacks or misstates {e}") from e
 
 
-def write(folder: epath.Path, lora: LoraConfig, head: str, modules: list[str], base: str) -> None:
+def write(folder: epath.Path, lora: LoraConfig, head: str, modules: list[str], saved: list[str], base: str) -> None:
     """Writes `adapter_config.json`.
 
     Args:
@@ -98,12 +98,12 @@ def write(folder: epath.Path, lora: LoraConfig, head: str, modules: list[str], b
       lora: rank, scale and dropout; PEFT divides alpha by the rank.
       head: of the model.
       modules: last parts of the names of all modules that carry matrices.
+      saved: last parts of the names of all modules that are stored whole.
       base: name or path of the base model.
     """
-    task, saved = TASKS[head]
     fields = {
-        "peft_type": "LORA", "task_type": task, "base_model_name_or_path": base, "r": lora.rank,
+        "peft_type": "LORA", "task_type": TASKS[head], "base_model_name_or_path": base, "r": lora.rank,
         "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "use_rslora": lora.rs, "bias": "none",
-        "fan_in_fan_out": False, "target_modules": modules, "modules_to_save": saved, "inference_mode": True,
+        "fan_in_fan_out": False, "target_modules": modules, "modules_to_save": saved or None, "inference_mode": True,
     }  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(fields, indent=2) + "\n")

@@ -16,7 +16,7 @@ from llm_jax.delta.lora import Lora, LoraConfig
 from llm_jax.interop import InteropError, peft
 from llm_jax.models.gpt import GPTConfig
 from llm_jax.models.llama import LlamaConfig
-from llm_jax.nn import paths
+from llm_jax.nn import paths, weights
 from llm_jax.nn.stack import unstack
 from llm_jax.storage.safetensors import TensorFolder, save_file
 
@@ -156,6 +156,33 @@ def test_a_head_with_labels_is_stored_whole(head, task, saved, tmp_path):
     save_file({n: np.array(a) for n, a in TensorFolder(tmp_path).items() if "lora" in n}, tmp_path / peft.FILE)
     with pytest.raises(InteropError, match="missing (score|qa_outputs)"):
         peft.load(tmp_path, model, fresh)
+
+
+def test_what_trained_beside_lora_is_stored_whole(tmp_path):
+    """A bias takes its kernel along, and LoRA on that kernel is merged: PEFT stores a module whole or by matrices."""
+    model = dataclasses.replace(LLAMA, mlp_bias=True, qkv_bias=True, out_bias=True).make()
+    trained = noise(model, 1.0)
+    layers, nodes = trained["decoder"]["layers"], attached()["decoder"]["layers"]
+    for path in (("attention", "query"), ("mlp", "up")):
+        (part, name), kernel = path, layers[path[0]][path[1]]["kernel"]
+        layers[part][name]["kernel"] = nodes[part][name]["kernel"].replace(base=kernel)
+    peft.save(tmp_path, model, trained, whole=("final_norm/scale", "mlp/up/bias"))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["modules_to_save"], config["target_modules"]) == (["norm", "up_proj"], ["q_proj"])
+    other = noise(model, 0.5, seed=1)
+    loaded = peft.load(tmp_path, model, other)
+    up = loaded["decoder"]["layers"]["mlp"]["up"]
+    np.testing.assert_array_equal(loaded["final_norm"]["scale"], trained["final_norm"]["scale"])
+    np.testing.assert_array_equal(up["bias"], layers["mlp"]["up"]["bias"])
+    np.testing.assert_allclose(up["kernel"], weights.dense(layers["mlp"]["up"]["kernel"]), rtol=1e-6, atol=1e-5)
+    np.testing.assert_array_equal(
+        loaded["decoder"]["layers"]["mlp"]["down"]["bias"], other["decoder"]["layers"]["mlp"]["down"]["bias"]
+    )
+    with pytest.raises(InteropError, match="all modules with LoRA are stored whole"):
+        peft.save(tmp_path, MODEL, attached(), whole=("*/kernel",))
+    tied = dataclasses.replace(LLAMA, tied=True).make()
+    with pytest.raises(InteropError, match="cannot store a table that the output layer shares"):
+        peft.save(tmp_path, tied, attached(), whole=("embed/embedding",))
 
 
 def test_other_modules_stored_whole_take_the_place_of_the_base(tmp_path):

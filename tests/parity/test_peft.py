@@ -85,6 +85,17 @@ def test_our_adapter_there(theirs, tmp_path):
     np.testing.assert_allclose(logits_of(adapted.merge_and_unload()), want, rtol=1e-5, atol=1e-5)
 
 
+def test_norms_that_trained_beside_lora_arrive_there(theirs, tmp_path):
+    base = interop.load(tmp_path / "base")
+    params = lora.attach(base.params, lora.LoraConfig(targets=("query/kernel",), rank=3), jax.random.key(0))
+    train = lambda path, x: x + 0.3 * path.endswith(("/b", "scale"))
+    params = paths.map_with_path(train, params)
+    peft_format.save(tmp_path / "adapter", base.model, params, str(tmp_path / "base"), whole=("*/scale",))
+    adapted = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    want = base.model.apply({"params": params}, jnp.asarray(IDS)).logits
+    np.testing.assert_allclose(logits_of(adapted), want, rtol=1e-5, atol=1e-5)
+
+
 def test_every_field_of_theirs_is_decided():
     """A field that is in no table is refused unless it is off; its default must then be off."""
     decided = peft_config.HONOURED | peft_config.NEUTRAL | peft_config.ALLOWED.keys()
