@@ -49,7 +49,9 @@ ENCODERS: dict[str, BertConfig] = {
 SEQ = dict(vocab_size=V, context_length=CONTEXT, model_dim=12, num_layers=2, num_decoder_layers=3, num_heads=3)
 ENCODER_DECODERS: dict[str, Any] = {
     "transformer": TransformerConfig(**SEQ, hidden_dim=10),
-    "transformer_pre": TransformerConfig(**SEQ, hidden_dim=10, norm="pre", tied=False, vocab_pad_multiple=8),
+    "transformer_pre": TransformerConfig(
+        **SEQ, hidden_dim=10, norm="pre", tied=False, vocab_pad_multiple=8, num_decoder_heads=4, decoder_hidden_dim=14
+    ),
     "marian": TransformerConfig(**SEQ, hidden_dim=10, sinusoids="halves", logits_bias=True, activation="silu"),
     "t5": T5Config(**SEQ, hidden_dim=10, head_dim=5, num_buckets=8, max_distance=6),
     "t5_1.1": T5Config(

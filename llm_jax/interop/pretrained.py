@@ -151,7 +151,7 @@ def _find(path: epath.PathLike) -> epath.Path:
             )
         )
         got = fetch("*.safetensors")
-        return got if any(got.glob("*.safetensors")) else fetch(flax_msgpack.PATTERN)
+        return got if safetensors.has_model(got) else fetch(flax_msgpack.PATTERN)
     except Exception as e:
         raise InteropError(f"{path} is no local folder and could not be fetched from the hub: {e}") from e
 

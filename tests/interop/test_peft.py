@@ -129,7 +129,9 @@ def test_fields_that_change_nothing_are_accepted(tmp_path):
     off = dict.fromkeys(CHANGES_MORE, None) | {"use_dora": False, "bias": "none", "loftq_config": {}, "eva_config": {}}
     said = {"init_lora_weights": "gaussian", "fan_in_fan_out": True, "peft_version": "0.99", "qalora_group_size": 16,
             "exclude_modules": ["k_proj"], "layers_to_transform": [0, 1], "task_type": None}  # fmt: skip
-    loaded = peft.load(folder(tmp_path, {**off, **said}), MODEL, base())
+    path = folder(tmp_path, {**off, **said})
+    save_file({"lm_head.weight": np.ones(1)}, path / "model.safetensors")  # a model beside it is not the adapter
+    loaded = peft.load(path, MODEL, base())
     assert isinstance(loaded["decoder"]["layers"]["attention"]["query"]["kernel"], Lora)
 
 

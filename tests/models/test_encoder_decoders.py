@@ -88,7 +88,7 @@ def count(c):
     """Parameters in closed form."""
     d, f, (encoder, decoder) = c.model_dim, c.hidden_dim, c.depth
     rows = rows_of(c)
-    tables = rows * d * (1 if c.tied else 2)
+    tables, more = rows * d * (1 if c.tied else 2), 0
     if isinstance(c, T5Config):
         inner = c.num_heads * c.head_dim
         attention, mlp, norm = 4 * d * inner, (3 if c.gated else 2) * d * f, d
@@ -96,7 +96,8 @@ def count(c):
     else:
         attention, mlp, norm = 4 * (d * d + d), 2 * d * f + f + d, 2 * d
         extra = rows * c.logits_bias + (2 * norm if c.norm == "pre" else 0)
-    return tables + extra + encoder * (attention + mlp + 2 * norm) + decoder * (2 * attention + mlp + 3 * norm)
+        more = (2 * d + 1) * ((c.decoder_hidden_dim or f) - f)
+    return tables + extra + encoder * (attention + mlp + 2 * norm) + decoder * (2 * attention + mlp + more + 3 * norm)
 
 
 def test_sizes_and_axes(name):
@@ -112,10 +113,11 @@ def test_outputs(name):
     assert out.logits.shape == (2, T, rows_of(config)) and out.encoder.last_hidden_state.shape == (2, S, 12)
     assert len(out.encoder.hidden_states) == 3 and len(out.hidden_states) == 4
     np.testing.assert_array_equal(out.hidden_states[-1], out.last_hidden_state)
+    heads = getattr(config, "num_decoder_heads", None) or 3
     for maps, shape in (
         (out.encoder.attentions, (2, 3, S, S)),
-        (out.attentions, (2, 3, T, T)),
-        (out.cross_attentions, (2, 3, T, S)),
+        (out.attentions, (2, heads, T, T)),
+        (out.cross_attentions, (2, heads, T, S)),
     ):
         assert {a.shape for a in maps} == {shape}
         close(np.stack(maps).sum(-1), 1)
