@@ -29,7 +29,8 @@ INERT = frozenset(
     begin_suppress_tokens tf_legacy_loss use_bfloat16 gradient_checkpointing pretraining_tp sinusoidal_pos_embds
     _commit_hash _attn_implementation_internal attn_implementation attention_implementation use_return_dict
     _flash_attn_2_enabled _experts_implementation max_new_tokens min_new_tokens low_memory penalty_alpha
-    renormalize_logits force_words_ids encoder_repetition_penalty bad_words unsloth_fixed unsloth_version
+    max_sequence_length renormalize_logits force_words_ids encoder_repetition_penalty bad_words unsloth_fixed
+    unsloth_version
     """.split()  # noqa: SIM905
 )
 # fields of every family that change something unless they hold one of these

@@ -23,6 +23,7 @@ from llm_jax.storage.safetensors import TensorFolder, save_file
 FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _LABELS = "classifier/*"  # our parameters of a head with labels
+_TABLES = ("embed/embedding", "head/kernel")  # their rows may be padded here
 
 
 def _rules(config: Any) -> list[Rule]:
@@ -60,7 +61,8 @@ def save(path: epath.PathLike, model: Any, params: Any, base: str = "", whole: S
     stored = {r.ours: flat[r.ours] for r in rules if r.ours in flat and module_of(r) in chosen}
     if model.config.tied and "embed/embedding" in stored:
         raise InteropError("PEFT's format cannot store a table that the output layer shares: train it without LoRA")
-    written = names.write_params(paths.nested(stored.items()), rules, {}, jnp.float32)
+    rows = dict.fromkeys(_TABLES, model.config.vocab_size)
+    written = names.write_params(paths.nested(stored.items()), rules, rows, jnp.float32)
     tensors = {_PREFIX + name: np.ascontiguousarray(array) for name, array in written}
     nodes = {p: w for p, w in nodes.items() if p not in stored}
     modules: set[str] = set()
@@ -153,7 +155,9 @@ def _put_whole(
         remedy = f"; the base has head={config.head!r}: load it with another head" if is_head else ""
         raise InteropError(f"{folder} holds tensors without a home: {[_PREFIX + n for n in extra[:3]]}{remedy}")
     shapes = paths.nested((p, jax.ShapeDtypeStruct(weights.shape_of(w), jnp.float32)) for p, w in wanted.items())
-    whole = dict(paths.flatten(names.read_params(rest, rules, shapes, lambda _: False, str(folder))))
+    padded = lambda path: config.vocab_pad_multiple > 1 and path in _TABLES
+    read = names.read_params(rest, rules, shapes, lambda _: False, str(folder), padded=padded)
+    whole = dict(paths.flatten(read))
     for path, w in wanted.items():
         new = whole[path] if weights.is_node(w) else whole[path].astype(w.dtype)
         params = weights.replace(params, path, lambda _, __, new=new: new)

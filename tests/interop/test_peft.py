@@ -180,6 +180,10 @@ def test_what_trained_beside_lora_is_stored_whole(tmp_path):
     np.testing.assert_array_equal(
         loaded["decoder"]["layers"]["mlp"]["down"]["bias"], other["decoder"]["layers"]["mlp"]["down"]["bias"]
     )
+    padded = dataclasses.replace(LLAMA, vocab_pad_multiple=8).make()
+    params = {**attached(), "embed": {"embedding": np.pad(np.ones((31, 24), np.float32), ((0, 1), (0, 0)))}}
+    peft.save(tmp_path / "padded", padded, params, whole=("embed/embedding",))
+    assert TensorFolder(tmp_path / "padded")["base_model.model.model.embed_tokens.weight"].shape == (31, 24)
     with pytest.raises(InteropError, match="all modules with LoRA are stored whole"):
         peft.save(tmp_path, MODEL, attached(), whole=("*/kernel",))
     tied = dataclasses.replace(LLAMA, tied=True).make()
