@@ -20,6 +20,7 @@ from llm_jax.training.run import RunConfig, Trained, train
 from llm_jax.training.trainable import partition
 
 HEAD = ("classifier", "pooler", "mix")  # what a head with labels adds; it trains beside LoRA
+EARLIER = ("attention/*/kernel", "mlp/*/kernel")  # LoRA's default before cross-attention was among it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +138,9 @@ def run(
     chosen = dataclasses.replace(config.run, model=loaded.config, training=training)
     encode = chat.chats(loaded.tokenizer) if config.format == "chat" else None
     extra = {k: v for k, v in config.to_dict().items() if k != "run"}
+    if config.lora is not None and config.lora.targets == weights.LAYER_KERNELS and loaded.config.reads != "source":
+        # the same kernels where there is no cross-attention: runs that began with the earlier default resume
+        extra["lora"] |= {"targets": list(EARLIER)}
     trained = train(
         *(chosen, workdir, loaded.params, loaded.tokenizer, encode, config.format, restore_step, {"finetune": extra}),
         adapt=lambda params: adapt(params, config, key),

@@ -205,4 +205,6 @@ def test_the_config_of_a_run_names_the_loaded_model(results):
     stored = json.loads((workdir / "config.json").read_text())
     assert stored["model"]["vocab_size"] == loaded.config.vocab_size and stored["model"]["family"] == "llama"
     assert tuple(stored["training"]["trainable"]) == lora.TRAINABLE
+    # as versions without cross-attention in the default wrote it, so that their runs resume
+    assert stored["finetune"]["lora"]["targets"] == ["attention/*/kernel", "mlp/*/kernel"]
     assert dataclasses.asdict(loaded.config).items() >= {"model_dim": 16, "num_layers": 2}.items()
