@@ -27,11 +27,11 @@ NEUTRAL = frozenset(
         *("fan_in_fan_out", "megatron_core", "runtime_config", "merge_weights"),
     ]
 )
-# the values that leave base, A and B as they are stored; all other initialisations change the base when PEFT loads
+# the values that leave base, A and B as they are stored; other initialisations change the base when PEFT loads them
 ALLOWED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
-    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva", "mica"),
 }
 OFF: tuple[Any, ...] = (None, False, [], {})
 REMEDY = {

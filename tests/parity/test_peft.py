@@ -109,7 +109,8 @@ def test_every_field_of_theirs_is_decided():
 
 NEUTRAL = [
     {"init_lora_weights": False}, {"init_lora_weights": "gaussian"}, {"init_lora_weights": "orthogonal"},
-    {"init_lora_weights": "eva", "eva_config": peft.EvaConfig()}, {"exclude_modules": ["k_proj"]},
+    {"init_lora_weights": "eva", "eva_config": peft.EvaConfig()}, {"init_lora_weights": "mica"},
+    {"exclude_modules": ["k_proj"]},
     {"layers_to_transform": [0, 1], "layers_pattern": "layers"}, {"fan_in_fan_out": True},
 ]  # fmt: skip
 
