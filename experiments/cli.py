@@ -121,7 +121,7 @@ def define_text(name: str, help_text: str) -> flags.FlagHolder[Any]:
 
 
 def define_texts(name: str, help_text: str) -> flags.FlagHolder[Any]:
-    """The same, may be repeated."""
+    """A flag of text that may be repeated."""
     return flags.DEFINE_multi(_Text(), flags.ArgumentSerializer(), name, [], help_text)
 
 

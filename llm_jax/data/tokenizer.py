@@ -187,7 +187,7 @@ class Tokenizer:
         return self.encode_sources([text])[0]
 
     def encode_sources(self, texts: Sequence[str]) -> list[list[int]]:
-        """The same for several texts."""
+        """Ids of several texts as an encoder-decoder reads them, each with its end."""
         end = self.separator
         tail = [] if end is None or self.rule.end[-1:] == (end,) else [end]
         return [[*ids, *tail] for ids in self.encode_texts(texts)]
@@ -261,7 +261,7 @@ class Tokenizer:
     def settled(self, ids: Sequence[int]) -> int:
         """How many leading ids have a text that no later id changes.
 
-        Where single bytes have entries (`<0xE2>`), a run of them is decoded as a whole: while it goes on it is open.
+        Where single bytes have entries (`<0xE2>`), a run of them is decoded as a whole: an unfinished run is open.
         """
         end = len(ids)
         while end and (_BYTE.fullmatch(self.token(int(ids[end - 1]))) or not self.decode([ids[end - 1]])):

@@ -135,7 +135,7 @@ class Workdir:
         return digests.load(self.path / "data.json")
 
     def settle_data(self, data: Mapping[str, FileDigest], accept_changed: bool = False) -> None:
-        """Writes `data.json`, or checks that the run goes on with the files that it began with.
+        """Writes `data.json`, or checks that a resumed run reads the files that it began with.
 
         Args:
           data: digests by path.

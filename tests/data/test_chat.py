@@ -183,7 +183,7 @@ def test_bad_rows_are_counted(make, caplog):
 
 
 def test_rows_that_cannot_be_written_are_named(make, caplog):
-    """A row that the template refuses is a bad row like any other: it says why, and the run goes on."""
+    """A row that the template refuses is a bad row like any other: it says why, and the other rows are read."""
     picky = "{{ tools | length if tools else '' }}{% for m in messages %}{{ m.content }}"
     picky += "{% if m.content == 'no' %}{{ raise_exception('not this') }}{% endif %}{% endfor %}"
     image = {"role": "user", "content": [{"type": "image", "url": "x"}]}

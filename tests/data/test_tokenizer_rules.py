@@ -53,7 +53,7 @@ def test_training_rows_prompts_and_likelihoods_agree(name, backend):
 
 
 def test_a_rule_keeps_the_offsets_of_bytes(backend):
-    """Those of a piece leave the blank before it out, where a byte-level post-processor says so."""
+    """Offsets of a piece leave out the blank before it, where a byte-level post-processor says so."""
     plain = made(backend, Rule()).backend
     plain.post_processor = processors.ByteLevel(trim_offsets=True, add_prefix_space=False)
     want = plain.encode("the cat").offsets

@@ -27,7 +27,7 @@ GPT = GPTConfig(**SIZES)
 
 
 def small(config):
-    """The same with a table of 12 entries."""
+    """A model whose table has 12 entries."""
     return type(config)(**{**vars(config), "vocab_size": 12})
 
 

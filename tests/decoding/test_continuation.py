@@ -18,7 +18,7 @@ PROMPTS = ["hello", "hello ", "the world", "naïve e", "👨\u200d", "日本", "
 
 
 def byte_pieces():
-    """As Llama 1 and 2: Metaspace, and single bytes for what has no entry."""
+    """Llama 1 and 2: Metaspace, and single bytes for what has no entry."""
     metaspace = "\u2581"
     entries = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), metaspace, *"helowrd,tuns'"]
     merges = [(metaspace, "w"), ("h", "e"), ("l", "l"), ("he", "ll")]
@@ -33,7 +33,7 @@ def byte_pieces():
 
 
 def ends_of_words():
-    """As GPT-1: pieces that end a word say so."""
+    """GPT-1: pieces that end a word say so."""
     backend = Backend(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.BPEDecoder(suffix="</w>")

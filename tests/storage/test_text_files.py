@@ -82,7 +82,7 @@ def test_compressed_files_are_read_a_block_at_a_time(tmp_path):
 
 
 def test_a_line_of_a_pipe_comes_before_the_next_is_written():
-    """As a chat through a pipe needs it: the reader asks for no byte behind the line feed."""
+    """A chat through a pipe needs this: the reader asks for no byte behind the line feed."""
 
     class Pipe(io.RawIOBase):
         given = [b"Hi\n", b"\xef\xbb", b""]

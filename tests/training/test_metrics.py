@@ -37,7 +37,7 @@ def test_an_object_store_appends_nothing(tmp_path):
     """There the whole file is written again, with the lines of the runs before."""
 
     class Store:
-        """As etils' paths on gs://, whose files cannot be opened for appending."""
+        """A path of etils on gs://, whose files cannot be opened for appending."""
 
         def __str__(self):
             return "gs://bucket/metrics.jsonl"
