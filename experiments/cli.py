@@ -111,7 +111,7 @@ class _Text(flags.ArgumentParser):
         try:
             argument.encode()
         except UnicodeEncodeError as e:
-            raise ValueError(f"is no UTF-8 at character {e.start}") from None
+            raise ValueError(f"is not UTF-8 at character {e.start}") from None
         return argument
 
 

@@ -201,7 +201,7 @@ class _Lines:
         try:
             return b"\n".join(words).decode().split("\n") if words else [], probs, pays_, line
         except UnicodeDecodeError as e:
-            raise self.error(f"a word among the {n}-grams is no UTF-8 ({e.reason})") from None
+            raise self.error(f"a word among the {n}-grams is not UTF-8 ({e.reason})") from None
 
     def keys(self, n: int, words: list[str], vocabulary: Vocabulary, keys: list[np.ndarray], begin: int) -> np.ndarray:
         """Keys of n-grams."""

@@ -77,7 +77,7 @@ class Reader:
         except UnicodeDecodeError as e:
             if self.policy == "strict":
                 raise TextError(
-                    f"{path}:{line} is no UTF-8 ({e.reason} at byte {e.start}): convert it, or take invalid=skip or "
+                    f"{path}:{line} is not UTF-8 ({e.reason} at byte {e.start}): convert it, or take invalid=skip or "
                     "invalid=replace"
                 ) from None
             self.invalid += 1
@@ -153,7 +153,7 @@ def read_vocabulary(path: epath.PathLike) -> Vocabulary:
     """Words of a file, one a line; empty lines and special words do not count.
 
     Raises:
-      TextError: for a missing file, one that is no UTF-8, a line of several words, a word named twice, or no word.
+      TextError: for a missing file, one that is not UTF-8, a line of several words, a word named twice, or no word.
     """
     path = epath.Path(path)
     if not path.is_file():
@@ -164,7 +164,7 @@ def read_vocabulary(path: epath.PathLike) -> Vocabulary:
         try:
             named = [x.decode() for x in parts]
         except UnicodeDecodeError as e:
-            raise TextError(f"{path}:{number} is no UTF-8 ({e.reason} at byte {e.start})") from None
+            raise TextError(f"{path}:{number} is not UTF-8 ({e.reason} at byte {e.start})") from None
         if len(named) > 1:
             said = " ".join(named)[:60]
             raise TextError(f"{path}:{number}: expected a word a line, without counts or blanks, not {said!r}")

@@ -139,7 +139,7 @@ def _text(path: epath.Path, file: TextFile, bad: BadRows, text_field: str) -> It
 
 
 def _jsonl(path: epath.Path, file: TextFile, bad: BadRows, text_field: str) -> Iterator[Document]:
-    """A JSON object a line; a line that is no UTF-8 is no JSON."""
+    """A JSON object a line; a line that is not UTF-8 is no JSON."""
     for number, line in file.byte_lines():
         if line.strip():
             yield from _json_line(f"{path}:{number}", file, line, bad, text_field)

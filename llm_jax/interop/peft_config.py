@@ -80,7 +80,7 @@ def read(folder: epath.Path) -> AdapterConfig:
         raise InteropError(f"{file}: rank_pattern and alpha_pattern are not supported")
     for name in sorted(raw.keys() - HONOURED - NEUTRAL):
         if raw[name] not in ALLOWED.get(name, OFF):
-            remedy = f" ({REMEDY[name]})" if name in REMEDY else ""
+            remedy = f": {REMEDY[name]}" if name in REMEDY else ""
             raise InteropError(f"{file}: {name}={raw[name]!r} is not supported, only plain LoRA is{remedy}")
     try:
         rank, alpha, rs = raw["r"], float(raw["lora_alpha"]), bool(raw.get("use_rslora"))

@@ -89,7 +89,7 @@ def _decoded(path: epath.Path, words: list[bytes], matrix: np.ndarray, policy: s
     if policy == "strict":
         i = bad[0]
         raise VectorsError(
-            f"{path}: word {i + 1:,}, {words[i][:30]!r}, is no UTF-8: write the file as UTF-8, or read it "
+            f"{path}: word {i + 1:,}, {words[i][:30]!r}, is not UTF-8: write the file as UTF-8, or read it "
             "with invalid=skip or invalid=replace where there is that choice; or its first line names another width"
         )
     log.warning("%s: %s words were no UTF-8 (invalid=%s)", path, f"{len(bad):,}", policy)
@@ -139,7 +139,7 @@ def write(path: epath.PathLike, words: Sequence[str], matrix: np.ndarray, format
         encoded = word.encode(errors="surrogatepass")
         if encoded.split() != [encoded] or encoded.decode(errors="replace") != word:
             raise VectorsError(
-                f"{path}: {word!r} is empty, holds a blank or is no UTF-8: files of vectors take no such word"
+                f"{path}: {word!r} is empty, holds a blank or is not UTF-8: files of vectors take no such word"
             )
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")

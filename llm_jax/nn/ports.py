@@ -81,7 +81,7 @@ def check(declared: Any, params: Any) -> None:
         is_port = module in sublayers and name in PORTS
         if is_port if isinstance(node, PortNode) else f"{module}/{name}".lstrip("/") in read:
             continue
-        what = type(node).__name__ if weights.is_node(node) else f"{list(node.shape)} of numbers"
+        what = type(node).__name__ if weights.is_node(node) else f"an array of shape {list(node.shape)}"
         raise ValueError(
             f"no module reads {path} ({what}): it would change nothing. Ports are {', '.join(PORTS)} of "
             f"{', '.join(SUBLAYERS)}; everything else must be a parameter of the model"

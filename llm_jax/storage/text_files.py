@@ -196,6 +196,6 @@ class TextFile:
     def _refused(self, at: int, encoding: str, reason: str, line: int | None = None) -> TextFileError:
         where = self.name if line is None else f"{self.name}:{line}"
         said = "UTF-8" if encoding == "utf-8" else encoding
-        remedy = "convert it, or say its encoding where there is that choice (data.encoding, --encoding)"
-        some = f"latin-1, cp1252, utf-16-le, ...; {REPLACE} reads U+FFFD"
-        return TextFileError(f"{where} is no {said} ({reason} at byte {at}): {remedy}: {some}")
+        remedy = "convert it to UTF-8, or name its encoding where there is that choice (data.encoding, --encoding)"
+        some = f"latin-1, cp1252, utf-16-le, ...; {REPLACE!r} turns bad bytes into U+FFFD"
+        return TextFileError(f"{where} is not {said} ({reason} at byte {at}): {remedy}: {some}")

@@ -97,7 +97,7 @@ def test_likeness():
         (read_pairs, b"love\tsex\tmuch\n", ":1: expected two words and a score between tabs, not 'love"),
         (read_pairs, b"love\tsex\t1\t2\n", ":1: expected two words"),
         (read_pairs, b"# nothing\n", "holds no pair of words"),
-        (read_pairs, b"\xff\n", r"is no UTF-8 \(invalid start byte at byte 0\)"),
+        (read_pairs, b"\xff\n", r"is not UTF-8 \(invalid start byte at byte 0\)"),
         (read_questions, b"a b c d\n", ":1: expected ': section' before the first analogy, not 'a b c d'"),
         (read_questions, b": x\na b c\n", ":2: expected four words, not 'a b c'"),
         (read_questions, b": x\n", "holds no analogy"),

@@ -1,4 +1,4 @@
-"""Sentences as numbers: thresholds, ends, blanks, compression, and text that is no UTF-8."""
+"""Sentences as numbers: thresholds, ends, blanks, compression, and text that is not UTF-8."""
 
 import gzip
 
@@ -88,7 +88,7 @@ def test_no_utf8(file, policy, words):
 def test_only_line_feeds_end_lines(file):
     reader = Reader([file(b"a\rb\xff c\nd e\n")], "skip")
     assert read(reader)[0].words[3:] == ["d", "e"]
-    with pytest.raises(TextError, match="text.txt:1 is no UTF-8"):
+    with pytest.raises(TextError, match="text.txt:1 is not UTF-8"):
         read(Reader([file(b"a\rb\xff c\nd e\n")]))
 
 
@@ -102,7 +102,7 @@ def test_damaged_files(file, damage):
 @pytest.mark.parametrize(
     "data, options, words",
     [
-        (b"a\nb\xff\n", {}, "text.txt:2 is no UTF-8"),
+        (b"a\nb\xff\n", {}, "text.txt:2 is not UTF-8"),
         (b"", {}, "text.txt: no word in the corpus"),
         (b"\n \n", {}, "text.txt: no word in the corpus"),
         (b"", {"vocabulary": Vocabulary(["a"])}, "text.txt: no word in the corpus"),
@@ -134,7 +134,7 @@ def test_files_of_vocabularies(file):
     "data, words",
     [
         ("a\nthe 500\n", "text.txt:2: expected a word a line, without counts or blanks, not 'the 500'"),
-        (b"a\nb\xff\n", "text.txt:2 is no UTF-8"),
+        (b"a\nb\xff\n", "text.txt:2 is not UTF-8"),
         ("\n<s>\n", "text.txt names no word"),
         ("a\nb\na\n", "names 'a' twice"),
     ],

@@ -164,7 +164,7 @@ def test_other_encodings_are_said_or_refused(name, tmp_path):
     (tmp_path / name).write_text(text, "utf-8")
     want = list(documents(str(tmp_path)))
     (tmp_path / name).write_bytes(text.encode("latin-1"))
-    with pytest.raises(CorpusError, match=r"is no UTF-8 \(.* at byte \d+\): .* \(data.encoding, --encoding\)"):
+    with pytest.raises(CorpusError, match=r"is not UTF-8 \(.* at byte \d+\): .* \(data.encoding, --encoding\)"):
         list(documents(str(tmp_path)))
     assert list(documents(str(tmp_path), encoding="latin-1")) == want
     (replaced, *_) = documents(str(tmp_path), encoding="replace")

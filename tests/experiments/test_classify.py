@@ -207,7 +207,7 @@ def test_errors_and_warnings_name_what_classify_has(folder, tmp_path, caplog):
     (tmp_path / "twice.txt").write_text("good 1 2\nfilm 1 0\ngood 3 4\n")
     (tmp_path / "latin.txt").write_bytes("good 1 2\ncaf\xe9 3 4\n".encode("latin-1"))
     run = ("classify", "train", f"--data={folder}/train.tsv", "--model=cnn", "--filters=2", "--widths=1", "--epochs=1")
-    with pytest.raises(ValueError, match="is no UTF-8.*invalid=skip"):
+    with pytest.raises(ValueError, match="is not UTF-8.*invalid=skip"):
         call(*run, f"--out={tmp_path}/a", f"--vectors={tmp_path}/latin.txt")
     with pytest.raises(
         RuntimeError, match=f"start again in another folder than {tmp_path}/b, with a learning_rate below"

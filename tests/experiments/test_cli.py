@@ -78,8 +78,8 @@ MISTAKES = [
     ("finetune", (FINETUNE, "--model=x", "--config.lora.rankk=3"), "Did you mean rank instead of rankk?"),
     ("finetune", (FINETUNE,), "--model must have a value"),
     ("generate", ("--model=x", "--max_new_tokens=0"), "--max_new_tokens"),
-    ("evaluate", ("--model=x", "--next=caf\udce9"), "--next=caf?: is no UTF-8 at character 3"),
-    ("predict", ("--model=x", "--question=\ud83d"), "--question=?: is no UTF-8 at character 0"),
+    ("evaluate", ("--model=x", "--next=caf\udce9"), "--next=caf?: is not UTF-8 at character 3"),
+    ("predict", ("--model=x", "--question=\ud83d"), "--question=?: is not UTF-8 at character 0"),
     ("convert", ("--model=x",), "--out must have a value"),
     ("convert", ("--model=x", "--out=y", "--dtype=int3"), "--dtype=int3"),
 ]
@@ -334,7 +334,7 @@ def test_text_of_flags_and_files_has_one_encoding(folder, tmp_path, capsys):
     assert capsys.readouterr().out == want
     (tmp_path / "prompt.txt").write_bytes(b"ab\xe9")
     for given in (f"--prompt_file={tmp_path / 'prompt.txt'}", "--prompt=ab\udce9"):
-        with pytest.raises(ValueError, match=r"is no UTF-8 \(unexpected end of data at byte 2\): .*--encoding"):
+        with pytest.raises(ValueError, match=r"is not UTF-8 \(unexpected end of data at byte 2\): .*--encoding"):
             call("generate", *arguments, given)
         call("generate", *arguments, given, "--encoding=latin-1")
         assert capsys.readouterr().out.startswith("abé")

@@ -117,7 +117,7 @@ def test_words_that_are_no_utf8(tmp_path, format, caplog):
     path = tmp_path / "vectors"
     write(path, ["x", "good", "bad!"], matrix, format)
     path.write_bytes(path.read_bytes().replace(b"bad!", b"bad\xff"))
-    with pytest.raises(VectorsError, match=r"vectors: word 3, b'bad\\xff', is no UTF-8: write the file as UTF-8"):
+    with pytest.raises(VectorsError, match=r"vectors: word 3, b'bad\\xff', is not UTF-8: write the file as UTF-8"):
         read(path)
     words, again = read(path, invalid="skip")
     assert caplog.messages[-1].endswith("1 words were no UTF-8 (invalid=skip)")
@@ -220,10 +220,10 @@ def test_what_is_not_written(tmp_path, matrix):
         (WORDS, matrix[:, 0], "glove", r"8 words with a matrix \(8,\)"),
         (WORDS, bad, "glove", "the vector of '東京' holds numbers that are not finite"),
         (["a", "a"], matrix[:2], "glove", "vectors: 'a' stands twice"),
-        (["a", "b c"], matrix[:2], "word2vec", "'b c' is empty, holds a blank or is no UTF-8"),
+        (["a", "b c"], matrix[:2], "word2vec", "'b c' is empty, holds a blank or is not UTF-8"),
         (["a", ""], matrix[:2], "word2vec", "'' is empty, holds"),
         (["a", "b\n"], matrix[:2], "word2vec_binary", r"'b\\n' is empty, holds"),
-        (["a", "\ud800"], matrix[:2], "word2vec", "is no UTF-8"),
+        (["a", "\ud800"], matrix[:2], "word2vec", "is not UTF-8"),
         (WORDS, matrix, "csv", "format='csv' is none of"),
     ):
         with pytest.raises(VectorsError, match=text):

@@ -123,7 +123,7 @@ def test_every_entrance_checks(tmp_path):
         lambda: save_own(tmp_path, *decoder),
     ]
     for call in calls:
-        with pytest.raises(ValueError, match=r"no module reads spare/kernel \(\[2, 2\] of numbers\)"):
+        with pytest.raises(ValueError, match=r"no module reads spare/kernel \(an array of shape \[2, 2\]\)"):
             call()
     with pytest.raises(ValueError, match="spare/kernel have no place in that format"):
         save(tmp_path, *decoder)

@@ -34,11 +34,15 @@ def test_a_mark_wins_over_the_encoding_named(tmp_path):
 
 
 REFUSED = {
-    "latin-1": ("ab\ncafé\n".encode("latin-1"), None, r"a.txt:2 is no UTF-8 \(.* at byte 3\): convert it, or say"),
-    "UTF-16 without a mark": ("ab\n".encode("utf-16-le"), None, r"a.txt:1 is no UTF-8 \(a zero byte at byte 1\)"),
-    "half a pair": (b"\xff\xfea\0\0\xd8a\0", None, r"a.txt is no utf-16-le \(illegal UTF-16 surrogate at byte 4\)"),
-    "half a character": (b"\xff\xfea\0b", None, r"a.txt is no utf-16-le \(truncated data at byte 4\)"),
-    "another encoding": (b"ab\x81", "cp1252", r"a.txt is no cp1252 \(character maps to <undefined> at byte 2\)"),
+    "latin-1": (
+        "ab\ncafé\n".encode("latin-1"),
+        None,
+        r"a.txt:2 is not UTF-8 \(.* at byte 3\): convert it to UTF-8, or name",
+    ),
+    "UTF-16 without a mark": ("ab\n".encode("utf-16-le"), None, r"a.txt:1 is not UTF-8 \(a zero byte at byte 1\)"),
+    "half a pair": (b"\xff\xfea\0\0\xd8a\0", None, r"a.txt is not utf-16-le \(illegal UTF-16 surrogate at byte 4\)"),
+    "half a character": (b"\xff\xfea\0b", None, r"a.txt is not utf-16-le \(truncated data at byte 4\)"),
+    "another encoding": (b"ab\x81", "cp1252", r"a.txt is not cp1252 \(character maps to <undefined> at byte 2\)"),
     "no encoding": (b"ab", "latin-one", "encoding='latin-one' is no encoding that Python knows"),
     "no text encoding": (b"ab", "base64", "encoding='base64' is no encoding that Python knows"),
 }
