@@ -104,7 +104,7 @@ def define_accept_changed_data() -> flags.FlagHolder[Any]:
 
 
 class _Text(flags.ArgumentParser):
-    """Text for a model; the bytes of an argument that are no UTF-8 come as halves of surrogate pairs."""
+    """Text for a model; bytes of an argument that are not UTF-8 come as halves of surrogate pairs."""
 
     def parse(self, argument: str) -> str:
         """The argument; raises ValueError, which becomes one line."""

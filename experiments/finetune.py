@@ -46,7 +46,10 @@ def main() -> None:
         from llm_jax.interop import peft
 
         beside = config.run.training.trainable or ()
-        peft.save(f"{WORKDIR.value}/adapter", loaded.model, result.trained.params, MODEL.value or "", beside)
+        try:
+            peft.save(f"{WORKDIR.value}/adapter", loaded.model, result.trained.params, MODEL.value or "", beside)
+        except interop.InteropError as e:  # what was trained is in the checkpoint, and whole in merged/
+            log.warning("no adapter/ is written: %s; merged/ holds everything", e)
     print(report.numbers(result.trained, WORKDIR.value))
 
 

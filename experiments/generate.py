@@ -27,7 +27,7 @@ PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; stdin where neit
 PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File to continue.")
 ENCODING = cli.define_encoding()
 CHAT = flags.DEFINE_bool("chat", False, "Talk: one user turn per line, until end of input.")
-SYSTEM = flags.DEFINE_string("system", None, "System message of a chat; the template's own by default.")
+SYSTEM = cli.define_text("system", "System message of a chat; the template's own by default.")
 NEW = flags.DEFINE_integer("max_new_tokens", None, "Most tokens generated; 256 or what fits by default.", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
 TOP_K = flags.DEFINE_integer("top_k", 0, "Keep the k most probable tokens, 0 for all.")
@@ -37,7 +37,7 @@ REPETITION = flags.DEFINE_float("repetition_penalty", 1.0, "Above 1 discourages 
 PRESENCE = flags.DEFINE_float("presence_penalty", 0.0, "Subtracted once from the logits of generated tokens.")
 FREQUENCY = flags.DEFINE_float("frequency_penalty", 0.0, "Subtracted for every time a token was generated.")
 NO_REPEAT = flags.DEFINE_integer("no_repeat_ngram", 0, "No n-gram of this size twice, 0 for no limit.", lower_bound=0)
-STOP = flags.DEFINE_multi_string("stop", [], "Stop strings.")
+STOP = cli.define_texts("stop", "Stop strings.")
 SEED = flags.DEFINE_integer("seed", 0, "Same seed, same text.")
 WINDOW = flags.DEFINE_bool("sliding_window", False, "Go on past the context with a sliding window.")
 BEAMS = flags.DEFINE_integer("beams", 1, "Above 1: beam search instead of sampling.", lower_bound=1)
@@ -77,6 +77,8 @@ def main() -> None:
     apart = is_encoder_decoder(loaded.model)
     if apart and (CHAT.value or WINDOW.value):
         raise ValueError(f"{MODEL.value} is an encoder-decoder: it takes neither --chat nor --sliding_window")
+    if "" in STOP.value:
+        raise ValueError("--stop is empty: every output would end before it begins")
     stray = [f for f in SAMPLES if flags.FLAGS[f].present] if BEAMS.value > 1 else []
     stray += [f for f in SEARCHES if flags.FLAGS[f].present] if BEAMS.value == 1 else []
     if stray:

@@ -50,7 +50,7 @@ OUT = flags.DEFINE_string("out", None, "ARPA file (.arpa, .lm, with .gz compress
 MODEL = flags.DEFINE_string("model", None, "What train wrote, or any ARPA file.")
 TEXT = flags.DEFINE_string("text", None, "Files to score, a sentence a line; a pattern.")
 JSON_OUT = flags.DEFINE_string("json", None, "Write the numbers to this file.")
-AFTER = flags.DEFINE_string("after", "", "Words of a sentence so far.")
+AFTER = cli.define_text("after", "Words of a sentence so far.")
 TOP = flags.DEFINE_integer("top", 10, "How many of the most probable next words.", lower_bound=1)
 COUNT = flags.DEFINE_integer("count", 5, "How many sentences.", lower_bound=1)
 MAX_WORDS = flags.DEFINE_integer("max_words", 50, "Of a sentence.", lower_bound=1)
@@ -237,7 +237,7 @@ def score(model: Model) -> None:
 
 
 def _after() -> list[str]:
-    return [w.decode() for w in AFTER.value.encode().split()]  # at ASCII blanks, as texts
+    return [w.decode() for w in (AFTER.value or "").encode().split()]  # at ASCII blanks, as texts
 
 
 def following(model: Model) -> None:
@@ -251,7 +251,7 @@ def following(model: Model) -> None:
         print(f"{row['probability']:.5f} {row['word']}")
     if JSON_OUT.value:
         with open(JSON_OUT.value, "w") as f:
-            json.dump({"after": AFTER.value, "next": found}, f)
+            json.dump({"after": AFTER.value or "", "next": found}, f)
 
 
 def sample(model: Model) -> None:

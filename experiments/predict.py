@@ -79,7 +79,7 @@ def main() -> None:
     if loaded.tokenizer is None:
         raise ValueError(f"{MODEL.value} holds no tokenizer")
     if labels.kind_of(loaded.config) == "tokens":
-        inputs = [tuple(" ".join(x).split()) for x in inputs]
+        inputs = [tuple(word for word in " ".join(x).split(" ") if word) for x in inputs]
     full = [x for x in inputs if x]
     found = iter(labels.predict(loaded.model, loaded.params, loaded.tokenizer, full, LENGTH.value, BATCH.value))
     for words in inputs:

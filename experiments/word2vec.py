@@ -60,7 +60,7 @@ LIMIT = flags.DEFINE_integer("limit", None, "Read the first so many words only."
 TESTS = flags.DEFINE_string("tests", "../shared/data/word_similarity", "Folder of the test sets.")
 ANSWERS = flags.DEFINE_integer("answers", 300_000, "Analogies among the first so many words.", lower_bound=1)
 METHOD = flags.DEFINE_enum("method", "3cosadd", METHODS, "How analogies are scored.")
-WORD: flags.FlagHolder[Any] = flags.DEFINE_string("word", None, "Whose neighbours.")
+WORD = cli.define_text("word", "Whose neighbours.")
 WORDS = flags.DEFINE_list("words", [], "Of an analogy (a to b as c to what), or of a plot.")
 TOP = flags.DEFINE_integer("top", 10, "How many.", lower_bound=1)
 PLANE = flags.DEFINE_enum("plane", "pca", ["pca", "tsne"], "How the plot's plane is found.")

@@ -4,6 +4,7 @@ import json
 import pytest
 
 from llm_jax import config
+from llm_jax.training.optimizers import OptimizerConfig
 from llm_jax.training.run import RunConfig
 
 
@@ -45,6 +46,15 @@ def test_a_whole_run_round_trips_and_is_hashable():
     run = RunConfig()
     again = RunConfig.from_dict(json.loads(json.dumps(run.to_dict())))
     assert again == run and hash(again) == hash(run)
+
+
+@pytest.mark.parametrize("fields", [{"name": "lion", "eps": 0.5}, {"name": "adafactor", "b1": 0.0}, {"noam_dim": 64}])
+def test_a_setting_without_effect_reaches_its_refusal(fields):
+    """Through the door that flags and config files take."""
+    values = {**RunConfig().to_dict(), "optimizer": {**config.to_dict(OptimizerConfig()), **fields}}
+    with pytest.raises(config.ConfigError, match="has no effect with name="):
+        RunConfig.from_dict(values)
+    assert RunConfig.from_dict({"optimizer": {"name": "adamw", "final_ratio": 0.0}}).optimizer.final_ratio == 0.0
 
 
 def test_missing_fields_take_defaults_and_integers_become_floats():

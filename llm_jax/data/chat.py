@@ -26,6 +26,7 @@ PLAIN_TEMPLATE = (
     "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### assistant\\n' }}{% endif %}"
 )
+CHATS = ("messages", "conversations")  # fields that tables may keep as JSON text
 REASONING = (
     "reasoning_content",
     "thinking",
@@ -127,6 +128,7 @@ class _NoChat(ValueError):
 
 
 def _messages(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    record = {name: _parsed(value, name) if name in CHATS else value for name, value in record.items()}
     if isinstance(record.get("messages"), list):
         turns = record["messages"]
     elif isinstance(record.get("conversations"), list):
@@ -174,13 +176,17 @@ def _check_turn(turn: Any, where: str) -> None:
         raise _NoChat(f"the content of {where} is neither text nor a list of parts, and there are no tool_calls")
 
 
-def _objects(record: Mapping[str, Any], name: str) -> list[dict[str, Any]] | None:
-    """A field of objects (tools, documents), which tables keep as JSON text; None where it is empty."""
-    value = record.get(name)
+def _parsed(value: Any, name: str) -> Any:
+    """A field that a table keeps as JSON text."""
     try:
-        value = json.loads(value) if isinstance(value, str) and value.strip() else value
+        return json.loads(value) if isinstance(value, str) and value.strip() else value
     except ValueError as e:
         raise _NoChat(f"{name} is no JSON: {e}") from e
+
+
+def _objects(record: Mapping[str, Any], name: str) -> list[dict[str, Any]] | None:
+    """A field of objects (tools, documents), which tables keep as JSON text; None where it is empty."""
+    value = _parsed(record.get(name), name)
     if not value:
         return None
     if not isinstance(value, list) or not all(isinstance(x, dict) for x in value):
@@ -216,7 +222,7 @@ def encode_chat(
         if not after.startswith(before) or not text.startswith(after):
             raise TokenizerError("the chat template does not render turns one after the other; cannot find the spans")
         spans.append((len(before), len(after.rstrip("\n"))))
-    encoded = tokenizer.backend.encode(text, add_special_tokens=False)
+    encoded = tokenizer.encoding(text)
     inside = lambda start: any(a <= start < b for a, b in spans)
     return Example(encoded.ids, [int(inside(start)) for start, _ in encoded.offsets])
 

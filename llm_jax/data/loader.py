@@ -64,7 +64,8 @@ class Loader:
             batch, place = divmod(index, len(positions))
             return rows[batch * batch_size + positions[place]]
 
-        mine = grain.MapDataset.range(len(rows) // batch_size * len(positions)).map(row).batch(len(positions))
+        mine = rows if len(positions) == batch_size else grain.MapDataset.range(len(rows) // count).map(row)
+        mine = mine.batch(len(positions))
         self._iterator = iter(mine.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:

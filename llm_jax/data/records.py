@@ -85,7 +85,7 @@ def kind_of(path: epath.Path) -> str | None:
 
 
 def _ending(path: epath.Path) -> str:
-    return epath.Path(path.name.removesuffix(".gz").removesuffix(".zst")).suffix
+    return epath.Path(path.name.lower().removesuffix(".gz").removesuffix(".zst")).suffix
 
 
 def read_file(
@@ -152,12 +152,16 @@ def _json_line(name: str, file: TextFile, line: bytes, bad: BadRows, text_field:
     except (ValueError, RecursionError) as e:
         bad.add(name, f"no JSON ({' '.join(str(e).split())[:200]})")
         return
-    yield from _json_row(name, row, text, bad, text_field)
+    yield from _json_row(name, row, _escapes_surrogates(text), bad, text_field)
 
 
-def _json_row(name: str, row: Any, source: str, bad: BadRows, text_field: str) -> Iterator[Document]:
+def _escapes_surrogates(source: str) -> bool:
+    return "\\ud" in source or "\\uD" in source
+
+
+def _json_row(name: str, row: Any, escapes: bool, bad: BadRows, text_field: str) -> Iterator[Document]:
     """A parsed row; JSON can escape half a surrogate pair, which is no character and breaks every tokenizer."""
-    if "\\ud" in source or "\\uD" in source:
+    if escapes:
         try:
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError as e:
@@ -171,7 +175,7 @@ def _json(path: epath.Path, file: TextFile, bad: BadRows, text_field: str) -> It
 
     A record's name ends in its number.
     """
-    lines = ((number, line) for number, line in file.byte_lines() if line.strip())
+    lines: Iterator[tuple[int, bytes]] = ((n, line) for n, line in file.byte_lines() if line.strip())
     number, first = next(lines, (0, b""))
     if not first:
         return
@@ -179,7 +183,9 @@ def _json(path: epath.Path, file: TextFile, bad: BadRows, text_field: str) -> It
         alone = json.loads(file.decode(first))
     except (ValueError, RecursionError):
         alone = None  # its first line is not all of it
-    if isinstance(alone, dict) and not isinstance(alone.get("data"), list):
+    second = next(lines, None)
+    lines = itertools.chain([] if second is None else [second], lines)
+    if isinstance(alone, dict) and (second is not None or not isinstance(alone.get("data"), list)):
         for n, line in itertools.chain([(number, first)], lines):
             yield from _json_line(f"{path}:{n}", file, line, bad, text_field)
         return
@@ -194,8 +200,9 @@ def _json(path: epath.Path, file: TextFile, bad: BadRows, text_field: str) -> It
         value = value["data"] if isinstance(value.get("data"), list) else [value]
     if not isinstance(value, list):
         raise CorpusError(f"{path} holds a JSON {type(value).__name__}, no list of records")
+    escapes = _escapes_surrogates(text)  # of the whole file, once
     for number, row in enumerate(value, 1):
-        yield from _json_row(f"{path}:{number}", row, text, bad, text_field)
+        yield from _json_row(f"{path}:{number}", row, escapes, bad, text_field)
 
 
 def _names(path: epath.Path, names: list[str]) -> list[str]:
@@ -286,6 +293,13 @@ def _conll(path: epath.Path, file: TextFile, bad: BadRows, universal: bool = Fal
         yield Document(name, " ".join(record["FORM" if universal else "1"]), record)
 
 
+def _without_nulls(value: Any) -> Any:
+    """A nested value without the members that are null: a column of objects has all members of all its rows."""
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
 def _parquet(path: epath.Path, file: TextFile, bad: BadRows, text_field: str) -> Iterator[Document]:
     """A record a row; nested columns are lists and objects, as in JSON."""
     try:
@@ -295,7 +309,8 @@ def _parquet(path: epath.Path, file: TextFile, bad: BadRows, text_field: str) ->
     try:
         with path.open("rb") as f:
             table = pq.ParquetFile(f, buffer_size=BLOCK, pre_buffer=False)  # else a row group is held as a whole
-            rows = (row for batch in table.iter_batches(ROWS) for row in batch.to_pylist())
+            batches = (batch.to_pylist() for batch in table.iter_batches(ROWS))
+            rows = ({k: _without_nulls(v) for k, v in row.items()} for batch in batches for row in batch)
             for number, row in enumerate(rows, 1):
                 yield from _record(f"{path}:{number}", row, bad, text_field)
     except Exception as e:

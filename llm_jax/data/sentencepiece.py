@@ -283,7 +283,7 @@ def read_json(file: epath.Path) -> dict[str, Any]:
       TokenizerError: if there is none.
     """
     try:
-        values = json.loads(file.read_text())
+        values = json.loads(file.read_text("utf-8-sig"))
     except ValueError as e:
         raise TokenizerError(f"{file} is no JSON: {e}") from e
     if not isinstance(values, dict):

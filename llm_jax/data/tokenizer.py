@@ -3,9 +3,10 @@
 The work is done by the `tokenizers` library, or `sentencepiece`.
 """
 
+import contextlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,6 +98,15 @@ def check_ids(ids: Any, rows: int, tokenizer: "Tokenizer | None" = None) -> None
     )
 
 
+@contextlib.contextmanager
+def _whole_characters() -> Iterator[None]:
+    """Says what the libraries' errors mean that a text with half a surrogate pair gets."""
+    try:
+        yield
+    except (TypeError, UnicodeEncodeError) as e:
+        raise TokenizerError(f"the text holds half a surrogate pair, which is no character ({e})") from e
+
+
 class Tokenizer:
     """A `tokenizers.Tokenizer`, or SentencePiece models, with the special ids that models need.
 
@@ -172,7 +182,16 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; special tokens written in it are recognised, none are added."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self.encoding(text).ids
+
+    def encoding(self, text: str) -> Any:
+        """The library's encoding of a text, without special tokens: ids, and where in the text each comes from.
+
+        Raises:
+          TokenizerError: for half a surrogate pair, which is no character.
+        """
+        with _whole_characters():
+            return self.backend.encode(text, add_special_tokens=False)
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a text that a language model continues: what the rule puts in front, and the text."""
@@ -180,7 +199,8 @@ class Tokenizer:
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of whole texts, with all that the rule puts around them."""
-        return [e.ids for e in self.backend.encode_batch_fast(list(texts))]
+        with _whole_characters():
+            return [e.ids for e in self.backend.encode_batch_fast(list(texts))]
 
     def encode_source(self, text: str) -> list[int]:
         """Ids of a text as an encoder-decoder reads it, with its end."""
@@ -194,7 +214,8 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of several texts, in parallel."""
-        return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with _whole_characters():
+            return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def batch(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None, length: int | None = None

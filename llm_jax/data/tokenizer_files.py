@@ -98,7 +98,10 @@ def _parsed(file: epath.Path) -> tokenizers.Tokenizer:
 
 def _extra(settings: Mapping[str, Any]) -> Any:
     """Further special tokens: a list of them, or an object that names them."""
-    return next((settings[key] for key in EXTRA if settings.get(key)), [])
+    name, value = next(((key, settings[key]) for key in EXTRA if settings.get(key)), ("", []))
+    if not isinstance(value, (list, Mapping)):
+        raise TokenizerError(f"{name}={value!r} must be a list of tokens, or an object that names them")
+    return value
 
 
 def _named(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -157,9 +160,9 @@ def _eos_ids(backend: Any, folder: epath.Path, settings: Mapping[str, Any], name
     """What ends a text, from all places; the tokenizer's own first, because it separates documents."""
     entries = [spelling(place.get("eos_token")) for place in (settings, named)]
     found = [backend.token_to_id(entry) for entry in entries if entry is not None]
-    found += settings.get("eos_token_ids", [])
-    for name in ("generation_config.json", "config.json"):
-        value = _read(folder / name).get("eos_token_id")
+    places = {"tokenizer_config.json": settings.get("eos_token_ids")}
+    places |= {name: _read(folder / name).get("eos_token_id") for name in ("generation_config.json", "config.json")}
+    for name, value in places.items():
         ids = value if isinstance(value, list) else [value]
         if any(i is not None and (isinstance(i, bool) or not isinstance(i, int)) for i in ids):
             raise TokenizerError(f"{folder / name}: eos_token_id={value!r} is neither an id nor a list of ids")

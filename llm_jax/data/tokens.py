@@ -21,7 +21,7 @@ from etils import epath
 
 from llm_jax.data.corpora import BadRows, CorpusError, Document, documents, file_digests, fingerprint, split_of
 from llm_jax.data.tokenizers import Tokenizer, TokenizerError, check_ids
-from llm_jax.storage import digests
+from llm_jax.storage import digests, locks
 from llm_jax.storage.digests import FileDigest
 
 log = logging.getLogger(__name__)
@@ -162,25 +162,52 @@ def build(
         pass
     except (ValueError, OSError, KeyError, TypeError) as e:
         log.warning("token cache %s is damaged (%s); building it again", folder, e)
-    working = epath.Path(f"{folder}.{uuid.uuid4().hex}.tmp")
-    working.mkdir(parents=True)
     read_as = {"text_field": text_field, "group": group, "layout": layout, "encoding": encoding}
     encode = encode or plain_text(tokenizer, framed, text_field)
-    _write(source, tokenizer, working, validation_share, encode, split, read_as)
-    if changed := [path for path, file in sources.items() if file[:4] != digests.stamp(path)]:
-        shutil.rmtree(working, ignore_errors=True)
-        raise CorpusError(f"{changed[0]} changed while it was tokenized: run again when it is complete")
+    with _alone(folder):
+        with contextlib.suppress(ValueError, OSError, KeyError, TypeError):
+            return _open(folder, sources, verify)  # another process filled it meanwhile
+        working = epath.Path(f"{folder}.{uuid.uuid4().hex}.tmp")
+        working.mkdir(parents=True)
+        try:
+            _write(source, tokenizer, working, validation_share, encode, split, read_as)
+            if changed := [path for path, file in sources.items() if file[:4] != digests.stamp(path)]:
+                raise CorpusError(f"{changed[0]} changed while it was tokenized: run again when it is complete")
+            _put(working, folder, sources, verify)
+        finally:
+            shutil.rmtree(working, ignore_errors=True)
+    return _open(folder, sources)
+
+
+@contextlib.contextmanager
+def _alone(folder: epath.Path) -> Iterator[None]:
+    """While no other process fills the same cache, where the file system has locks; one that waits says so."""
+    lock, file = None, folder.with_name(f"{folder.name}.lock")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):  # without locks two processes build it, and one of the two is kept
+        try:
+            lock = locks.hold(file)
+        except BlockingIOError:
+            log.info("waiting for another process that fills the token cache %s", folder)
+            lock = locks.hold(file, wait=True)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            file.unlink(missing_ok=True)
+            lock.close()
+
+
+def _put(working: epath.Path, folder: epath.Path, sources: Mapping[str, FileDigest], verify: bool) -> None:
+    """Gives a finished cache its name, unless a whole one has it already."""
     try:
         working.rename(folder)
     except OSError:  # there is one: a damaged one, or that of another process that was faster
         try:
-            return _open(folder, sources, verify)
+            _open(folder, sources, verify)
         except Exception:
             shutil.rmtree(folder, ignore_errors=True)
             working.rename(folder)
-        finally:
-            shutil.rmtree(working, ignore_errors=True)
-    return _open(folder, sources)
 
 
 def _checked(cache: epath.PathLike) -> dict[str, FileDigest]:

@@ -157,7 +157,7 @@ def give_rule(backend: tokenizers.Tokenizer, kind: str | None, settings: Mapping
 
 
 def _listed(folder: epath.Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    lines = (folder / LISTED).read_text().split("\n")
+    lines = (folder / LISTED).read_text("utf-8-sig").split("\n")
     vocab = {line.rstrip(): i for i, line in enumerate(lines) if line or i + 1 < len(lines)}
     backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token=spelling(settings["unk_token"])))
     backend.normalizer = normalizers.BertNormalizer(
@@ -173,8 +173,14 @@ def _listed(folder: epath.Path, settings: Mapping[str, Any]) -> tokenizers.Token
 
 def _merging(folder: epath.Path, kind: str, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
     vocab = read_json(folder / MERGED[0])
-    lines = (folder / MERGED[1]).read_text().split("\n")
-    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    lines = (folder / MERGED[1]).read_text("utf-8-sig").split("\n")
+    merges: list[tuple[str, str]] = []
+    for number, line in enumerate(lines, 1):
+        first, _, second = line.rstrip(" \r").partition(" ")
+        if first and not line.startswith("#version"):
+            if not second or " " in second:
+                raise ValueError(f"{MERGED[1]}:{number} is no pair of entries: {line[:50]!r}")
+            merges.append((first, second))
     if kind == "openai":
         model = models.BPE(vocab, merges, unk_token=spelling(settings["unk_token"]), end_of_word_suffix="</w>")
         backend = tokenizers.Tokenizer(model)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from llm_jax.nn import paths, weights
+from llm_jax.nn.attend import drop
 from llm_jax.nn.weights import Axes, Weight
 
 TRAINABLE = ("*/a", "*/b")
@@ -85,8 +86,7 @@ class Lora(Weight):
         """`x @ base + scale * (x @ a) @ b`: W + A B is never formed, that would cost the full weight gradient."""
         y = weights.matmul(x, self.base, key)
         if key is not None and self.dropout > 0:
-            keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
-            x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
+            x = drop(x, self.dropout, key)
         return y + weights.scaled(weights.matmul(weights.matmul(x, self.a), self.b), self.scale)
 
     def matmul_t(self, x: jax.Array) -> jax.Array:

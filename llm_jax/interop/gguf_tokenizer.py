@@ -3,6 +3,7 @@
 Source: llama.cpp's `llama_vocab::impl::load` for what a missing entry means.
 """
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from llm_jax.data import vocabularies
 from llm_jax.data.tokenizer import Rule, Tokenizer, set_rule
 from llm_jax.interop.names import InteropError
 
+log = logging.getLogger(__name__)
 # names of one way to cut texts; llama.cpp looks a whole word up before it merges, and puts a begin token in front
 _LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral")
 _QWEN2 = ("qwen2", "deepseek-r1-qwen")
@@ -56,9 +58,13 @@ def tokenizer_of(metadata: Mapping[str, Any]) -> Tokenizer | None:
         "pad": metadata.get("tokenizer.ggml.padding_token_id"),
     }
     found = {name: int(index) for name, index in ids.items() if index is not None}
-    wrong = next((name for name, index in found.items() if not 0 <= index < len(tokens)), None)
-    if wrong is not None:
-        raise InteropError(f"the GGUF's {wrong} token has the id {found[wrong]}, it has {len(tokens)} entries")
+    for name in [name for name, index in found.items() if not 0 <= index < len(tokens)]:
+        if name in ("bos", "eos"):
+            raise InteropError(f"the GGUF's {name} token has the id {found[name]}, it has {len(tokens)} entries")
+        log.warning(
+            "the GGUF's %s token has the id %d, beyond its %d entries: left out", name, found[name], len(tokens)
+        )
+        del found[name]
     usual = kind == "llama" or metadata.get("tokenizer.ggml.pre") in _LLAMA3  # where the file does not say it
     adds = {
         "bos": metadata.get("tokenizer.ggml.add_bos_token", usual),

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.core import meta
 
 from llm_jax.nn import ports, weights
 
@@ -23,4 +24,4 @@ def check(model: Any, params: Any) -> None:
     Raises:
       ValueError: naming the path.
     """
-    ports.check(declared(model.config)[0], params)
+    ports.check(declared(model.config)[0], meta.unbox(params))

@@ -130,7 +130,7 @@ def scores(q_BTNH, k_BSKH, mask, slopes_N, bias_BNTS, scale, products=_Plain):
 def drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
     """`x` with a share `rate` set to zero and the rest divided by 1 - rate."""
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+    return jnp.where(keep, weights.wide(x) / (1 - rate), 0).astype(x.dtype)
 
 
 def _reference(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale, rate=0.0, key=None, products=_Plain):

@@ -133,7 +133,8 @@ class TextFile:
         if codecs.lookup(encoding).name in ("utf-8", "utf-8-sig"):
             yield from (block for block in rest if block)
             return
-        decoder, taken = codecs.getincrementaldecoder(encoding)(), len(mark)
+        errors = "replace" if self.encoding == REPLACE else "strict"
+        decoder, taken = codecs.getincrementaldecoder(encoding)(errors), len(mark)
         for block, is_last in itertools.chain(((block, False) for block in rest), [(b"", True)]):
             taken += len(block)
             try:

@@ -23,13 +23,13 @@ from llm_jax.objectives.labels import Labels
 from llm_jax.objectives.masked_lm import MaskedLM
 from llm_jax.objectives.permutation_lm import PermutationLM
 from llm_jax.objectives.seq2seq import Seq2Seq
-from llm_jax.storage import locks
 from llm_jax.storage.digests import FileDigest, digest_files
 from llm_jax.storage.text_files import check_encoding
 from llm_jax.training.workdir import has_checkpoint
 
 log = logging.getLogger(__name__)
 SENTINELS = 100  # entries that a tokenizer trained for span corruption keeps free, as T5's
+TOKENIZER_FILES = (".json", ".jinja", ".txt", ".model", ".spm")  # of a folder; what its tokenizer may be read from
 COUNTED = 64  # batches whose labels say what knowing only their frequencies gives
 
 
@@ -141,7 +141,8 @@ def data_digests(data: DataConfig, stored: Mapping[str, FileDigest] | None = Non
             found |= corpora.file_digests(source, data.layout, known)
     if data.tokenizer is not None:
         path = epath.Path(data.tokenizer)
-        found |= digest_files([p for p in (path, path / "tokenizer.json") if p.is_file()], known)
+        files = [p for p in path.iterdir() if p.name.endswith(TOKENIZER_FILES)] if path.is_dir() else [path]
+        found |= digest_files([p for p in files if p.is_file()], known)
     return found
 
 
@@ -390,23 +391,21 @@ def get_rows(
     data = config.data
     if isinstance(config.objective, Labels):
         return _labeled_rows(config, tokenizer)
-    cache = epath.Path(data.cache or workdir / "tokens")
+    cache = data.cache or workdir / "tokens"
     if data.fields:
         encode, kind = pairs.encode_pairs(tokenizer, data.fields), f"pairs {data.fields}"
         end = () if tokenizer.separator is None else (tokenizer.separator,)
         kind += f" {tokenizer.rule}" if tokenizer.rule not in (((), ()), ((), end)) else ""  # older caches lack it
     elif encode is not None:
         kind += f" {tokenizer.special_tokens} {tokenizer.tool_template}"  # what chats are written with, too
-    cache.mkdir(parents=True, exist_ok=True)
-    with locks.hold(cache / ".lock", wait=True):  # of the processes that share the folder one fills it
-        stores = tokens.build(
-            *(data.source, tokenizer, cache, data.validation_share, encode, kind),
-            split=data.split,
-            **data.read_as,
-            stored=stored,
-            verify=data.verify,
-            framed=isinstance(config.objective, CausalLM),
-        )
+    stores = tokens.build(
+        *(data.source, tokenizer, cache, data.validation_share, encode, kind),
+        split=data.split,
+        **data.read_as,
+        stored=stored,
+        verify=data.verify,
+        framed=isinstance(config.objective, CausalLM),
+    )
     held = stores["validation"]
     for store in stores.values():
         tokens.check_store(tokenizer, config.model.vocab_size, store)

@@ -8,15 +8,18 @@ import logging
 import math
 import types
 import warnings
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
 from llm_jax import config as configs
 from llm_jax.data import tokenizers, tokens
+from llm_jax.data.corpora import CorpusError
 from llm_jax.data.loader import Loader, eval_batches
 from llm_jax.models import registry
 from llm_jax.models.gpt import GPTConfig
@@ -29,7 +32,7 @@ from llm_jax.objectives.permutation_lm import PermutationLM
 from llm_jax.objectives.seq2seq import Seq2Seq
 from llm_jax.parallel import offload, processes
 from llm_jax.parallel.plan import Plan, PlanConfig
-from llm_jax.storage.checkpoints import Checkpoints
+from llm_jax.storage.checkpoints import CheckpointError, Checkpoints
 from llm_jax.storage.digests import FileDigest
 from llm_jax.training import flops, metrics
 from llm_jax.training.loop import NEXT_TOKEN, LoopConfig, run_loop, summarize
@@ -46,7 +49,7 @@ from llm_jax.training.rows import (
     get_tokenizer,
 )
 from llm_jax.training.state import TrainState
-from llm_jax.training.workdir import Workdir, todays
+from llm_jax.training.workdir import Workdir, WorkdirError, todays
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +71,8 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunConfig":
-        """Undoes `to_dict`, also of earlier versions; raises ConfigError on anything unknown."""
-        rest = dict(todays(values))
+        """Undoes `to_dict`; raises ConfigError on anything unknown."""
+        rest = dict(values)
         model = registry.from_dict(rest.pop("model", {"family": "gpt"}))
         return dataclasses.replace(configs.from_dict(cls, rest), model=model)
 
@@ -158,6 +161,29 @@ def _settle_data(config: RunConfig, claimed: Workdir, accept: bool) -> dict[str,
     return found
 
 
+def _check_same_rows(rows: Any) -> None:
+    """Refuses a job whose processes read different corpora: their batches would not be parts of one."""
+    if jax.process_count() == 1:
+        return
+    ends = b"".join(np.ascontiguousarray(v).tobytes() for i in (0, len(rows) - 1) for v in rows[i].values())
+    seen = np.asarray(multihost_utils.process_allgather(np.array([len(rows), zlib.crc32(ends)], np.uint32)))
+    if (seen != seen[0]).any():
+        counts = ", ".join(f"{int(n):,}" for n in seen[:, 0])
+        raise CorpusError(f"the processes read different data (rows: {counts}): put the same corpus on every host")
+
+
+def _settle_rule(tokenizer: tokenizers.Tokenizer, workdir: epath.Path, accept: bool) -> None:
+    """Refuses to resume a run whose rows lacked what the tokenizer puts around a text: earlier versions left it out."""
+    begin, end = tokenizer.rule
+    if not begin and end in ((), (tokenizer.separator,)):
+        return
+    around = " and ".join(repr(tokenizer.token(i)) for i in (*begin, *end))
+    said = f"rows of the run in {workdir} lack {around}, which its tokenizer puts around a text"
+    if not accept:
+        raise WorkdirError(f"{said}: --accept_changed_data resumes with it; or choose another --workdir")
+    log.warning("%s; from here on they have it", said)
+
+
 def _train(config, claimed, params, adapt, tokenizer, encode, kind, restore_step, whole, accept):
     c, workdir = config.training, claimed.path
     limit = getattr(config.model, "context_length", None)
@@ -170,8 +196,11 @@ def _train(config, claimed, params, adapt, tokenizer, encode, kind, restore_step
     def prepare():
         if jax.process_index():
             return tokenizer or tokenizers.load(workdir), None
+        unsaid = claimed.began_before_digests()
         stored = _settle_data(config, claimed, accept)
         own = tokenizer or get_tokenizer(config, workdir)
+        if unsaid and encode is None and isinstance(config.objective, CausalLM):
+            _settle_rule(own, claimed.path, accept)
         own.save(workdir)
         return own, stored
 
@@ -179,6 +208,7 @@ def _train(config, claimed, params, adapt, tokenizer, encode, kind, restore_step
     read = lambda: get_rows(config, tokenizer, workdir, encode, kind, stored)
     # a folder of its own on every host is filled by all hosts at once, the work directory's by the first process
     rows = read() if config.data.cache else _first_process_first("tokens", read)
+    _check_same_rows(rows.train)
     loader = Loader(rows.train, c.batch_size, c.seed, *plan.data_blocks(), shuffle=not carries(config.objective))
 
     program = build(config, plan, tokenizer.role("mask"), params, adapt, workdir / "on_disk")
@@ -243,7 +273,13 @@ def run_program(
         _release(params)
     else:
         _release(params)
-        restored = checkpoints.restore(shapes, restore_step, shardings)
+        try:
+            restored = checkpoints.restore(shapes, restore_step, shardings)
+        except CheckpointError as e:
+            if config.optimizer.name == "muon" and "opt_state" in str(e):
+                hint = f"start a new --workdir from its parameters (experiments.finetune --model={workdir})"
+                raise CheckpointError(f"{e}; Muon of earlier versions took output layers too: {hint}") from e
+            raise
         state = restored.state
         loader.restore(restored.run["data"])
         log.info("resuming from step %d", restored.step)
@@ -309,7 +345,7 @@ def evaluate_rows(
 
 
 def load_config(workdir: epath.PathLike) -> RunConfig:
-    """The config that a run left in its work directory."""
+    """The config that a run left in its work directory, also one of an earlier version."""
     file = epath.Path(workdir) / "config.json"
     if not file.exists():
         raise configs.ConfigError(f"{workdir} holds no run: config.json is missing")
@@ -317,4 +353,4 @@ def load_config(workdir: epath.PathLike) -> RunConfig:
         values = dict(json.loads(file.read_text()))
     except (ValueError, TypeError) as e:
         raise configs.ConfigError(f"{file} is damaged ({e}); the run's own command writes it again") from e
-    return RunConfig.from_dict(values)
+    return RunConfig.from_dict(todays(values))

@@ -11,7 +11,7 @@ from etils import epath
 from llm_jax.storage import digests, locks
 from llm_jax.storage.checkpoints import CheckpointError, Checkpoints
 from llm_jax.storage.digests import FileDigest
-from llm_jax.training.optimizers import unread
+from llm_jax.training.optimizers import OptimizerConfig, unread
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def todays(run: dict[str, Any]) -> dict[str, Any]:
     """
     model, objective, optimizer = run.get("model"), run.get("objective"), run.get("optimizer")
     if isinstance(optimizer, dict) and "name" in optimizer:
-        ignored = unread(optimizer["name"], optimizer.get("schedule", ""))
+        ignored = unread(optimizer["name"], optimizer.get("schedule", OptimizerConfig.schedule))
         run = {**run, "optimizer": {k: v for k, v in optimizer.items() if k not in ignored}}
     if not isinstance(model, dict) or "both_ways" not in model:
         return run
@@ -102,7 +102,8 @@ class Workdir:
             names = sorted({k for k, _ in old.items() ^ new.items() if not k.startswith(FREE)})
             if names:
                 shown = ", ".join(f"{n}: {old.get(n)} -> {new.get(n)}" for n in names[:5])
-                raise WorkdirError(f"{self.path} holds a run with another config ({shown}); choose another --workdir")
+                remedy = "choose another --workdir, or set these fields back"
+                raise WorkdirError(f"{self.path} holds a run with another config ({shown}); {remedy}")
         if jax.process_index() == 0:  # under another name first: a kill leaves the old file or the new one
             part = self.path / "config.json.part"
             part.write_text(json.dumps(config, indent=2) + "\n")
@@ -125,6 +126,10 @@ class Workdir:
         if not isinstance(found, dict):
             raise WorkdirError(f"{file} is missing or damaged, and the newest checkpoint holds no config")
         return found
+
+    def began_before_digests(self) -> bool:
+        """Whether an earlier version began the run here, which stored no digests of its data."""
+        return has_checkpoint(self.path) and not (self.path / "data.json").exists()
 
     def known_data(self) -> dict[str, FileDigest]:
         """Digests of the data files that the run read; empty for a run that stored none.
@@ -159,9 +164,9 @@ class Workdir:
 
 
 def _changes(before: Mapping[str, FileDigest], after: Mapping[str, FileDigest]) -> str:
-    """What differs, in words; the first few files. Files that only moved, in the same order, are the same data."""
-    in_order = lambda files: [files[path].digest for path in sorted(files)]
-    if in_order(before) == in_order(after):
+    """What differs, in words; the first few files. Files of the same names that only moved are the same data."""
+    named = lambda files: sorted((epath.Path(path).name, file.digest) for path, file in files.items())
+    if named(before) == named(after):
         return ""
     found = [f"{path} is gone" for path in before if path not in after]
     found += [f"{path} is new" for path in after if path not in before]

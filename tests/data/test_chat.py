@@ -164,6 +164,8 @@ RECORDS = [
     ({"conversations": ["q"]}, None),
     ({"conversations": [{"from": ["human"], "value": "q"}]}, None),
     ({"prompt": "q", "completion": 3}, None),
+    ({"messages": json.dumps([U, A])}, [U, A]),  # a table's column
+    ({"messages": "q: a"}, None),
     ({"text": "q"}, None),
     ({}, None),
 ]

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from llm_jax.data import chat, labeled, pairs, tokenizers
+from llm_jax.data import records as data_records
 from llm_jax.data.corpora import BadRows, CorpusError, documents
 from llm_jax.data.tokens import plain_text
 from llm_jax.storage import text_files
@@ -94,6 +95,30 @@ def test_parquet_rows_are_used_like_those_of_json_lines(tmp_path):
         assert bad.count == 2
         assert bad.first == f"{path}:1: no text in field 'text' (data.text_field), only {fields}"
     assert found["parquet"] == found["jsonl"] and all(map(len, found["jsonl"][0]))
+
+
+def test_columns_of_objects_lack_what_a_row_lacks(tmp_path):
+    """Arrow gives every object of a column all members of all rows, the others null."""
+    rows = [{"call": {"city": "x"}, "calls": [{"a": 1}, {"b": [None, 2]}]}, {"call": {"unit": "c"}, "calls": []}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert records(str(tmp_path / "a.parquet")) == rows
+
+
+def test_json_is_searched_once_a_file(tmp_path, monkeypatch):
+    """For half surrogate pairs; once a row it would take time by the square of the rows."""
+    seen, search = [], data_records._escapes_surrogates
+    monkeypatch.setattr(data_records, "_escapes_surrogates", lambda text: seen.append(len(text)) or search(text))
+    rows = [{"text": "a" * 50} for _ in range(20)]
+    for name, text in {"a.json": json.dumps(rows), "b.jsonl": "".join(json.dumps(r) + "\n" for r in rows)}.items():
+        (tmp_path / name).write_text(text)
+        seen.clear()
+        assert records(str(tmp_path / name)) == rows and sum(seen) <= len(text)
+
+
+def test_lines_with_a_list_of_data_are_lines(tmp_path):
+    rows = [{"data": [1], "text": "a"}, {"data": [], "text": "b"}]
+    (tmp_path / "A.JSON").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert records(str(tmp_path / "A.JSON")) == rows
 
 
 SENTENCES = [("Ann", "slept"), ("Bob",), ("Cy", "ate", "it")]

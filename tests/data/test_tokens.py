@@ -2,6 +2,8 @@
 
 import json
 import os
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -225,3 +227,47 @@ def test_errors_are_one_line(source, tokenizer, tmp_path):
         assert message in str(error.value) and "\n" not in str(error.value)
     tokens.check_vocabulary(tokenizer, tokenizer.vocab_size)
     assert split_of(Document("a", "x"), 0.0) == "train"
+
+
+def test_who_waits_for_a_cache_says_so_and_reads_it(source, tokenizer, tmp_path, monkeypatch, caplog):
+    cache, builds, write = tmp_path / "cache", [], tokens._write
+
+    def build(*args):
+        """As long as one process builds it another one waits, and builds nothing."""
+        builds.append(threading.Thread(target=tokens.build, args=(source, tokenizer, cache)))
+        if len(builds) == 1:
+            builds[0].start()
+            while "waiting for another process that fills the token cache" not in caplog.text:
+                time.sleep(0.01)
+        write(*args)
+
+    monkeypatch.setattr(tokens, "_write", build)
+    with caplog.at_level("INFO"):
+        tokens.build(source, tokenizer, cache)
+        builds[0].join()
+    assert len(builds) == 1 and len([p for p in cache.iterdir() if p.is_dir()]) == 1
+
+
+def test_a_cache_is_read_where_nothing_can_be_written(source, tokenizer, tmp_path, monkeypatch):
+    made = tokens.build(source, tokenizer, tmp_path / "cache")["train"]
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tokens.locks, "hold", refuse)
+    found = tokens.build(source, tokenizer, tmp_path / "cache")["train"]
+    np.testing.assert_array_equal(found.ids, made.ids)
+    tokens.build(source, tokenizer, tmp_path / "other")  # and one is built where there are no locks
+
+
+def test_what_cannot_be_tokenized_leaves_nothing_behind(source, tokenizer, tmp_path):
+    (tmp_path / "z.txt").write_bytes(b"caf\xe9 ")
+    with pytest.raises(CorpusError, match="is not UTF-8"):
+        tokens.build(f"{source},{tmp_path}/z.txt", tokenizer, tmp_path / "cache")
+    assert not [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
+
+
+def test_half_a_character_is_said(tokenizer):
+    for encode in (tokenizer.encode, tokenizer.encode_prompt, lambda t: tokenizer.encode_batch([t])):
+        with pytest.raises(TokenizerError, match="the text holds half a surrogate pair, which is no character"):
+            encode("\ud83d hello")

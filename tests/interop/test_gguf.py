@@ -375,6 +375,11 @@ def test_sentence_piece_vocabularies_cut_by_score():
     assert found.encode("</s>") == [2]
 
 
+def test_a_padding_token_that_is_not_there_is_left_out(byte_level, caplog):
+    found = tokenizer_of(byte_level_metadata(byte_level, padding_token_id=2**32 - 1))
+    assert found.special_tokens.get("pad_token") is None and "the GGUF's pad token has the id 4294967295" in caplog.text
+
+
 TOKENIZER_ERRORS = [
     ({"model": "t5"}, "GGUF tokenizer model 't5' is not supported; there are gpt2, llama"),
     ({"pre": "tekken"}, "GGUF pre-tokenizer 'tekken' is not supported"),

@@ -127,3 +127,9 @@ def test_every_entrance_checks(tmp_path):
             call()
     with pytest.raises(ValueError, match="spare/kernel have no place in that format"):
         save(tmp_path, *decoder)
+
+
+def test_parameters_as_they_are_initialised_are_known():
+    """With the boxes that carry their logical axes."""
+    model = MODELS["gpt2"].make()
+    parameters.check(model, jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 2), int))["params"])

@@ -1,5 +1,6 @@
 """A factor of a whole tensor is multiplied in float32 and rounded once, in every place that has one."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from llm_jax.compress.quantize import Quantized
 from llm_jax.delta.lora import Lora
 from llm_jax.nn import weights
-from llm_jax.nn.attend import Mask, attend, scores
+from llm_jax.nn.attend import Mask, attend, drop, scores
 from llm_jax.nn.embedding import Embedding
 
 FACTOR = 1 + 0.99 * 2**-8  # bfloat16 makes it 1.0
@@ -36,6 +37,13 @@ def test_a_factor_is_not_rounded_itself(name):
     want = np.asarray(jnp.asarray(NUMBERS[None] * np.float32(FACTOR), jnp.bfloat16), np.float32)
     assert (want != NUMBERS).sum() > 60
     np.testing.assert_array_equal(np.asarray(PLACES[name](), np.float32), want)
+
+
+def test_what_dropout_keeps_is_divided_in_float32():
+    kept = np.asarray(drop(ROW, 0.1, jax.random.key(0)), np.float32)[0]
+    want = np.asarray(jnp.asarray(NUMBERS / np.float32(0.9), jnp.bfloat16), np.float32)
+    np.testing.assert_array_equal(kept[kept > 0], want[kept > 0])
+    assert (kept > 0).sum() > 90
 
 
 def test_embeddings_times_the_root_of_their_width():

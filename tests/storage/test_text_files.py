@@ -58,6 +58,8 @@ def test_what_is_not_in_its_encoding_is_refused_with_its_place(name, tmp_path):
 
 
 def test_replacing_says_so_by_its_name(tmp_path):
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfea\0\0\xd8a\0")
+    assert TextFile(tmp_path / "b.txt", "replace").read() == "a\ufffda"
     (tmp_path / "a.txt").write_bytes(b"caf\xe9\n\0")
     assert list(TextFile(tmp_path / "a.txt", "replace").lines()) == [(1, "caf\ufffd"), (2, "\0")]
 

@@ -16,6 +16,7 @@ import pytest
 
 from llm_jax.data import tokenizers
 from llm_jax.data.corpora import CorpusError
+from llm_jax.data.tokenizer import Rule, set_rule
 from llm_jax.data.tokenizers import TokenizerError
 from llm_jax.models.gpt import GPTConfig
 from llm_jax.nn import paths
@@ -232,6 +233,40 @@ def test_what_whole_documents_lose_stands_beside_the_evaluation(tmp_path, monkey
     run.train(change(config, "data", packing="stream"), tmp_path / "stream")
     whole, stream = (held.known for held in seen)
     assert whole["eval/cut_tokens"] == seen[0].rows.cut_tokens > 0 and set(stream) == {"eval/baseline_loss"}
+
+
+def test_a_run_of_an_earlier_version_is_told_that_its_rows_change(tmp_path, caplog):
+    """Its rows had nothing that the tokenizer's rule puts around a text."""
+    tokenizer = tokenizers.train(["a b c"], "word", 9, ("<end>", "<s>"))
+    run._settle_rule(tokenizer, tmp_path, False)
+    set_rule(tokenizer.backend, Rule((1,)))
+    with pytest.raises(WorkdirError, match="lack '<s>', which its tokenizer puts around a text: --accept_changed_data"):
+        run._settle_rule(tokenizer, tmp_path, False)
+    run._settle_rule(tokenizer, tmp_path, True)
+    assert "from here on they have it" in caplog.text
+
+
+def test_processes_that_read_different_data_are_refused(monkeypatch):
+    first = [{"input_ids": np.arange(3)}, {"input_ids": np.arange(3, 6)}]
+    run._check_same_rows(first)
+    for others, same in (([4, 4], True), ([4, 5], False)):
+        monkeypatch.setattr(run.jax, "process_count", lambda: 2)
+        gather = lambda own, others=others: np.stack([own * 0 + n for n in others])
+        monkeypatch.setattr(run.multihost_utils, "process_allgather", gather)
+        if same:
+            run._check_same_rows(first)
+        else:
+            with pytest.raises(CorpusError, match=r"the processes read different data \(rows: 4, 5\)"):
+                run._check_same_rows(first)
+
+
+def test_every_file_of_a_tokenizers_folder_counts(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    folder = tmp_path / "tokenizer"
+    tokenizers.train(["a b"], "char", 1).save(folder)
+    (folder / "merges.txt").write_text("")
+    found = rows.data_digests(run.DataConfig(str(tmp_path / "a.txt"), tokenizer=str(folder)))
+    assert {pathlib.Path(p).name for p in found} == {"a.txt", "tokenizer.json", "tokenizer_config.json", "merges.txt"}
 
 
 @pytest.mark.parametrize("which", ["source", "tokenizer"])

@@ -101,6 +101,8 @@ def test_fields_that_an_optimizer_never_read_do_not_part_runs():
         "optimizer": {"name": "adafactor", "schedule": "cosine", "eps": 1e-30, "noam_dim": 512, "learning_rate": 1.0}
     }
     assert todays(old)["optimizer"] == {"name": "adafactor", "schedule": "cosine", "learning_rate": 1.0}
+    plain = {"optimizer": {"name": "adamw", "final_ratio": 0.0}}  # of the default schedule, which reads it
+    assert todays(plain) == plain
     noam = {"optimizer": {"name": "adam", "schedule": "noam", "eps": 1e-9, "noam_dim": 512}}
     assert todays(noam) == noam
 
