@@ -196,11 +196,10 @@ def _train(config, claimed, params, adapt, tokenizer, encode, kind, restore_step
     def prepare():
         if jax.process_index():
             return tokenizer or tokenizers.load(workdir), None
-        unsaid = claimed.began_before_digests()
+        if claimed.began_before_digests() and encode is None and isinstance(config.objective, CausalLM):
+            _settle_rule(tokenizer or get_tokenizer(config, workdir), workdir, accept)
         stored = _settle_data(config, claimed, accept)
         own = tokenizer or get_tokenizer(config, workdir)
-        if unsaid and encode is None and isinstance(config.objective, CausalLM):
-            _settle_rule(own, claimed.path, accept)
         own.save(workdir)
         return own, stored
 

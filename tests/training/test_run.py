@@ -235,15 +235,27 @@ def test_what_whole_documents_lose_stands_beside_the_evaluation(tmp_path, monkey
     assert whole["eval/cut_tokens"] == seen[0].rows.cut_tokens > 0 and set(stream) == {"eval/baseline_loss"}
 
 
-def test_a_run_of_an_earlier_version_is_told_that_its_rows_change(tmp_path, caplog):
-    """Its rows had nothing that the tokenizer's rule puts around a text."""
-    tokenizer = tokenizers.train(["a b c"], "word", 9, ("<end>", "<s>"))
-    run._settle_rule(tokenizer, tmp_path, False)
+def test_a_run_of_an_earlier_version_is_told_that_its_rows_change(tmp_path, monkeypatch, caplog):
+    """Its rows had nothing that the tokenizer's rule puts around a text, and it stored no digests."""
+    monkeypatch.setattr(run, "run_program", lambda *given: (None, {}))
+    (tmp_path / "a.txt").write_text("abcd " * 80)
+    tokenizer = tokenizers.train(["abcd "], "char", 1, ("<end>", "<s>"))
     set_rule(tokenizer.backend, Rule((1,)))
-    with pytest.raises(WorkdirError, match="lack '<s>', which its tokenizer puts around a text: --accept_changed_data"):
-        run._settle_rule(tokenizer, tmp_path, False)
-    run._settle_rule(tokenizer, tmp_path, True)
+    tokenizer.save(tmp_path / "tokenizer")
+    data = run.DataConfig(str(tmp_path / "a.txt"), str(tmp_path / "tokenizer"), validation_share=0.2, split="tail")
+    config = run.RunConfig(model=GPTConfig(16, 16, 16, 1, 2), data=data, training=config_of("").training)
+    config, work = change(config, "training", accumulation=1), tmp_path / "work"
+    run.train(config, work)
+    (work / "checkpoints" / "5").mkdir(parents=True)
+    (work / "data.json").unlink()
+    for _ in range(2):
+        with pytest.raises(
+            WorkdirError, match="lack '<s>', which its tokenizer puts around a text: --accept_changed_da"
+        ):
+            run.train(config, work)
+    run.train(config, work, accept_changed_data=True)
     assert "from here on they have it" in caplog.text
+    run.train(config, work)
 
 
 def test_processes_that_read_different_data_are_refused(monkeypatch):
