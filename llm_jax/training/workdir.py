@@ -26,7 +26,7 @@ FREE = (
         for n in ("data", "replica", "pipe", "schedule", "microbatches", "chunks", "seq", "model", "zero", "explicit")
     ),
     *(f"plan.{n}" for n in ("remat", "attention", "unroll", "offload", "compiler")),
-    "data.verify",
+    *("data.verify", "data.cache"),
 )
 
 

@@ -31,6 +31,7 @@ def test_one_live_run_at_a_time(tmp_path):
         (changed("training", "steps", 9), None),
         (changed("training", "log_every", 3), None),
         (changed("plan", "data", 8), None),
+        ({**CONFIG, "data": {"cache": "/tmp/tokens", "verify": True}}, None),  # where tokens lie, and what is checked
         (changed("training", "seed", 1), r"\(training.seed: 0 -> 1\)"),
         (changed("model", "num_layers", 3), r"\(model.num_layers: 2 -> 3\)"),
         (changed("model", "bias", True), r"\(model.bias: None -> true\)"),
