@@ -233,7 +233,7 @@ def test_who_waits_for_a_cache_says_so_and_reads_it(source, tokenizer, tmp_path,
     cache, builds, write = tmp_path / "cache", [], tokens._write
 
     def build(*args):
-        """As long as one process builds it another one waits, and builds nothing."""
+        """While one process builds it another one waits, and builds nothing."""
         builds.append(threading.Thread(target=tokens.build, args=(source, tokenizer, cache)))
         if len(builds) == 1:
             builds[0].start()
