@@ -84,8 +84,10 @@ def main() -> None:
     found = iter(labels.predict(loaded.model, loaded.params, loaded.tokenizer, full, LENGTH.value, BATCH.value))
     for words in inputs:
         answer = next(found) if words else {}
-        shown = json.dumps({"input": list(words), **answer}, allow_nan=False) if JSON.value else None
-        print(shown if shown is not None else line(answer, words) if words else "")
+        if JSON.value:
+            print(json.dumps({"input": list(words), **answer}, allow_nan=False))
+        else:
+            print(line(answer, words) if words else "")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Batch i of a run holds the same rows in the same order on any number of processe
 what a model remembers row by row resume exactly, also onto another number of processes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -14,6 +14,12 @@ import numpy as np
 from llm_jax.data.corpora import CorpusError
 
 ENDLESS = 2**50  # rows
+
+
+def abstract_batch(row: Mapping[str, Any], batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of rows like this one, without its values."""
+    arrays = {name: np.asarray(value) for name, value in row.items()}
+    return {name: jax.ShapeDtypeStruct((batch_size, *x.shape), x.dtype) for name, x in arrays.items()}
 
 
 class Loader:
@@ -74,8 +80,7 @@ class Loader:
 
     def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
         """A whole batch, of all processes, without its values."""
-        row = {name: np.asarray(value) for name, value in self._source[0].items()}
-        return {name: jax.ShapeDtypeStruct((self.batch_size, *x.shape), x.dtype) for name, x in row.items()}
+        return abstract_batch(self._source[0], self.batch_size)
 
     def __next__(self) -> dict[str, np.ndarray]:
         """The next batch, this process's rows."""

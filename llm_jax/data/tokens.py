@@ -64,11 +64,12 @@ def plain_text(tokenizer: Tokenizer, framed: bool = True, text_field: str = "tex
         will meet them. False for models whose rows are framed later (masked models, ELMo, XLNet, spans).
       text_field: named where a record has no text there.
     """
+    end = [] if tokenizer.separator is None else [tokenizer.separator]
+    if framed and list(tokenizer.rule.end[-1:]) == end:
+        end = []  # it stands there already
+    ids_of = tokenizer.encode_texts if framed else tokenizer.encode_batch
 
     def encode(batch: Sequence[Document], bad: BadRows) -> Iterator[Example]:
-        end = [] if tokenizer.separator is None else [tokenizer.separator]
-        if framed and list(tokenizer.rule.end[-1:]) == end:
-            end = []  # it stands there already
         usable = []
         for d in batch:
             if d.text:
@@ -76,7 +77,7 @@ def plain_text(tokenizer: Tokenizer, framed: bool = True, text_field: str = "tex
             else:
                 others = ", ".join(map(str, d.record or ())) or "no field"
                 bad.add(d.name, f"no text in field {text_field!r} (data.text_field), only {others}")
-        for ids in (tokenizer.encode_texts if framed else tokenizer.encode_batch)(usable):
+        for ids in ids_of(usable):
             yield Example(ids + end)
 
     return encode

@@ -12,11 +12,12 @@ import json
 import os
 import pathlib
 import time
-import uuid
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from etils import epath
+
+from llm_jax.storage.text_files import write_whole
 
 BLOCK = 1 << 20  # bytes read at once
 TICK = 0.01  # seconds between two times that a kernel can tell apart: Linux has 100 or more ticks a second
@@ -101,11 +102,8 @@ def digest_files(
 
 
 def save(file: epath.PathLike, digests: Mapping[str, FileDigest]) -> None:
-    """Writes digests: under another name first, so that the file is whole or as it was."""
-    file = epath.Path(file)
-    part = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
-    part.write_text(json.dumps(digests, indent=1) + "\n")
-    part.replace(file)
+    """Writes digests; the file is whole, or as it was."""
+    write_whole(file, json.dumps(digests, indent=1) + "\n")
 
 
 def load(file: epath.PathLike) -> dict[str, FileDigest]:

@@ -9,6 +9,7 @@ and a line feed; the other line ends that `str.splitlines` knows are part of the
 import codecs
 import gzip
 import itertools
+import uuid
 import zlib
 from collections.abc import Iterator
 from io import BufferedIOBase
@@ -88,6 +89,14 @@ def _unzstd(raw: BinaryIO, size: int) -> Iterator[bytes]:
             data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
     if frame is not None:
         raise EOFError("it is cut short")
+
+
+def write_whole(path: epath.PathLike, text: str) -> None:
+    """Writes a file under another name first: a kill leaves the file as it was, or whole."""
+    path = epath.Path(path)
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    part.write_text(text)
+    part.replace(path)
 
 
 class TextFile:

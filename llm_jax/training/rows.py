@@ -13,7 +13,7 @@ from etils import epath
 from llm_jax import config as configs
 from llm_jax.data import corpora, labeled, packing, pairs, tokenizers, tokens
 from llm_jax.data.labeled_rows import Encoder, LabeledRows, without_text
-from llm_jax.data.loader import eval_batches
+from llm_jax.data.loader import abstract_batch, eval_batches
 from llm_jax.data.masked import PAIRS, FramedRows, Frames, MaskCopies, PairRows
 from llm_jax.data.streams import CharacterRows, Streams
 from llm_jax.objectives import spans
@@ -274,8 +274,7 @@ def example(config: Any) -> dict[str, np.ndarray]:
 
 def example_batch(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch of such rows without its values."""
-    count, row = config.training.batch_size, {name: np.asarray(value) for name, value in example(config).items()}
-    return {name: jax.ShapeDtypeStruct((count, *x.shape), x.dtype) for name, x in row.items()}
+    return abstract_batch(example(config), config.training.batch_size)
 
 
 def _maker(config: Any, tokenizer: tokenizers.Tokenizer) -> Any:

@@ -11,6 +11,7 @@ from etils import epath
 from llm_jax.storage import digests, locks
 from llm_jax.storage.checkpoints import CheckpointError, Checkpoints
 from llm_jax.storage.digests import FileDigest
+from llm_jax.storage.text_files import write_whole
 from llm_jax.training.optimizers import OptimizerConfig, unread
 
 log = logging.getLogger(__name__)
@@ -104,10 +105,8 @@ class Workdir:
                 shown = ", ".join(f"{n}: {old.get(n)} -> {new.get(n)}" for n in names[:5])
                 remedy = "choose another --workdir, or set these fields back"
                 raise WorkdirError(f"{self.path} holds a run with another config ({shown}); {remedy}")
-        if jax.process_index() == 0:  # under another name first: a kill leaves the old file or the new one
-            part = self.path / "config.json.part"
-            part.write_text(json.dumps(config, indent=2) + "\n")
-            part.replace(self.path / "config.json")
+        if jax.process_index() == 0:
+            write_whole(self.path / "config.json", json.dumps(config, indent=2) + "\n")
 
     def _earlier_config(self) -> dict[str, Any]:
         """What `config.json` says, or the newest checkpoint where that file is missing or damaged."""

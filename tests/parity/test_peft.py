@@ -38,14 +38,17 @@ def logits_of(model):
         return model(torch.tensor(IDS)).logits.numpy()
 
 
+def redraw(parameters):
+    with torch.no_grad():
+        for p in parameters:
+            p.normal_(std=0.3)
+
+
 @pytest.mark.parametrize("rs", [False, True], ids=["lora", "rslora"])
 def test_their_adapter_here(theirs, tmp_path, rs):
     settings = peft.LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS, use_rslora=rs)
     adapted = peft.get_peft_model(theirs, settings)
-    with torch.no_grad():
-        for name, p in adapted.named_parameters():
-            if "lora_B" in name:
-                p.normal_(std=0.3)
+    redraw(p for name, p in adapted.named_parameters() if "lora_B" in name)
     adapted.save_pretrained(tmp_path / "adapter")
     want = logits_of(adapted)
     loss = adapted(torch.tensor(IDS), labels=torch.tensor(IDS)).loss
@@ -120,10 +123,7 @@ NEUTRAL = [
 def test_fields_without_effect_leave_their_logits(theirs, tmp_path, options):
     settings = peft.LoraConfig(r=4, target_modules=TARGETS, **options)
     adapted = peft.get_peft_model(theirs, settings)
-    with torch.no_grad():
-        for name, p in adapted.named_parameters():
-            if "lora_" in name:
-                p.normal_(std=0.3)
+    redraw(p for name, p in adapted.named_parameters() if "lora_" in name)
     adapted.save_pretrained(tmp_path / "adapter")
     again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
     want = logits_of(peft.PeftModel.from_pretrained(again, tmp_path / "adapter").eval())
@@ -144,10 +144,7 @@ def test_heads_with_labels_both_ways(theirs, tmp_path, kind, task):
     adapted = peft.get_peft_model(
         cls.from_pretrained(tmp_path / "base"), peft.LoraConfig(r=4, target_modules=TARGETS, task_type=task)
     ).eval()
-    with torch.no_grad():
-        for p in adapted.parameters():
-            if p.requires_grad:  # A, B and the head
-                p.normal_(std=0.3)
+    redraw(p for p in adapted.parameters() if p.requires_grad)  # A, B and the head
 
     def both(model):
         with torch.no_grad():
