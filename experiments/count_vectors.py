@@ -16,8 +16,9 @@ import jax
 from absl import flags
 
 from experiments import cli
-from llm_jax.classic import counts, glove, sentences, streamed_counts
-from llm_jax.interop import vectors as files
+from llm_jax.classic.text import sentences
+from llm_jax.classic.vectors import co_occurrence, glove, streamed_co_occurrence
+from llm_jax.interop.word_vectors import files
 
 CORPUS: flags.FlagHolder[Any] = flags.DEFINE_string("corpus", None, "Files to learn from; a pattern.", required=True)
 OUT: flags.FlagHolder[Any] = flags.DEFINE_string("out", None, "File of vectors.", required=True)
@@ -28,7 +29,7 @@ SCRATCH: flags.FlagHolder[Any] = flags.DEFINE_string("scratch", None, "Count thr
 METHOD = flags.DEFINE_enum("method", "svd", ["svd", "glove"], "PPMI's singular values, or GloVe.")
 WINDOW = flags.DEFINE_integer("window", 5, "Words on either side.")
 WEIGHTING = flags.DEFINE_enum(
-    "weighting", None, list(counts.WEIGHTINGS), "What a pair counts for by distance; linear, of GloVe harmonic."
+    "weighting", None, list(co_occurrence.WEIGHTINGS), "What a pair counts for by distance; linear, of GloVe harmonic."
 )
 SIZE = flags.DEFINE_integer("size", 100, "Width of the vectors.")
 SEED = flags.DEFINE_integer("seed", 1, "Of GloVe's start and order.", lower_bound=0)
@@ -59,10 +60,10 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         if SCRATCH.value:
             folder = stack.enter_context(tempfile.TemporaryDirectory(dir=SCRATCH.value, prefix="pairs_"))
-            vocabulary, found = streamed_counts.cooccurrences(reader, folder, *how, **kept)
+            vocabulary, found = streamed_co_occurrence.cooccurrences(reader, folder, *how, **kept)
         else:
             vocabulary, text = sentences.read(reader, **kept)
-            found = counts.cooccurrences(text, len(vocabulary), *how)
+            found = co_occurrence.cooccurrences(text, len(vocabulary), *how)
         if reader.invalid:
             print(f"{reader.invalid:,} lines were no UTF-8 (--invalid={INVALID.value})")
         first = len(sentences.SPECIAL)  # marks of sentences and unknown words are nobody's contexts
@@ -75,7 +76,7 @@ def main() -> None:
             print(f"loss {losses[0]:.4f} in the first epoch, {losses[-1]:.4f} in the last")
         else:
             exponent = given.pop("exponent")
-            table = counts.svd_vectors(counts.ppmi(found, **given), SIZE.value, exponent)
+            table = co_occurrence.svd_vectors(co_occurrence.ppmi(found, **given), SIZE.value, exponent)
     files.write(OUT.value, words, table, FORMAT.value)
     print(f"{len(words):,} vectors of {SIZE.value} numbers in {OUT.value}")
 

@@ -39,8 +39,8 @@ JSON_OUT = flags.DEFINE_string("json", None, "Write the numbers to this file.")
 def on_labels(loaded: Any, source: str) -> dict[str, float]:
     """Loss and accuracy of a head with labels on labelled examples."""
     from llm_jax.data import labeled
-    from llm_jax.data.labeled_rows import Encoder, LabeledRows
-    from llm_jax.decoding.labels import kind_of
+    from llm_jax.data.rows.labeled_rows import Encoder, LabeledRows
+    from llm_jax.decoding.predict import kind_of
     from llm_jax.objectives.labels import Labels
     from llm_jax.training.run import evaluate_rows
     from llm_jax.training.step import make_eval_step
@@ -61,7 +61,7 @@ def main() -> None:
     from llm_jax.data.tokenizers import check_ids
     from llm_jax.decoding import prefill
     from llm_jax.decoding.finite import check_finite
-    from llm_jax.decoding.likelihood import of_text
+    from llm_jax.decoding.score import of_text
     from llm_jax.training.rows import rows_of_model
     from llm_jax.training.run import evaluate_rows
     from llm_jax.training.step import make_eval_step

@@ -29,9 +29,9 @@ log = logging.getLogger("experiments.finetune")
 
 def main() -> None:
     """Loads, adapts, trains, merges, exports."""
-    from experiments import report
     from experiments.configs.finetune import FinetuneConfig
     from llm_jax import interop
+    from llm_jax.tasks import report
     from llm_jax.training import finetune
 
     config = cli.from_config_dict(FinetuneConfig, CONFIG.value)
@@ -43,7 +43,7 @@ def main() -> None:
     if finetune.can_save(loaded.config):
         interop.save(f"{WORKDIR.value}/merged", loaded.model, result.merged, loaded.tokenizer)
     if config.lora is not None and finetune.can_export(loaded.config):
-        from llm_jax.interop import peft
+        from llm_jax.interop.huggingface import peft
 
         beside = config.run.training.trainable or ()
         try:

@@ -23,10 +23,11 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments import cli
-from llm_jax.classic import counting, hashed, sentences, smoothing, stored, streaming
-from llm_jax.classic import held_out as tenth
-from llm_jax.classic.ngram import BackoffModel, Model
-from llm_jax.classic.sentences import BEGIN, END, UNKNOWN
+from llm_jax.classic.ngrams import counting, hashed, smoothing, stored, streaming
+from llm_jax.classic.ngrams import held_out as tenth
+from llm_jax.classic.ngrams.ngram import BackoffModel, Model
+from llm_jax.classic.text import sentences
+from llm_jax.classic.text.sentences import BEGIN, END, UNKNOWN
 
 CORPUS = flags.DEFINE_string("corpus", None, "Files to count in, a sentence a line; a pattern.")
 HELD_OUT_HELP = (
@@ -35,7 +36,7 @@ HELD_OUT_HELP = (
 HELD_OUT = flags.DEFINE_string("held_out", None, HELD_OUT_HELP)
 ORDER = flags.DEFINE_integer("order", 3, "Words of the longest n-grams.", lower_bound=1)
 SMOOTHING = flags.DEFINE_enum(
-    "smoothing", "modified_kneser_ney", smoothing.METHODS, "See llm_jax/classic/smoothing.py."
+    "smoothing", "modified_kneser_ney", smoothing.METHODS, "See llm_jax/classic/ngrams/smoothing.py."
 )
 K = flags.DEFINE_float("k", 1.0, "Of --smoothing=add_k.")
 BACKOFF = flags.DEFINE_float("backoff", 0.4, "Of --smoothing=stupid_backoff.")

@@ -36,7 +36,7 @@ TURNS = flags.DEFINE_integer("turns", 20, "Gradients of each, for the speed.", l
 
 def loss_by_position(trained: Any, config: Any, rows: np.ndarray) -> np.ndarray:
     """Mean loss, in nats, of the token at each position of `rows` `[R, T + 1]`, as far as the positions go."""
-    from llm_jax.decoding.likelihood import sequence_logprobs
+    from llm_jax.decoding.score import sequence_logprobs
 
     length = rows.shape[1] - 1
     if config.model.positions == "learned":
@@ -100,7 +100,8 @@ def plot(losses: dict[str, np.ndarray], trained_length: int, path: pathlib.Path)
 
 def main() -> None:
     """Trains, measures, prints, draws."""
-    from llm_jax.data import packing, tokens
+    from llm_jax.data import tokens
+    from llm_jax.data.rows import packing
     from llm_jax.training import run
 
     config = cli.from_config_dict(run.RunConfig, CONFIG.value)

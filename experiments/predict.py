@@ -72,16 +72,16 @@ def line(found: dict[str, Any], words: tuple[str, ...]) -> str:
 def main() -> None:
     """Loads, predicts, prints."""
     from llm_jax import interop
-    from llm_jax.decoding import labels
+    from llm_jax.decoding import predict
 
     inputs = given()
     loaded = interop.load(cli.find_model(MODEL.value), dtype="float32", average=AVERAGE.value, stream=STREAM.value)
     if loaded.tokenizer is None:
         raise ValueError(f"{MODEL.value} holds no tokenizer")
-    if labels.kind_of(loaded.config) == "tokens":
+    if predict.kind_of(loaded.config) == "tokens":
         inputs = [tuple(word for word in " ".join(x).split(" ") if word) for x in inputs]
     full = [x for x in inputs if x]
-    found = iter(labels.predict(loaded.model, loaded.params, loaded.tokenizer, full, LENGTH.value, BATCH.value))
+    found = iter(predict.predict(loaded.model, loaded.params, loaded.tokenizer, full, LENGTH.value, BATCH.value))
     for words in inputs:
         answer = next(found) if words else {}
         if JSON.value:

@@ -33,20 +33,20 @@ POLICIES = flags.DEFINE_bool("policies", False, "Print what a chip keeps by poli
 
 def main() -> None:
     """Builds the config, compiles, prints the table."""
-    from experiments import rehearsal
+    from llm_jax.rehearse import measure
     from llm_jax.training import run
 
     config = cli.from_config_dict(run.RunConfig, CONFIG.value)
     if POLICIES.value:
-        print(rehearsal.policies(config, TOPOLOGY.value))
+        print(measure.policies(config, TOPOLOGY.value))
         return
     begin = time.monotonic()
-    report = rehearsal.rehearse(config, TOPOLOGY.value, STEP.value, HLO.value)
+    report = measure.rehearse(config, TOPOLOGY.value, STEP.value, HLO.value)
     report["seconds"] = round(time.monotonic() - begin, 1)
     if JSON.value:
         with open(JSON.value, "w") as f:
             json.dump(report, f, indent=2)
-    print(rehearsal.table(report))
+    print(measure.table(report))
 
 
 def apart() -> None:

@@ -20,7 +20,9 @@ WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Everything the run writes
 RESTORE = flags.DEFINE_integer("restore_step", None, "Resume from this checkpoint instead of the newest.")
 ACCEPT = cli.define_accept_changed_data()
 log = logging.getLogger(__name__ if __name__ != "__main__" else "experiments.train")
-VECTORS = flags.DEFINE_string("vectors", None, "Word vectors that the token table begins with (interop/embeddings.py).")
+VECTORS = flags.DEFINE_string(
+    "vectors", None, "Word vectors that the token table begins with (interop/word_vectors/token_table.py)."
+)
 SAMPLES = flags.DEFINE_integer("samples", 3, "Continuations printed at the end.", lower_bound=0)
 
 
@@ -30,21 +32,21 @@ def start(config: Any) -> dict[str, Any]:
     import numpy as np
     from etils import epath
 
-    from llm_jax.classic.vectors import WordVectors
-    from llm_jax.interop import embeddings, vectors
+    from llm_jax.classic.vectors.word_vectors import WordVectors
+    from llm_jax.interop.word_vectors import files, token_table
     from llm_jax.nn import weights
     from llm_jax.training.rows import get_tokenizer
 
     if VECTORS.value is None:
         return {}
     tokenizer, model = get_tokenizer(config, epath.Path(WORKDIR.value)), config.model.make()
-    words = set(embeddings.words_of(tokenizer).values())
-    known, matrix = vectors.read(VECTORS.value, keep=words | {w.lower() for w in words})
+    words = set(token_table.words_of(tokenizer).values())
+    known, matrix = files.read(VECTORS.value, keep=words | {w.lower() for w in words})
     if not known:
         raise ValueError(f"--vectors={VECTORS.value} holds none of the tokenizer's {len(words):,} words")
     fresh = jax.jit(lambda key: model.init(key, np.ones((1, 2), np.int32))["params"])
     params = weights.split_axes(fresh(jax.random.key(config.training.seed)))[0]
-    laid = embeddings.lay(params, tokenizer, WordVectors(known, matrix))
+    laid = token_table.lay(params, tokenizer, WordVectors(known, matrix))
     covered = f"{laid.coverage.found:,} of {laid.coverage.words:,} words have a vector"
     print(f"{covered}, {laid.kept:.1%} of whose squared length is kept")
     return {"params": laid.params, "tokenizer": tokenizer, "extra": {"vectors": VECTORS.value}}
@@ -52,7 +54,7 @@ def start(config: Any) -> dict[str, Any]:
 
 def main() -> None:
     """Builds the config, trains, prints the summary and samples."""
-    from experiments import report
+    from llm_jax.tasks import report
     from llm_jax.training import run
 
     config = cli.from_config_dict(run.RunConfig, CONFIG.value)

@@ -25,10 +25,11 @@ OUT = flags.DEFINE_string("out", None, "Write source, translation and reference 
 
 def main() -> None:
     """Loads, translates, measures."""
-    from experiments import word_by_word
     from llm_jax import config as configs
     from llm_jax import interop
-    from llm_jax.data import corpora, pairs
+    from llm_jax.classic.text import alignment
+    from llm_jax.data import corpora
+    from llm_jax.data.rows import pairs
     from llm_jax.decoding.beam import BeamConfig, BeamSearch
     from llm_jax.storage.checkpoints import Checkpoints
     from llm_jax.training.averaging import average_checkpoints
@@ -77,8 +78,8 @@ def main() -> None:
     scores = {"bleu": bleu(found).score}
     print(f"{len(held_out)} pairs, {bleu(found)}")
     if BASELINE.value:
-        lexicon = word_by_word.learn(splits["train"])
-        plain = bleu([word_by_word.translate(lexicon, a) for a, _ in held_out])
+        lexicon = alignment.learn(splits["train"])
+        plain = bleu([alignment.translate(lexicon, a) for a, _ in held_out])
         scores["word_by_word"] = plain.score
         print(f"word by word, {plain}")
     for (a, b), text in list(zip(held_out, found, strict=True))[:3]:

@@ -22,11 +22,13 @@ from absl import flags
 from etils import epath
 
 from experiments import cli
-from llm_jax.classic import evaluation, noise, plots, sentences, word2vec
-from llm_jax.classic.vectors import METHODS, WordVectors
-from llm_jax.classic.word2vec import Word2VecConfig
-from llm_jax.interop import vectors as files
-from llm_jax.training import metrics, word_vectors
+from llm_jax.classic.text import sentences
+from llm_jax.classic.vectors import evaluation, noise, plots, word2vec
+from llm_jax.classic.vectors.word2vec import Word2VecConfig
+from llm_jax.classic.vectors.word_vectors import METHODS, WordVectors
+from llm_jax.interop.word_vectors import files
+from llm_jax.tasks import word2vec_run
+from llm_jax.training import metrics
 
 DEFAULT = Word2VecConfig()
 CORPUS: flags.FlagHolder[Any] = flags.DEFINE_string("corpus", None, "Files to learn from; a pattern.")
@@ -36,8 +38,8 @@ INVALID = flags.DEFINE_enum(
 MIN_COUNT = flags.DEFINE_integer("min_count", 5, "Rarer words are left out.", lower_bound=1)
 MAX_SIZE = flags.DEFINE_integer("max_vocabulary", None, "Keep so many words, the most frequent.", lower_bound=2)
 MODEL: list[flags.FlagHolder[Any]] = [
-    flags.DEFINE_enum("architecture", DEFAULT.architecture, word2vec.ARCHITECTURES, "See classic/word2vec.py."),
-    flags.DEFINE_enum("loss", DEFAULT.loss, word2vec.LOSSES, "See classic/word2vec.py."),
+    flags.DEFINE_enum("architecture", DEFAULT.architecture, word2vec.ARCHITECTURES, "See classic/vectors/word2vec.py."),
+    flags.DEFINE_enum("loss", DEFAULT.loss, word2vec.LOSSES, "See classic/vectors/word2vec.py."),
     flags.DEFINE_integer("size", DEFAULT.size, "Width of the vectors."),
     flags.DEFINE_integer("window", DEFAULT.window, "Words on either side, at most."),
     flags.DEFINE_bool("dynamic", DEFAULT.dynamic, "Draw each window from 1 to --window."),
@@ -117,15 +119,15 @@ def train() -> None:
     """Reads, trains, writes vectors and, beside them, how fast that was."""
     _need(CORPUS, OUT)
     config = _config()
-    schedule = word_vectors.Schedule(EPOCHS.value, RATE.value, min(RATE.value, 1e-4), SEED.value)
+    schedule = word2vec_run.Schedule(EPOCHS.value, RATE.value, min(RATE.value, 1e-4), SEED.value)
     reader = sentences.Reader(sorted(glob.glob(CORPUS.value)) or [CORPUS.value], INVALID.value)
-    words, text = word_vectors.read(reader, MIN_COUNT.value, MAX_SIZE.value)
+    words, text = word2vec_run.read(reader, MIN_COUNT.value, MAX_SIZE.value)
     if reader.invalid:
         print(f"{reader.invalid:,} lines were no UTF-8 (--invalid={INVALID.value})")
     share = len(text.words) / text.total
     print(f"{text.total:,} words, {len(words):,} different ones kept, which are {share:.1%} of the text")
     workdir = WORKDIR.value or f"{OUT.value}.run"
-    table = word_vectors.train(config, schedule, text, workdir)
+    table = word2vec_run.train(config, schedule, text, workdir)
     files.write(OUT.value, words, table, FORMAT.value)
     rates = [r["train/tokens_per_second"] for r in metrics.read_metrics(workdir) if "train/tokens_per_second" in r]
     rate = statistics.median(rates) if rates else None

@@ -40,6 +40,16 @@ def test_every_heading_of_the_notes_has_a_row(shared_data):
     assert not missing
 
 
+def binary_source(name):
+    """A binary's text, and that of the modules beside it which declare flags for it."""
+    folder = ROOT / "experiments"
+    file = folder / name / "__main__.py" if (folder / name).is_dir() else folder / f"{name}.py"
+    text = file.read_text()
+    for package, names in re.findall(r"^from experiments([.\w]*) import (.+)$", text, re.M):
+        text += "".join((folder / package.strip(".") / f"{n}.py").read_text() for n in names.split(", "))
+    return text
+
+
 def check_command(command):
     """A `make` target that exists, or a binary that exists with these flags and config fields."""
     if command.startswith("make "):
@@ -47,9 +57,7 @@ def check_command(command):
         return
     binary = re.match(r"python -m experiments\.(\w+)", command)
     assert binary is not None, command
-    read = lambda name: (ROOT / "experiments" / f"{name}.py").read_text()
-    imported = re.findall(r"^from experiments import (.+)$", read(binary[1]), re.M)
-    source = "".join(map(read, [binary[1], *(name for line in imported for name in line.split(", "))]))
+    source = binary_source(binary[1])
     defaults = (FinetuneConfig if binary[1] == "finetune" else RunConfig)()
     for flag in re.findall(r"--([\w.]+)=", command):
         if not flag.startswith("config."):

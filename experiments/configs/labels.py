@@ -29,56 +29,45 @@ from experiments import cli
 from llm_jax.delta.lora import LoraConfig
 from llm_jax.objectives.labels import Labels
 from llm_jax.parallel.plan import PlanConfig
+from llm_jax.tasks.text_sets import FOLDER, SST2, TREC, LabeledFiles
 from llm_jax.training.finetune import FinetuneConfig
 from llm_jax.training.loop import LoopConfig
 from llm_jax.training.optimizers import OptimizerConfig
 from llm_jax.training.rows import DataConfig
 from llm_jax.training.run import RunConfig
 
-FOLDER = "../shared/data"
-
 
 class Task(NamedTuple):
-    """What is read, and for how long."""
+    """What is read, and for how long.
+
+    Attributes:
+      kind: of labels, see `objectives.labels`.
+      files: what is read.
+      length: tokens a row.
+      steps: in all.
+    """
 
     kind: str
-    train: str
-    held: str
-    fields: tuple[str, ...]
+    files: LabeledFiles
     length: int
     steps: int
-    layout: str | None = None
-    encoding: str | None = None
-
-    @property
-    def read_as(self) -> dict[str, Any]:
-        """How the files are read, see `corpora.documents`."""
-        return {"layout": self.layout, "encoding": self.encoding}
 
 
-SST2 = Task("classification", "sst2/train.tsv", "sst2/dev.tsv", ("sentence", "label"), 48, 432)
-SICK = ("sick/SICK_train.txt", "sick/SICK_trial.txt")
-TREC = Task(
-    "classification",
-    "trec/TREC.train",
-    "trec/TREC.test",
-    ("text", "label"),
-    24,
-    510,
-    r"(?P<label>\w+):\S+ (?P<text>.*)",
-    "latin-1",  # one of its questions is not in ASCII
+SICK = LabeledFiles(
+    "sick/SICK_train.txt", "sick/SICK_trial.txt", ("sentence_A", "sentence_B", "relatedness_score"), "tsv"
 )
+EWT = LabeledFiles("ud_ewt/en_ewt-ud-train.conllu.gz", "ud_ewt/en_ewt-ud-dev.conllu.gz", ("FORM", "UPOS"))
+SENTIMENT = Task("classification", SST2, 48, 432)
+QUESTIONS = Task("classification", TREC, 24, 510)
 TASKS = {
-    "sst2": SST2,
-    "sst2_lora": SST2,
-    "sst2_bitfit": SST2,
-    "trec": TREC,
-    "sick": Task("regression", *SICK, ("sentence_A", "sentence_B", "relatedness_score"), 40, 420, "tsv"),
-    "pos": Task(
-        "tokens", "ud_ewt/en_ewt-ud-train.conllu.gz", "ud_ewt/en_ewt-ud-dev.conllu.gz", ("FORM", "UPOS"), 48, 392
-    ),
-    "elmo_frozen": TREC,
-    "elmo_whole": TREC,
+    "sst2": SENTIMENT,
+    "sst2_lora": SENTIMENT,
+    "sst2_bitfit": SENTIMENT,
+    "trec": QUESTIONS,
+    "sick": Task("regression", SICK, 40, 420),
+    "pos": Task("tokens", EWT, 48, 392),
+    "elmo_frozen": QUESTIONS,
+    "elmo_whole": QUESTIONS,
 }
 # how they differ from tuning everything
 WAYS: dict[str, dict[str, Any]] = {
@@ -94,9 +83,10 @@ def get_config(variant: str = "sst2"):
     if variant not in TASKS:
         raise ValueError(f"variant {variant!r} is none of {', '.join(TASKS)}")
     task, way = TASKS[variant], WAYS.get(variant, {})
-    places = [f"{FOLDER}/{name}" for name in (task.train, task.held)]
+    files = task.files
+    train, held_out = f"{FOLDER}/{files.train}", f"{FOLDER}/{files.held_out}"
     run = RunConfig(
-        data=DataConfig(places[0], validation=places[1], fields=task.fields, **task.read_as),
+        data=DataConfig(train, validation=held_out, fields=files.fields, **files.read_as),
         objective=Labels(task.kind),
         optimizer=OptimizerConfig(
             learning_rate=way.get("rate", 1e-4), schedule="linear", warmup_steps=task.steps // 10, b2=0.999,

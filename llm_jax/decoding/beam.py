@@ -21,7 +21,7 @@ from flax import struct
 
 from llm_jax.decoding import prefill
 from llm_jax.decoding.finite import check_finite
-from llm_jax.decoding.top import top_k, whole_blocks
+from llm_jax.decoding.top_k import top_k, whole_blocks
 from llm_jax.nn.cache import Cache
 
 NOTHING = -1e9  # score of a beam that holds nothing, as in transformers

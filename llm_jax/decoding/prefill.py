@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.data.tokenizers import check_ids
-from llm_jax.models import heads, parameters
+from llm_jax.models import parameters
+from llm_jax.models.shared import heads
 from llm_jax.nn import paths, weights
 from llm_jax.nn.cache import Cache
 from llm_jax.nn.stack import unstack

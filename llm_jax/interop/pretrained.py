@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from etils import epath
 
 from llm_jax.data import tokenizers
-from llm_jax.interop import bert, elmo, gpt, heads, llama, marian, names, streamed, t5, xlnet
+from llm_jax.interop import elmo, names, streamed
 from llm_jax.interop import gguf as gguf_names
+from llm_jax.interop.huggingface import bert, gpt, heads, llama, marian, t5, xlnet
 from llm_jax.interop.names import InteropError
 from llm_jax.models import parameters, registry
 from llm_jax.models.elmo import ElmoConfig

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from llm_jax.models import frame, heads
-from llm_jax.models.block import BlockConfig, Shared, blocks, per_layer
-from llm_jax.models.output import Output
+from llm_jax.models.shared import frame, heads
+from llm_jax.models.shared.block import BlockConfig, Shared, blocks, per_layer
+from llm_jax.models.shared.output import Output
 from llm_jax.nn import weights
 from llm_jax.nn.attention import AttentionConfig, dropout
 from llm_jax.nn.cache import Cache, init_cache

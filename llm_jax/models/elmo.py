@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from llm_jax.models import heads
-from llm_jax.models.output import Output
+from llm_jax.models.shared import heads
+from llm_jax.models.shared.output import Output
 from llm_jax.nn import weights
 from llm_jax.nn.attention import dropout
 from llm_jax.nn.embedding import Embedding

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from llm_jax.models import encoder_decoder, frame, heads
-from llm_jax.models.block import BlockConfig
-from llm_jax.models.encoder_decoder import Call, Parts
-from llm_jax.models.output import Output
+from llm_jax.models.shared import encoder_decoder, frame, heads
+from llm_jax.models.shared.block import BlockConfig
+from llm_jax.models.shared.encoder_decoder import Call, Parts
+from llm_jax.models.shared.output import Output
 from llm_jax.nn import weights
 from llm_jax.nn.attention import AttentionConfig, dropout
 from llm_jax.nn.cache import Cache, init_cache

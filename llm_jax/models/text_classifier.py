@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from llm_jax.models import frame
-from llm_jax.models.output import Output
+from llm_jax.models.shared import frame
+from llm_jax.models.shared.output import Output
 from llm_jax.nn import weights
 from llm_jax.nn.attention import dropout
 from llm_jax.nn.embedding import Embedding

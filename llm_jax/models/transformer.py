@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from llm_jax.models import encoder_decoder
-from llm_jax.models.block import BlockConfig
-from llm_jax.models.encoder_decoder import Call, Parts
-from llm_jax.models.output import Output
+from llm_jax.models.shared import encoder_decoder
+from llm_jax.models.shared.block import BlockConfig
+from llm_jax.models.shared.encoder_decoder import Call, Parts
+from llm_jax.models.shared.output import Output
 from llm_jax.nn import positions, weights
 from llm_jax.nn.attention import AttentionConfig, dropout
 from llm_jax.nn.cache import Cache, init_cache

@@ -14,8 +14,8 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
-from llm_jax.models import frame, heads
-from llm_jax.models.output import Output
+from llm_jax.models.shared import frame, heads
+from llm_jax.models.shared.output import Output
 from llm_jax.nn import weights
 from llm_jax.nn.attend import Mask
 from llm_jax.nn.attention import AttentionConfig, dropout

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from llm_jax.models.heads import LANGUAGE
+from llm_jax.models.shared.heads import LANGUAGE
 
 Batch = Mapping[str, jax.Array]
 IGNORED = -100  # a label that does not count, as in torch and transformers

@@ -24,9 +24,9 @@ from jax.sharding import PartitionSpec as P
 from llm_jax.nn import paths, weights
 from llm_jax.nn.execution import Execution
 from llm_jax.nn.stack import Call
-from llm_jax.parallel.pipeline import unusable_outputs
+from llm_jax.parallel.pipeline.interpreter import unusable_outputs
+from llm_jax.parallel.pipeline.stage import pin
 from llm_jax.parallel.rules import size_of
-from llm_jax.parallel.stage import pin
 
 ROWS = ("replica", "data")
 Groups = tuple[tuple[int, ...], ...]

@@ -14,11 +14,13 @@ from jax.sharding import PartitionSpec as P
 
 from llm_jax.nn import paths, weights
 from llm_jax.nn.execution import Execution
-from llm_jax.nn.ring import Ring
-from llm_jax.nn.splash import Splash
-from llm_jax.parallel import explicit, offload, schedules, zero
+from llm_jax.parallel import explicit, zero
+from llm_jax.parallel.memory import offload
 from llm_jax.parallel.mesh import AXES, make_mesh
+from llm_jax.parallel.pipeline import schedules
+from llm_jax.parallel.ring import Ring
 from llm_jax.parallel.rules import TENSOR_PARALLEL, Rules, logical_axes, place, without
+from llm_jax.parallel.splash import Splash
 
 
 @dataclasses.dataclass(frozen=True)

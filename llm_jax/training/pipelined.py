@@ -12,9 +12,10 @@ from jax.sharding import PartitionSpec as P
 from llm_jax.nn.stack import Call
 from llm_jax.nn.ties import Ties, expand
 from llm_jax.objectives.objective import Objective, Prepared, total_loss
-from llm_jax.parallel import explicit, pipeline
-from llm_jax.parallel.schedules import Schedule
-from llm_jax.parallel.stage import is_float
+from llm_jax.parallel import explicit
+from llm_jax.parallel.pipeline import interpreter
+from llm_jax.parallel.pipeline.schedules import Schedule
+from llm_jax.parallel.pipeline.stage import is_float
 
 Scored = tuple[jax.Array, dict[str, jax.Array]]  # the loss, and sums of every term
 Micro = tuple[Prepared, jax.Array]  # a micro-batch and its dropout key
@@ -32,26 +33,26 @@ class _Parts:
 
     def __init__(self, model: Any, loss_of: Callable[[Any, Prepared], Scored], params: Any) -> None:
         self.model, self.loss_of = model, loss_of
-        self.layers = pipeline.stacks(params)
+        self.layers = interpreter.stacks(params)
         shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
         self.shapes = {path: jax.tree.map(shape, layers) for path, layers in self.layers.items()}
-        self.outer = pipeline.put(params, dict.fromkeys(self.layers))
+        self.outer = interpreter.put(params, dict.fromkeys(self.layers))
         self.calls: list[Call] = []
         run, policy = model.execution.remat_every(), model.execution.remat_policy()
         self.remat = lambda f: jax.checkpoint(f, policy=policy, prevent_cse=False) if run else f
 
     def _apply(self, outer: Any, micro: Micro, results: Sequence[Any]) -> Any:
         self.calls.clear()
-        runner = pipeline.taking(self.calls, results)
+        runner = interpreter.taking(self.calls, results)
         model = self.model.clone(execution=dataclasses.replace(self.model.execution, stack_runner=runner))
-        variables = {"params": pipeline.put(outer, self.shapes)}
+        variables = {"params": interpreter.put(outer, self.shapes)}
         return model.apply(variables, **micro[0].inputs, train=True, rngs={"dropout": micro[1]})
 
     def begin(self, outer: Any, micro: Micro, results: Sequence[Any] = ()) -> tuple[Any, Any]:
         """(carry, context) of the stack that follows those with results; `calls[0]` is its call."""
         self._apply(outer, micro, results)
         if not self.calls:
-            raise pipeline.PipelineError("plan.pipe: the model runs fewer stacks than it has parameters of")
+            raise interpreter.PipelineError("plan.pipe: the model runs fewer stacks than it has parameters of")
         return self.calls[0].carry, self.calls[0].context
 
     def stage(self) -> tuple[Callable[..., Any], Any, jax.Array]:
@@ -88,7 +89,7 @@ def _leaves(specs: Any) -> list[P]:
 
 def _of_layer(specs: Any, path: tuple[str, ...]) -> list[P]:
     """Mesh axes of one layer, by leaves."""
-    return [P(*spec[1:]) for spec in _leaves(pipeline.stacks(specs)[path])]
+    return [P(*spec[1:]) for spec in _leaves(interpreter.stacks(specs)[path])]
 
 
 def _floating(specs: Sequence[P], tree: Any) -> list[P]:
@@ -97,23 +98,23 @@ def _floating(specs: Sequence[P], tree: Any) -> list[P]:
 
 def _run_schedule(parts: _Parts, micros: Any, mesh: Mesh, schedule: Schedule, division: Division) -> tuple[Scored, Any]:
     """One stack, any schedule: (scored, gradients of all parameters)."""
-    outer_f, outer_of = pipeline.divide(parts.outer)
+    outer_f, outer_of = interpreter.divide(parts.outer)
 
     def begin(outer_f: list[jax.Array]) -> tuple[list[jax.Array], Any]:
         both = jax.vmap(parts.begin, (None, 0))(outer_of(outer_f), micros)
-        return pipeline.divide(both)[0], both
+        return interpreter.divide(both)[0], both
 
     _, pull, (inputs, contexts) = jax.vjp(begin, outer_f, has_aux=True)
     layer, layers, group_of = parts.stage()
     ((path, groups),) = parts.layers.items()
     finish = lambda outer, carry, micro: parts.finish(outer, [carry], micro)
-    cut = pipeline.Cut(len(group_of), schedule.stages * schedule.chunks)
+    cut = interpreter.Cut(len(group_of), schedule.stages * schedule.chunks)
     computing, held, kept = (specs and _of_layer(specs, path) for specs in division)
     if held and computing:
         given, gathers = layer, explicit.gathering_layer(mesh, held, computing)
         layer = lambda p, *rest: given(gathers(p), *rest)
-    outer = division.kept and _leaves(pipeline.put(division.kept, dict.fromkeys(parts.layers)))
-    loss, scores, d_layers, d_outer, d_inputs, d_contexts = pipeline.run(
+    outer = division.kept and _leaves(interpreter.put(division.kept, dict.fromkeys(parts.layers)))
+    loss, scores, d_layers, d_outer, d_inputs, d_contexts = interpreter.run(
         *(schedule, mesh, cut, layer, finish),
         *(layers, parts.outer, inputs, contexts, micros),
         kept=(_floating(kept, groups), _floating(outer, parts.outer)) if kept and outer else None,
@@ -121,9 +122,9 @@ def _run_schedule(parts: _Parts, micros: Any, mesh: Mesh, schedule: Schedule, di
     )
     if layers is not groups:
         d_layers = jax.tree.map(lambda g, x: jnp.zeros(x.shape, g.dtype).at[group_of].add(g), d_layers, groups)
-    (d_begin,) = pull([*pipeline.divide(d_inputs)[0], *d_contexts])
-    summed = [a + b.astype(a.dtype) for a, b in zip(pipeline.divide(d_outer)[0], d_begin, strict=True)]
-    return (loss, scores), pipeline.put(outer_of(summed), {path: d_layers})
+    (d_begin,) = pull([*interpreter.divide(d_inputs)[0], *d_contexts])
+    summed = [a + b.astype(a.dtype) for a, b in zip(interpreter.divide(d_outer)[0], d_begin, strict=True)]
+    return (loss, scores), interpreter.put(outer_of(summed), {path: d_layers})
 
 
 def _run_in_sequence(parts: _Parts, micros: Any, mesh: Mesh, stages: int) -> Scored:
@@ -133,8 +134,8 @@ def _run_in_sequence(parts: _Parts, micros: Any, mesh: Mesh, stages: int) -> Sco
         begin = lambda micro, results: parts.begin(parts.outer, micro, results)
         inputs, contexts = jax.vmap(begin)(micros, results)
         layer, layers, group_of = parts.stage()
-        cut = pipeline.Cut(len(group_of), stages)
-        results.append(pipeline.forward(mesh, cut, layer, layers, inputs, contexts, parts.remat))
+        cut = interpreter.Cut(len(group_of), stages)
+        results.append(interpreter.forward(mesh, cut, layer, layers, inputs, contexts, parts.remat))
     if jax.tree.leaves(results[-1])[0].shape[0] % stages == 0:  # the head's work is shared out over the stages
         spread = NamedSharding(mesh, P("pipe", ("replica", "data")))
         results[-1] = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spread), results[-1])
@@ -154,10 +155,12 @@ def check_stages(params: Any, schedule: Schedule, carry: bool = False) -> None:
       PipelineError: with what to do.
     """
     if carry:
-        raise pipeline.PipelineError("plan.pipe: what runs on from batch to batch (objective.carry) has no place in it")
-    found = pipeline.stacks(params)
+        raise interpreter.PipelineError(
+            "plan.pipe: what runs on from batch to batch (objective.carry) has no place in it"
+        )
+    found = interpreter.stacks(params)
     if len(found) > 1 and schedule.name != "gpipe":
-        raise pipeline.PipelineError(
+        raise interpreter.PipelineError(
             f"plan.schedule={schedule.name} needs one stack of layers, the model has {len(found)} "
             f"({', '.join('/'.join(path) for path in found)}): set plan.schedule=gpipe"
         )
@@ -200,13 +203,13 @@ def make_gradient(
             scores = objective.score(output, micro.targets)
             return total_loss(objective, scores, totals) * scale, scores
 
-        leaves, pull = jax.vjp(lambda trainable: pipeline.divide(whole(trainable))[0], trainable)
-        join, micros = pipeline.divide(whole(trainable))[1], (prepared, keys)
+        leaves, pull = jax.vjp(lambda trainable: interpreter.divide(whole(trainable))[0], trainable)
+        join, micros = interpreter.divide(whole(trainable))[1], (prepared, keys)
         params = join(leaves)
-        if len(pipeline.stacks(params)) == 1:
+        if len(interpreter.stacks(params)) == 1:
             parts = _Parts(model, loss_of, pinned(params, computing if held is None else held))
             scored, grads = _run_schedule(parts, micros, mesh, schedule, division)
-            found = pipeline.divide(pinned(grads, computing) if kept is None else grads)[0]  # a tick divides as told
+            found = interpreter.divide(pinned(grads, computing) if kept is None else grads)[0]  # a tick divides as told
         else:
             whole_parts = lambda f: _Parts(model, loss_of, pinned(join(f), computing))
             loss = lambda f: _run_in_sequence(whole_parts(f), micros, mesh, schedule.stages)

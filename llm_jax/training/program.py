@@ -12,9 +12,10 @@ from jax.sharding import PartitionSpec as P
 
 from llm_jax.nn import paths, ports, weights
 from llm_jax.objectives.objective import Objective
-from llm_jax.parallel import explicit, offload
-from llm_jax.parallel.disk import OnDisk
-from llm_jax.parallel.offload import ELEMENTWISE, HostUpdate
+from llm_jax.parallel import explicit
+from llm_jax.parallel.memory import offload
+from llm_jax.parallel.memory.disk import OnDisk
+from llm_jax.parallel.memory.offload import ELEMENTWISE, HostUpdate
 from llm_jax.parallel.plan import Plan
 from llm_jax.training.optimizers import OptimizerConfig, make_optimizer
 from llm_jax.training.pipelined import Division, check_stages

@@ -11,11 +11,12 @@ import numpy as np
 from etils import epath
 
 from llm_jax import config as configs
-from llm_jax.data import corpora, labeled, packing, pairs, tokenizers, tokens
-from llm_jax.data.labeled_rows import Encoder, LabeledRows, without_text
+from llm_jax.data import corpora, labeled, tokenizers, tokens
 from llm_jax.data.loader import abstract_batch, eval_batches
-from llm_jax.data.masked import PAIRS, FramedRows, Frames, MaskCopies, PairRows
-from llm_jax.data.streams import CharacterRows, Streams
+from llm_jax.data.rows import packing, pairs
+from llm_jax.data.rows.labeled_rows import Encoder, LabeledRows, without_text
+from llm_jax.data.rows.masked import PAIRS, FramedRows, Frames, MaskCopies, PairRows
+from llm_jax.data.rows.streams import CharacterRows, Streams
 from llm_jax.objectives import spans
 from llm_jax.objectives.bidirectional_lm import BidirectionalLM
 from llm_jax.objectives.causal_lm import CausalLM

@@ -30,7 +30,8 @@ from llm_jax.objectives.labels import Labels
 from llm_jax.objectives.masked_lm import MaskedLM
 from llm_jax.objectives.permutation_lm import PermutationLM
 from llm_jax.objectives.seq2seq import Seq2Seq
-from llm_jax.parallel import offload, processes
+from llm_jax.parallel import processes
+from llm_jax.parallel.memory import offload
 from llm_jax.parallel.plan import Plan, PlanConfig
 from llm_jax.storage.checkpoints import CheckpointError, Checkpoints
 from llm_jax.storage.digests import FileDigest

@@ -14,8 +14,8 @@ from llm_jax.nn import weights
 from llm_jax.nn.stack import unstack
 from llm_jax.nn.ties import Ties, expand
 from llm_jax.objectives.objective import Objective, total_loss
-from llm_jax.parallel.offload import Signals, global_norm
-from llm_jax.parallel.schedules import Schedule
+from llm_jax.parallel.memory.offload import Signals, global_norm
+from llm_jax.parallel.pipeline.schedules import Schedule
 from llm_jax.training.pipelined import Division, check_stages, make_gradient
 from llm_jax.training.precision import Precision, round_at_random
 from llm_jax.training.state import TrainState

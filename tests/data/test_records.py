@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llm_jax.data import chat, labeled, pairs, tokenizers
+from llm_jax.data import chat, labeled, tokenizers
 from llm_jax.data import records as data_records
 from llm_jax.data.corpora import BadRows, CorpusError, documents
+from llm_jax.data.rows import pairs
 from llm_jax.data.tokens import plain_text
 from llm_jax.storage import text_files
 

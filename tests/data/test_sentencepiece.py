@@ -10,9 +10,10 @@ import tokenizers as backends
 from pieces import CODED, HARD, SPIECE, TEXTS, VARIED, marian_folder, spiece_folder
 from tokenizers import models, pre_tokenizers
 
-from llm_jax.data import pairs, tokenizers, tokens
+from llm_jax.data import tokenizers, tokens
 from llm_jax.data.corpora import BadRows, Document
-from llm_jax.data.masked import Frames
+from llm_jax.data.rows import pairs
+from llm_jax.data.rows.masked import Frames
 from llm_jax.data.sentencepiece import _shortened
 from llm_jax.data.tokenizers import TokenizerError
 

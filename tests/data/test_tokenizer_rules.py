@@ -8,7 +8,7 @@ from tokenizers import processors
 
 from llm_jax.data import tokenizers, tokens
 from llm_jax.data.corpora import BadRows, Document
-from llm_jax.data.pairs import encode_pairs
+from llm_jax.data.rows.pairs import encode_pairs
 from llm_jax.data.tokenizer import Rule, set_rule
 from llm_jax.data.tokenizers import Tokenizer
 from llm_jax.decoding import prefill

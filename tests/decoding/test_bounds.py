@@ -10,12 +10,12 @@ from tiny_models import ENCODER_DECODERS, ENCODERS, noise
 
 from llm_jax import interop
 from llm_jax.data import tokenizers, tokens
-from llm_jax.data.labeled_rows import Encoder
-from llm_jax.decoding import labels, masked
+from llm_jax.data.rows.labeled_rows import Encoder
+from llm_jax.decoding import fill_mask, predict
 from llm_jax.decoding.beam import BeamConfig, BeamSearch
 from llm_jax.decoding.finite import check_finite
 from llm_jax.decoding.generate import Generator
-from llm_jax.decoding.likelihood import of_text
+from llm_jax.decoding.score import of_text
 from llm_jax.interop.pretrained import _check_entries
 from llm_jax.models.elmo import ElmoConfig
 from llm_jax.models.gpt import GPTConfig
@@ -67,9 +67,9 @@ def test_prompts_and_masked_rows_name_the_id(wrong):
     calls = [
         lambda: Generator(decoder, {}).start([[1], [2, wrong]], 2, jax.random.key(0)),
         lambda: BeamSearch(decoder, {}).search([[1, wrong]], 2),
-        lambda: masked.fill(encoder, {}, np.array([[1, wrong]]), np.ones((1, 2))),
-        lambda: masked.pseudo_logprobs(encoder, {}, np.array([1, wrong]), np.array([0]), 3),
-        lambda: masked.pseudo_logprobs(encoder, {}, np.array([1, 2]), np.array([0]), wrong),
+        lambda: fill_mask.fill(encoder, {}, np.array([[1, wrong]]), np.ones((1, 2))),
+        lambda: fill_mask.pseudo_logprobs(encoder, {}, np.array([1, wrong]), np.array([0]), 3),
+        lambda: fill_mask.pseudo_logprobs(encoder, {}, np.array([1, 2]), np.array([0]), wrong),
     ]
     for run in calls:
         with pytest.raises(ValueError, match=f"token id {wrong} lies outside of the model's table of 12 entries"):
@@ -88,7 +88,7 @@ def test_labelled_inputs_and_stored_rows_name_the_entry(words, tmp_path):
     assert short.row(short([("the cat",)])[0], 8)["input_ids"][-1] == 0  # padding that the model has no row for
     for run in (
         lambda: encoder([("the cat",), ("a <extra>",)]),
-        lambda: labels.predict(config.make(), {}, words, [("<extra> cat",)]),
+        lambda: predict.predict(config.make(), {}, words, [("<extra> cat",)]),
     ):
         with pytest.raises(ValueError, match=r"token id 12 \('<extra>'\)"):
             run()
@@ -130,7 +130,7 @@ def test_numbers_that_are_not_finite_are_no_label(words):
     model = type(config)(**{**vars(config), "num_layers": 1, "head": "classification", "labels": ("a", "b")}).make()
     params = jax.tree.map(lambda x: x * np.nan, noise(model, 0.3))
     with pytest.raises(ValueError, match="not finite in the labels' logits"):
-        labels.predict(model, params, words, [("the cat",)])
+        predict.predict(model, params, words, [("the cat",)])
 
 
 def test_numbers_that_are_not_finite_are_no_score():

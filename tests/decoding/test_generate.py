@@ -9,9 +9,9 @@ import pytest
 from tiny_models import noise
 
 from llm_jax.decoding.generate import Completion, Generator
-from llm_jax.decoding.likelihood import sequence_logprobs
 from llm_jax.decoding.prefill import bucket
 from llm_jax.decoding.sampling import SamplingConfig
+from llm_jax.decoding.score import sequence_logprobs
 from llm_jax.models.gpt import GPTConfig
 from llm_jax.models.llama import LlamaConfig
 from llm_jax.models.xlnet import XLNetConfig

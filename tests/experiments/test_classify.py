@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from binaries import binary, call
 
-from experiments import cli, text_sets
-from llm_jax.classic import naive_bayes, tfidf
-from llm_jax.interop import vectors
+from experiments import cli
+from llm_jax.classic.text import naive_bayes, tfidf
+from llm_jax.interop.word_vectors import files
 from llm_jax.storage.safetensors import TensorFolder
+from llm_jax.tasks import text_sets
 
 GOOD, BAD = ("a good film", "good good fun", "fun film , good cast"), ("a bad film", "bad bad plot", "dull plot , bad")
 
@@ -86,8 +87,8 @@ WORDS = ["a", "good", "bad", "film", "fun", "plot", "dull", ",", "sofa"]
 
 def stored(folder):
     about = json.loads((folder / "text_classifier.json").read_text())
-    files = TensorFolder(folder)
-    return about, {name: np.array(files[name]) for name in files}
+    tensors = TensorFolder(folder)
+    return about, {name: np.array(tensors[name]) for name in tensors}
 
 
 def words_run(folder, out, *flags):
@@ -102,7 +103,7 @@ CNN = ("--model=cnn", "--vectors={0}/vectors.txt", "--filters=3", "--widths=1,2"
 
 @pytest.fixture(scope="module")
 def cnn(folder):
-    vectors.write(folder / "vectors.txt", WORDS, MATRIX)
+    files.write(folder / "vectors.txt", WORDS, MATRIX)
     return words_run(folder, "cnn", *CNN, "--epochs=4")
 
 
@@ -195,7 +196,7 @@ def test_a_run_goes_on_with_the_same_texts_labels_and_vectors_only(folder, cnn, 
         with pytest.raises(ValueError, match=rf"another config .*crc32\.{name}"):
             call("classify", "train", *flags, "--epochs=2")
     data.write_text(rows)
-    vectors.write(path, WORDS, MATRIX + 1)
+    files.write(path, WORDS, MATRIX + 1)
     with pytest.raises(ValueError, match=r"another config \(crc32.vectors: \d+ -> \d+\); choose another --out"):
         call("classify", "train", *flags, "--epochs=2")
     shutil.copy(folder / "vectors.txt", path)
@@ -320,7 +321,7 @@ def test_errors_of_training(folder, arguments, words, tmp_path):
     table(folder / "one.tsv", [(t, "+") for t in (*GOOD, "x y", "z")])
     table(folder / "other.tsv", [("good", "?")])
     (folder / "empty.tsv").write_text("text\tlabel\n")
-    vectors.write(folder / "other.vec", ["oiseau"], np.ones((1, 2)))
+    files.write(folder / "other.vec", ["oiseau"], np.ones((1, 2)))
     given = [a.format(folder) for a in arguments]
     if not any(a.startswith("--out") for a in given) and arguments != ("--data=x",):
         given.append(f"--out={tmp_path}/model")

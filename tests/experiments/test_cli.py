@@ -19,7 +19,7 @@ from binaries import binary, call
 from pieces import marian_folder
 from tiny_models import ENCODER_DECODERS, noise
 
-from experiments import cli, report
+from experiments import cli
 from experiments.configs import demo
 from experiments.configs import finetune as finetune_experiment
 from llm_jax import interop, training
@@ -31,6 +31,7 @@ from llm_jax.delta.lora import LoraConfig
 from llm_jax.models.llama import LlamaConfig
 from llm_jax.models.t5 import T5Config
 from llm_jax.nn import paths, weights
+from llm_jax.tasks import report
 from llm_jax.training.finetune import FinetuneConfig
 from llm_jax.training.loop import LoopConfig, TrainingError
 from llm_jax.training.run import RunConfig
@@ -402,7 +403,7 @@ def test_marians_sources_and_targets_reach_the_model_by_their_own_models(tmp_pat
         return np.array([[-1.0, -2.0]])
 
     monkeypatch.setattr("llm_jax.decoding.generate.Generator", Recorder)
-    monkeypatch.setattr("llm_jax.decoding.likelihood.target_logprobs", score)
+    monkeypatch.setattr("llm_jax.decoding.score.target_logprobs", score)
     text, coded = "the usage of it", ">>fra<< the usage"
     assert tokenizer.encode_source(text) != tokenizer.target.encode_source(text)
     for folder in (tmp_path / "hf", tmp_path / "own"):

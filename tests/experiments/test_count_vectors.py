@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from binaries import call
 
-from llm_jax.classic import counts, glove, sentences
-from llm_jax.classic.counts import CountsError
-from llm_jax.interop import vectors
+from llm_jax.classic.text import sentences
+from llm_jax.classic.vectors import co_occurrence, glove
+from llm_jax.classic.vectors.co_occurrence import CountsError
+from llm_jax.interop.word_vectors import files
 
 TOPICS = (["red", "green", "blue", "black", "white"], ["cat", "dog", "cow", "horse", "sheep"])
 
@@ -21,15 +22,15 @@ def corpus(tmp_path_factory):
 
 def run(corpus, out, *arguments):
     call("count_vectors", f"--corpus={corpus}", f"--out={out}", *arguments)
-    return vectors.read(out)
+    return files.read(out)
 
 
 def test_svd(corpus, tmp_path, capsys):
     """The library's steps, and the same through files."""
     words, table = run(corpus, tmp_path / "a.txt", "--size=3", "--shift=0.5", "--exponent=1", "--weighting=flat")
     vocabulary, text = sentences.read(sentences.Reader([corpus]), min_count=5)
-    found = counts.cooccurrences(text, len(vocabulary), 5)[3:, 3:]
-    expected = counts.svd_vectors(counts.ppmi(found, 0.5, 0.75), 3, 1.0)
+    found = co_occurrence.cooccurrences(text, len(vocabulary), 5)[3:, 3:]
+    expected = co_occurrence.svd_vectors(co_occurrence.ppmi(found, 0.5, 0.75), 3, 1.0)
     assert words == vocabulary.words[3:] and set(words) == {*TOPICS[0], *TOPICS[1]}
     np.testing.assert_allclose(table, expected, rtol=1e-6, atol=1e-6)
     assert "10 words, 50 pairs" in capsys.readouterr().out
@@ -49,7 +50,7 @@ def test_glove(corpus, tmp_path, capsys, monkeypatch):
     words, table = run(corpus, tmp_path / "g.txt", "--method=glove", "--size=4", "--epochs=3", "--x_max=10")
     assert table.shape == (10, 4) and "in the last" in capsys.readouterr().out
     vocabulary, text = sentences.read(sentences.Reader([corpus]), min_count=5)
-    expected = counts.cooccurrences(text, len(vocabulary), 5, "harmonic")[3:, 3:]
+    expected = co_occurrence.cooccurrences(text, len(vocabulary), 5, "harmonic")[3:, 3:]
     np.testing.assert_allclose(seen["found"].toarray(), expected.toarray())
 
 

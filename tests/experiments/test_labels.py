@@ -13,7 +13,7 @@ from experiments import cli
 from experiments.configs import labels as experiment
 from llm_jax import interop
 from llm_jax.data import tokenizers
-from llm_jax.decoding.labels import predict
+from llm_jax.decoding.predict import predict
 from llm_jax.models.bert import BertConfig
 from llm_jax.objectives.labels import Labels
 from llm_jax.training.finetune import FinetuneConfig
@@ -130,7 +130,7 @@ def test_the_experiments_are_configs(variant, shared_data):
     with binary("finetune", f"{CONFIG}:{variant}", "--model=x") as module:
         config = cli.from_config_dict(FinetuneConfig, module.CONFIG.value)
     run = config.run
-    assert isinstance(run.objective, Labels) and run.data.fields == experiment.TASKS[variant].fields
+    assert isinstance(run.objective, Labels) and run.data.fields == experiment.TASKS[variant].files.fields
     for source in (run.data.source, run.data.validation):
         assert (shared_data.parents[1] / source.removeprefix("../")).exists()
     with pytest.raises(ValueError, match="variant 'x' is none of sst2, "):

@@ -14,7 +14,8 @@ from binaries import binary, call
 from letters import TEXT
 
 from experiments import cli
-from llm_jax.classic import arpa, sentences, streaming
+from llm_jax.classic.ngrams import arpa, streaming
+from llm_jax.classic.text import sentences
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import pytest
 from binaries import binary
 
 from experiments import cli
-from llm_jax.interop import vectors
+from llm_jax.interop.word_vectors import files
 from llm_jax.training import run
 
 DEMO = "--config=experiments/configs/demo.py:tiny"
@@ -18,8 +18,8 @@ def folder(tmp_path_factory):
     (path / "text").mkdir()
     for i in range(9):
         (path / "text" / f"{i}.txt").write_text("the cat saw the dog and the cat " * 9)
-    vectors.write(path / "vectors.txt", ["the", "cat", "bird"], np.random.default_rng(0).normal(size=(3, 4)))
-    vectors.write(path / "other.txt", ["oiseau"], np.ones((1, 4)))
+    files.write(path / "vectors.txt", ["the", "cat", "bird"], np.random.default_rng(0).normal(size=(3, 4)))
+    files.write(path / "other.txt", ["oiseau"], np.ones((1, 4)))
     return path
 
 
@@ -35,7 +35,7 @@ def test_the_table_begins_with_vectors(folder, capsys):
     tokenizer, table = got["tokenizer"], np.asarray(got["params"]["embed"]["embedding"])
     ids = [tokenizer.encode(" " + word) for word in ("the", "cat")]
     assert all(len(i) == 1 for i in ids) and got["extra"] == {"vectors": f"{folder}/vectors.txt"}
-    matrix = vectors.read(folder / "vectors.txt")[1][:2]
+    matrix = files.read(folder / "vectors.txt")[1][:2]
     rows = table[np.concatenate(ids)]
     np.testing.assert_allclose(rows / np.linalg.norm(rows), matrix / np.linalg.norm(matrix), rtol=1e-4)
     assert "2 of " in capsys.readouterr().out

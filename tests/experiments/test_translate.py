@@ -5,7 +5,7 @@ import json
 import pytest
 from binaries import call
 
-from experiments import word_by_word
+from llm_jax.classic.text import alignment
 from llm_jax.models.transformer import TransformerConfig
 from llm_jax.objectives.seq2seq import Seq2Seq
 from llm_jax.training import run
@@ -16,9 +16,9 @@ from llm_jax.training.optimizers import OptimizerConfig
 def test_model_1_finds_what_stands_for_what():
     """The classic three sentences: das house, das buch, ein buch."""
     pairs = [("das Haus", "the house"), ("das Buch", "the book"), ("ein Buch", "a book")]
-    lexicon = word_by_word.learn(pairs, rounds=10)
+    lexicon = alignment.learn(pairs, rounds=10)
     assert lexicon == {"das": "the", "haus": "house", "buch": "book", "ein": "a"}
-    assert word_by_word.translate(lexicon, "Ein Haus, das Buch!") == "a house, the book!"
+    assert alignment.translate(lexicon, "Ein Haus, das Buch!") == "a house, the book!"
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from binaries import binary, call
 
-from llm_jax.classic.sentences import TextError
-from llm_jax.classic.vectors import VectorsError
-from llm_jax.interop import vectors
+from llm_jax.classic.text.sentences import TextError
+from llm_jax.classic.vectors.word_vectors import VectorsError
+from llm_jax.interop.word_vectors import files
 from llm_jax.training.workdir import WorkdirError
 
 SMALL = ("--size=8", "--block=256", "--blocks=2", "--sample=0", "--epochs=2")
@@ -35,13 +35,13 @@ def folder(tmp_path_factory):
 
 
 def test_a_finished_run_is_written_again(folder, capsys):
-    words, table = vectors.read(folder / "vectors.txt")
+    words, table = files.read(folder / "vectors.txt")
     assert set(words) == {*TOPICS[0], *TOPICS[1]} and table.shape == (10, 8)
     out = f"--out={folder}/again.bin"
     corpus = f"--corpus={folder}/[01].txt*"
     run = f"--workdir={folder}/vectors.txt.run"
     call("word2vec", "train", corpus, out, run, "--format=word2vec_binary", *SMALL)
-    again = vectors.read(folder / "again.bin")
+    again = files.read(folder / "again.bin")
     assert again[0] == words and (again[1] == table).all()
     assert "1,601 words, 10 different ones kept, which are 99.9% of the text" in capsys.readouterr().out
     with pytest.raises(WorkdirError, match="schedule.seed: 1 -> 2"):
@@ -61,9 +61,9 @@ def test_evaluation(folder, capsys):
 
 def test_results_and_speed_are_files_of_their_own(folder, capsys):
     """Whatever lies beside vectors; and vectors from elsewhere under the same name have no speed."""
-    words, table = vectors.read(folder / "vectors.txt")
+    words, table = files.read(folder / "vectors.txt")
     path = folder / "other.txt"
-    vectors.write(path, words[:-1], table[:-1])
+    files.write(path, words[:-1], table[:-1])
     (folder / "other.txt.training.json").write_text((folder / "vectors.txt.training.json").read_text())
     for _ in range(2):
         call("word2vec", "evaluate", f"--vectors={path}", f"--tests={folder}", f"--json={path}.json")

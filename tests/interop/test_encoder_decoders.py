@@ -9,7 +9,7 @@ import pytest
 from tiny_models import ENCODER_DECODERS, V, abstract, noise
 
 from llm_jax import interop
-from llm_jax.interop import marian, t5
+from llm_jax.interop.huggingface import marian, t5
 from llm_jax.interop.names import InteropError
 from llm_jax.nn import paths
 from llm_jax.storage.safetensors import TensorFolder, write_folder

@@ -8,10 +8,10 @@ import pytest
 from jax.interpreters import partial_eval
 from tiny_models import BERT, ENCODER_DECODERS, ENCODERS, MODELS, V
 
-from llm_jax.decoding import labels
+from llm_jax.decoding import predict
 from llm_jax.decoding.beam import BeamSearch
+from llm_jax.decoding.fill_mask import fill
 from llm_jax.decoding.generate import Generator
-from llm_jax.decoding.masked import fill
 from llm_jax.interop.pretrained import save, save_own
 from llm_jax.models import parameters
 from llm_jax.models.bert import BertConfig
@@ -119,7 +119,7 @@ def test_every_entrance_checks(tmp_path):
         lambda: Generator(*decoder),
         lambda: BeamSearch(*decoder),
         lambda: fill(*encoder, np.ones((1, 2), int), np.ones((1, 2), int)),
-        lambda: labels.predict(*tagger, None, [("a",)]),  # type: ignore[arg-type]
+        lambda: predict.predict(*tagger, None, [("a",)]),  # type: ignore[arg-type]
         lambda: save_own(tmp_path, *decoder),
     ]
     for call in calls:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny_models import CONTEXT, MODELS, V, abstract, count_bert, model_params
 
-from llm_jax.models import frame
+from llm_jax.models.shared import frame
 from llm_jax.nn import weights
 from llm_jax.nn.cache import init_cache
 from llm_jax.nn.execution import Execution

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from llm_jax.models.gpt import GPTConfig
-from llm_jax.models.output import Output
+from llm_jax.models.shared.output import Output
 from llm_jax.nn.output import Head
 from llm_jax.objectives.causal_lm import CausalLM
 from llm_jax.objectives.objective import total_loss

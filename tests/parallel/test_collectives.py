@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from llm_jax.parallel import collectives, hlo
+from llm_jax.parallel import collectives
 from llm_jax.parallel.mesh import make_mesh
+from llm_jax.rehearse import hlo
 
 N = 8
 X = np.random.default_rng(0).integers(-99, 99, (N, 2 * N, 3)).astype(np.int32)  # a row a device

@@ -9,12 +9,13 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from plan_runs import assert_equals_one_device, program, run_steps, task
 
-from llm_jax.models.block import Shared
+from llm_jax.models.shared.block import Shared
 from llm_jax.nn import paths
 from llm_jax.nn.attend import Mask
-from llm_jax.parallel import explicit, hlo
+from llm_jax.parallel import explicit
 from llm_jax.parallel.mesh import make_mesh
 from llm_jax.parallel.plan import PlanConfig
+from llm_jax.rehearse import hlo
 
 ROWS = {
     "zero 3": (PlanConfig(data=8, zero=3, explicit=True, remat="full"), "llama", 1),

@@ -9,7 +9,7 @@ import transformers
 from theirs import BOUNDS, DTYPES, check_gradients, exported, noisy, use_doubles
 
 from llm_jax import interop
-from llm_jax.interop.bert import CLASSES, TABLE
+from llm_jax.interop.huggingface.bert import CLASSES, TABLE
 from llm_jax.objectives.labels import Labels
 from llm_jax.objectives.masked_lm import MaskedLM, Targets
 from llm_jax.objectives.objective import total_loss

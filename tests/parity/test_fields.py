@@ -9,8 +9,8 @@ import torch
 import transformers
 
 from llm_jax import interop
-from llm_jax.interop import fields
-from llm_jax.interop.llama import MODEL_TYPES
+from llm_jax.interop.huggingface import fields
+from llm_jax.interop.huggingface.llama import MODEL_TYPES
 from llm_jax.interop.pretrained import FAMILIES
 
 

@@ -11,7 +11,7 @@ import transformers
 from theirs import BOUNDS, DTYPES, check_gradients, exported, noisy, use_doubles
 
 from llm_jax import interop
-from llm_jax.interop import gpt, llama, t5
+from llm_jax.interop.huggingface import gpt, llama, t5
 from llm_jax.objectives.labels import Labels
 from llm_jax.objectives.objective import total_loss
 

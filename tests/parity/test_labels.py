@@ -7,8 +7,8 @@ from tiny_models import BERT, noise
 
 from llm_jax import interop
 from llm_jax.data import tokenizers
-from llm_jax.data.labeled_rows import Encoder
-from llm_jax.decoding.labels import predict
+from llm_jax.data.rows.labeled_rows import Encoder
+from llm_jax.decoding.predict import predict
 from llm_jax.models.bert import BertConfig
 
 TEXT = "the cat sat on a mat , and the dog saw one more cat ; doesn't it ?"

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from llm_jax import interop
-from llm_jax.models.heads import mean_pool
+from llm_jax.models.shared.heads import mean_pool
 
 TEXTS = [
     "A man is eating food.",

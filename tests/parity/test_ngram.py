@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from letters import PRUNED
 
-from llm_jax.classic import arpa, counting, hashed, sentences, smoothing
-from llm_jax.classic.sentences import BEGIN
+from llm_jax.classic.ngrams import arpa, counting, hashed, smoothing
+from llm_jax.classic.text import sentences
+from llm_jax.classic.text.sentences import BEGIN
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +79,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_a_file_of_irstlm_as_kenlm_reads_it():
-    """What another program estimated (tests/classic/test_arpa.py), on words and orders that back off to all depths."""
-    path = ROOT / "tests" / "classic" / "irstlm.arpa"
+    """What another program estimated (see ngrams/test_arpa.py), on words and orders that back off to all depths."""
+    path = ROOT / "tests" / "classic" / "ngrams" / "irstlm.arpa"
     theirs, ours = kenlm.Model(str(path)), arpa.read(path)
     rng = np.random.default_rng(0)
     words = ours.vocabulary.words[3:]

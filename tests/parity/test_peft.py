@@ -12,8 +12,8 @@ import transformers
 
 from llm_jax import interop
 from llm_jax.delta import lora
-from llm_jax.interop import peft as peft_format
-from llm_jax.interop import peft_config
+from llm_jax.interop.huggingface import peft as peft_format
+from llm_jax.interop.huggingface import peft_config
 from llm_jax.nn import paths
 from llm_jax.training.trainable import combine, partition
 

@@ -14,7 +14,7 @@ from tiny_models import noise
 
 from llm_jax import interop
 from llm_jax.decoding.generate import Generator
-from llm_jax.decoding.likelihood import sequence_logprobs
+from llm_jax.decoding.score import sequence_logprobs
 from llm_jax.models.llama import LlamaConfig
 
 # the opening of Darwin's "On the Origin of Species", 1859

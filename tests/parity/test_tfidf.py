@@ -6,9 +6,9 @@ import sysconfig
 import numpy as np
 import pytest
 
-from experiments import benchmark_bayes
-from llm_jax.classic import naive_bayes
-from llm_jax.classic.tfidf import Options, TfIdf
+from experiments.benchmark import naive_bayes as benchmark
+from llm_jax.classic.text import naive_bayes
+from llm_jax.classic.text.tfidf import Options, TfIdf
 
 text = pytest.importorskip("sklearn.feature_extraction.text", reason="parity needs scikit-learn")
 bayes = pytest.importorskip("sklearn.naive_bayes", reason="parity needs scikit-learn")
@@ -147,5 +147,5 @@ def test_naive_bayes(corpus, features, alpha, kind, ours, reference):
 @pytest.mark.parametrize("ngrams", [1, 2])
 def test_the_benchmark_measures_the_same_model(ngrams):
     spec = {"part": "predict", "ngrams": ngrams, "tiny": True}
-    ours, theirs = (benchmark_bayes.measure({"what": what, **spec}) for what in ("ours", "scikit-learn"))
+    ours, theirs = (benchmark.measure({"what": what, **spec}) for what in ("ours", "scikit-learn"))
     assert ours["accuracy"] == theirs["accuracy"] > 0.6 and min(ours["value"], theirs["value"]) > 0

@@ -3,10 +3,15 @@
 import numpy as np
 import pytest
 
-from llm_jax.classic.evaluation import evaluate_analogies, evaluate_similarity, read_pairs, read_questions
-from llm_jax.classic.plots import pca, tsne
-from llm_jax.classic.vectors import WordVectors
-from llm_jax.interop.vectors import FORMATS, read, write
+from llm_jax.classic.vectors.evaluation import (
+    evaluate_analogies,
+    evaluate_similarity,
+    read_pairs,
+    read_questions,
+)
+from llm_jax.classic.vectors.plots import pca, tsne
+from llm_jax.classic.vectors.word_vectors import WordVectors
+from llm_jax.interop.word_vectors.files import FORMATS, read, write
 
 KeyedVectors = pytest.importorskip("gensim.models", reason="gensim is the oracle here").KeyedVectors
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax.classic import huffman, noise, word2vec
-from llm_jax.classic.tiles import Tiles, band
-from llm_jax.classic.word2vec import Word2VecConfig
+from llm_jax.classic.vectors import huffman, noise, word2vec
+from llm_jax.classic.vectors.tiles import Tiles, band
+from llm_jax.classic.vectors.word2vec import Word2VecConfig
 
 gensim = pytest.importorskip("gensim.models", reason="gensim is not installed")
 D, S, RATE = 8, 1, 0.025  # with more draws a word may come twice, and the second one sees the first move

@@ -9,7 +9,7 @@ import transformers
 from theirs import BOUNDS, DTYPES, exported, gradients, noisy, use_doubles
 
 from llm_jax import interop
-from llm_jax.interop.xlnet import CLASSES
+from llm_jax.interop.huggingface.xlnet import CLASSES
 from llm_jax.nn import paths
 from llm_jax.objectives.labels import Labels
 from llm_jax.objectives.objective import total_loss

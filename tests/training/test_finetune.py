@@ -16,7 +16,7 @@ from llm_jax.compress.quantize import quantize
 from llm_jax.data import tokenizers
 from llm_jax.delta import lora
 from llm_jax.delta.lora import Lora, LoraConfig
-from llm_jax.interop import peft
+from llm_jax.interop.huggingface import peft
 from llm_jax.models.llama import LlamaConfig
 from llm_jax.nn import paths, weights
 from llm_jax.training import finetune

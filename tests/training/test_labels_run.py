@@ -13,7 +13,7 @@ from tiny_models import BERT, noise
 from llm_jax import config as configs
 from llm_jax import interop
 from llm_jax.data.corpora import CorpusError
-from llm_jax.decoding.labels import predict
+from llm_jax.decoding.predict import predict
 from llm_jax.delta import lora
 from llm_jax.models.bert import BertConfig
 from llm_jax.models.elmo import ElmoConfig

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_models import BERT
 
-from llm_jax.decoding.masked import fill, pseudo_logprobs
+from llm_jax.decoding.fill_mask import fill, pseudo_logprobs
 from llm_jax.models.bert import BertConfig
 from llm_jax.models.gpt import GPTConfig
 from llm_jax.objectives.causal_lm import CausalLM

@@ -1,0 +1,1 @@
+"""Text as numbers, and classifiers that need nothing else."""

@@ -1,0 +1,1 @@
+"""Word vectors: from counts, by GloVe, by word2vec; and what they are measured by."""

@@ -1,0 +1,1 @@
+"""Rows of fixed length, one file a kind of training."""

@@ -1,0 +1,1 @@
+"""Configs and tensors in Hugging Face's names, both ways."""

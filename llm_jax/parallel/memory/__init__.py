@@ -1,0 +1,1 @@
+"""State outside of a device's memory: on the host and on disk."""

@@ -1,0 +1,1 @@
+"""What people do with models: runs of classic ones, sets of labelled texts, reports."""
