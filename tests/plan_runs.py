@@ -17,7 +17,7 @@ from llm_jax.parallel.plan import Plan, PlanConfig
 from llm_jax.training.loop import LoopConfig
 from llm_jax.training.optimizers import OptimizerConfig, make_optimizer
 from llm_jax.training.program import build
-from llm_jax.training.run import RunConfig
+from llm_jax.training.run_config import RunConfig
 
 ROWS, T, STEPS = 16, 8, 3
 MODELS_HERE = {  # sizes that 8 devices divide, but for what a row is about

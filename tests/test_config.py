@@ -5,7 +5,7 @@ import pytest
 
 from llm_jax import config
 from llm_jax.training.optimizers import OptimizerConfig
-from llm_jax.training.run import RunConfig
+from llm_jax.training.run_config import RunConfig
 
 
 @dataclasses.dataclass(frozen=True)

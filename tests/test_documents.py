@@ -15,7 +15,7 @@ from llm_jax.models.gpt import GPTConfig
 from llm_jax.models.llama import LlamaConfig
 from llm_jax.models.t5 import T5Config
 from llm_jax.training.finetune import FinetuneConfig
-from llm_jax.training.run import RunConfig
+from llm_jax.training.run_config import RunConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LINES = (ROOT / "WORKSPACE.md").read_text().split("## Every technique")[1].splitlines()

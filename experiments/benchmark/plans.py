@@ -36,7 +36,7 @@ from llm_jax.training import flops
 from llm_jax.training.loop import LoopConfig
 from llm_jax.training.optimizers import OptimizerConfig
 from llm_jax.training.program import build
-from llm_jax.training.run import DataConfig, RunConfig
+from llm_jax.training.run_config import DataConfig, RunConfig
 
 TINY = LlamaConfig(vocab_size=512, model_dim=64, num_layers=3, num_heads=4, num_kv_heads=2, hidden_dim=128)
 LLAMA = LlamaConfig(  # Llama 3.2 1B

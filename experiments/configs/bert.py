@@ -30,7 +30,7 @@ from llm_jax.objectives.masked_lm import MaskedLM
 from llm_jax.parallel.plan import PlanConfig
 from llm_jax.training.loop import LoopConfig
 from llm_jax.training.optimizers import OptimizerConfig
-from llm_jax.training.run import DataConfig, RunConfig
+from llm_jax.training.run_config import DataConfig, RunConfig
 
 SIZES: dict[str, Any] = dict(
     vocab_size=4096, context_length=128, model_dim=192, num_layers=4, num_heads=4, hidden_dim=768, dropout=0.0,

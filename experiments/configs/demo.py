@@ -11,7 +11,7 @@ from llm_jax.models.gpt import GPTConfig
 from llm_jax.parallel.plan import PlanConfig
 from llm_jax.training.loop import LoopConfig
 from llm_jax.training.optimizers import OptimizerConfig
-from llm_jax.training.run import DataConfig, RunConfig
+from llm_jax.training.run_config import DataConfig, RunConfig
 
 
 def get_config(variant: str = ""):

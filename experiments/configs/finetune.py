@@ -12,7 +12,7 @@ from experiments import cli
 from llm_jax.training.finetune import FinetuneConfig
 from llm_jax.training.loop import LoopConfig
 from llm_jax.training.optimizers import OptimizerConfig
-from llm_jax.training.run import DataConfig, RunConfig
+from llm_jax.training.run_config import DataConfig, RunConfig
 
 
 def get_config(variant: str = ""):

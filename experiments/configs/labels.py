@@ -33,8 +33,7 @@ from llm_jax.tasks.text_sets import FOLDER, SST2, TREC, LabeledFiles
 from llm_jax.training.finetune import FinetuneConfig
 from llm_jax.training.loop import LoopConfig
 from llm_jax.training.optimizers import OptimizerConfig
-from llm_jax.training.rows import DataConfig
-from llm_jax.training.run import RunConfig
+from llm_jax.training.run_config import DataConfig, RunConfig
 
 
 class Task(NamedTuple):

@@ -38,7 +38,7 @@ from llm_jax.models.llama import LlamaConfig
 from llm_jax.parallel.plan import PlanConfig
 from llm_jax.training.loop import LoopConfig
 from llm_jax.training.optimizers import OptimizerConfig
-from llm_jax.training.run import DataConfig, RunConfig
+from llm_jax.training.run_config import DataConfig, RunConfig
 
 SIZES: dict[str, Any] = dict(vocab_size=32000, context_length=4096, tied=False)
 

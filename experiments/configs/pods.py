@@ -36,7 +36,7 @@ from llm_jax.objectives.seq2seq import Seq2Seq
 from llm_jax.parallel.plan import PlanConfig
 from llm_jax.training.loop import LoopConfig
 from llm_jax.training.optimizers import OptimizerConfig
-from llm_jax.training.run import DataConfig, RunConfig
+from llm_jax.training.run_config import DataConfig, RunConfig
 
 LLAMA3 = LlamaConfig(
     vocab_size=128256, context_length=131072, model_dim=4096, num_layers=32, num_heads=32, num_kv_heads=8,

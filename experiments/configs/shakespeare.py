@@ -16,7 +16,7 @@ from llm_jax.models.gpt import GPTConfig
 from llm_jax.parallel.plan import PlanConfig
 from llm_jax.training.loop import LoopConfig
 from llm_jax.training.optimizers import OptimizerConfig
-from llm_jax.training.run import DataConfig, RunConfig
+from llm_jax.training.run_config import DataConfig, RunConfig
 
 OPTIMIZERS = {"": ("adamw", 1e-3), "high_rate": ("adamw", 4e-3), "muon": ("muon", 2e-2)}
 

@@ -18,8 +18,7 @@ from llm_jax.objectives.seq2seq import Seq2Seq
 from llm_jax.parallel.plan import PlanConfig
 from llm_jax.training.loop import LoopConfig
 from llm_jax.training.optimizers import OptimizerConfig
-from llm_jax.training.rows import DataConfig
-from llm_jax.training.run import RunConfig
+from llm_jax.training.run_config import DataConfig, RunConfig
 
 SIZES: dict[str, Any] = dict(
     vocab_size=4096, context_length=128, model_dim=192, num_layers=3, num_heads=4, head_dim=48, hidden_dim=768,

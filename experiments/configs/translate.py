@@ -19,8 +19,7 @@ from llm_jax.objectives.seq2seq import Seq2Seq
 from llm_jax.parallel.plan import PlanConfig
 from llm_jax.training.loop import LoopConfig
 from llm_jax.training.optimizers import OptimizerConfig
-from llm_jax.training.rows import DataConfig
-from llm_jax.training.run import RunConfig
+from llm_jax.training.run_config import DataConfig, RunConfig
 
 LENGTH = 48
 

@@ -18,7 +18,7 @@ from llm_jax.parallel.splash import BLOCK
 from llm_jax.rehearse import activations, hlo, serving
 from llm_jax.training import flops, rows
 from llm_jax.training.program import Program, build
-from llm_jax.training.run import RunConfig
+from llm_jax.training.run_config import RunConfig
 
 GB = 1e9
 LAYOUT = re.compile(r"(?:bf16|f32)\[([\d,]+)\]\{")  # of a kernel's operands: queries, keys, values, ...

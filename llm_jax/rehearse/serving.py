@@ -18,7 +18,7 @@ from llm_jax.nn.stack import unstack
 from llm_jax.parallel.plan import Plan
 from llm_jax.training import flops
 from llm_jax.training.precision import DTYPES
-from llm_jax.training.run import RunConfig
+from llm_jax.training.run_config import RunConfig
 
 
 def _held(tree: Any) -> int:

@@ -28,7 +28,8 @@ from llm_jax.training import metrics
 from llm_jax.training.loop import LoopConfig, TrainingError
 from llm_jax.training.optimizers import OptimizerConfig
 from llm_jax.training.program import build
-from llm_jax.training.run import Held, RunConfig, run_program
+from llm_jax.training.run import Held, run_program
+from llm_jax.training.run_config import RunConfig
 from llm_jax.training.workdir import Workdir
 
 log = logging.getLogger(__name__)

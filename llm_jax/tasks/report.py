@@ -18,7 +18,8 @@ from llm_jax.objectives.causal_lm import CausalLM
 from llm_jax.objectives.masked_lm import MaskedLM
 from llm_jax.objectives.permutation_lm import PermutationLM
 from llm_jax.objectives.seq2seq import Seq2Seq
-from llm_jax.training.run import RunConfig, Trained
+from llm_jax.training.run import Trained
+from llm_jax.training.run_config import RunConfig
 
 
 def xz_bits_per_byte(source: str, share: float, **read_as: Any) -> float | None:

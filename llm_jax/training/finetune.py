@@ -16,7 +16,8 @@ from llm_jax.models.llama import LlamaConfig
 from llm_jax.nn import weights
 from llm_jax.objectives.labels import Labels
 from llm_jax.training.rows import read_labeled
-from llm_jax.training.run import RunConfig, Trained, train
+from llm_jax.training.run import Trained, train
+from llm_jax.training.run_config import RunConfig
 from llm_jax.training.trainable import partition
 
 HEAD = ("classifier", "pooler", "mix")  # what a head with labels adds; it trains beside LoRA

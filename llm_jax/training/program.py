@@ -21,6 +21,7 @@ from llm_jax.training.optimizers import OptimizerConfig, make_optimizer
 from llm_jax.training.pipelined import Division, check_stages
 from llm_jax.training.precision import Precision
 from llm_jax.training.rows import carries
+from llm_jax.training.run_config import RunConfig
 from llm_jax.training.state import TrainState, init_state
 from llm_jax.training.step import StepConfig, make_eval_step, make_train_step
 
@@ -70,7 +71,7 @@ def _pin(shardings: Any) -> Callable[[Any], Any]:
 
 
 def _offloaded_update(
-    config: Any, plan: Plan, shapes: TrainState, axes: Any, tx: Any, scratch: epath.PathLike | None
+    config: RunConfig, plan: Plan, shapes: TrainState, axes: Any, tx: Any, scratch: epath.PathLike | None
 ) -> OnDisk | HostUpdate | None:
     """What runs the optimizer's update where its state lies; None where that is the device."""
     kinds = set(config.plan.offload) & {"update", "disk"}
@@ -102,7 +103,7 @@ class _Runners(NamedTuple):
     wrap: Any = None
 
 
-def _runners(config: Any, plan: Plan, params: Any, axes: Any) -> _Runners:
+def _runners(config: RunConfig, plan: Plan, params: Any, axes: Any) -> _Runners:
     """What host memory, explicit ZeRO and rings ask for."""
     own, execution = config.plan, plan.execution()
     if own.explicit:
@@ -122,7 +123,9 @@ def _runners(config: Any, plan: Plan, params: Any, axes: Any) -> _Runners:
     return _Runners(run, run, wrap)
 
 
-def _first_state(init: Any, config: Any, shardings: Any, places: Any, on_disk: OnDisk | None) -> tuple[Any, Any, Any]:
+def _first_state(
+    init: Any, config: RunConfig, shardings: Any, places: Any, on_disk: OnDisk | None
+) -> tuple[Any, Any, Any]:
     """(compiled `init`, shardings of what it returns, where it expects given parameters)."""
     resident = jax.tree.map(lambda s: NamedSharding(s.mesh, s.spec), shardings)
     on_device: Any = jax.jit(init, out_shardings=resident, donate_argnums=1)
@@ -139,7 +142,7 @@ def _first_state(init: Any, config: Any, shardings: Any, places: Any, on_disk: O
     return on_device, shardings, places
 
 
-def optimizer_of(config: Any) -> OptimizerConfig:
+def optimizer_of(config: RunConfig) -> OptimizerConfig:
     """The run's optimizer with what it takes from the model: the width in Noam's formula."""
     own = config.optimizer
     if own.schedule != "noam" or own.noam_dim is not None:
@@ -148,7 +151,7 @@ def optimizer_of(config: Any) -> OptimizerConfig:
 
 
 def build(
-    config: Any,
+    config: RunConfig,
     plan: Plan,
     mask_id: int | None,
     given: Any = None,

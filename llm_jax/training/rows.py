@@ -1,6 +1,5 @@
 """What a run reads: its tokenizer and its rows, for every objective."""
 
-import dataclasses
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +14,7 @@ from llm_jax.data import corpora, labeled, tokenizers, tokens
 from llm_jax.data.loader import abstract_batch, eval_batches
 from llm_jax.data.rows import packing, pairs
 from llm_jax.data.rows.labeled_rows import Encoder, LabeledRows, without_text
-from llm_jax.data.rows.masked import PAIRS, FramedRows, Frames, MaskCopies, PairRows
+from llm_jax.data.rows.masked import FramedRows, Frames, MaskCopies, PairRows
 from llm_jax.data.rows.streams import CharacterRows, Streams
 from llm_jax.objectives import spans
 from llm_jax.objectives.bidirectional_lm import BidirectionalLM
@@ -25,78 +24,13 @@ from llm_jax.objectives.masked_lm import MaskedLM
 from llm_jax.objectives.permutation_lm import PermutationLM
 from llm_jax.objectives.seq2seq import Seq2Seq
 from llm_jax.storage.digests import FileDigest, digest_files
-from llm_jax.storage.text_files import check_encoding
+from llm_jax.training.run_config import DataConfig
 from llm_jax.training.workdir import has_checkpoint
 
 log = logging.getLogger(__name__)
 SENTINELS = 100  # entries that a tokenizer trained for span corruption keeps free, as T5's
 TOKENIZER_FILES = (".json", ".jinja", ".txt", ".model", ".spm")  # of a folder; what its tokenizer may be read from
 COUNTED = 64  # batches whose labels say what knowing only their frequencies gives
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """What a run reads.
-
-    Attributes:
-      source: `stdlib`, a file, a folder, a glob, or several joined by commas.
-      tokenizer: a `tokenizer.json` or a folder with one; None trains one on the training split.
-      tokenizer_kind: of the trained one: bpe, wordpiece, unigram, char, word. Its size is the model's vocab_size.
-      validation_share: share held out.
-      validation: of labelled examples: the source that is held out, in the place of a share.
-      split: `hash` (whole documents) or `tail` (the end of every document).
-      packing: `stream` (rows cut anywhere) or `whole` (whole documents side by side, padded).
-      segments: stream: attention and labels do not cross documents.
-      pairs: of masked models: `none` (full sentences across documents), `next` (half of the second sentences are of
-        another document) or `order` (half are swapped).
-      mask_copies: of masked models: 0 masks anew at every visit, n gives every row n masks for good.
-      text_field: field of records (JSON, tables, Parquet) that holds the text.
-      fields: of pairs: the fields of source and target. Of labelled examples: their fields, in the order of
-        `labeled.FIELDS`; columns of a CoNLL file have numbers, of CoNLL-U names.
-      layout: how the files are written, where their names' endings do not say it: `text`, `jsonl`, `csv`, ... (all of
-        `corpora.LAYOUTS`), or a regular expression that takes a line apart into named groups.
-      encoding: of files without a byte order mark: None for UTF-8, the name of another one (`latin-1`, `cp1252`), or
-        `replace` for UTF-8 with U+FFFD where a file is none.
-      group: field of records; those that agree in it are held out together. `field:REGEX` compares only what the
-        expression finds in it.
-      cache: local folder for tokenized data; None takes the work directory's `tokens`.
-      verify: a start reads and hashes all sources and the token cache, even where sizes and times did not change.
-    """
-
-    source: str = "stdlib"
-    tokenizer: str | None = None
-    tokenizer_kind: str = "bpe"
-    validation_share: float = 0.02
-    validation: str | None = None
-    split: str = "hash"
-    packing: str = "stream"
-    segments: bool = False
-    pairs: str = "none"
-    mask_copies: int = 0
-    text_field: str = "text"
-    fields: tuple[str, ...] = ()
-    layout: str | None = None
-    encoding: str | None = None
-    group: str | None = None
-    cache: str | None = None
-    verify: bool = False
-
-    def __post_init__(self) -> None:
-        """Checks names and ranges."""
-        if self.packing not in ("stream", "whole"):
-            raise ValueError(f"packing={self.packing!r} is neither stream nor whole")
-        if self.pairs not in ("none", *PAIRS):
-            raise ValueError(f"pairs={self.pairs!r} is none of none, {', '.join(PAIRS)}")
-        if self.mask_copies < 0:
-            raise ValueError(f"mask_copies={self.mask_copies} must not be negative")
-        if not 0 <= self.validation_share < 1:
-            raise ValueError(f"validation_share={self.validation_share} must lie in [0, 1)")
-        check_encoding(self.encoding)
-
-    @property
-    def read_as(self) -> dict[str, Any]:
-        """How the files are read, as `corpora.documents` takes it."""
-        return {n: getattr(self, n) for n in ("text_field", "group", "layout", "encoding")}
 
 
 class Rows(NamedTuple):

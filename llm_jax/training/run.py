@@ -21,27 +21,19 @@ from llm_jax import config as configs
 from llm_jax.data import tokenizers, tokens
 from llm_jax.data.corpora import CorpusError
 from llm_jax.data.loader import Loader, eval_batches
-from llm_jax.models import registry
-from llm_jax.models.gpt import GPTConfig
 from llm_jax.nn import weights
-from llm_jax.objectives.bidirectional_lm import BidirectionalLM
 from llm_jax.objectives.causal_lm import CausalLM
 from llm_jax.objectives.labels import Labels
-from llm_jax.objectives.masked_lm import MaskedLM
-from llm_jax.objectives.permutation_lm import PermutationLM
-from llm_jax.objectives.seq2seq import Seq2Seq
 from llm_jax.parallel import processes
 from llm_jax.parallel.memory import offload
-from llm_jax.parallel.plan import Plan, PlanConfig
+from llm_jax.parallel.plan import Plan
 from llm_jax.storage.checkpoints import CheckpointError, Checkpoints
 from llm_jax.storage.digests import FileDigest
 from llm_jax.training import flops, metrics
-from llm_jax.training.loop import NEXT_TOKEN, LoopConfig, run_loop, summarize
-from llm_jax.training.optimizers import OptimizerConfig
+from llm_jax.training.loop import NEXT_TOKEN, run_loop, summarize
 from llm_jax.training.precision import Precision
 from llm_jax.training.program import Program, build
 from llm_jax.training.rows import (
-    DataConfig,
     carries,
     check_cache,
     check_objective,
@@ -49,33 +41,13 @@ from llm_jax.training.rows import (
     get_rows,
     get_tokenizer,
 )
+from llm_jax.training.run_config import DataConfig, RunConfig
 from llm_jax.training.state import TrainState
 from llm_jax.training.workdir import Workdir, WorkdirError, todays
 
+__all__ = ["DataConfig", "Held", "RunConfig", "Trained", "evaluate_rows", "load_config", "run_program", "train"]
+
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """Everything that defines a run."""
-
-    model: Any = GPTConfig()
-    data: DataConfig = DataConfig()
-    objective: CausalLM | MaskedLM | Seq2Seq | BidirectionalLM | PermutationLM | Labels = CausalLM()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    plan: PlanConfig = PlanConfig()
-    training: LoopConfig = LoopConfig()
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {**configs.to_dict(self), "model": registry.to_dict(self.model)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "RunConfig":
-        """Undoes `to_dict`; raises ConfigError on anything unknown."""
-        rest = dict(values)
-        model = registry.from_dict(rest.pop("model", {"family": "gpt"}))
-        return dataclasses.replace(configs.from_dict(cls, rest), model=model)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,7 @@ from llm_jax.nn import paths, weights
 from llm_jax.tasks import report
 from llm_jax.training.finetune import FinetuneConfig
 from llm_jax.training.loop import LoopConfig, TrainingError
-from llm_jax.training.run import RunConfig
+from llm_jax.training.run_config import RunConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TEXT = "abc abd abe, abc abd abe. " * 20

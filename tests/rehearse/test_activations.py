@@ -12,7 +12,7 @@ from llm_jax.nn.execution import Execution
 from llm_jax.objectives.causal_lm import CausalLM
 from llm_jax.parallel.plan import PlanConfig
 from llm_jax.rehearse.activations import kept
-from llm_jax.training.run import RunConfig
+from llm_jax.training.run_config import RunConfig
 
 L, D, F, V, B, T = 6, 32, 64, 64, 2, 16
 MODEL = LlamaConfig(

@@ -12,7 +12,7 @@ from llm_jax.rehearse import hlo
 from llm_jax.rehearse.cost import Cost, estimate
 from llm_jax.training.loop import LoopConfig
 from llm_jax.training.program import build
-from llm_jax.training.run import RunConfig
+from llm_jax.training.run_config import RunConfig
 
 MODEL = LlamaConfig(
     vocab_size=512,

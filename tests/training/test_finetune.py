@@ -24,7 +24,7 @@ from llm_jax.training.finetune import FinetuneConfig
 from llm_jax.training.loop import LoopConfig
 from llm_jax.training.metrics import read_metrics
 from llm_jax.training.optimizers import OptimizerConfig
-from llm_jax.training.run import DataConfig, RunConfig
+from llm_jax.training.run_config import DataConfig, RunConfig
 from llm_jax.training.workdir import WorkdirError
 
 TEXT = "abc abd abe, abc abd abe. " * 60

@@ -16,7 +16,7 @@ from llm_jax.nn import paths, weights
 from llm_jax.nn.stack import stack, unstack
 from llm_jax.training.optimizers import NAMES, OUTPUTS, OptimizerConfig, make_optimizer, make_schedule, unread
 from llm_jax.training.program import optimizer_of
-from llm_jax.training.run import RunConfig
+from llm_jax.training.run_config import RunConfig
 
 STEPS = 40
 

@@ -8,7 +8,7 @@ from llm_jax.models import parameters
 from llm_jax.parallel.plan import Plan, PlanConfig
 from llm_jax.training.loop import LoopConfig
 from llm_jax.training.program import build
-from llm_jax.training.run import RunConfig
+from llm_jax.training.run_config import RunConfig
 
 
 def test_parameters_that_no_module_reads_do_not_train():

@@ -14,7 +14,7 @@ from llm_jax.storage.checkpoints import Checkpoints
 from llm_jax.training.loop import LoopConfig
 from llm_jax.training.optimizers import OptimizerConfig
 from llm_jax.training.program import build
-from llm_jax.training.run import RunConfig
+from llm_jax.training.run_config import RunConfig
 
 HALF = dict(precision="bf16", master="in_optimizer")
 

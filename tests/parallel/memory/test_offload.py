@@ -13,7 +13,7 @@ from llm_jax.parallel.memory import offload
 from llm_jax.parallel.plan import Plan, PlanConfig
 from llm_jax.training.optimizers import OptimizerConfig
 from llm_jax.training.program import build
-from llm_jax.training.run import RunConfig
+from llm_jax.training.run_config import RunConfig
 
 ONE = PlanConfig(data=1)
 
