@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from llm_jax.models.shared import frame, heads
-from llm_jax.models.shared.block import BlockConfig, Shared, blocks, per_layer
+from llm_jax.models.shared.block import BlockConfig, Shared, blocks, per_layer, view
 from llm_jax.models.shared.output import Output
 from llm_jax.nn import weights
 from llm_jax.nn.attention import AttentionConfig, dropout
@@ -26,6 +26,7 @@ from llm_jax.nn.execution import Execution
 from llm_jax.nn.feed_forward import ACTIVATIONS
 from llm_jax.nn.linear import Linear
 from llm_jax.nn.norms import LayerNorm
+from llm_jax.nn.positions import Learned
 
 POOLERS = {"tanh": jnp.tanh, "relu": jax.nn.relu}
 
@@ -113,7 +114,7 @@ class BertConfig:
 
     @property
     def num_labels(self) -> int:
-        """Classes."""
+        """How many classes the head tells apart."""
         return len(self.labels)
 
     @property
@@ -121,7 +122,11 @@ class BertConfig:
         """The layers, with the norm after each sum."""
         return BlockConfig(
             attention=AttentionConfig.with_biases(
-                self.model_dim, self.num_heads, self.attention_dropout, self.init_std
+                self.model_dim,
+                self.num_heads,
+                self.attention_dropout,
+                self.init_std,
+                positions=Learned(self.context_length, self.position_offset),
             ),
             hidden_dim=self.hidden_dim,
             activation=self.activation,
@@ -131,7 +136,7 @@ class BertConfig:
         )
 
     def make(self, execution: Execution = Execution()) -> "Bert":
-        """The module."""
+        """The model of this config."""
         return Bert(self, execution)
 
     def init_cache(self, batch: int, size: int, dtype: Any = "float32") -> Cache:
@@ -160,7 +165,7 @@ class Bert(nn.Module):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> Output:
-        """See `models.frame.prepare`; `train=True` needs a `dropout` key.
+        """See `frame.read_inputs`; `train=True` needs a `dropout` key.
 
         Args:
           input_ids: `[B, T]`; with the `choice` head `[B, choices, T]` (one row each also), masks and types alike.
@@ -182,16 +187,14 @@ class Bert(nn.Module):
             input_ids, attention_mask, token_type_ids = flat(input_ids), flat(attention_mask), flat(token_type_ids)
             position_ids, segment_ids = flat(position_ids), flat(segment_ids)
         frame.check_call(self, input_ids, attention_mask, token_type_ids, train, c.num_token_types)
-        inputs = frame.prepare(
+        inputs = frame.read_inputs(
             input_ids, attention_mask, position_ids, segment_ids, cache, c.context_length, causal=c.causal
         )
         init = nn.initializers.normal(c.init_std)
         width = c.embedding_dim or c.model_dim
         tokens = Embedding(c.vocab_size, width, c.vocab_pad_multiple, table_init=init, name="embed")
-        places = Embedding(
-            c.context_length + c.position_offset, width, vocab_axis=None, table_init=init, name="positions"
-        )
-        x = tokens(input_ids, dtype) + places(inputs.positions_BT + c.position_offset, dtype)
+        attention = c.block.attention
+        x = attention.positions.embed(attention, tokens(input_ids, dtype), inputs.positions_BT, dtype)
         if c.num_token_types:
             types = Embedding(c.num_token_types, width, vocab_axis=None, table_init=init, name="token_types")
             x = x + types(jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids, dtype)
@@ -200,11 +203,16 @@ class Bert(nn.Module):
             x = Linear(c.model_dim, ("embed", "embed"), kernel_init=init, name="embed_projection")(x)
         x = first = self.execution.constrain(x, ("batch", "sequence", "embed"))
         stack = blocks(
-            *(c.block, c.num_layers, self.execution, output_hidden_states, output_attentions, "encoder"),
+            c.block,
+            c.num_layers,
+            self.execution,
+            output_hidden_states,
+            output_attentions,
+            "encoder",
             num_groups=c.num_groups,
             group_size=c.group_size,
         )
-        x, outputs = stack(x, per_layer(cache), (Shared(inputs.mask, inputs.slots_BT),), train)
+        x, outputs = stack(x, per_layer(cache), (Shared(view(attention, inputs, x.dtype)),), train)
         out = frame.finish(x, first, outputs, None, inputs)
         pooled: Any = None
         if c.pooler is not None:

@@ -95,22 +95,22 @@ class ElmoConfig:
 
     @property
     def num_labels(self) -> int:
-        """Classes."""
+        """How many classes the head tells apart."""
         return len(self.labels)
 
     def make(self, execution: Execution = Execution()) -> "Elmo":
-        """The module."""
+        """The model of this config."""
         return Elmo(self, execution)
 
     def init_carry(self, batch: int, dtype: Any = "float32") -> "ElmoState":
         """The states before a text."""
-        layer = lambda: LstmState.zeros(batch, self.hidden_dim, self.model_dim, jnp.dtype(dtype))
-        layers = lambda: tuple(layer() for _ in range(self.num_layers))
-        return ElmoState(layers(), layers())
+        zeros = functools.partial(LstmState.zeros, batch, self.hidden_dim, self.model_dim, jnp.dtype(dtype))
+        forward, backward = (tuple(zeros() for _ in range(self.num_layers)) for _ in DIRECTIONS)
+        return ElmoState(forward, backward)
 
 
 class ElmoState(struct.PyTreeNode):
-    """What runs on from sentence to sentence: each direction's states, one a layer."""
+    """States carried from sentence to sentence: those of each direction, one a layer."""
 
     forward: tuple[LstmState, ...]
     backward: tuple[LstmState, ...]
@@ -141,8 +141,8 @@ class _Words(nn.Module):
         x_BTMC = table(ids_BTM, self.dtype)
         found = []
         for i, (width, count) in enumerate(zip(c.widths, c.filters, strict=True)):
-            places = ids_BTM.shape[-1] - width + 1
-            windows = jnp.concatenate([x_BTMC[:, :, j : j + places] for j in range(width)], axis=-1)
+            length = ids_BTM.shape[-1] - width + 1
+            windows = jnp.concatenate([x_BTMC[:, :, j : j + length] for j in range(width)], axis=-1)
             filters = Linear(count, ("embed", "mlp"), kernel_init=init, name=f"filters_{i}")
             found.append(ACTIVATIONS[c.activation](jnp.max(filters(windows), axis=2)))
         x = jnp.concatenate(found, axis=-1)
@@ -162,7 +162,11 @@ class _Layer(nn.Module):
         state, adds = per_layer
         c = self.config
         lstm = Lstm(
-            *(c.hidden_dim, c.model_dim, c.cell_clip, c.projection_clip, self.reverse),
+            hidden=c.hidden_dim,
+            features=c.model_dim,
+            cell_clip=c.cell_clip,
+            projection_clip=c.projection_clip,
+            reverse=self.reverse,
             kernel_init=nn.initializers.lecun_normal(),
             name="lstm",
         )
@@ -283,8 +287,3 @@ class ScalarMix(nn.Module):
             spread = jnp.sum(jnp.square(layers * mask - mean) * mask, axis=(1, 2, 3), keepdims=True) / count
             layers = (layers - mean) * jax.lax.rsqrt(spread + 1e-12)
         return gamma[0] * jnp.tensordot(jax.nn.softmax(scores), layers, axes=1)
-
-
-def without_ends(h_BTD: jax.Array, attention_mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """States and mask `[B, T - 2]` without the rows that mark the ends of right-padded sentences."""
-    return h_BTD[:, 1:-1], attention_mask_BT[:, 2:]

@@ -5,29 +5,38 @@ al. 2019, "Language Models are Unsupervised Multitask Learners" (pre-norm, resid
 """
 
 import dataclasses
-import functools
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from llm_jax.models.shared import frame, heads
-from llm_jax.models.shared.block import BlockConfig, Shared, blocks, per_layer
+from llm_jax.models.shared.block import BlockConfig, Shared, blocks, per_layer, view
 from llm_jax.models.shared.output import Output
-from llm_jax.nn.attention import AttentionConfig, dropout
+from llm_jax.nn.attention import AttentionConfig, Positions, dropout
 from llm_jax.nn.cache import Cache, init_cache
 from llm_jax.nn.embedding import Embedding
 from llm_jax.nn.execution import Execution
 from llm_jax.nn.norms import LayerNorm
-from llm_jax.nn.output import OutputLayer
-from llm_jax.nn.positions import rotary_frequencies, rotary_tables, sinusoids
-from llm_jax.nn.relative import RelativeBias, distances
-from llm_jax.nn.relative_scores import KINDS, RelativeConfig
+from llm_jax.nn.output import Head, OutputLayer
+from llm_jax.nn.positions import Alibi, Learned, Rotary, Sinusoidal
+from llm_jax.nn.relative import Buckets
+from llm_jax.nn.relative_scores import Deberta, Shaw, TransformerXL
 
-TABLES = ("learned", "sinusoidal")  # a row a position: none behind `context_length`
-POSITIONS = (*TABLES, "rotary", "alibi", "t5", *KINDS, "none")
+# an encoding of positions is a row here, made from the config
+POSITIONS: dict[str, Callable[["GPTConfig"], Positions]] = {
+    "learned": lambda c: Learned(c.context_length),
+    "sinusoidal": lambda c: Sinusoidal(c.context_length),
+    "rotary": lambda c: Rotary(),
+    "alibi": lambda c: Alibi(),
+    "t5": lambda c: Buckets(max_distance=c.max_distance),
+    "shaw": lambda c: Shaw(c.max_distance),
+    "xlnet": lambda c: TransformerXL(),
+    "deberta": lambda c: Deberta(c.max_distance),
+    "none": lambda c: Positions(),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,20 +102,22 @@ class GPTConfig:
 
     @property
     def num_labels(self) -> int:
-        """Classes."""
+        """How many classes the head tells apart."""
         return len(self.labels)
 
     @property
     def block(self) -> BlockConfig:
         """The layers; in `pre` the kernels that write into the residual stream start smaller."""
         out_std = self.init_std / math.sqrt(2 * self.num_layers) if self.norm == "pre" else self.init_std
-        attention = AttentionConfig.with_biases(
-            self.model_dim, self.num_heads, self.attention_dropout, self.init_std, out_std
-        )
-        if self.positions in KINDS:
-            attention = dataclasses.replace(attention, relative=RelativeConfig(self.positions, self.max_distance))
         return BlockConfig(
-            attention=dataclasses.replace(attention, alibi=self.positions == "alibi"),
+            attention=AttentionConfig.with_biases(
+                self.model_dim,
+                self.num_heads,
+                self.attention_dropout,
+                self.init_std,
+                out_std,
+                POSITIONS[self.positions](self),
+            ),
             hidden_dim=self.hidden_dim or 4 * self.model_dim,
             activation=self.activation,
             norm=self.norm,
@@ -115,13 +126,14 @@ class GPTConfig:
         )
 
     def make(self, execution: Execution = Execution()) -> "GPT":
-        """The module."""
+        """The model of this config."""
         return GPT(self, execution)
 
     def init_cache(self, batch: int, size: int, dtype: Any = "float32") -> Cache:
         """An empty cache."""
-        if size > self.context_length and self.positions in TABLES:
-            raise ValueError(f"a cache of {size} exceeds the {self.context_length} {self.positions} positions")
+        length = self.block.attention.positions.length
+        if length is not None and size > length:
+            raise ValueError(f"a cache of {size} exceeds the {length} {self.positions} positions")
         return init_cache(self.num_layers, batch, size, self.num_heads, self.model_dim // self.num_heads, dtype)
 
 
@@ -144,37 +156,23 @@ class GPT(nn.Module):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> Output:
-        """See `models.frame.prepare` for the arguments; `train=True` needs a `dropout` key."""
+        """See `frame.read_inputs` for the arguments; `train=True` needs a `dropout` key."""
         c = self.config
         frame.check_call(self, input_ids, attention_mask, token_type_ids, train)
-        inputs = frame.prepare(input_ids, attention_mask, position_ids, segment_ids, cache, c.context_length)
+        inputs = frame.read_inputs(input_ids, attention_mask, position_ids, segment_ids, cache, c.context_length)
         init = nn.initializers.normal(c.init_std)
-        scaled = c.positions == "sinusoidal"
+        attention, dtype = c.block.attention, self.execution.dtype
+        scaled = attention.positions.scales_tokens
         tokens = Embedding(c.vocab_size, c.model_dim, c.vocab_pad_multiple, scaled, table_init=init, name="embed")
-        table = functools.partial(Embedding, features=c.model_dim, vocab_axis=None, table_init=init, name="positions")
-        shared, dtype = Shared(inputs.mask, inputs.slots_BT), self.execution.dtype
-        x = tokens(input_ids, dtype)
-        if c.positions == "learned":
-            x = x + table(c.context_length)(inputs.positions_BT, dtype)
-        elif c.positions == "sinusoidal":
-            x = x + jnp.asarray(sinusoids(c.context_length, c.model_dim), x.dtype)[inputs.positions_BT]
-        elif c.positions == "rotary":
-            freq, factor = rotary_frequencies(c.model_dim // c.num_heads, 10000.0)
-            wide = jnp.promote_types(jnp.float32, x.dtype)
-            shared = shared.replace(rotary=rotary_tables(inputs.positions_BT, freq, factor, wide))
-        elif c.positions == "t5":
-            bias = RelativeBias(c.num_heads, 32, c.max_distance, False, c.init_std, name="positions")
-            shared = shared.replace(bias_BNTS=bias(distances(inputs.mask, cache is not None)))
-        elif c.positions == "deberta":
-            rows = jnp.arange(2 * c.max_distance)
-            shared = shared.replace(distances_PD=table(2 * c.max_distance)(rows, dtype))
+        x = attention.positions.embed(attention, tokens(input_ids, dtype), inputs.positions_BT, dtype)
+        shared = Shared(view(attention, inputs, x.dtype))
         x = dropout(self, x, c.dropout if c.embed_dropout is None else c.embed_dropout, train)
         x = first = self.execution.constrain(x, ("batch", "sequence", "embed"))
         stack = blocks(c.block, c.num_layers, self.execution, output_hidden_states, output_attentions, "decoder")
         x, outputs = stack(x, per_layer(cache), (shared,), train)
         if c.norm == "pre":
             x = LayerNorm(c.norm_eps, name="final_norm")(x)
-        head: Any = None
+        head: Head | None = None
         if c.head == "lm" and c.tied:
             head = tokens.head()
         elif c.head == "lm":

@@ -9,20 +9,18 @@ import dataclasses
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from llm_jax.models.shared import frame, heads
-from llm_jax.models.shared.block import BlockConfig, Shared, blocks, per_layer
+from llm_jax.models.shared.block import BlockConfig, Shared, blocks, per_layer, view
 from llm_jax.models.shared.output import Output
-from llm_jax.nn import positions
 from llm_jax.nn.attention import AttentionConfig
 from llm_jax.nn.cache import Cache, init_cache
 from llm_jax.nn.embedding import Embedding
 from llm_jax.nn.execution import Execution
 from llm_jax.nn.norms import RMSNorm
-from llm_jax.nn.output import OutputLayer
-from llm_jax.nn.positions import RotaryScaling
+from llm_jax.nn.output import Head, OutputLayer
+from llm_jax.nn.positions import Rotary, RotaryScaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +29,7 @@ class LlamaConfig:
 
     Attributes:
       vocab_size: V.
-      context_length: longest sequence it was trained for; rotary positions go on past it, so this limits training
+      context_length: longest sequence it was trained for; rotary positions have no end, so this limits training
         and generation only.
       model_dim: D.
       num_layers: L.
@@ -98,7 +96,7 @@ class LlamaConfig:
 
     @property
     def num_labels(self) -> int:
-        """Classes."""
+        """How many classes the head tells apart."""
         return len(self.labels)
 
     @property
@@ -115,6 +113,7 @@ class LlamaConfig:
             norm_eps=self.norm_eps,
             dropout=self.attention_dropout,
             init_std=self.init_std,
+            positions=Rotary(self.rope_theta, self.rope_scaling),
         )
 
     @property
@@ -131,7 +130,7 @@ class LlamaConfig:
         )
 
     def make(self, execution: Execution = Execution()) -> "Llama":
-        """The module."""
+        """The model of this config."""
         return Llama(self, execution)
 
     def init_cache(self, batch: int, size: int, dtype: Any = "float32") -> Cache:
@@ -158,19 +157,20 @@ class Llama(nn.Module):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> Output:
-        """See `models.frame.prepare` for the arguments; `train=True` needs a `dropout` key."""
+        """See `frame.read_inputs` for the arguments; `train=True` needs a `dropout` key."""
         c = self.config
         frame.check_call(self, input_ids, attention_mask, token_type_ids, train)
-        inputs = frame.prepare(input_ids, attention_mask, position_ids, segment_ids, cache, c.context_length, c.window)
+        inputs = frame.read_inputs(
+            input_ids, attention_mask, position_ids, segment_ids, cache, c.context_length, c.window
+        )
         init = nn.initializers.normal(c.init_std)
         tokens = Embedding(c.vocab_size, c.model_dim, c.vocab_pad_multiple, table_init=init, name="embed")
         x = first = self.execution.constrain(tokens(input_ids, self.execution.dtype), ("batch", "sequence", "embed"))
-        freq, factor = positions.rotary_frequencies(c.attention.head_dim, c.rope_theta, c.rope_scaling)
-        rotary = positions.rotary_tables(inputs.positions_BT, freq, factor, jnp.promote_types(jnp.float32, x.dtype))
+        shared = Shared(view(c.attention, inputs, x.dtype))
         stack = blocks(c.block, c.num_layers, self.execution, output_hidden_states, output_attentions, "decoder")
-        x, outputs = stack(x, per_layer(cache), (Shared(inputs.mask, inputs.slots_BT, rotary),), train)
+        x, outputs = stack(x, per_layer(cache), (shared,), train)
         x = RMSNorm(c.norm_eps, name="final_norm")(x)
-        head: Any = None
+        head: Head | None = None
         if c.head == "lm" and c.tied:
             head = tokens.head()
         elif c.head == "lm":

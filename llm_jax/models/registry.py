@@ -15,6 +15,7 @@ from llm_jax.models.llama import LlamaConfig
 from llm_jax.models.t5 import T5Config
 from llm_jax.models.transformer import TransformerConfig
 from llm_jax.models.xlnet import XLNetConfig
+from llm_jax.nn.protocols import ModelConfig
 
 FAMILIES: dict[str, type] = {
     "gpt": GPTConfig,
@@ -31,12 +32,12 @@ FAMILIES: dict[str, type] = {
 DROPPED = {"xlnet": ("both_ways",)}
 
 
-def family_of(config: Any) -> str:
+def family_of(config: ModelConfig) -> str:
     """The name of a config's family."""
     return next(name for name, cls in FAMILIES.items() if type(config) is cls)
 
 
-def to_dict(config: Any) -> dict[str, Any]:
+def to_dict(config: ModelConfig) -> dict[str, Any]:
     """JSON-ready, with the family's name."""
     return {"family": family_of(config), **configs.to_dict(config)}
 

@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from llm_jax.models.shared import encoder_decoder, frame, heads
 from llm_jax.models.shared.block import BlockConfig
-from llm_jax.models.shared.encoder_decoder import Call, Parts
+from llm_jax.models.shared.encoder_decoder import Arguments, Parts
 from llm_jax.models.shared.output import Output
 from llm_jax.nn import weights
 from llm_jax.nn.attention import AttentionConfig, dropout
@@ -25,8 +25,8 @@ from llm_jax.nn.embedding import Embedding
 from llm_jax.nn.execution import Execution
 from llm_jax.nn.linear import Linear
 from llm_jax.nn.norms import RMSNorm
-from llm_jax.nn.output import OutputLayer
-from llm_jax.nn.relative import RelativeBias, distances
+from llm_jax.nn.output import Head, OutputLayer
+from llm_jax.nn.relative import Buckets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class T5Config:
 
     Attributes:
       vocab_size: V.
-      context_length: longest row in training and generation, tokens; the positions themselves go on.
+      context_length: longest row in training and generation, tokens; positions have no end.
       model_dim: D.
       num_layers: of the encoder.
       num_decoder_layers: of the decoder; None takes as many.
@@ -103,19 +103,28 @@ class T5Config:
 
     @property
     def num_labels(self) -> int:
-        """Classes."""
+        """How many classes the head tells apart."""
         return len(self.labels)
 
     @property
     def depth(self) -> tuple[int, int]:
         """Layers of encoder and decoder."""
-        own = self.num_decoder_layers
-        return self.num_layers, self.num_layers if own is None else own
+        decoder = self.num_decoder_layers
+        return self.num_layers, self.num_layers if decoder is None else decoder
 
     @property
     def block(self) -> BlockConfig:
-        """The encoder's layers; the decoder's have cross-attention also."""
+        """The encoder's layers."""
+        return self._block(bidirectional=True)
+
+    @property
+    def decoder_block(self) -> BlockConfig:
+        """The decoder's layers, which have cross-attention also."""
+        return dataclasses.replace(self._block(bidirectional=False), cross=True)
+
+    def _block(self, bidirectional: bool) -> BlockConfig:
         c, d = self, self.model_dim
+        name = "encoder_positions" if bidirectional else "decoder_positions"
         attention = AttentionConfig(
             model_dim=d,
             num_heads=c.num_heads,
@@ -126,6 +135,7 @@ class T5Config:
             init_std=c.init_factor * d**-0.5,
             out_init_std=c.init_factor * (c.num_heads * c.head_dim) ** -0.5,
             query_init_std=c.init_factor * (d * c.head_dim) ** -0.5,
+            positions=Buckets(c.num_buckets, c.max_distance, bidirectional, name),
         )
         return BlockConfig(
             attention=attention,
@@ -142,7 +152,7 @@ class T5Config:
         )
 
     def make(self, execution: Execution = Execution()) -> "T5":
-        """The module."""
+        """The model of this config."""
         return T5(self, execution)
 
     def init_cache(self, batch: int, size: int, dtype: Any = "float32") -> Cache:
@@ -168,7 +178,7 @@ class T5(nn.Module):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> Output:
-        """See `encoder_decoder.Call` for the arguments; `train=True` needs a `dropout` key.
+        """See `encoder_decoder.Arguments` for the arguments; `train=True` needs a `dropout` key.
 
         With the heads `classification` and `span` the decoder's input is the source, shifted by one.
 
@@ -188,40 +198,40 @@ class T5(nn.Module):
         init = nn.initializers.normal(c.init_factor)
         tokens = Embedding(c.vocab_size, c.model_dim, c.vocab_pad_multiple, table_init=init, name="embed")
 
-        def bias(name: str, inputs: frame.Inputs, cached: bool) -> jax.Array:
-            table = RelativeBias(
-                *(c.num_heads, c.num_buckets, c.max_distance, name == "encoder", c.init_factor * c.model_dim**-0.5),
-                name=f"{name}_positions",
-            )
-            return table(distances(inputs.mask, cached))
-
-        def head(y: jax.Array) -> Any:
+        def head(y: jax.Array) -> Head | None:
             if c.head != "lm":
                 return None
             if c.tied:
                 return tokens.head()
-            own = nn.initializers.normal(
-                c.init_factor * c.model_dim**-0.5
-            )  # t5x's; transformers' 1.0 makes huge logits
-            return OutputLayer(c.vocab_size, c.vocab_pad_multiple, kernel_init=own, name="head")(y)
+            # t5x's scale; transformers' 1.0 makes huge logits
+            small = nn.initializers.normal(c.init_factor * c.model_dim**-0.5)
+            return OutputLayer(c.vocab_size, c.vocab_pad_multiple, kernel_init=small, name="head")(y)
 
-        drop = lambda x: dropout(self, x, c.dropout, train)
+        def end(x: jax.Array, name: str) -> jax.Array:
+            return dropout(self, RMSNorm(c.norm_eps, name=f"{name}_norm")(x), c.dropout, train)
+
         encoder, decoder = c.depth
         parts = Parts(
             encoder=(c.block, encoder),
-            decoder=(dataclasses.replace(c.block, cross=True), decoder),
-            embed=lambda ids, _: drop(tokens(ids, self.execution.dtype)),
-            bias=bias,
-            end=lambda x, name: drop(RMSNorm(c.norm_eps, name=f"{name}_norm")(x)),
+            decoder=(c.decoder_block, decoder),
+            embed=lambda ids: tokens(ids, self.execution.dtype),
+            dropout=c.dropout,
+            end=end,
             head=head,
             context_length=None,
             decodes=c.decoder,
         )
-        call = Call(
-            *(input_ids, decoder_input_ids, attention_mask, decoder_attention_mask, cache, train),
-            *(output_hidden_states, output_attentions),
+        arguments = Arguments(
+            input_ids=input_ids,
+            decoder_input_ids=decoder_input_ids,
+            attention_mask=attention_mask,
+            decoder_attention_mask=decoder_attention_mask,
+            cache=cache,
+            train=train,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
         )
-        out = encoder_decoder.run(self, call, parts)
+        out = encoder_decoder.run(self, arguments, parts)
         if c.head not in ("none", "lm"):
             return self._labelled(out, input_ids, attention_mask, train)
         if out.head is None or not c.scale_output or out.last_hidden_state is None:
@@ -229,8 +239,8 @@ class T5(nn.Module):
         scaled = weights.scaled(out.last_hidden_state, c.model_dim**-0.5)
         return out.replace(head_input_BTE=scaled, logits=out.head.logits(scaled))
 
-    def _shifted(self, ids: jax.Array, attention_mask: Any) -> jax.Array:
-        """What the decoder reads: the start token in the place before every row's first real one, then the row."""
+    def _shifted(self, ids: jax.Array, attention_mask: jax.Array | None) -> jax.Array:
+        """What the decoder reads: the start token just before every row's first real token, then the row."""
         before = jnp.pad(ids[:, :-1], ((0, 0), (1, 0)), constant_values=self.config.start_id)
         if attention_mask is None:
             return before
@@ -245,7 +255,7 @@ class T5(nn.Module):
             real = jnp.ones(ids.shape, bool) if attention_mask is None else attention_mask.astype(bool)
             ends = real & (ids == c.end_id)
             ended = jnp.any(ends, axis=1, keepdims=True)
-            if frame.is_known(ended) and not self.is_initializing() and not ended.all():
+            if frame.is_concrete(ended) and not self.is_initializing() and not ended.all():
                 row = int(jnp.argmin(ended))
                 raise ValueError(f"row {row} of input_ids has no end_id={c.end_id}, where its classes are read")
             h_BD = heads.last_states(out.last_hidden_state, jnp.where(ended, ends, real))

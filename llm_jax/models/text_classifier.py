@@ -97,7 +97,7 @@ class TextClassifierConfig:
         return len(self.labels)
 
     def make(self, execution: Execution = Execution()) -> "TextClassifier":
-        """The module."""
+        """The model of this config."""
         return TextClassifier(self, execution)
 
 
@@ -167,9 +167,9 @@ class Convolutions(nn.Module):
             ends = (width - 1, width - 1)
             x = jnp.pad(x_BTD, ((0, 0), ends, (0, 0)))
             real = jnp.pad(real_BT, ((0, 0), ends))
-            places = x.shape[1] - width + 1
-            windows = jnp.concatenate([x[:, i : i + places] for i in range(width)], axis=-1)
-            holds = functools.reduce(jnp.logical_or, [real[:, i : i + places] for i in range(width)])
+            length = x.shape[1] - width + 1
+            windows = jnp.concatenate([x[:, i : i + length] for i in range(width)], axis=-1)
+            holds = functools.reduce(jnp.logical_or, [real[:, i : i + length] for i in range(width)])
             filters = Linear(self.config.filters, ("embed", "mlp"), kernel_init=GLOROT, name=f"filters_{width}")
             found.append(jnp.max(_masked(jax.nn.relu(filters(windows)), holds, 0.0), axis=1))  # relu is never below 0
         return jnp.concatenate(found, axis=-1)

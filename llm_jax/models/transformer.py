@@ -8,21 +8,20 @@ import dataclasses
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 from llm_jax.models.shared import encoder_decoder
 from llm_jax.models.shared.block import BlockConfig
-from llm_jax.models.shared.encoder_decoder import Call, Parts
+from llm_jax.models.shared.encoder_decoder import Arguments, Parts
 from llm_jax.models.shared.output import Output
-from llm_jax.nn import positions, weights
-from llm_jax.nn.attention import AttentionConfig, dropout
+from llm_jax.nn import weights
+from llm_jax.nn.attention import AttentionConfig
 from llm_jax.nn.cache import Cache, init_cache
 from llm_jax.nn.embedding import Embedding
 from llm_jax.nn.execution import Execution
 from llm_jax.nn.norms import LayerNorm
-from llm_jax.nn.output import OutputLayer, padded_size
+from llm_jax.nn.output import Head, OutputLayer, padded_size
+from llm_jax.nn.positions import Sinusoidal
 
 SINUSOIDS = ("interleaved", "halves")
 
@@ -96,8 +95,8 @@ class TransformerConfig:
     @property
     def depth(self) -> tuple[int, int]:
         """Layers of encoder and decoder."""
-        own = self.num_decoder_layers
-        return self.num_layers, self.num_layers if own is None else own
+        decoder = self.num_decoder_layers
+        return self.num_layers, self.num_layers if decoder is None else decoder
 
     @property
     def block(self) -> BlockConfig:
@@ -107,13 +106,16 @@ class TransformerConfig:
     @property
     def decoder_block(self) -> BlockConfig:
         """The decoder's layers, which have cross-attention also."""
-        own = self._block(self.num_decoder_heads or self.num_heads, self.decoder_hidden_dim or self.hidden_dim)
-        return dataclasses.replace(own, cross=True)
+        block = self._block(self.num_decoder_heads or self.num_heads, self.decoder_hidden_dim or self.hidden_dim)
+        return dataclasses.replace(block, cross=True)
 
     def _block(self, num_heads: int, hidden_dim: int) -> BlockConfig:
         std = self.model_dim**-0.5 if self.init_std is None else self.init_std
+        positions = Sinusoidal(self.context_length, halves=self.sinusoids == "halves")
         return BlockConfig(
-            attention=AttentionConfig.with_biases(self.model_dim, num_heads, self.attention_dropout, std),
+            attention=AttentionConfig.with_biases(
+                self.model_dim, num_heads, self.attention_dropout, std, positions=positions
+            ),
             hidden_dim=hidden_dim,
             activation=self.activation,
             norm=self.norm,
@@ -124,7 +126,7 @@ class TransformerConfig:
         )
 
     def make(self, execution: Execution = Execution()) -> "Transformer":
-        """The module."""
+        """The model of this config."""
         return Transformer(self, execution)
 
     def init_cache(self, batch: int, size: int, dtype: Any = "float32") -> Cache:
@@ -153,22 +155,15 @@ class Transformer(nn.Module):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> Output:
-        """See `encoder_decoder.Call` for the arguments; `train=True` needs a `dropout` key."""
-        c, dtype = self.config, self.execution.dtype
+        """See `encoder_decoder.Arguments` for the arguments; `train=True` needs a `dropout` key."""
+        c = self.config
         std = c.model_dim**-0.5 if c.init_std is None else c.init_std
         init = nn.initializers.normal(std)
         tokens = Embedding(
             c.vocab_size, c.model_dim, c.vocab_pad_multiple, c.scale_embedding, table_init=init, name="embed"
         )
-        table_TD = positions.sinusoids(c.context_length, c.model_dim)
-        if c.sinusoids == "halves":
-            table_TD = np.concatenate([table_TD[:, 0::2], table_TD[:, 1::2]], axis=1)
 
-        def embed(ids: jax.Array, positions_BT: jax.Array) -> jax.Array:
-            x = tokens(ids, dtype)
-            return dropout(self, x + jnp.asarray(table_TD, x.dtype)[positions_BT], c.dropout, train)
-
-        def head(y: jax.Array) -> Any:
+        def head(y: jax.Array) -> Head | None:
             if not c.tied:
                 layer = OutputLayer(
                     c.vocab_size, c.vocab_pad_multiple, use_bias=c.logits_bias, kernel_init=init, name="head"
@@ -179,19 +174,27 @@ class Transformer(nn.Module):
             rows = (padded_size(c.vocab_size, c.vocab_pad_multiple),)
             return tokens.head(weights.parameter(self, "logits_bias", nn.initializers.zeros, rows, ("vocab",)))
 
-        end = lambda x, name: LayerNorm(c.norm_eps, name=f"{name}_norm")(x) if c.norm == "pre" else x
+        def end(x: jax.Array, name: str) -> jax.Array:
+            return LayerNorm(c.norm_eps, name=f"{name}_norm")(x) if c.norm == "pre" else x
+
         encoder, decoder = c.depth
         parts = Parts(
             encoder=(c.block, encoder),
             decoder=(c.decoder_block, decoder),
-            embed=embed,
-            bias=lambda *_: None,
+            embed=lambda ids: tokens(ids, self.execution.dtype),
+            dropout=c.dropout,
             end=end,
             head=head,
             context_length=c.context_length,
         )
-        call = Call(
-            *(input_ids, decoder_input_ids, attention_mask, decoder_attention_mask, cache, train),
-            *(output_hidden_states, output_attentions),
+        arguments = Arguments(
+            input_ids=input_ids,
+            decoder_input_ids=decoder_input_ids,
+            attention_mask=attention_mask,
+            decoder_attention_mask=decoder_attention_mask,
+            cache=cache,
+            train=train,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
         )
-        return encoder_decoder.run(self, call, parts)
+        return encoder_decoder.run(self, arguments, parts)

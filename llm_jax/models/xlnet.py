@@ -5,30 +5,26 @@ but a position that may see nothing sees nothing here, where theirs sees everyth
 """
 
 import dataclasses
-import functools
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from flax import struct
+from flax.typing import Initializer
 
 from llm_jax.models.shared import frame, heads
+from llm_jax.models.shared.block import BlockConfig, Shared, blocks, per_layer
 from llm_jax.models.shared.output import Output
 from llm_jax.nn import weights
-from llm_jax.nn.attend import Mask
 from llm_jax.nn.attention import AttentionConfig, dropout
 from llm_jax.nn.cache import Cache, LayerCache, init_cache
 from llm_jax.nn.embedding import Embedding
 from llm_jax.nn.execution import Execution
-from llm_jax.nn.feed_forward import ACTIVATIONS, FeedForward
 from llm_jax.nn.linear import Linear
-from llm_jax.nn.norms import LayerNorm
 from llm_jax.nn.output import padded_size
-from llm_jax.nn.positions import sinusoid_halves
-from llm_jax.nn.stack import Stack
-from llm_jax.nn.two_stream import PlacedCache, Relations, TwoStreamAttention, distance_encodings
+from llm_jax.nn.relations import Order, to_cache, within_text
+from llm_jax.nn.two_stream import PlacedCache, TwoStreamAttention
 
 HEADS = ("none", "lm", "classification", "tokens", "span", "choice")
 
@@ -39,7 +35,7 @@ class XLNetConfig:
 
     Attributes:
       vocab_size: V.
-      context_length: longest row in training and generation, tokens; the positions themselves go on.
+      context_length: longest row in training and generation, tokens; positions have no end.
       model_dim: D.
       num_layers: L.
       num_heads: N.
@@ -85,37 +81,45 @@ class XLNetConfig:
     def __post_init__(self) -> None:
         """Checks sizes and names."""
         heads.check(self.head, HEADS)
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation={self.activation!r} is none of {', '.join(ACTIVATIONS)}")
         if self.memory_length < 0 or (self.reuse_length is not None and self.reuse_length < 1):
             raise ValueError(
                 f"memory_length={self.memory_length} and reuse_length={self.reuse_length} must be positive"
             )
-        _ = self.attention
+        _ = self.block
 
     @property
     def num_labels(self) -> int:
-        """Classes."""
+        """How many classes the head tells apart."""
         return len(self.labels)
 
     @property
-    def attention(self) -> AttentionConfig:
-        """Sizes of the attention."""
-        return AttentionConfig.with_biases(self.model_dim, self.num_heads, self.dropout, self.init_std)
+    def block(self) -> BlockConfig:
+        """The layers, with attention of two streams and the norm after each sum."""
+        return BlockConfig(
+            attention=AttentionConfig.with_biases(self.model_dim, self.num_heads, self.dropout, self.init_std),
+            attention_layer=TwoStreamAttention,
+            hidden_dim=self.hidden_dim,
+            activation=self.activation,
+            norm="post",
+            norm_eps=self.norm_eps,
+            dropout=self.dropout,
+            activation_dropout=self.dropout,
+        )
 
     def make(self, execution: Execution = Execution()) -> "XLNet":
-        """The module."""
+        """The model of this config."""
         return XLNet(self, execution)
 
     def init_cache(self, batch: int, size: int, dtype: Any = "float32") -> "Reading":
         """An empty cache for reading and writing from left to right."""
-        plain = init_cache(self.num_layers, batch, size, self.num_heads, self.attention.head_dim, dtype)
+        plain = init_cache(self.num_layers, batch, size, self.num_heads, self.block.attention.head_dim, dtype)
         return Reading(tuple(PlacedCache(layer) for layer in plain.layers), plain.length_B)  # type: ignore[arg-type]
 
     def init_carry(self, batch: int, dtype: Any = "float32") -> "Memories":
         """Empty memories of `memory_length` states a layer."""
-        zeros = lambda: jnp.zeros((batch, self.memory_length, self.model_dim), dtype)
-        return Memories(tuple(zeros() for _ in range(self.num_layers)), jnp.zeros((batch,), jnp.int32))
+        shape = (batch, self.memory_length, self.model_dim)
+        layers = tuple(jnp.zeros(shape, dtype) for _ in range(self.num_layers))
+        return Memories(layers, jnp.zeros((batch,), jnp.int32))
 
 
 class Memories(struct.PyTreeNode):
@@ -141,34 +145,8 @@ class Reading(Cache):
         return tuple(layer.content for layer in self.layers)
 
     def with_content(self, content: tuple[LayerCache, ...]) -> "Reading":
-        """The same with other keys and values."""
+        """This cache with other keys and values."""
         return self.replace(layers=tuple(a.replace(content=b) for a, b in zip(self.layers, content, strict=True)))
-
-
-class _Layer(nn.Module):
-    """Attention and feed-forward, each with its norm behind the sum; `(h, g)` are the streams."""
-
-    config: XLNetConfig
-    execution: Execution
-    output_attentions: bool
-
-    @nn.compact
-    def __call__(self, streams, memory, relations, train=False):
-        c = self.config
-        h, g = streams
-        attention = TwoStreamAttention(c.attention, self.execution, name="attention")
-        mlp = FeedForward(
-            c.hidden_dim, c.activation, False, True, c.init_std, dropout=c.dropout, execution=self.execution, name="mlp"
-        )
-        norm_1, norm_2 = (LayerNorm(c.norm_eps, name=n) for n in ("attention_norm", "mlp_norm"))
-        drop = lambda y: dropout(self, y, c.dropout, train)
-        seen, asked, shown, cache = attention(h, g, memory, relations, train, self.output_attentions)
-
-        def finish(x, y):
-            x = norm_1(x + drop(y))
-            return self.execution.constrain(norm_2(x + drop(mlp(x, train))), ("batch", "sequence", "embed"))
-
-        return (finish(h, seen), None if g is None else finish(g, asked)), (h, shown, cache)
 
 
 class XLNet(nn.Module):
@@ -217,7 +195,7 @@ class XLNet(nn.Module):
           ValueError: see `frame.check_call`; also on masks of other shapes, and on orders, types or directions of a
             text that is read from left to right.
         """
-        c, dtype = self.config, self.execution.dtype
+        c = self.config
         rows = input_ids.shape[:-1]
         if c.head == "choice":
             flat: Any = lambda x: None if x is None else x.reshape(-1, x.shape[-1])
@@ -225,114 +203,96 @@ class XLNet(nn.Module):
         frame.check_call(self, input_ids, attention_mask, None, train)
         b, t = input_ids.shape
         reading = cache if isinstance(cache, Reading) else None
+        memory = cache if isinstance(cache, Memories) and c.memory_length else None
         left_to_right |= reading is not None
         if left_to_right and (c.head != "lm" or c.same_length):
             raise ValueError("an XLNet reads from left to right with head='lm' and same_length=False only")
-        orders = (perm_mask, target_mapping, target_positions, token_type_ids, backwards)
-        if left_to_right and any(x is not None for x in orders):
-            raise ValueError(
-                "left_to_right is an order of its own: no perm_mask, targets, token_type_ids or backwards with it"
-            )
-        if perm_mask is not None and perm_mask.shape != (b, t, t):
-            raise ValueError(f"perm_mask must be [{b}, {t}, {t}], got {list(perm_mask.shape)}")
-        if target_mapping is not None:
-            if target_mapping.ndim != 3 or (target_mapping.shape[0], target_mapping.shape[2]) != (b, t):
-                raise ValueError(f"target_mapping must be [{b}, K, {t}], got {list(target_mapping.shape)}")
-            target_positions = jnp.argmax(target_mapping, axis=-1).astype(jnp.int32)
-        if backwards is not None and backwards.shape != (b,):
-            raise ValueError(f"backwards must be [{b}], one flag a row, got {list(backwards.shape)}")
-        memory = cache if isinstance(cache, Memories) and c.memory_length else None
-        if left_to_right:
-            target_positions = jnp.broadcast_to(jnp.arange(1, t + 1, dtype=jnp.int32), (b, t))
+        order = read_order(
+            (b, t),
+            left_to_right,
+            perm_mask=perm_mask,
+            target_mapping=target_mapping,
+            target_positions=target_positions,
+            token_type_ids=token_type_ids,
+            backwards=backwards,
+        )
         if reading is not None:
-            inputs = frame.prepare(input_ids, attention_mask, None, None, reading, c.context_length)
-            relations = self._reading_on(inputs, target_positions, reading.size)
+            inputs = frame.read_inputs(input_ids, attention_mask, None, None, reading, c.context_length)
+            targets, slots = order.targets_BK, inputs.slots_BT
+            relations = to_cache(inputs.mask, slots, targets, reading.size, c.model_dim, c.clamp_length)
         else:
-            relations = self._relations(
-                *(input_ids, attention_mask, token_type_ids, perm_mask, target_positions, memory, backwards),
-                left_to_right,
+            relations = within_text(
+                (b, t),
+                order,
+                c.model_dim,
+                attention_mask,
+                clamp=c.clamp_length,
+                causal=c.causal_mask,
+                same_length=c.same_length,
+                memory_length=0 if memory is None else c.memory_length,
+                filled_B=None if memory is None else memory.length_B,
             )
+
+        def drop(x: jax.Array) -> jax.Array:
+            return dropout(self, x, c.dropout, train)
 
         init = nn.initializers.normal(c.init_std)
         tokens = Embedding(c.vocab_size, c.model_dim, c.vocab_pad_multiple, table_init=init, name="embed")
-        drop = lambda x: dropout(self, x, c.dropout, train)
-        h = first = self.execution.constrain(drop(tokens(input_ids, dtype)), ("batch", "sequence", "embed"))
+        h = first = self.execution.constrain(
+            drop(tokens(input_ids, self.execution.dtype)), ("batch", "sequence", "embed")
+        )
         query = weights.parameter(self, "query", init, (c.model_dim,), ("embed",))
         g = None
-        if target_positions is not None:
-            g = drop(jnp.broadcast_to(query.astype(h.dtype), (*target_positions.shape, c.model_dim)))
+        if order.targets_BK is not None:
+            g = drop(jnp.broadcast_to(query.astype(h.dtype), (*order.targets_BK.shape, c.model_dim)))
         relations = relations.replace(encodings_GPD=drop(relations.encodings_GPD.astype(h.dtype)))
-        block = functools.partial(_Layer, c, self.execution, output_attentions)
-        stack = Stack(block, c.num_layers, None, self.execution, name="encoder")
-        before = memory if reading is None else reading
-        (h, g), outputs = stack((h, g), None if before is None else before.layers, (relations,), train)
-        states, shown, layers = zip(*outputs, strict=True)
-        if isinstance(cache, Memories):
-            cache = self._remember(cache, states)
+        memories = cache if isinstance(cache, Memories) else None
+        stack = blocks(
+            c.block,
+            c.num_layers,
+            self.execution,
+            output_hidden_states or memories is not None,
+            output_attentions,
+            "encoder",
+        )
+        before = per_layer(reading) if memory is None else tuple((states, None) for states in memory.layers)
+        (h, g), outputs = stack((h, g), before, (Shared(relations),), train)
+        caches, hidden, shown, _ = zip(*outputs, strict=True)
+        if memories is not None:
+            cache = self._remember(memories, (first, *hidden[:-1]))
         elif reading is not None:
-            cache = inputs.remember(layers)
-        x = drop(h if g is None else g)
+            cache = inputs.remember(tuple(layer for layer, _ in caches))
         out = Output(
-            last_hidden_state=x,
-            hidden_states=(first, *states[1:], h) if output_hidden_states else None,
+            last_hidden_state=drop(h if g is None else g),
+            hidden_states=(first, *hidden) if output_hidden_states else None,
             attentions=shown if output_attentions else None,
             cache=cache,
         )
         return self._head(out, tokens, rows, attention_mask, train, init)
 
-    def _reading_on(self, inputs: frame.Inputs, targets: Any, size: int) -> Relations:
-        """Relations to what a cache of `size` slots holds."""
-        c, distance = self.config, np.arange(size + 1)
-        distance = distance if c.clamp_length is None else np.minimum(distance, c.clamp_length)
-        encodings = jnp.asarray(sinusoid_halves(distance, c.model_dim))[None]
-        return Relations(encodings, inputs.mask, inputs.mask, targets, None, inputs.slots_BT)
-
-    def _relations(self, ids, attention_mask, types, perm_mask, targets, memory, backwards, left_to_right) -> Relations:
-        c = self.config
-        (b, t), m = ids.shape, 0 if memory is None else c.memory_length
-        s = m + t
-        distance = jnp.arange(t)[:, None] + m - jnp.arange(s)[None, :]
-        seen = jnp.ones((b, t, s), bool)
-        if c.causal_mask or left_to_right:
-            seen &= (distance >= 0)[None]
-            if c.same_length:
-                seen &= (distance <= m)[None]
-        if memory is not None:
-            filled = jnp.arange(m)[None, :] >= m - memory.length_B[:, None]
-            seen = seen.at[:, :, :m].set(seen[:, :, :m] & filled[:, None])
-        now = jnp.ones((b, t, t), bool)
-        if attention_mask is not None:
-            now &= attention_mask.astype(bool)[:, None, :]
-        if perm_mask is not None:
-            now &= perm_mask == 0
-        asks = seen.at[:, :, m:].set(seen[:, :, m:] & now)
-        itself = (distance == 0)[None]
-        zeros = jnp.zeros((b, t), jnp.int32)
-        mask = lambda allowed, q: Mask(q, jnp.zeros((b, s), jnp.int32), causal=False, allowed_BTS=allowed)
-        query = None
-        if left_to_right:
-            query = mask(asks, zeros)
-        elif targets is not None:
-            query = mask(jnp.take_along_axis(asks, targets[:, :, None], axis=1), jnp.zeros_like(targets))
-        differ = None
-        if types is not None:
-            types = jnp.asarray(types, jnp.int32)
-            keys = jnp.concatenate([jnp.zeros((b, m), jnp.int32), types], axis=1)
-            differ = types[:, :, None] != keys[:, None, :]
-        encodings = jnp.asarray(distance_encodings(t, s, c.model_dim, c.clamp_length, backwards is not None))
-        flags = None if backwards is None else backwards.astype(bool)
-        return Relations(encodings, mask(asks | itself, zeros), query, targets, differ, backwards_B=flags)
-
-    def _remember(self, cache: Memories, inputs: Any) -> Memories:
+    def _remember(self, cache: Memories, states: tuple[jax.Array, ...]) -> Memories:
+        """The memories with what entered the layers behind them."""
         c = self.config
         if c.memory_length == 0:
             return cache
-        kept = inputs[0].shape[1] if c.reuse_length is None else min(c.reuse_length, inputs[0].shape[1])
-        join = lambda old, new: jnp.concatenate([old, new[:, :kept].astype(old.dtype)], axis=1)[:, -c.memory_length :]
-        layers = tuple(jax.lax.stop_gradient(join(o, n)) for o, n in zip(cache.layers, inputs, strict=True))
-        return Memories(layers, jnp.minimum(cache.length_B + kept, c.memory_length))
+        count = states[0].shape[1] if c.reuse_length is None else min(c.reuse_length, states[0].shape[1])
 
-    def _head(self, out: Output, tokens: Embedding, rows: Any, attention_mask: Any, train: bool, init: Any) -> Output:
+        def join(old: jax.Array, new: jax.Array) -> jax.Array:
+            longer = jnp.concatenate([old, new[:, :count].astype(old.dtype)], axis=1)
+            return jax.lax.stop_gradient(longer[:, -c.memory_length :])
+
+        layers = tuple(join(old, new) for old, new in zip(cache.layers, states, strict=True))
+        return Memories(layers, jnp.minimum(cache.length_B + count, c.memory_length))
+
+    def _head(
+        self,
+        out: Output,
+        tokens: Embedding,
+        rows: tuple[int, ...],
+        attention_mask: jax.Array | None,
+        train: bool,
+        init: Initializer,
+    ) -> Output:
         c = self.config
         x: Any = out.last_hidden_state
         if c.head == "none":
@@ -348,3 +308,42 @@ class XLNet(nn.Module):
         rate = 0.0 if c.head in ("span", "tokens") else c.head_dropout
         logits = heads.label_logits(self, out, rate, train, init, attention_mask)
         return out.replace(logits=logits.reshape(rows) if c.head == "choice" else logits)
+
+
+def read_order(
+    shape: tuple[int, int],
+    left_to_right: bool,
+    perm_mask: jax.Array | None,
+    target_mapping: jax.Array | None,
+    target_positions: jax.Array | None,
+    token_type_ids: jax.Array | None,
+    backwards: jax.Array | None,
+) -> Order:
+    """The order that a call's arguments ask for, of rows `[B, T]`; see `XLNet`.
+
+    Raises:
+      ValueError: on arguments of other shapes, or any beside `left_to_right`.
+    """
+    b, t = shape
+    orders = (perm_mask, target_mapping, target_positions, token_type_ids, backwards)
+    if left_to_right and any(x is not None for x in orders):
+        raise ValueError(
+            "left_to_right is an order of its own: no perm_mask, targets, token_type_ids or backwards with it"
+        )
+    if perm_mask is not None and perm_mask.shape != (b, t, t):
+        raise ValueError(f"perm_mask must be [{b}, {t}, {t}], got {list(perm_mask.shape)}")
+    if target_mapping is not None:
+        if target_mapping.ndim != 3 or (target_mapping.shape[0], target_mapping.shape[2]) != (b, t):
+            raise ValueError(f"target_mapping must be [{b}, K, {t}], got {list(target_mapping.shape)}")
+        target_positions = jnp.argmax(target_mapping, axis=-1).astype(jnp.int32)
+    if backwards is not None and backwards.shape != (b,):
+        raise ValueError(f"backwards must be [{b}], one flag a row, got {list(backwards.shape)}")
+    if left_to_right:
+        target_positions = jnp.broadcast_to(jnp.arange(1, t + 1, dtype=jnp.int32), (b, t))
+    return Order(
+        perm_mask=perm_mask,
+        targets_BK=target_positions,
+        types_BT=None if token_type_ids is None else jnp.asarray(token_type_ids, jnp.int32),
+        backwards_B=None if backwards is None else backwards.astype(bool),
+        left_to_right=left_to_right,
+    )

@@ -6,7 +6,7 @@ https://arxiv.org/abs/2112.05682; Beltagy et al. 2020 (sliding window), https://
 """
 
 import functools
-from typing import Any
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +70,26 @@ class Mask(struct.PyTreeNode):
             new = dict(k_positions_BS=cut(self.k_positions_BS), k_segments_BS=cut(self.k_segments_BS))
         new["allowed_BTS"] = cut(self.allowed_BTS, 1 if axis == "q" else 2)
         return self.replace(**new, ordered=False)
+
+
+class Kernel(Protocol):
+    """Attention by a kernel that takes some calls only: `parallel.splash.Splash`, `parallel.ring.Ring`."""
+
+    def fits(self, q_BTNH: jax.Array, k_BSKH: jax.Array, mask: Mask | None, sloped: bool, biased: bool) -> bool:
+        """Whether the kernel takes these sizes, this mask, and slopes or a bias where the scores have them."""
+        ...
+
+    def __call__(
+        self,
+        q_BTNH: jax.Array,
+        k_BSKH: jax.Array,
+        v_BSKH: jax.Array,
+        mask: Mask | None,
+        slopes_N: jax.Array | None,
+        scale: float,
+    ) -> jax.Array:
+        """Attention `[B, T, N, H]` of whole arrays; see `attend` for the arguments."""
+        ...
 
 
 def is_ordered(mask: Mask | None) -> bool:
@@ -187,9 +207,9 @@ def _fused(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale):
 
 
 @functools.partial(jax.checkpoint, static_argnums=(6,))
-def _few(*args):
-    """4 queries (beams) and 288 keys of 8 x 8 heads on two cores: 0.4 ms in the place of 0.9, one by one 1.3."""
-    return _reference(*args, products=_Few)[0]
+def _few(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale):
+    """4 queries (beams) and 288 keys of 8 x 8 heads on two cores take 0.4 ms instead of 0.9."""
+    return _reference(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale, products=_Few)[0]
 
 
 def _pad(x, size, axis, value=0):
@@ -262,7 +282,7 @@ def attend(
     dropout_key: jax.Array | None = None,
     q_chunk: int = 256,
     k_chunk: int = 256,
-    kernel: Any = None,
+    kernel: Kernel | None = None,
 ) -> jax.Array:
     """Softmax attention; scores and softmax in float32 (float64 for float64 inputs).
 

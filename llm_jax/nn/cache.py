@@ -1,8 +1,8 @@
 """What decoding remembers: keys and values of earlier positions, as one pytree.
 
 Row b holds `length_B[b]` tokens; the token at position p sits in slot `p % size`, whatever padding the prompt had,
-so ragged batches need no further bookkeeping, and a full cache goes on as a sliding window, one token at a time: of
-several at once the first would no longer see what the last overwrite. Passed in, returned, never mutated.
+so ragged batches need no further bookkeeping, and a full cache continues as a sliding window, one token at a time:
+of several at once the first would no longer see what the last overwrite. Passed in, returned, never mutated.
 
 The W beams of a search share a row: each has a region of S slots of its own, where it writes, and a table says in whose
 region the token at each of its positions lies. So beams that change places copy nothing but the table: attention sees
@@ -30,7 +30,7 @@ class LayerCache(struct.PyTreeNode):
 
     @classmethod
     def holding(cls, k_BSKH: jax.Array, v_BSKH: jax.Array) -> "LayerCache":
-        """A full one, of keys and values as attention takes them."""
+        """A full cache from keys and values as attention takes them."""
         return cls(k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2))
 
     def write(self, k_BTKH: jax.Array, v_BTKH: jax.Array, slots_BT: jax.Array) -> "LayerCache":
@@ -50,7 +50,7 @@ class LayerCache(struct.PyTreeNode):
 
 
 class Cache(struct.PyTreeNode):
-    """The whole model's cache.
+    """What a whole model remembers.
 
     Attributes:
       layers: one entry a layer.
@@ -73,7 +73,7 @@ class Cache(struct.PyTreeNode):
         return self.layers
 
     def with_content(self, content: tuple[LayerCache, ...]) -> "Cache":
-        """The same with other keys and values."""
+        """This cache with other keys and values."""
         return self.replace(layers=content)
 
     @property
@@ -87,7 +87,7 @@ class Cache(struct.PyTreeNode):
         return self.content[0].k_BKSH.shape[2] // self.num_beams
 
     def widen(self, beams: int) -> "Cache":
-        """For `beams` beams a row that go on from what the row holds, which is not copied."""
+        """The cache of `beams` beams a row, which continue from what the row holds without a copy of it."""
         (rows, _, size, _) = self.content[0].k_BKSH.shape
         pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, (beams - 1) * size), (0, 0)))
         table = jnp.zeros((rows, beams, size), jnp.int32)
@@ -96,7 +96,7 @@ class Cache(struct.PyTreeNode):
         return wide.follow(jnp.zeros((rows, beams), jnp.int32))
 
     def follow(self, parent_BW: jax.Array) -> "Cache":
-        """Beam w goes on from where beam `parent_BW[:, w]` is; its next token will lie in its own region."""
+        """The cache in which beam w continues beam `parent_BW[:, w]` and writes its next token into region w."""
         assert self.beams_BWS is not None
         table = jnp.take_along_axis(self.beams_BWS, parent_BW[:, :, None], axis=1)
         new = (self.length_B % self.size).reshape(*parent_BW.shape, 1) == jnp.arange(self.size)[None, None, :]
@@ -107,13 +107,13 @@ class Cache(struct.PyTreeNode):
         region = jnp.arange(positions_RT.shape[0])[:, None] % self.num_beams * self.size
         return jnp.where(real_RT, region + positions_RT % self.size, self.num_beams * self.size)
 
-    def own_BTS(self, steps: int) -> jax.Array | None:
-        """`[B, W * steps, W * S]`: which slots hold a beam's own past; None without beams."""
+    def visible_BTS(self, steps: int) -> jax.Array | None:
+        """`[B, W * steps, W * S]`: which slots hold a beam's past; None without beams."""
         if self.beams_BWS is None:
             return None
         b, w, s = self.beams_BWS.shape
-        own = self.beams_BWS[:, :, None, :] == jnp.arange(w)[None, None, :, None]
-        return jnp.repeat(own.reshape(b, w, w * s), steps, axis=1)
+        visible = self.beams_BWS[:, :, None, :] == jnp.arange(w)[None, None, :, None]
+        return jnp.repeat(visible.reshape(b, w, w * s), steps, axis=1)
 
     def positions_of(self, mask_BT: jax.Array) -> jax.Array:
         """Positions of the next tokens; where the mask is false the value is meaningless."""

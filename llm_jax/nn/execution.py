@@ -5,20 +5,49 @@ Everything that changes how a model runs and nothing of what it computes. Static
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
+from llm_jax.nn.attend import Kernel
+from llm_jax.nn.protocols import Tree
+
 REMAT = ("none", "dots", "full", "every:K", "names:a,b", "offload:a,b")
-KERNEL = "kernel"  # `checkpoint_name` of what attention's kernel returns
-NORM = "norm"  # of a norm's statistics, a number or two a position
-SUM = "sum"  # of what a sublayer adds to
+# names that `checkpoint_name` gives
+KERNEL = "kernel"  # what attention's kernel returns
+NORM = "norm"  # a norm's statistics, a number or two a position
+SUM = "sum"  # the residual stream after a sublayer
 ATTENTION = ("auto", "reference", "fused", "chunked")
 
 
 def _unconstrained(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     del axes
     return x
+
+
+class Call(NamedTuple):
+    """What a stack (`nn.stack.Stack`) hands to a runner instead of running its loop.
+
+    Attributes:
+      path: where the stack is in the model; its parameters are below it, at `layers`.
+      layer: `(params, index, carry, inputs, context) -> (carry, output, sown)`.
+      params: the parameter sets, stacked or unstacked.
+      group_of: the number of each layer's parameter set.
+      carry: what flows from layer to layer.
+      per_layer: per-layer inputs or None.
+      context: what all layers see, dropout's key included.
+    """
+
+    path: tuple[str, ...]
+    layer: Callable[[Tree, Any, Tree, Tree, Tree], tuple[Tree, Tree, Tree]]
+    params: Tree
+    group_of: tuple[int, ...]
+    carry: Tree
+    per_layer: tuple[Tree, ...] | None
+    context: Tree
+
+
+StackRunner: TypeAlias = Callable[[Call], tuple[Tree, Tree]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,18 +62,18 @@ class Execution:
         and the device keeps one block's, whatever the depth).
       attention: `reference`, `fused`, `chunked`, or `auto`: fused where nothing asks for the weights or for
         dropout.
-      kernel: attention by a kernel where it fits, None for the compiler's own (`splash.Splash`).
+      kernel: attention by a kernel where it fits; None for the compiler's own.
       dtype: compute dtype of activations and kernels; None keeps that of the parameters.
       constrain: `(x, logical axes) -> x`, pins the sharding of activations.
-      stack_runner: replaces the loop over layers: `stack.Call -> (carry, outputs)`.
+      stack_runner: replaces the loop over a stack's layers: `Call -> (carry, outputs)`.
     """
 
     remat: str = "none"
     attention: str = "auto"
-    kernel: Any = None
+    kernel: Kernel | None = None
     dtype: Any = None
     constrain: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] = _unconstrained
-    stack_runner: Callable[..., Any] | None = None
+    stack_runner: StackRunner | None = None
 
     def __post_init__(self) -> None:
         """Checks the mode strings."""

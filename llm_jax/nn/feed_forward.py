@@ -44,7 +44,7 @@ class FeedForward(nn.Module):
       gated: adds the gate.
       use_bias: biases on all kernels.
       init_std: standard deviation of the kernels.
-      out_init_std: of the down kernel; None takes init_std.
+      out_init_std: standard deviation of the down kernel; None takes init_std.
       dropout: rate behind the activation.
       execution: how it runs.
       wide: in float16, what follows the first products is in float32: products of gates pass 65504.
@@ -67,20 +67,25 @@ class FeedForward(nn.Module):
         init = nn.initializers.normal(self.init_std)
         out_init = init if self.out_init_std is None else nn.initializers.normal(self.out_init_std)
         activate = ACTIVATIONS[self.activation]
-        # or a partitioner may gather whole matrices in the place of a sequence
-        wide = lambda name, x: self.execution.constrain(
-            linear(self.hidden, ("embed", "mlp"), kernel_init=init, name=name)(x), ("batch", "length", "mlp")
-        )
-        up_BTF = wide("up", x_BTD)
+
+        def widened(name: str) -> jax.Array:
+            y_BTF = linear(self.hidden, ("embed", "mlp"), kernel_init=init, name=name)(x_BTD)
+            # or a partitioner may gather whole matrices instead of a sequence
+            return self.execution.constrain(y_BTF, ("batch", "length", "mlp"))
+
+        up_BTF = widened("up")
         inputs: tuple[jax.Array, ...] = (up_BTF,)
         before: Callable[..., jax.Array] = activate
         if self.gated:
-            gate_BTF = wide("gate", x_BTD)
+            gate_BTF = widened("gate")
             inputs, before = (gate_BTF, up_BTF), lambda gate, up: activate(gate) * up
         if train and self.dropout > 0:
             before = dropped(before, self.dropout, self.make_rng("dropout"))
         dtype = weights.wide_half(x_BTD, self.wide)
-        activated = lambda *inputs: before(*(x.astype(dtype) for x in inputs))
+
+        def activated(*inputs: jax.Array) -> jax.Array:
+            return before(*(x.astype(dtype) for x in inputs))
+
         down = linear(
             x_BTD.shape[-1], ("mlp", "embed"), kernel_init=out_init, before=activated, dtype=dtype, name="down"
         )

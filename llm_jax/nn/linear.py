@@ -29,7 +29,7 @@ class Linear(nn.Module):
       use_bias: adds a bias.
       kernel_init: initialiser of the kernel.
       bias_init: initialiser of the bias.
-      before: elementwise function of the inputs; what it returns is not kept for the backward pass, but computed again.
+      before: elementwise function of the inputs; the backward pass computes it again and saves nothing of it.
       dtype: of the product and the result; None takes that of the inputs.
     """
 

@@ -1,4 +1,8 @@
-"""Output layers: one head, several ways to pay for a large vocabulary.
+"""Output layers: one head, and the losses by which a large vocabulary is paid for in part.
+
+word2vec sums `logistic_loss` over pairs and noise words (negative sampling) or over the nodes of a tree (hierarchical
+softmax), and `choice_loss` over a few drawn words; a language model with a `Head` does so by `sampled_softmax`. The
+softmax over all words, in chunks, is `objectives.cross_entropy`.
 
 Sources: sampled softmax with the log-q correction, Jean et al. 2015, https://arxiv.org/abs/1412.2007, eq. 8; negative
 sampling, Mikolov et al. 2013, https://arxiv.org/abs/1310.4546, eq. 4; hierarchical softmax, the same, eq. 3.
@@ -19,7 +23,7 @@ MASKED = -1e30  # logits of padded vocabulary entries; finite, so that max and s
 
 
 def padded_size(size: int, multiple: int) -> int:
-    """The smallest multiple that holds `size`, so that a vocabulary axis divides over devices."""
+    """The smallest multiple of `multiple` that holds `size`, so that a vocabulary axis divides over devices."""
     return -(-size // multiple) * multiple
 
 
@@ -60,18 +64,18 @@ class Head(struct.PyTreeNode):
         return jnp.where(real, y, max(MASKED, float(jnp.finfo(y.dtype).min)))
 
     def rows(self, ids: jax.Array) -> jax.Array:
-        """Output embeddings of chosen entries: `[*ids.shape, D]`."""
+        """Output embeddings of chosen vocabulary entries: `[*ids.shape, D]`."""
         return weights.take(self.weight if self.transposed else weights.dense(self.weight).T, ids)
 
     def some_logits(self, h_TD: jax.Array, ids_S: jax.Array) -> jax.Array:
-        """Logits of chosen entries only: `[T, S]`, float32."""
+        """Logits `[T, S]`, float32, of the chosen vocabulary entries `ids_S` only."""
         rows_SD = self.rows(ids_S)
         y = weights.wide(h_TD @ rows_SD.T.astype(h_TD.dtype))
         return y if self.bias is None else add_last(y, self.bias[ids_S].astype(y.dtype))
 
 
 class OutputLayer(nn.Module):
-    """An output layer with a matrix of its own.
+    """An output layer that owns its matrix (a tied one is the token table's).
 
     Attributes:
       vocab_size: V.
@@ -96,10 +100,30 @@ class OutputLayer(nn.Module):
         return Head(kernel, bias, self.vocab_size)
 
 
-def full_softmax(h_TD: jax.Array, head: Head, labels_T: jax.Array) -> jax.Array:
-    """Negative log-likelihood `[T]` under the softmax over the whole vocabulary."""
-    logp = jax.nn.log_softmax(head.logits(h_TD), axis=-1)
-    return -jnp.take_along_axis(logp, labels_T[:, None], axis=-1)[:, 0]
+@jax.custom_jvp
+def logistic_loss(scores: jax.Array) -> jax.Array:
+    """Negative log-likelihood of a yes at probability `sigmoid(score)`; of a no, at `logistic_loss(-score)`.
+
+    A binary decision of any output layer: a pair or a noise word of negative sampling, a node of a tree. Its slope is
+    one exponential, where that of `jax.nn.softplus` computes the softplus again.
+    """
+    return jax.nn.softplus(-scores)
+
+
+@logistic_loss.defjvp
+def _logistic_slope(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    (scores,), (change,) = primals, tangents
+    return logistic_loss(scores), -jax.nn.sigmoid(-scores) * change
+
+
+def choice_loss(chosen: jax.Array, others: jax.Array) -> jax.Array:
+    """Negative log-likelihood of a softmax's choice.
+
+    Args:
+      chosen: score of what is chosen.
+      others: log of the sum of the exponentials of all other scores, -inf or very low where there are none.
+    """
+    return jnp.logaddexp(chosen, others) - chosen
 
 
 def sampled_softmax(
@@ -111,45 +135,15 @@ def sampled_softmax(
       h_TD: last hidden states.
       head: the output layer.
       labels_T: targets.
-      sampled_S: entries drawn from the proposal, shared by all positions; those that equal a position's own
-        label are left out there.
+      sampled_S: entries drawn from the proposal, shared by all positions; those that equal a position's label are left
+        out there.
       log_q_V: log of the expected count of each entry in `sampled_S`, subtracted from its logit, so that the
         estimate of the softmax's gradient is consistent. Zeros with `sampled_S = arange(V)` give the full softmax.
     """
     labels_T = labels_T.astype(jnp.int32)
-    own_T = jnp.sum(h_TD * head.rows(labels_T), axis=-1)
-    own_T = own_T if head.bias is None else own_T + head.bias[labels_T]
-    own_T = own_T - log_q_V[labels_T]
+    label_T = jnp.sum(h_TD * head.rows(labels_T), axis=-1)
+    label_T = label_T if head.bias is None else label_T + head.bias[labels_T]
+    label_T = label_T - log_q_V[labels_T]
     other_TS = head.some_logits(h_TD, sampled_S) - log_q_V[sampled_S][None, :]
     other_TS = jnp.where(sampled_S[None, :] == labels_T[:, None], MASKED, other_TS)
-    return jax.nn.logsumexp(jnp.concatenate([own_T[:, None], other_TS], axis=1), axis=1) - own_T
-
-
-def negative_sampling(h_TD: jax.Array, head: Head, labels_T: jax.Array, sampled_S: jax.Array) -> jax.Array:
-    """Logistic loss `[T]`: the label against each of the sampled entries that it is not.
-
-    Args:
-      h_TD: last hidden states.
-      head: the output layer.
-      labels_T: targets.
-      sampled_S: entries drawn from the noise, shared by all positions.
-    """
-    own_T = jnp.sum(h_TD * head.rows(labels_T), axis=-1)
-    own_T = own_T if head.bias is None else own_T + head.bias[labels_T]
-    against_TS = jnp.where(
-        sampled_S[None, :] == labels_T[:, None], 0, jax.nn.softplus(head.some_logits(h_TD, sampled_S))
-    )
-    return jax.nn.softplus(-own_T) + jnp.sum(against_TS, axis=-1)
-
-
-def hierarchical_softmax(h_TD: jax.Array, nodes_ND: jax.Array, path_TP: jax.Array, signs_TP: jax.Array) -> jax.Array:
-    """Negative log-likelihood `[T]` of leaves of a binary tree, one logistic decision an inner node.
-
-    Args:
-      h_TD: last hidden states.
-      nodes_ND: vectors of the inner nodes.
-      path_TP: nodes on the way to each target.
-      signs_TP: +1 to the first child, -1 to the second, 0 where there is no node.
-    """
-    scores_TP = jnp.einsum("td,tpd->tp", h_TD, nodes_ND[path_TP])
-    return jnp.sum(jnp.abs(signs_TP) * jax.nn.softplus(-signs_TP * scores_TP), axis=-1)
+    return choice_loss(label_T, jax.nn.logsumexp(other_TS, axis=1))

@@ -18,7 +18,7 @@ PORTS = ("adapter", "parallel_adapter")
 
 
 class PortNode(weights.Node):
-    """What may be plugged in; subclasses define `__call__` and `axes`."""
+    """A computation that may be plugged into a port; subclasses define `__call__` and `axes`."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps activations to activations of the same shape."""

@@ -4,11 +4,12 @@ Annotations only; nothing here computes. Every part declares what it needs of th
 """
 
 from collections.abc import Mapping
-from typing import Any, Protocol, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeAlias
 
 import jax
 
-from llm_jax.nn.execution import Execution
+if TYPE_CHECKING:
+    from llm_jax.nn.execution import Execution
 
 Tree: TypeAlias = Any  # any pytree; JAX has no narrower type for one
 Params: TypeAlias = Mapping[str, Any]  # nested names; leaves are arrays, `weights.Weight` nodes, or their shapes
@@ -17,29 +18,25 @@ Batch: TypeAlias = Mapping[str, jax.Array]  # one entry a field, `[B, ...]`
 
 
 class ModelConfig(Protocol):
-    """What every family's config has beside its sizes.
-
-    Attributes:
-      reads: what a token sees of its text, see `models/registry.py`.
-    """
+    """What every family's config has beside its own sizes."""
 
     @property
     def reads(self) -> str:
-        """See the class."""
+        """What a token sees of its text, see `models/registry.py`."""
         ...
 
     @property
     def vocab_size(self) -> int:
-        """V, without padding."""
+        """V, the entries of the vocabulary without padding."""
         ...
 
     @property
     def model_dim(self) -> int:
-        """D."""
+        """D, the width of the residual stream."""
         ...
 
-    def make(self, execution: Execution = ...) -> "Model":
-        """The module."""
+    def make(self, execution: "Execution" = ...) -> "Model":
+        """The module, whose parameters `init` makes."""
         ...
 
 
@@ -48,22 +45,22 @@ class Model(Protocol):
 
     @property
     def config(self) -> Any:
-        """What it was made from: a family's config."""
+        """The family's config that the module was made from."""
         ...
 
     @property
-    def execution(self) -> Execution:
-        """How it runs."""
+    def execution(self) -> "Execution":
+        """How the module runs."""
         ...
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Linen's: variables with fresh parameters in boxes that name their axes."""
+        """Linen's `init`: variables whose fresh parameters are in boxes that name their axes."""
         ...
 
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
-        """Linen's: the output."""
+        """Linen's `apply`: the output of a call with these variables."""
         ...
 
     def clone(self, **updates: Any) -> Self:
-        """Linen's: the same module with other fields."""
+        """Linen's `clone`: the same module with other fields."""
         ...

@@ -86,9 +86,12 @@ class Lstm(nn.Module):
             output = jax.nn.sigmoid(o) * jnp.tanh(cell)
             if projection is not None:
                 output = _clip(weights.matmul(output, projection), self.projection_clip)
-            keep = lambda new, old: jnp.where(jnp.broadcast_to(real[:, None], new.shape), new, old)
-            new = LstmState(keep(cell, state.cell_BH), keep(output, state.output_BP))
-            return new, keep(output, jnp.zeros_like(output))
+
+            def where_real(new: jax.Array, old: jax.Array) -> jax.Array:
+                return jnp.where(jnp.broadcast_to(real[:, None], new.shape), new, old)
+
+            new = LstmState(where_real(cell, state.cell_BH), where_real(output, state.output_BP))
+            return new, where_real(output, jnp.zeros_like(output))
 
         steps = (gates.swapaxes(0, 1), real_BT.T)
         state = jax.tree.map(lambda s: s.astype(x_BTD.dtype), state)

@@ -3,15 +3,18 @@
 Source: Raffel et al. 2020, section 2.1 (T5), https://arxiv.org/abs/1910.10683.
 """
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax import struct
 
 from llm_jax.nn import weights
 from llm_jax.nn.attend import Mask
+from llm_jax.nn.attention import AttentionConfig, Positions, ScoreTerms
 
 
 def bucket_table(num_buckets: int, max_distance: int) -> np.ndarray:
@@ -65,3 +68,46 @@ class RelativeBias(nn.Module):
         if self.bidirectional:
             bucket = bucket + jnp.where(distance_BTS < 0, one_sided, 0)
         return weights.take(table, bucket).transpose(0, 3, 1, 2)
+
+
+class Bias(struct.PyTreeNode):
+    """What `Buckets` share among layers."""
+
+    bias_BNTS: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets(Positions):
+    """T5's bias, one for all layers of a stack.
+
+    Attributes:
+      num_buckets: see `RelativeBias`.
+      max_distance: see `RelativeBias`.
+      bidirectional: see `RelativeBias`.
+      name: the table's, among the model's parameters.
+    """
+
+    num_buckets: int = 32
+    max_distance: int = 128
+    bidirectional: bool = False
+    name: str = "positions"
+
+    def shared(
+        self, config: AttentionConfig, positions_BT: jax.Array, mask: Mask, cached: bool, dtype: jnp.dtype
+    ) -> Bias:
+        """See `Positions`."""
+        del positions_BT, dtype
+        table = RelativeBias(
+            num_heads=config.num_heads,
+            num_buckets=self.num_buckets,
+            max_distance=self.max_distance,
+            bidirectional=self.bidirectional,
+            init_std=config.init_std,
+            name=self.name,
+        )
+        return Bias(table(distances(mask, cached)))
+
+    def scores(self, q_BTNH: jax.Array, k_BSKH: jax.Array, mask: Mask, cached: bool, shared: Bias) -> ScoreTerms:
+        """See `LayerPositions`."""
+        del q_BTNH, k_BSKH, mask, cached
+        return ScoreTerms(bias_BNTS=shared.bias_BNTS)

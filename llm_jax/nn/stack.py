@@ -9,7 +9,6 @@ unrolled. `stack` and `unstack` convert.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,44 +16,45 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.nn import weights
-from llm_jax.nn.execution import Execution
+from llm_jax.nn.execution import Call, Execution
+from llm_jax.nn.protocols import Tree
 
 
-def is_unstacked(layers: Any) -> bool:
+def is_unstacked(layers: Tree) -> bool:
     """True for a tree with children `0, 1, ...`."""
     return isinstance(layers, Mapping) and "0" in layers
 
 
-def _num_stacked(layers: Any) -> int:
+def _num_stacked(layers: Tree) -> int:
     return jax.tree.leaves(layers)[0].shape[0]
 
 
-def _merge(base: Any, extra: Any) -> Any:
+def _merge(base: Tree, extra: Tree) -> Tree:
     if not isinstance(base, Mapping) or not isinstance(extra, Mapping):
         return extra
     return {**base, **{k: _merge(base[k], v) if k in base else v for k, v in extra.items()}}
 
 
-def _every(tree: Any, fn: Callable[[Any], Any]) -> Any:
+def _every(tree: Tree, fn: Callable[[Tree], Tree]) -> Tree:
     """Applies `fn` to every subtree called `layers` or `per_layer`."""
     if not isinstance(tree, Mapping):
         return tree
     return {k: fn(v) if k in ("layers", "per_layer") else _every(v, fn) for k, v in tree.items()}
 
 
-def unstack(params: Any) -> Any:
+def unstack(params: Tree) -> Tree:
     """Splits every stacked `layers` subtree into children `0, 1, ...`."""
     return _every(params, lambda layers: layers if is_unstacked(layers) else _split(layers))
 
 
-def stack(params: Any) -> Any:
+def stack(params: Tree) -> Tree:
     """Stacks every unrolled `layers` subtree.
 
     Raises:
       ValueError: if layers differ in structure or shape (such a tree runs unrolled only).
     """
 
-    def join(layers: Any) -> Any:
+    def join(layers: Tree) -> Tree:
         if not is_unstacked(layers):
             return layers
         each = [layers[str(i)] for i in range(len(layers))]
@@ -66,11 +66,11 @@ def stack(params: Any) -> Any:
     return _every(params, join)
 
 
-# called outside of a trace, each is one compilation and not one for every leaf
+# jitted, so that a call outside of a trace compiles once and not once a leaf
 
 
 @functools.partial(jax.jit, inline=True)
-def _split(layers: Any) -> Any:
+def _split(layers: Tree) -> Tree:
     count = _num_stacked(layers)
     # split, whose gradient is one concatenation; that of x[i] pads every layer to the whole stack and adds
     leaves, tree = jax.tree.flatten(layers)
@@ -79,30 +79,8 @@ def _split(layers: Any) -> Any:
 
 
 @functools.partial(jax.jit, inline=True)
-def _join(each: Any) -> Any:
+def _join(each: Tree) -> Tree:
     return jax.tree.map(lambda *x: jnp.stack(x), *each)
-
-
-class Call(NamedTuple):
-    """What a stack hands to a runner in the place of its loop.
-
-    Attributes:
-      path: of the stack; its parameters are below it, at `layers`.
-      layer: `(params, index, carry, inputs, context) -> (carry, output, sown)`.
-      params: the parameter sets, stacked or unstacked.
-      group_of: which of them each layer has.
-      carry: what flows from layer to layer.
-      per_layer: per-layer inputs or None.
-      context: what all layers see, dropout's key included.
-    """
-
-    path: tuple[str, ...]
-    layer: Callable[..., tuple[Any, Any, Any]]
-    params: Any
-    group_of: tuple[int, ...]
-    carry: Any
-    per_layer: Any
-    context: Any
 
 
 class Stack(nn.Module):
@@ -111,9 +89,9 @@ class Stack(nn.Module):
     A block is a Linen module called as `block(carry, per_layer, *shared, train=...) -> (carry, output)`.
 
     Attributes:
-      make_block: makes an unbound block; takes `parent=None`.
+      make_block: makes an unbound block, called with `parent=None`.
       num_layers: L.
-      num_groups: G parameter sets; None means one a layer.
+      num_groups: G parameter sets; None means as many as layers.
       group_size: S consecutive sets run in turn before these or the next S run again (layers inside ALBERT's groups);
         with S = 1 layer l uses set l * G // L.
       execution: remat policy and stack runner.
@@ -125,19 +103,22 @@ class Stack(nn.Module):
     execution: Execution = Execution()
     group_size: int = 1
 
-    def _init(self, key: jax.Array, carry: Any, per_layer: Any, shared: tuple[Any, ...]) -> Any:
+    def _init(self, key: jax.Array, carry: Tree, per_layer: Tree, shared: tuple[Tree, ...]) -> Tree:
         groups = self.num_groups or self.num_layers
         block = self.make_block(parent=None)
         first = _pick(per_layer, 0)
-        one = lambda g: block.init(jax.random.fold_in(key, g), carry, first, *shared, train=False)["params"]
-        boxed = jax.vmap(one)(jnp.arange(groups))
+
+        def init(group: jax.Array) -> Tree:
+            return block.init(jax.random.fold_in(key, group), carry, first, *shared, train=False)["params"]
+
+        boxed = jax.vmap(init)(jnp.arange(groups))
         is_box = lambda x: isinstance(x, weights.Boxed)
         return jax.tree.map(lambda b: b.add_axis(0, {"name": "layers"}), boxed, is_leaf=is_box)
 
     @nn.compact
     def __call__(
-        self, carry: Any, per_layer: Any = None, shared: tuple[Any, ...] = (), train: bool = False
-    ) -> tuple[Any, Any]:
+        self, carry: Tree, per_layer: Tree = None, shared: tuple[Tree, ...] = (), train: bool = False
+    ) -> tuple[Tree, Tree]:
         """Runs all layers.
 
         Args:
@@ -165,7 +146,7 @@ class Stack(nn.Module):
         sowing = self.is_mutable_collection("intermediates") and not self.is_initializing()
 
         # what a layer sees beside its parameters and the carry is an argument: a runner may cut it into micro-batches
-        def layer(p: Any, index: Any, carry: Any, inputs: Any, context: Any) -> tuple[Any, Any, Any]:
+        def layer(p: Tree, index: jax.Array | int, carry: Tree, inputs: Tree, context: Tree) -> tuple[Tree, Tree, Tree]:
             shared, key = context
             carry = jax.tree.map(lambda x: checkpoint_name(x, "block"), carry)
             rngs = {} if key is None else {"dropout": jax.random.fold_in(key, index)}
@@ -183,15 +164,18 @@ class Stack(nn.Module):
             call = Call(self.path, layer, params, tuple(group_of), carry, per_layer, (shared, key))
             return self.execution.stack_runner(call)
         run = _unrolled if is_unstacked(params) else scanned
-        own = lambda *a: layer(*a, (shared, key))
-        carry, outputs, sown = run(own, params, extra, group_of, carry, per_layer, self.execution)
+
+        def in_context(p: Tree, index: jax.Array | int, carry: Tree, inputs: Tree) -> tuple[Tree, Tree, Tree]:
+            return layer(p, index, carry, inputs, (shared, key))
+
+        carry, outputs, sown = run(in_context, params, extra, group_of, carry, per_layer, self.execution)
         if sowing:
             for index, tree in enumerate(sown):
                 self.sow("intermediates", str(index), tree)
         return carry, outputs
 
 
-def _pick(per_layer: Any, index: int) -> Any:
+def _pick(per_layer: Tree, index: int) -> Tree:
     return None if per_layer is None else per_layer[index]
 
 
@@ -209,8 +193,8 @@ def _unrolled(layer, params, extra, group_of, carry, per_layer, execution):
         p = params[str(group_of[index])]
         if extra is None:
             return p
-        own = extra[str(index)] if is_unstacked(extra) else jax.tree.map(lambda x: x[index], extra)
-        return _merge(p, own)
+        more = extra[str(index)] if is_unstacked(extra) else jax.tree.map(lambda x: x[index], extra)
+        return _merge(p, more)
 
     def several(start, trees, inputs, carry):
         out = []
@@ -231,14 +215,14 @@ def _unrolled(layer, params, extra, group_of, carry, per_layer, execution):
 
 
 def scanned(
-    layer: Callable[..., tuple[Any, Any, Any]],
-    params: Any,
-    extra: Any,
+    layer: Callable[..., tuple[Tree, Tree, Tree]],
+    params: Tree,
+    extra: Tree,
     group_of: Sequence[int],
-    carry: Any,
-    per_layer: Any,
+    carry: Tree,
+    per_layer: Tree,
     execution: Execution,
-) -> tuple[Any, Any, list[Any]]:
+) -> tuple[Tree, Tree, list[Tree]]:
     """Runs layers in one `lax.scan`.
 
     Args:
@@ -266,17 +250,18 @@ def scanned(
     inputs = None if per_layer is None else jax.tree.map(lambda *x: jnp.stack(x), *per_layer)
     xs = (params, jnp.arange(count), inputs)
 
-    def one(carry, x):
+    def step(carry, x):
         p, index, inputs = x
         carry, out, sown = layer(p, index, carry, inputs)
         return carry, (out, sown)
 
     checkpoint = lambda f: jax.checkpoint(f, policy=execution.remat_policy(), prevent_cse=False)
     if every == 1:
-        carry, ys = jax.lax.scan(checkpoint(one) if execution.remat_every() else one, carry, xs)
+        carry, ys = jax.lax.scan(checkpoint(step) if execution.remat_every() else step, carry, xs)
     else:
         grouped = jax.tree.map(lambda x: x.reshape(count // every, every, *x.shape[1:]), xs)
-        carry, ys = jax.lax.scan(checkpoint(lambda carry, x: jax.lax.scan(one, carry, x)), carry, grouped)
+        steps = functools.partial(jax.lax.scan, step)
+        carry, ys = jax.lax.scan(checkpoint(steps), carry, grouped)
         ys = jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), ys)
     out, sown = ys
     split = lambda tree: [jax.tree.map(lambda x: x[i], tree) for i in range(count)]  # noqa: B023

@@ -86,20 +86,20 @@ class Transposed(Weight):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """`(in, out)`."""
+        """Shape `(in, out)` of the matrix, not of its stored transpose."""
         return self.transpose.shape[::-1]
 
     def matmul(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """`x @ self`."""
+        """The product `x[..., in] @ matrix`."""
         del key
         return matmul_t(x, self.transpose)
 
     def matmul_t(self, x: jax.Array) -> jax.Array:
-        """`x @ self.T`."""
+        """The product `x[..., out] @ matrix.T`."""
         return matmul(x, self.transpose)
 
     def axes(self, base: Axes) -> "Transposed":
-        """Those of the matrix, swapped."""
+        """Logical axes of the stored transpose: the matrix's axes, swapped."""
         return Transposed(Axes(*reversed(base)))  # type: ignore[arg-type]
 
 
@@ -266,7 +266,7 @@ def shape_of(w: Any) -> tuple[int, ...]:
     return tuple(w.shape)
 
 
-# every kernel of self-attention, cross-attention and feed-forwards; embeddings, poolers and heads are not among them
+# every kernel of self-attention, cross-attention and feed-forwards, and none of embeddings, poolers and heads
 LAYER_KERNELS = ("*attention/*/kernel", "mlp/*/kernel")
 
 
@@ -300,11 +300,11 @@ class Boxed(struct.PyTreeNode, meta.AxisMetadata):
     names: tuple[str | None, ...] = struct.field(pytree_node=False)
 
     def unbox(self) -> Any:
-        """The value."""
+        """The parameter without its box."""
         return self.value
 
     def replace_boxed(self, val: Any) -> "Boxed":
-        """The same axes around another value."""
+        """Another value in a box of the same axes."""
         return self.replace(value=val)
 
     def add_axis(self, index: int, params: dict[str, Any]) -> "Boxed":

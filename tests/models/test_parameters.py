@@ -12,7 +12,7 @@ from llm_jax.decoding import predict
 from llm_jax.decoding.beam import BeamSearch
 from llm_jax.decoding.fill_mask import fill
 from llm_jax.decoding.generate import Generator
-from llm_jax.interop.pretrained import save, save_own
+from llm_jax.interop import save, save_own
 from llm_jax.models import parameters
 from llm_jax.models.bert import BertConfig
 from llm_jax.models.elmo import ElmoConfig

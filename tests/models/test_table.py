@@ -23,7 +23,7 @@ REAL = np.array([[1] * T, [1] * (T - 2) + [0] * 2], bool)  # the second row is s
 
 def test_only_plain_rows_are_ordered():
     def ordered(mask=None, segments=None, cache=None):
-        return jax.eval_shape(lambda *a: frame.prepare(*a, CONTEXT).mask, IDS, mask, None, segments, cache).ordered
+        return jax.eval_shape(lambda *a: frame.read_inputs(*a, CONTEXT).mask, IDS, mask, None, segments, cache).ordered
 
     assert ordered() and not ordered(mask=REAL) and not ordered(segments=IDS)
     assert not ordered(cache=jax.eval_shape(lambda: init_cache(1, 2, T, 1, 4)))
@@ -235,13 +235,13 @@ def test_float64_and_attention_implementations():
         def run(params):
             chunked, reference = (config.make(Execution(attention=a)) for a in ("chunked", "reference"))
             plain = reference.apply({"params": unstack(params)}, IDS).logits
-            cache = config.init_cache(2, T + 2, "float64")
-            steps = []
-            for t in range(T):
-                out = reference.apply({"params": params}, IDS[:, t : t + 1], cache=cache)
-                cache = out.cache
-                steps.append(out.logits[:, 0])
-            return plain, chunked.apply({"params": params}, IDS).logits, jnp.stack(steps, 1)
+
+            def step(cache, ids):
+                out = reference.apply({"params": params}, ids[:, None], cache=cache)
+                return out.cache, out.logits[:, 0]
+
+            steps = jax.lax.scan(step, config.init_cache(2, T + 2, "float64"), IDS.T)[1].swapaxes(0, 1)
+            return plain, chunked.apply({"params": params}, IDS).logits, steps
 
         plain, chunked, steps = jax.device_get(run(params))
         assert plain.dtype == np.float64
@@ -296,7 +296,7 @@ KEY = {"dropout": jax.random.key(0)}
 def test_several_tokens_may_go_where_nothing_is_overwritten(family, size, held, mask):
     cache = MODELS[family].init_cache(2, size).replace(length_B=np.array([0, held]))
     args = (IDS, mask, None, None, cache, None, MODELS[family].window)
-    assert frame.prepare(*args).slots_BT.shape == IDS.shape
+    assert frame.read_inputs(*args).slots_BT.shape == IDS.shape
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

@@ -12,8 +12,9 @@ from tiny_models import V, abstract, model_params
 from llm_jax.models.xlnet import XLNetConfig
 from llm_jax.nn import weights
 from llm_jax.nn.execution import Execution
+from llm_jax.nn.relations import distance_encodings
+from llm_jax.nn.relative import shift
 from llm_jax.nn.stack import unstack
-from llm_jax.nn.two_stream import distance_encodings, shift
 from llm_jax.objectives.permutation_lm import hidden
 
 TINY = XLNetConfig(vocab_size=V, model_dim=12, num_layers=3, num_heads=3, hidden_dim=10, vocab_pad_multiple=8)
@@ -194,10 +195,13 @@ def read():
         permuted = apply(IDS, **order)
         first = PAD + T - LENGTHS.max() + 3
         out = apply(ids[:, :first], real[:, :first], cache=config.init_cache(2, T + 1))
-        steps, cache = [out.logits], out.cache
-        for t in range(first, PAD + T):
-            out = apply(ids[:, t : t + 1], real[:, t : t + 1], cache=cache)
-            steps, cache = [*steps, out.logits], out.cache
+
+        def step(cache, x):
+            out = apply(x[0][:, None], x[1][:, None], cache=cache)
+            return out.cache, out.logits[:, 0]
+
+        cache, rest = jax.lax.scan(step, out.cache, (ids[:, first:].T, real[:, first:].T))
+        steps = [out.logits, rest.swapaxes(0, 1)]
         return dict(
             whole=whole.logits,
             seen=jnp.abs(seen).sum(-1),

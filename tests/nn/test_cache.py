@@ -51,30 +51,35 @@ def test_ragged_writes_equal_a_list_of_slots():
 def test_beams_copy_a_table_and_no_keys():
     """Three beams of one row change places; what each sees is what it would hold had everything been copied."""
     w, size, rng = 3, 6, np.random.default_rng(0)
-    cache = init_cache(1, 2, size, 1, 1)
+    cache = jax.jit(lambda: init_cache(1, 2, size, 1, 1))()
     prompt = np.array([[1.0, 2.0], [3.0, 0.0]])  # the second row's prompt is one token
     real = np.array([[True, True], [True, False]])
-    write = lambda cache, x, mask: cache.with_content(
-        (
-            cache.content[0].write(
-                x[..., None, None], x[..., None, None], cache.slots_of(cache.positions_of(mask), mask)
-            ),
-        )
-    ).replace(length_B=cache.length_B + mask.sum(1))
-    cache = write(cache, prompt, real).widen(w)
+
+    @jax.jit
+    def write(cache, x, mask):
+        x_BTKH = x[..., None, None]
+        layer = cache.content[0].write(x_BTKH, x_BTKH, cache.slots_of(cache.positions_of(mask), mask))
+        return cache.with_content((layer,)).replace(length_B=cache.length_B + mask.sum(1))
+
+    @jax.jit
+    def look(cache):
+        at = cache.key_positions(cache.length_B).reshape(2, -1)
+        return at, cache.visible_BTS(1) & (at >= 0)[:, None]
+
+    follow = jax.jit(Cache.follow)
+    cache = jax.jit(Cache.widen, static_argnums=1)(write(cache, prompt, real), w)
     past = [[1.0, 2.0]] * w, [[3.0]] * w
     for step in range(3):
         new = 10.0 * (step + 1) + np.arange(2 * w)
         cache = write(cache, new[:, None], np.ones((2 * w, 1), bool))
         past = tuple([[*seen, new[b * w + i]] for i, seen in enumerate(row)] for b, row in enumerate(past))
         keys = np.asarray(cache.content[0].k_BKSH)[:, 0, :, 0]  # [2, W * S]
-        at = np.asarray(cache.key_positions(cache.length_B)).reshape(2, -1)
-        own = np.asarray(cache.own_BTS(1)) & (at >= 0)[:, None]
+        at, own = jax.device_get(look(cache))
         for b in range(2):
             for i in range(w):
                 mine = np.flatnonzero(own[b, i])
                 assert keys[b, mine[np.argsort(at[b, mine])]].tolist() == past[b][i]
         parent = rng.integers(0, w, (2, w))
-        cache = cache.follow(parent)
+        cache = follow(cache, parent)
         past = tuple([row[p] for p in parent[b]] for b, row in enumerate(past))
     assert cache.num_beams == w and cache.size == size

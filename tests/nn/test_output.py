@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llm_jax.nn import weights
-from llm_jax.nn.output import Head, OutputLayer, full_softmax, sampled_softmax
+from llm_jax.nn.output import MASKED, Head, OutputLayer, choice_loss, logistic_loss, sampled_softmax
 
 RNG = np.random.default_rng(0)
 T, D, V = 4, 3, 7
@@ -45,7 +45,8 @@ def test_sampling_the_whole_vocabulary_is_the_full_softmax(transposed, use_bias)
         ids = jnp.array([5, 0, 3])
         some = Head(w.T if transposed else w, bias if use_bias else None, V, transposed).some_logits(h, ids)
         sampled = loss(lambda h, head: sampled_softmax(h, head, LABELS, every, zeros))
-        return loss(lambda h, head: full_softmax(h, head, jnp.asarray(LABELS))), sampled, some
+        full = lambda h, head: -jax.nn.log_softmax(head.logits(h))[jnp.arange(T), LABELS]
+        return loss(full), sampled, some
 
     full, sampled, some = both(H, W, BIAS)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), full, sampled)
@@ -88,3 +89,16 @@ def test_the_log_q_correction_makes_the_true_distribution_stationary():
     corrected, plain = gradients(np.log(p).astype(np.float32))
     np.testing.assert_allclose(corrected, 0, atol=1e-6)
     assert np.abs(plain).max() > 1e-2  # without the correction it is biased
+
+
+def test_losses_of_scores_and_their_slopes():
+    """A yes or a no by its logarithm; a choice that has no rival, or only very low ones, is certain."""
+    scores = np.array([-80.0, -3.0, 0.0, 0.5, 80.0], np.float32)
+    losses, slopes = jax.jit(jax.vmap(jax.value_and_grad(logistic_loss)))(scores)
+    wide = scores.astype(np.float64)
+    np.testing.assert_allclose(losses, np.logaddexp(0, -wide), rtol=1e-6)
+    np.testing.assert_allclose(slopes, -1 / (1 + np.exp(wide)), rtol=1e-6)
+    chosen, others = jnp.array([0.3, 0.3, 0.3]), jnp.array([1.2, -jnp.inf, MASKED])
+    np.testing.assert_allclose(choice_loss(chosen, others), [np.logaddexp(0, 0.9), 0, 0], rtol=1e-6)
+    for change in jax.jit(jax.grad(lambda a, b: choice_loss(a, b).sum(), (0, 1)))(chosen, others):
+        np.testing.assert_allclose(np.abs(change), [1 / (1 + np.exp(-0.9)), 0, 0], rtol=1e-6)

@@ -10,7 +10,7 @@ from tiny_models import random_params
 
 from llm_jax.nn import ports, weights
 from llm_jax.nn.attend import Mask
-from llm_jax.nn.attention import Attention, AttentionConfig
+from llm_jax.nn.attention import Attention, AttentionConfig, View
 from llm_jax.nn.feed_forward import FeedForward
 from llm_jax.nn.stack import Stack, unstack
 
@@ -18,7 +18,7 @@ X = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
 AT = np.broadcast_to(np.arange(3, dtype=np.int32), (2, 3))
 MODULES = {
     "mlp": (FeedForward(6, "relu"), lambda out: out, ()),
-    "attention": (Attention(AttentionConfig(4, 2, 1, 2)), lambda out: out[0], (Mask(AT, AT),)),
+    "attention": (Attention(AttentionConfig(4, 2, 1, 2)), lambda out: out[0], (View(Mask(AT, AT)),)),
 }
 
 

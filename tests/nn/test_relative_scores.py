@@ -5,10 +5,20 @@ import numpy as np
 import pytest
 from tiny_models import random_params
 
+from llm_jax.models.gpt import GPTConfig
 from llm_jax.nn.attend import Mask
-from llm_jax.nn.attention import Attention, AttentionConfig
-from llm_jax.nn.relative_scores import RelativeConfig, RelativeScores
-from llm_jax.nn.two_stream import Relations, TwoStreamAttention, distance_encodings
+from llm_jax.nn.attention import Attention, AttentionConfig, View
+from llm_jax.nn.relations import Relations, distance_encodings
+from llm_jax.nn.relative_scores import (
+    Deberta,
+    DebertaScores,
+    Distances,
+    Shaw,
+    ShawScores,
+    TransformerXL,
+    TransformerXLScores,
+)
+from llm_jax.nn.two_stream import TwoStreamAttention
 
 B, T, N, H, M = 2, 6, 2, 4, 3
 RNG = np.random.default_rng(0)
@@ -38,18 +48,20 @@ def deberta(p, q, k, d):
 
 
 SUMS = {"shaw": shaw, "xlnet": xlnet, "deberta": deberta}
+LAYERS = {"shaw": ShawScores, "xlnet": TransformerXLScores, "deberta": DebertaScores}
 
 
 def made(kind):
-    module = RelativeScores(RelativeConfig(kind, M), N, H)
-    return module, random_params(module, Q, K, MASK, False, TABLE)
+    module = LAYERS[kind](AttentionConfig(N * H, N, N, H), M)
+    return module, random_params(module, Q, K, MASK, False, Distances(TABLE))
 
 
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("kind", SUMS)
 def test_scores(kind, cached):
     module, params = made(kind)
-    scores = np.asarray(module.apply({"params": params}, Q, K, MASK, cached, TABLE))
+    run = jax.jit(lambda params: module.apply({"params": params}, Q, K, MASK, cached, Distances(TABLE)))
+    scores = np.asarray(run(params))
     assert scores.shape == (B, N, T, T)
     for i in range(T):
         for j in range(T if not cached else i + 1):  # a cache holds nothing behind a query
@@ -59,7 +71,7 @@ def test_scores(kind, cached):
 @pytest.mark.parametrize("cached", [False, True])
 def test_what_values_gain(cached):
     module, params = made("shaw")
-    gained = module.apply({"params": params}, W, MASK, cached, method="gained")
+    gained = jax.jit(lambda params: module.apply({"params": params}, W, MASK, cached, method="values"))(params)
     vectors = params["values"][np.clip(AT[0][:, None] - AT[0][None, :], -M, M) + M]
     np.testing.assert_allclose(gained, np.einsum("bnts,tsh->btnh", W, vectors), atol=1e-5)
 
@@ -67,30 +79,39 @@ def test_what_values_gain(cached):
 def test_attention_is_xlnets_with_one_stream():
     """The same kernels in the layer that is proved against transformers."""
     d, x = N * H, RNG.normal(size=(B, T, N * H)).astype(np.float32)
-    attention = Attention(AttentionConfig(d, N, N, H, relative=RelativeConfig("xlnet")))
-    params = random_params(attention, x, MASK)
-    relations = Relations(jax.numpy.asarray(distance_encodings(T, T, d, None, False)), MASK)
+    attention = Attention(AttentionConfig(d, N, N, H, positions=TransformerXL()))
+    params = random_params(attention, x, View(MASK))
+    relations = Relations(np.float32(distance_encodings(T, T, d, None, False)), MASK)
     own = {name: params[name] for name in ("query", "key", "value", "out")}
     rest = {**params["relative"], "segment_bias": np.zeros((N, H)), "segments": np.zeros((2, N, H))}
-    theirs, *_ = TwoStreamAttention(attention.config).apply({"params": own | rest}, x, None, None, relations)
-    np.testing.assert_allclose(attention.apply({"params": params}, x, MASK)[0], theirs, atol=1e-5)
+    two_streams = TwoStreamAttention(attention.config)
+
+    @jax.jit
+    def both(params, theirs):
+        (content, _), *_ = two_streams.apply({"params": theirs}, (x, None), relations)
+        return attention.apply({"params": params}, x, View(MASK))[0], content
+
+    ours, theirs = both(params, own | rest)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 def test_dropout_reaches_what_values_gain():
-    config = AttentionConfig(N * H, N, N, H, dropout=0.5, relative=RelativeConfig("shaw", M))
-    attention, x, mask = Attention(config), RNG.normal(size=(1, T, N * H)).astype(np.float32), Mask(AT[:1], AT[:1])
-    params = random_params(attention, x, mask)
+    config = AttentionConfig(N * H, N, N, H, dropout=0.5, positions=Shaw(M))
+    attention, x = Attention(config), RNG.normal(size=(1, T, N * H)).astype(np.float32)
+    view = View(Mask(AT[:1], AT[:1]))
+    params = random_params(attention, x, view)
     params["value"]["kernel"][:] = 0  # the gain alone is left
-    run = lambda key: attention.apply({"params": params}, x, mask, train=True, rngs={"dropout": key})[0]
+    run = jax.jit(lambda key: attention.apply({"params": params}, x, view, train=True, rngs={"dropout": key})[0])
     assert not np.allclose(run(jax.random.key(0)), run(jax.random.key(1)))
 
 
 @pytest.mark.parametrize(
     "make, words",
     [
-        (lambda: RelativeConfig("rotary"), "relative kind='rotary' is none of shaw, xlnet, deberta"),
-        (lambda: RelativeConfig("shaw", 0), "max_distance=0 must be at least 1"),
-        (lambda: AttentionConfig(8, 4, 2, 2, relative=RelativeConfig("shaw")), "num_kv_heads=2 equal"),
+        (lambda: GPTConfig(positions="rotation"), "positions='rotation' is none of .* shaw, xlnet, deberta"),
+        (lambda: Shaw(0), "max_distance=0 must be at least 1"),
+        (lambda: Deberta(0), "max_distance=0 must be at least 1"),
+        (lambda: AttentionConfig(8, 4, 2, 2, positions=Shaw()), "num_kv_heads=2 equal"),
     ],
 )  # fmt: skip
 def test_bad_configs(make, words):

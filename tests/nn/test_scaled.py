@@ -1,5 +1,7 @@
 """A factor of a whole tensor is multiplied in float32 and rounded once, in every place that has one."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,8 +58,9 @@ def test_embeddings_times_the_root_of_their_width():
 
 def test_distances_above_256_are_not_rounded():
     """Two keys 300 and 301 tokens away: their weights differ by the slope."""
-    q, keys = jnp.zeros((1, 1, 1, 8), jnp.bfloat16), jnp.zeros((1, 2, 1, 8), jnp.bfloat16)
-    values = jnp.asarray(np.eye(2, 8)[None, :, None], jnp.bfloat16)
-    mask = Mask(np.array([[301]]), np.array([[0, 1]]))
-    out = attend(q, keys, values, mask, scale=1.0, slopes_N=jnp.full((1,), 0.5), implementation="fused")
+    q, keys = np.zeros((1, 1, 1, 8), jnp.bfloat16), np.zeros((1, 2, 1, 8), jnp.bfloat16)
+    values = np.asarray(np.eye(2, 8)[None, :, None], jnp.bfloat16)
+    mask, slopes = Mask(np.array([[301]]), np.array([[0, 1]])), np.full((1,), 0.5, np.float32)
+    run = functools.partial(attend, mask=mask, scale=1.0, slopes_N=slopes, implementation="fused")
+    out = jax.jit(run)(q, keys, values)
     np.testing.assert_allclose(np.asarray(out, np.float32)[0, 0, 0, 0], 1 / (1 + np.exp(0.5)), rtol=2**-8)

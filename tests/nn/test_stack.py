@@ -54,7 +54,8 @@ def layer_by_layer(params, groups=L):
 
 def value_and_gradients(module, params, train=False):
     def loss(params, x):
-        rngs = {"dropout": jax.random.key(7)} if train else {}
+        # a generator that compiles to one operation
+        rngs = {"dropout": jax.random.key(7, impl="unsafe_rbg")} if train else {}
         out, means = module.apply({"params": params}, x, EXTRA, (2.0,), train, rngs=rngs)
         return jnp.sum(jnp.sin(out)) + sum(jnp.sum(m * (i + 1)) for i, m in enumerate(means)), (out, means)
 

@@ -11,16 +11,17 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.models.shared import frame
-from llm_jax.models.shared.block import BlockConfig, Shared, blocks, per_layer
+from llm_jax.models.shared.block import BlockConfig, Shared, blocks, per_layer, view
 from llm_jax.models.shared.output import Output
 from llm_jax.nn import weights
 from llm_jax.nn.attend import Mask
+from llm_jax.nn.attention import View, dropout
 from llm_jax.nn.cache import Cache
 from llm_jax.nn.execution import Execution
 from llm_jax.nn.output import Head
 
 
-class Call(NamedTuple):
+class Arguments(NamedTuple):
     """The arguments of a call.
 
     Attributes:
@@ -46,13 +47,13 @@ class Call(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What a family's file holds of its own.
+    """What tells a family of encoder-decoders from the others.
 
     Attributes:
       encoder: its blocks.
       decoder: its blocks.
-      embed: `(ids, positions) -> x`.
-      bias: `(stack's name, frame.Inputs, whether cached) -> [B, N, T, S] or None`.
+      embed: `ids -> x`, before positions and dropout.
+      dropout: rate on embeddings with their positions.
       end: `(x, stack's name) -> x`, behind the last block.
       head: `x -> Head or None` of the decoder's last state.
       context_length: longest row that `embed` takes, None without a limit.
@@ -61,27 +62,27 @@ class Parts:
 
     encoder: tuple[BlockConfig, int]
     decoder: tuple[BlockConfig, int]
-    embed: Callable[[jax.Array, jax.Array], jax.Array]
-    bias: Callable[[str, frame.Inputs, bool], jax.Array | None]
+    embed: Callable[[jax.Array], jax.Array]
+    dropout: float
     end: Callable[[jax.Array, str], jax.Array]
     head: Callable[[jax.Array], Head | None]
     context_length: int | None
     decodes: bool = True
 
 
-def run(module: Any, call: Call, parts: Parts) -> Output:
+def run(module: Any, call: Arguments, parts: Parts) -> Output:
     """One forward pass.
 
     Args:
       module: the calling Linen module; its parameters `encoder` and `decoder` are the two stacks.
       call: its arguments. While parameters are initialised the source also stands for the decoder's input.
-      parts: what is the family's own.
+      parts: what the family computes around the two stacks.
 
     Returns:
       The decoder's `Output`, with the encoder's in `encoder`; without decoder input the encoder's alone.
 
     Raises:
-      ValueError: if the source is missing or given again, or see `frame.check_call` and `frame.prepare`.
+      ValueError: if the source is missing or given again, or see `frame.check_call` and `frame.read_inputs`.
     """
     ids, cache, train = call.input_ids, call.cache, call.train
     read = cache is not None and cache.cross is not None
@@ -93,15 +94,26 @@ def run(module: Any, call: Call, parts: Parts) -> Output:
     if target is None and parts.decodes and module.is_initializing():
         target = ids
     shown = (call.output_hidden_states, call.output_attentions)
-    pin = lambda x: module.execution.constrain(x, ("batch", "sequence", "embed"))
+
+    def enter(ids: jax.Array, inputs: frame.Inputs, block: BlockConfig) -> tuple[jax.Array, Execution]:
+        """What enters the first block, and an execution that names the dtype in which its sublayers compute.
+
+        The sums of a wide block are in float32 in float16, from the first on where no norm follows them.
+        """
+        positions = block.attention.positions
+        x = positions.embed(block.attention, parts.embed(ids), inputs.positions_BT, module.execution.dtype)
+        x = dropout(module, x, parts.dropout, train)
+        x = module.execution.constrain(x, ("batch", "sequence", "embed"))
+        wide = weights.wide_half(x, block.wide and block.norm == "pre")
+        return x.astype(wide), dataclasses.replace(module.execution, dtype=x.dtype)
 
     encoded, source, real = None, None, None
     if ids is not None:
         frame.check_call(module, ids, call.attention_mask, None, train)
-        inputs = frame.prepare(ids, call.attention_mask, None, None, None, parts.context_length, causal=False)
-        x, execution = _entry(module, pin(parts.embed(ids, inputs.positions_BT)), parts.encoder[0])
+        inputs = frame.read_inputs(ids, call.attention_mask, None, None, None, parts.context_length, causal=False)
+        x, execution = enter(ids, inputs, parts.encoder[0])
         first = x
-        shared = Shared(inputs.mask, bias_BNTS=parts.bias("encoder", inputs, False))
+        shared = Shared(view(parts.encoder[0].attention, inputs, x.dtype))
         x, outputs = blocks(*parts.encoder, execution, *shown, "encoder")(x, None, (shared,), train)
         source = parts.end(x, "encoder").astype(execution.dtype)
         encoded = frame.finish(source, first, outputs, None, inputs)
@@ -117,34 +129,20 @@ def run(module: Any, call: Call, parts: Parts) -> Output:
     frame.check_call(module, target, call.decoder_attention_mask, None, train)
     if target.shape[0] % real.shape[0]:
         raise ValueError(f"{target.shape[0]} rows of decoder_input_ids for {real.shape[0]} of input_ids")
-    inputs = frame.prepare(target, call.decoder_attention_mask, None, None, cache, parts.context_length)
-    y, execution = _entry(module, pin(parts.embed(target, inputs.positions_BT)), parts.decoder[0])
+    inputs = frame.read_inputs(target, call.decoder_attention_mask, None, None, cache, parts.context_length)
+    y, execution = enter(target, inputs, parts.decoder[0])
     first = y
     queries = jnp.zeros((real.shape[0], target.shape[0] // real.shape[0] * target.shape[1]), jnp.int32)
     source_mask = Mask(queries, jnp.where(real, 0, -1), causal=False)
-    shared = Shared(
-        mask=inputs.mask,
-        slots_BT=inputs.slots_BT,
-        bias_BNTS=parts.bias("decoder", inputs, cache is not None),
-        source_BSD=source,
-        source_mask=source_mask,
-    )
+    seen = view(parts.decoder[0].attention, inputs, y.dtype)
+    shared = Shared(seen, View(source_mask, source_BSD=source))
     y, outputs = blocks(*parts.decoder, execution, *shown, "decoder")(y, per_layer(cache), (shared,), train)
     y = parts.end(y, "decoder").astype(execution.dtype)
     out = frame.finish(y, first, outputs, parts.head(y), inputs)
     caches, _, _, looks = zip(*outputs, strict=True)
     if out.cache is not None:
         cross = tuple(c for _, c in caches)
-        kept = out.cache.layers[0].k_BKSH.dtype
-        cross = jax.tree.map(lambda x: x.astype(kept), cross)
+        dtype = out.cache.layers[0].k_BKSH.dtype
+        cross = jax.tree.map(lambda x: x.astype(dtype), cross)
         out = out.replace(cache=out.cache.replace(cross=cross, source_BS=real))
     return out.replace(cross_attentions=None if looks[0] is None else looks, encoder=encoded)
-
-
-def _entry(module: Any, x: jax.Array, block: BlockConfig) -> tuple[jax.Array, Execution]:
-    """What enters the first block, and an execution that names the dtype in which its sublayers compute.
-
-    The sums of a wide block are in float32 in float16, from the first on where no norm follows them.
-    """
-    dtype = weights.wide_half(x, block.wide and block.norm == "pre")
-    return x.astype(dtype), dataclasses.replace(module.execution, dtype=x.dtype)

@@ -18,11 +18,11 @@ class Inputs:
     """Everything the layers need beside the hidden states.
 
     Attributes:
-      positions_BT: for position embeddings.
+      positions_BT: positions that encodings read.
       mask: who may look where.
       slots_BT: cache slots of the new tokens, None without a cache.
       length_B: the cache's new length, None without a cache.
-      cache: the cache itself.
+      cache: what was decoded before, None without.
     """
 
     positions_BT: jax.Array
@@ -36,16 +36,16 @@ class Inputs:
         return None if self.cache is None else self.cache.replace(layers=layers, length_B=self.length_B)
 
 
-def is_known(x: Any) -> bool:
-    """Whether values can be looked at: no tracer, all here."""
+def is_concrete(x: Any) -> bool:
+    """Whether values can be looked at: neither a tracer nor partly on other processes."""
     return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
 
 
 def check_call(
     module: Any,
     input_ids: jax.Array,
-    attention_mask: Any,
-    token_type_ids: Any,
+    attention_mask: jax.Array | None,
+    token_type_ids: jax.Array | None,
     train: bool,
     num_token_types: int = 0,
 ) -> None:
@@ -57,7 +57,7 @@ def check_call(
     """
     if token_type_ids is not None and num_token_types == 0:
         raise ValueError(f"{type(module).__name__} has no token types; leave token_type_ids=None")
-    if token_type_ids is not None and is_known(token_type_ids) and token_type_ids.size:
+    if token_type_ids is not None and is_concrete(token_type_ids) and token_type_ids.size:
         low, high = int(np.asarray(token_type_ids).min()), int(np.asarray(token_type_ids).max())
         if low < 0 or high >= num_token_types:
             raise ValueError(f"token_type_ids hold {low if low < 0 else high}; the model has {num_token_types} types")
@@ -80,20 +80,20 @@ def _segment_positions(segment_ids: jax.Array) -> jax.Array:
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
-def _check_room(cache: Cache, attention_mask: Any, t: int) -> None:
+def _check_room(cache: Cache, attention_mask: jax.Array | None, t: int) -> None:
     """Refuses several tokens at once that would go around the cache; where values are traced nothing is checked."""
-    if not is_known(cache.length_B) or not is_known(attention_mask):
+    if not is_concrete(cache.length_B) or not is_concrete(attention_mask):
         return
-    held = np.asarray(cache.length_B)
-    real = np.full(held.shape, t) if attention_mask is None else np.asarray(attention_mask).astype(bool).sum(1)
-    for row in np.flatnonzero((real > 1) & (held + real > cache.size)):
+    lengths = np.asarray(cache.length_B)
+    real = np.full(lengths.shape, t) if attention_mask is None else np.asarray(attention_mask).astype(bool).sum(1)
+    for row in np.flatnonzero((real > 1) & (lengths + real > cache.size)):
         raise ValueError(
             f"{real[row]} tokens at once would overwrite what the first of them still see in a cache of {cache.size} "
-            f"that holds {held[row]}: pass one at a time, or take a larger cache"
+            f"that holds {lengths[row]}: pass one at a time, or take a larger cache"
         )
 
 
-def prepare(
+def read_inputs(
     input_ids: jax.Array,
     attention_mask: jax.Array | None,
     position_ids: jax.Array | None,
@@ -137,9 +137,9 @@ def prepare(
         length_B = cache.length_B + jnp.sum(real, axis=1, dtype=jnp.int32)
         rows = b // cache.num_beams
         at = joined(order, rows), joined(cache.key_positions(length_B), rows)
-        mask = Mask(*at, window=window, allowed_BTS=cache.own_BTS(t))
-        places = jnp.maximum(order, 0) if position_ids is None else position_ids
-        return Inputs(places, mask, cache.slots_of(order, real), length_B, cache)
+        mask = Mask(*at, window=window, allowed_BTS=cache.visible_BTS(t))
+        position_ids = jnp.maximum(order, 0) if position_ids is None else position_ids
+        return Inputs(position_ids, mask, cache.slots_of(order, real), length_B, cache)
     index = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
     ordered = attention_mask is None and segment_ids is None
     mask = Mask(index, jnp.where(real, index, -1), segment_ids, segment_ids, causal, window, ordered)
@@ -159,5 +159,5 @@ def finish(h_BTD: jax.Array, first_BTD: jax.Array, outputs: Any, head: Head | No
         head=head,
         hidden_states=None if hidden[0] is None else (first_BTD, *hidden[:-1], h_BTD),
         attentions=None if attentions[0] is None else attentions,
-        cache=inputs.remember(tuple(own for own, _ in caches)),
+        cache=inputs.remember(tuple(layer for layer, _ in caches)),
     )

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.typing import Initializer
 
 from llm_jax.models.shared.output import Output
 from llm_jax.nn import weights
@@ -26,14 +27,14 @@ LANGUAGE = ("lm", "masked_lm", "pretraining")  # these predict tokens, and no ot
 POOLED = ("pretraining", "classification", "choice")
 
 
-def check(head: str, known: Collection[str]) -> None:
+def check(head: str, heads: Collection[str]) -> None:
     """Refuses a head that a family lacks.
 
     Raises:
       ValueError: naming those that it has.
     """
-    if head not in known:
-        raise ValueError(f"head={head!r} is none of {', '.join(known)}")
+    if head not in heads:
+        raise ValueError(f"head={head!r} is none of {', '.join(heads)}")
 
 
 def mean_pool(h_BTD: jax.Array, attention_mask_BT: Any) -> jax.Array:
@@ -59,7 +60,7 @@ class MaskedLMHead(nn.Module):
     features: int
     activate: Callable[[jax.Array], jax.Array]
     norm_eps: float
-    kernel_init: Callable[..., jax.Array]
+    kernel_init: Initializer
 
     @nn.compact
     def __call__(self, h_BTD: jax.Array, tokens: Embedding, tied: bool) -> tuple[jax.Array, Head]:
@@ -80,8 +81,8 @@ def label_logits(
     output: Output,
     rate: float,
     train: bool,
-    init: Any,
-    attention_mask: Any = None,
+    init: Initializer,
+    attention_mask: jax.Array | None = None,
     use_bias: bool = True,
 ) -> jax.Array:
     """Float32 logits of a head with labels, from parameters `classifier` of the calling module.
@@ -113,7 +114,7 @@ def last_states(h_BTD: Any, marked_BT: jax.Array) -> jax.Array:
 
 
 def on_decoder(
-    module: Any, output: Output, input_ids: jax.Array, attention_mask: Any, train: bool, init: Any
+    module: Any, output: Output, input_ids: jax.Array, attention_mask: jax.Array | None, train: bool, init: Initializer
 ) -> Output:
     """A decoder's output with the logits of its labels, where its head has any.
 
