@@ -14,7 +14,7 @@ import jinja2.sandbox
 
 from llm_jax.data.corpora import BadRows, Document
 from llm_jax.data.tokenizers import Tokenizer, TokenizerError
-from llm_jax.data.tokens import Encode, Example
+from llm_jax.data.tokens import Encode, EncodedDocument
 
 Message = Mapping[str, Any]
 
@@ -199,7 +199,7 @@ def encode_chat(
     messages: Sequence[Message],
     tools: Sequence[Mapping[str, Any]] | None = None,
     documents: Sequence[Mapping[str, Any]] | None = None,
-) -> Example:
+) -> EncodedDocument:
     """Ids of a chat, and weight 1 for what the assistant said (end of turn included), 0 for the rest.
 
     Args:
@@ -224,7 +224,7 @@ def encode_chat(
         spans.append((len(before), len(after.rstrip("\n"))))
     encoded = tokenizer.encoding(text)
     inside = lambda start: any(a <= start < b for a, b in spans)
-    return Example(encoded.ids, [int(inside(start)) for start, _ in encoded.offsets])
+    return EncodedDocument(encoded.ids, [int(inside(start)) for start, _ in encoded.offsets])
 
 
 def chats(tokenizer: Tokenizer) -> Encode:
@@ -233,7 +233,7 @@ def chats(tokenizer: Tokenizer) -> Encode:
     A row that is no chat, or that the template refuses, is a bad row.
     """
 
-    def encode(batch: Sequence[Document], bad: BadRows) -> Iterator[Example]:
+    def encode(batch: Sequence[Document], bad: BadRows) -> Iterator[EncodedDocument]:
         for document in batch:
             record = document.record or {}
             try:

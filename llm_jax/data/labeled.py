@@ -19,7 +19,7 @@ COUNTS = {"classification": (2, 3), "regression": (2, 3), "tokens": (2,), "span"
 
 
 class Example(NamedTuple):
-    """One example.
+    """A labelled example as it was read.
 
     Attributes:
       name: where it came from, `path:line`.
@@ -80,13 +80,15 @@ def _parse(record: Mapping[str, Any], kind: str, fields: Sequence[str]) -> tuple
             raise ValueError(f"the answer {answer!r} does not stand at character {begin}")
         return (question, context), (begin, begin + len(answer))
     *given, label = values
-    several = lambda v: v if isinstance(v, list) and kind == "choice" else [v]
-    inputs = tuple(_text(x, f) for v, f in zip(given, fields[:-1], strict=True) for x in several(v))
+    inputs: list[str] = []
+    for value, field in zip(given, fields[:-1], strict=True):
+        several = value if isinstance(value, list) and kind == "choice" else [value]
+        inputs += [_text(x, field) for x in several]
     if kind == "regression":
         if not math.isfinite(float(label)):
             raise ValueError(f"{label!r} is no finite number")
-        return inputs, float(label)
-    return inputs, _name(label, fields[-1])
+        return tuple(inputs), float(label)
+    return tuple(inputs), _name(label, fields[-1])
 
 
 def read(
@@ -121,13 +123,13 @@ def read(
             continue
         bad = BadRows()
         for document in corpora.documents(part, bad, group=group, layout=layout, encoding=encoding):
-            held = name == "validation" or (validation is None and corpora.split_of(document, share) == "validation")
+            chosen = corpora.split_of(document, share) if validation is None else name
             try:
                 parsed = _parse(document.record or {}, kind, fields)
             except (ValueError, TypeError) as e:
                 bad.add(document.name, str(e))
                 continue
-            parts["validation" if held else "train"].append(Example(document.name, *parsed))
+            parts[chosen].append(Example(document.name, *parsed))
         if not any(parts.values() if validation is None else [parts[name]]):
             raise CorpusError(f"{part!r} holds no row with {FIELDS[kind]} {bad}")
     return parts["train"], parts["validation"]

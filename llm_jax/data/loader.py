@@ -4,7 +4,7 @@ Batch i of a run holds the same rows in the same order on any number of processe
 what a model remembers row by row resume exactly, also onto another number of processes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -12,11 +12,12 @@ import jax
 import numpy as np
 
 from llm_jax.data.corpora import CorpusError
+from llm_jax.data.rows.source import Row, RowSource
 
 ENDLESS = 2**50  # rows
 
 
-def abstract_batch(row: Mapping[str, Any], batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(row: Row, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch of rows like this one, without its values."""
     arrays = {name: np.asarray(value) for name, value in row.items()}
     return {name: jax.ShapeDtypeStruct((batch_size, *x.shape), x.dtype) for name, x in arrays.items()}
@@ -31,7 +32,7 @@ class Loader:
 
     def __init__(
         self,
-        source: Any,
+        source: RowSource,
         batch_size: int,
         seed: int,
         blocks: Sequence[int] | None = None,
@@ -66,13 +67,13 @@ class Loader:
         size = batch_size // count
         positions = [block * size + i for block in blocks for i in range(size)]
 
-        def row(index: int) -> Any:
-            batch, place = divmod(index, len(positions))
-            return rows[batch * batch_size + positions[place]]
+        def row(index: int) -> Row:
+            batch, i = divmod(index, len(positions))
+            return rows[batch * batch_size + positions[i]]
 
-        mine = rows if len(positions) == batch_size else grain.MapDataset.range(len(rows) // count).map(row)
-        mine = mine.batch(len(positions))
-        self._iterator = iter(mine.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+        share = rows if len(positions) == batch_size else grain.MapDataset.range(len(rows) // count).map(row)
+        batches = share.batch(len(positions))
+        self._iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         """Itself."""
@@ -95,7 +96,7 @@ class Loader:
         self._iterator.set_state(state)
 
 
-def eval_batches(source: Any, batch_size: int, limit: int | None = None) -> Iterator[dict[str, np.ndarray]]:
+def eval_batches(source: RowSource, batch_size: int, limit: int | None = None) -> Iterator[dict[str, np.ndarray]]:
     """All rows once, in order; the last batch is filled with rows of weight 0, so every batch has one shape."""
     count = len(source) if limit is None else min(len(source), limit * batch_size)
     for start in range(0, count, batch_size):

@@ -254,7 +254,7 @@ class SentencePiece:
 
     def save(self, folder: epath.Path) -> None:
         """Writes the files that it was read from."""
-        (folder / FILE).unlink(missing_ok=True)  # an older one would be read in their place
+        (folder / FILE).unlink(missing_ok=True)  # an older one would be read instead
         for name, data in self.files.items():
             (folder / name).write_bytes(data)
 

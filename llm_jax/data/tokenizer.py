@@ -54,7 +54,7 @@ def rule_of(backend: Any) -> Rule:
 
 
 def set_rule(backend: tokenizers.Tokenizer, rule: Rule) -> None:
-    """Gives a backend a rule in place of its own; `tokenizer.json` holds it. Byte-level offsets stay as they are."""
+    """Gives a backend a rule instead of its own; `tokenizer.json` holds it. Byte-level offsets stay as they are."""
     spelled = {i: backend.id_to_token(i) or f"id {i}" for i in (*rule.begin, *rule.end)}
     names = {i: f"id {i}" if ":" in token or token.startswith("$") else token for i, token in spelled.items()}
     around = lambda text, kind: [
@@ -177,8 +177,8 @@ class Tokenizer:
     def _parts(self) -> dict[str, str]:
         """What a masked model's vocabulary shows by its spellings."""
         parts = {name: self.role(name) for name in ROLES}
-        known = {f"{name}_token": self.token(index) for name, index in parts.items() if index is not None}
-        return known if "mask_token" in known else {}
+        by_role = {f"{name}_token": self.token(index) for name, index in parts.items() if index is not None}
+        return by_role if "mask_token" in by_role else {}
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; special tokens written in it are recognised, none are added."""

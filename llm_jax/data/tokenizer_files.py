@@ -106,9 +106,9 @@ def _extra(settings: Mapping[str, Any]) -> Any:
 
 def _named(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The special tokens that settings name: those with a part, then a model's own (`image_token`)."""
-    own = [name for name in settings if name.endswith("_token") and name not in NAMES]
+    others = [name for name in settings if name.endswith("_token") and name not in NAMES]
     extra = _extra(settings)
-    values = {name: settings.get(name) for name in (*NAMES, *own)}
+    values = {name: settings.get(name) for name in (*NAMES, *others)}
     values |= extra if isinstance(extra, dict) else {}
     for name, value in values.items():
         if name in NAMES and not (value is None or isinstance(value, (str, Mapping))):
@@ -143,10 +143,10 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: epath.Path, settings: Map
     here = list(backend.get_added_tokens_decoder().values())
     same = {repr(token) for token in here}
     new = [token for _, token in sorted(placed.items()) if repr(token) not in same]
-    known = {token.content for token in (*here, *new)}
+    added = {token.content for token in (*here, *new)}
     named = {entry for _, entry in _named(settings)}
     for entry, value in special.items():
-        if entry not in known:  # an object in a list says itself whether it stands for no text
+        if entry not in added:  # an object in a list says itself whether it stands for no text
             says = isinstance(value, Mapping) and entry not in named
             new.append(_token(value, special=bool(value.get("special", False)) if says else True))
     backend.add_tokens(new)
@@ -157,12 +157,12 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: epath.Path, settings: Map
 
 
 def _eos_ids(backend: Any, folder: epath.Path, settings: Mapping[str, Any], named: Mapping[str, Any]) -> list[int]:
-    """What ends a text, from all places; the tokenizer's own first, because it separates documents."""
+    """What ends a text, from all files; the tokenizer's own first, because it separates documents."""
     entries = [spelling(place.get("eos_token")) for place in (settings, named)]
     found = [backend.token_to_id(entry) for entry in entries if entry is not None]
-    places = {"tokenizer_config.json": settings.get("eos_token_ids")}
-    places |= {name: _read(folder / name).get("eos_token_id") for name in ("generation_config.json", "config.json")}
-    for name, value in places.items():
+    by_file = {"tokenizer_config.json": settings.get("eos_token_ids")}
+    by_file |= {name: _read(folder / name).get("eos_token_id") for name in ("generation_config.json", "config.json")}
+    for name, value in by_file.items():
         ids = value if isinstance(value, list) else [value]
         if any(i is not None and (isinstance(i, bool) or not isinstance(i, int)) for i in ids):
             raise TokenizerError(f"{folder / name}: eos_token_id={value!r} is neither an id nor a list of ids")

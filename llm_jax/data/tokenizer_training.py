@@ -26,7 +26,9 @@ def blanks() -> Tokenizer:
     return Tokenizer(backend)
 
 
-def train(texts: Iterable[str], kind: str, vocab_size: int, special: Sequence[str] = (END_OF_TEXT,)) -> Tokenizer:
+def train(
+    texts: Iterable[str], kind: str, vocab_size: int, special: Sequence[str] = (END_OF_TEXT,), sentinels: int = 0
+) -> Tokenizer:
     """Learns a vocabulary.
 
     Args:
@@ -35,12 +37,14 @@ def train(texts: Iterable[str], kind: str, vocab_size: int, special: Sequence[st
         (words and punctuation, the most frequent first).
       vocab_size: entries, special tokens included.
       special: the first one separates documents.
+      sentinels: entries at the end that stand for spans of a text, as T5's; entry V - 1 - i is `<extra_id_i>`.
 
     Raises:
       TokenizerError: on an unknown kind or a size below the base vocabulary.
     """
     if kind not in KINDS:
         raise TokenizerError(f"tokenizer kind={kind!r} is none of {', '.join(KINDS)}")
+    vocab_size -= sentinels
     common: dict[str, Any] = {"vocab_size": vocab_size, "special_tokens": list(special), "show_progress": False}
     if kind == "bpe":
         if vocab_size < 256 + len(special):
@@ -83,6 +87,9 @@ def train(texts: Iterable[str], kind: str, vocab_size: int, special: Sequence[st
         ends = [(name, backend.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
         single, pair = "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1"
         backend.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ends)
+    if sentinels:
+        unused = [f"<unused_{i}>" for i in range(vocab_size - backend.get_vocab_size())]
+        backend.add_special_tokens([*unused, *(f"<extra_id_{i}>" for i in reversed(range(sentinels)))])
     first = backend.token_to_id(special[0]) if special else None
     return Tokenizer(backend, None, [] if first is None else [first])
 

@@ -29,14 +29,14 @@ FORMAT = 4
 CHECKED = "checked.json"  # digests of the sources and of the cache, at the last full check
 
 
-class Example(NamedTuple):
+class EncodedDocument(NamedTuple):
     """One encoded document: ids and, where only parts are trained, the weight (0 or 1) of predicting each token."""
 
     ids: list[int]
     weights: list[int] | None = None
 
 
-Encode = Callable[[Sequence[Document], BadRows], Iterable[Example]]
+Encode = Callable[[Sequence[Document], BadRows], Iterable[EncodedDocument]]
 
 
 class TokenStore(NamedTuple):
@@ -69,7 +69,7 @@ def plain_text(tokenizer: Tokenizer, framed: bool = True, text_field: str = "tex
         end = []  # it stands there already
     ids_of = tokenizer.encode_texts if framed else tokenizer.encode_batch
 
-    def encode(batch: Sequence[Document], bad: BadRows) -> Iterator[Example]:
+    def encode(batch: Sequence[Document], bad: BadRows) -> Iterator[EncodedDocument]:
         usable = []
         for d in batch:
             if d.text:
@@ -78,12 +78,12 @@ def plain_text(tokenizer: Tokenizer, framed: bool = True, text_field: str = "tex
                 others = ", ".join(map(str, d.record or ())) or "no field"
                 bad.add(d.name, f"no text in field {text_field!r} (data.text_field), only {others}")
         for ids in ids_of(usable):
-            yield Example(ids + end)
+            yield EncodedDocument(ids + end)
 
     return encode
 
 
-def unigram_loss(train: TokenStore, held: TokenStore, vocab_size: int) -> float:
+def unigram_loss(train: TokenStore, held_out: TokenStore, vocab_size: int) -> float:
     """Nats a held-out token when every token is guessed by its frequency in the training part, one added to each."""
     size = 2**24  # tokens counted at once: counting makes them 8 bytes wide
 
@@ -91,11 +91,11 @@ def unigram_loss(train: TokenStore, held: TokenStore, vocab_size: int) -> float:
         parts = (np.bincount(ids[i : i + size], minlength=vocab_size) for i in range(0, len(ids), size))
         return sum(parts, np.zeros(vocab_size, np.int64))
 
-    return unigram_nats(count(train.ids), count(held.ids))
+    return unigram_nats(count(train.ids), count(held_out.ids))
 
 
 def unigram_nats(seen_V: np.ndarray, asked_V: np.ndarray) -> float:
-    """The same from counts."""
+    """Nats an entry when entries counted in `asked_V` are guessed by their counts in `seen_V`, one added to each."""
     seen = seen_V + 1.0
     return float(np.sum(asked_V * (np.log(seen.sum()) - np.log(seen))) / max(asked_V.sum(), 1))
 
@@ -133,7 +133,7 @@ def build(
       group: field whose equal values are held out together, see `corpora.documents`.
       layout: see `corpora.documents`.
       encoding: see `corpora.documents`.
-      stored: digests of source files that are known already.
+      stored: digests of source files from an earlier start.
       verify: reads and hashes the sources and the cache, even where sizes and times say that nothing changed.
       framed: of plain text, see `plain_text`.
 
@@ -147,8 +147,8 @@ def build(
         raise CorpusError(f"data.split={split!r} is neither hash nor tail")
     if split == "tail" and encode is not None:
         raise CorpusError("data.split=tail cuts plain text only; chats and instructions need data.split=hash")
-    known = dict(stored or {}) if verify else {**(stored or {}), **_checked(cache)}
-    sources = file_digests(source, layout, known)
+    stored = dict(stored or {}) if verify else {**(stored or {}), **_checked(cache)}
+    sources = file_digests(source, layout, stored)
     key = hashlib.blake2b(digest_size=16)
     for part in (str(FORMAT), fingerprint(sources), tokenizer.backend.to_str(), repr(tokenizer.eos_ids), kind):
         key.update(part.encode("utf-8", "surrogatepass") + b"\0")
@@ -182,7 +182,7 @@ def build(
 
 @contextlib.contextmanager
 def _alone(folder: epath.Path) -> Iterator[None]:
-    """While no other process fills the same cache, where the file system has locks; one that waits says so."""
+    """Keeps other processes from filling the same cache, where the file system has locks; who waits says so."""
     lock, file = None, folder.with_name(f"{folder.name}.lock")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(OSError):  # without locks two processes build it, and one of the two is kept
@@ -233,8 +233,8 @@ def _write(source, tokenizer, folder, validation_share, encode, how, read_as):
                 parts = [(d, part_of(d, split, validation_share)) for d in batch]
                 chosen = [p for d, p in parts if p.text or (split == "train" and not d.text)]
             writer.text_bytes += sum(len(d.text.encode("utf-8", "surrogatepass")) for d in chosen)
-            for example in encode(chosen, bad):
-                writer.add(example)
+            for document in encode(chosen, bad):
+                writer.add(document)
     for writer in splits.values():
         writer.close()
     if not any(len(w.starts) > 1 for w in splits.values()):
@@ -258,12 +258,12 @@ class _Writer:
         self.digests = {s: hashlib.blake2b(digest_size=16) for s in ("ids", "weights", "starts")}
         self.starts, self.text_bytes, self.weighted = array.array("q", [0]), 0, False
 
-    def add(self, example: Example) -> None:
-        weights = np.ones(len(example.ids), np.uint8) if example.weights is None else example.weights
-        self.weighted |= example.weights is not None
-        self._write(self.ids, "ids", np.asarray(example.ids, self.dtype))
+    def add(self, document: EncodedDocument) -> None:
+        weights = np.ones(len(document.ids), np.uint8) if document.weights is None else document.weights
+        self.weighted |= document.weights is not None
+        self._write(self.ids, "ids", np.asarray(document.ids, self.dtype))
         self._write(self.weights, "weights", np.asarray(weights, np.uint8))
-        self.starts.append(self.starts[-1] + len(example.ids))
+        self.starts.append(self.starts[-1] + len(document.ids))
 
     def _write(self, file: Any, suffix: str, array: np.ndarray) -> None:
         data = array.tobytes()
@@ -328,12 +328,15 @@ def _open_split(
             if entry.digest != digest:
                 raise ValueError(f"{split}.{suffix} does not match its checksum")
         current[str(path)] = entry
-    read = lambda suffix, dtype, n: (
-        np.memmap(folder / f"{split}.{suffix}", dtype, "r", shape=(n,)) if n else np.zeros(0, dtype)
-    )
-    ids, weights = read("ids", dtype, tokens), read("weights", np.uint8, tokens)
-    starts = np.array(read("starts", np.int64, meta["documents"] + 1))
+    ids = _map(folder / f"{split}.ids", dtype, tokens)
+    weights = _map(folder / f"{split}.weights", np.dtype(np.uint8), tokens)
+    starts = np.array(_map(folder / f"{split}.starts", np.dtype(np.int64), meta["documents"] + 1))
     return TokenStore(ids, starts, weights if meta["weighted"] else None, meta["text_bytes"])
+
+
+def _map(file: epath.Path, dtype: np.dtype, count: int) -> np.ndarray:
+    """`[count]` numbers of a file, read when they are used; an empty file cannot be mapped."""
+    return np.memmap(file, dtype, "r", shape=(count,)) if count else np.zeros(0, dtype)
 
 
 def check_store(tokenizer: Tokenizer, vocab_size: int, store: TokenStore) -> None:

@@ -6,14 +6,15 @@ a log-uniform proposal), https://arxiv.org/abs/1602.02410.
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 
 from llm_jax.nn.output import sampled_softmax
+from llm_jax.nn.protocols import Batch
 from llm_jax.objectives.cross_entropy import cross_entropy_sums
-from llm_jax.objectives.objective import Batch, Prepared
+from llm_jax.objectives.objective import NATS_PER_TOKEN, Prepared, rows_that_count
 
 DIRECTIONS = ("forward", "backward")
 
@@ -22,8 +23,8 @@ class Targets(NamedTuple):
     """What `BidirectionalLM.score` needs.
 
     Attributes:
-      labels: of each direction, `[B, T]`.
-      weights: 0 or 1, of each direction.
+      labels: `[B, T]` for each direction.
+      weights: `[B, T]` for each direction, 0 or 1.
       sampled_S: entries that the sampled softmax compares with, None for all.
     """
 
@@ -48,8 +49,13 @@ class BidirectionalLM:
     Attributes:
       samples: entries of the sampled softmax, shared by a batch; 0 takes all.
       carry: the LSTMs' states run on from batch to batch.
-      vocab_size: of the proposal; 0 leaves it to `for_run`.
+      vocab_size: entries of the proposal; 0 leaves it to `for_run`.
     """
+
+    tag: ClassVar[str] = "bidirectional_lm"
+    perplexity: ClassVar[bool] = True
+    bits_per_byte: ClassVar[bool] = False
+    loss_unit: ClassVar[str] = NATS_PER_TOKEN
 
     samples: int = 0
     carry: bool = False
@@ -60,7 +66,7 @@ class BidirectionalLM:
         if self.samples < 0:
             raise ValueError(f"samples={self.samples} must not be negative")
 
-    def for_run(self, devices: int, model: Any, mask_id: int | None) -> "BidirectionalLM":
+    def for_run(self, devices: int, model: Any, mask_id: int | None) -> Self:
         """Fills in what is left open.
 
         Raises:
@@ -73,13 +79,13 @@ class BidirectionalLM:
             raise ValueError(f"samples={self.samples} exceed the vocabulary of {model.vocab_size}")
         return dataclasses.replace(self, vocab_size=self.vocab_size or model.vocab_size)
 
-    def plain(self) -> "BidirectionalLM":
-        """The same with the full softmax and without a carry, for evaluation."""
+    def plain(self) -> Self:
+        """The objective with the full softmax and without a carry, for evaluation."""
         return dataclasses.replace(self, samples=0, carry=False)
 
     @property
     def coefficients(self) -> dict[str, float]:
-        """The terms."""
+        """Coefficients of the two directions."""
         return dict.fromkeys(DIRECTIONS, 0.5)
 
     def prepare(self, batch: Batch, key: jax.Array) -> Prepared:
@@ -91,9 +97,7 @@ class BidirectionalLM:
           key: the samples are drawn from it.
         """
         ids, characters = batch["input_ids"], batch["character_ids"][:, :-1]
-        real = jnp.ones(ids.shape, jnp.float32)
-        if "loss_weights" in batch:
-            real = real * jnp.any(batch["loss_weights"] > 0, axis=1)[:, None].astype(jnp.float32)
+        real = jnp.broadcast_to(rows_that_count(batch)[:, None], ids.shape).astype(jnp.float32)
         before = jnp.concatenate([ids[:, :1], ids[:, :-2]], axis=1)
         first = jnp.zeros_like(real[:, :1])  # nothing is known before a row
         weights = (real[:, 1:], jnp.concatenate([first, real[:, 1:-1]], axis=1))

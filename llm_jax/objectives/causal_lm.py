@@ -1,13 +1,14 @@
 """Next-token prediction."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 
+from llm_jax.nn.protocols import Batch
 from llm_jax.objectives.cross_entropy import cross_entropy_sums
-from llm_jax.objectives.objective import Batch, Prepared, check_predicts
+from llm_jax.objectives.objective import NATS_PER_TOKEN, Prepared, check_predicts
 
 # objectives of models that are not causal, by what these read (`models/registry.py`)
 INSTEAD = {
@@ -25,9 +26,14 @@ class CausalLM:
     Attributes:
       z_loss: coefficient of the mean squared log-partition.
       label_smoothing: mass moved from the label to all entries evenly.
-      chunks: the length is cut into this many, and the logits of one exist at once; 0 leaves it to
-        `for_run`.
+      chunks: parts that the length is cut into; only one part's logits exist at once. 0 leaves it to `for_run`.
     """
+
+    tag: ClassVar[str] = "causal_lm"
+    perplexity: ClassVar[bool] = True
+    bits_per_byte: ClassVar[bool] = True
+    loss_unit: ClassVar[str] = NATS_PER_TOKEN
+    carry: ClassVar[bool] = False
 
     z_loss: float = 0.0
     label_smoothing: float = 0.0
@@ -40,7 +46,7 @@ class CausalLM:
         if self.z_loss < 0 or self.chunks < 0:
             raise ValueError(f"z_loss={self.z_loss} and chunks={self.chunks} must not be negative")
 
-    def for_run(self, devices: int, model: Any, mask_id: int | None) -> "CausalLM":
+    def for_run(self, devices: int, model: Any, mask_id: int | None) -> Self:
         """Chooses `chunks` where it is 0: 4 on one device, else 1 (each would sum the head's gradient over them).
 
         Raises:
@@ -52,17 +58,17 @@ class CausalLM:
         check_predicts(self, model)
         return dataclasses.replace(self, chunks=self.chunks or (4 if devices == 1 else 1))
 
-    def plain(self) -> "CausalLM":
-        """The same without regularisers, for evaluation."""
+    def plain(self) -> Self:
+        """The objective without regularisers, for evaluation."""
         return dataclasses.replace(self, label_smoothing=0.0, z_loss=0.0)
 
     @property
     def coefficients(self) -> dict[str, float]:
-        """The terms."""
+        """Coefficients of next-token prediction and, where it is on, z-loss."""
         return {"next_token": 1.0, **({"z_loss": self.z_loss} if self.z_loss else {})}
 
     def prepare(self, batch: Batch, key: jax.Array) -> Prepared:
-        """Shifts by one.
+        """Shifts the labels by one token.
 
         Args:
           batch: `input_ids` `[B, T+1]`; optional `segment_ids` `[B, T+1]` (documents, a label never crosses them; 0 is
@@ -86,7 +92,10 @@ class CausalLM:
         """Sums of every term, and of correct predictions (`accuracy`, reported and not trained)."""
         labels, weights = targets
         loss, squares, correct = cross_entropy_sums(
-            *(output.head_input, output.head, labels, weights),
+            output.head_input,
+            output.head,
+            labels,
+            weights,
             label_smoothing=self.label_smoothing,
             chunks=self.chunks,
             z_loss=self.z_loss > 0,

@@ -50,12 +50,12 @@ def _token_losses_fwd(narrow_TV, labels_T, vocab_size, label_smoothing):
     logits_TV = wide(narrow_TV)
     top = jnp.max(logits_TV, axis=-1, keepdims=True)
     lse = jnp.log(jnp.sum(jnp.exp(logits_TV - top), axis=-1)) + top[..., 0]
-    own = jnp.sum(jnp.where(_is_label(logits_TV, labels_T), logits_TV, 0), axis=-1)
+    label_logit = jnp.sum(jnp.where(_is_label(logits_TV, labels_T), logits_TV, 0), axis=-1)
     if label_smoothing:
         real = _columns(logits_TV) < vocab_size
         mean = jnp.sum(jnp.where(real, logits_TV, 0), axis=-1) / vocab_size
-        own = (1 - label_smoothing) * own + label_smoothing * mean
-    return (lse - own, lse), (narrow_TV, labels_T, lse)
+        label_logit = (1 - label_smoothing) * label_logit + label_smoothing * mean
+    return (lse - label_logit, lse), (narrow_TV, labels_T, lse)
 
 
 def _token_losses_bwd(vocab_size, label_smoothing, saved, cotangents):
@@ -115,8 +115,8 @@ def _fused_fwd(h_BTD, head, labels_BT, weights_BT, label_smoothing, chunks):
     h_BTD, labels_BT, weights_BT = h_BTD.value, labels_BT.value, weights_BT.value
 
     def part(h, learned_leaves, labels, weights):
-        own = dict(zip(learned, learned_leaves, strict=True))
-        whole = jax.tree.unflatten(tree, [own.get(i, leaf) for i, leaf in enumerate(leaves)])
+        trained = dict(zip(learned, learned_leaves, strict=True))
+        whole = jax.tree.unflatten(tree, [trained.get(i, leaf) for i, leaf in enumerate(leaves)])
         loss, *rest = _sums(h, whole, labels, weights, label_smoothing)
         return loss, rest
 
@@ -135,7 +135,7 @@ def _fused_fwd(h_BTD, head, labels_BT, weights_BT, label_smoothing, chunks):
     pieces = tuple(_split(x, chunks) for x in (h_BTD, labels_BT, weights_BT))
     (total, d_leaves), d_h = jax.lax.scan(body, ((zero, zero, zero), zeros), pieces)
     d_h = jnp.moveaxis(d_h, 0, 1).reshape(h_BTD.shape[0], -1, h_BTD.shape[2])[:, : h_BTD.shape[1]]
-    d_head = [None] * len(leaves)
+    d_head: list[jax.Array | None] = [None] * len(leaves)
     for i, d in zip(learned, d_leaves, strict=True):
         d_head[i] = d.astype(leaves[i].dtype)
     return total, (d_h, jax.tree.unflatten(tree, d_head))
@@ -170,7 +170,7 @@ def cross_entropy_sums(
       labels_BT: targets.
       weights_BT: weight of each position, 0 = not counted; no gradient flows to it when in chunks.
       label_smoothing: see `token_losses`.
-      chunks: the length is cut into this many, and the logits of one exist at once.
+      chunks: parts that the length is cut into; only one part's logits exist at once.
       z_loss: whether the second sum is differentiated. Without it the chunks' gradients are computed beside their
         logits; with it, and in float16, the logits are computed twice.
 

@@ -4,13 +4,14 @@ Source: Devlin et al. 2019, section 4, https://arxiv.org/abs/1810.04805.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 
+from llm_jax.nn.protocols import Batch
 from llm_jax.nn.weights import wide
-from llm_jax.objectives.objective import IGNORED, Batch, Prepared
+from llm_jax.objectives.objective import IGNORED, Prepared, rows_that_count
 
 KINDS = ("classification", "regression", "multi_label", "tokens", "span", "choice")
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "segment_ids")
@@ -27,6 +28,11 @@ class Labels:
       label_smoothing: mass moved from the label to all classes evenly.
     """
 
+    tag: ClassVar[str] = "labels"
+    perplexity: ClassVar[bool] = False
+    bits_per_byte: ClassVar[bool] = False
+    carry: ClassVar[bool] = False
+
     kind: str = "classification"
     label_smoothing: float = 0.0
 
@@ -39,7 +45,7 @@ class Labels:
         if self.label_smoothing and self.kind in ("span", "regression", "multi_label"):
             raise ValueError(f"kind={self.kind!r} has no label smoothing")
 
-    def for_run(self, devices: int, model: Any, mask_id: int | None) -> "Labels":
+    def for_run(self, devices: int, model: Any, mask_id: int | None) -> Self:
         """Checks that the model's head gives what is scored.
 
         Raises:
@@ -54,8 +60,8 @@ class Labels:
             raise ValueError(f"kind={self.kind!r} needs {'one label' if numbers else 'labels'}, not {model.labels}")
         return self
 
-    def plain(self) -> "Labels":
-        """The same without smoothing, for evaluation."""
+    def plain(self) -> Self:
+        """The objective without smoothing, for evaluation."""
         return dataclasses.replace(self, label_smoothing=0.0)
 
     @property
@@ -70,7 +76,7 @@ class Labels:
 
     @property
     def coefficients(self) -> dict[str, float]:
-        """The terms."""
+        """Coefficients of the label, or of a span's start and end."""
         return {"start": 0.5, "end": 0.5} if self.kind == "span" else {"label": 1.0}
 
     def prepare(self, batch: Batch, key: jax.Array) -> Prepared:
@@ -78,9 +84,8 @@ class Labels:
         del key
         inputs = {name: batch[name] for name in INPUTS if name in batch}
         labels = batch["labels"]
-        rows = labels.shape[:1]
-        counted = jnp.ones(rows, bool) if "loss_weights" not in batch else jnp.any(batch["loss_weights"] > 0, axis=1)
-        counted = jnp.broadcast_to(counted.reshape(-1, *[1] * (labels.ndim - 1)), labels.shape)
+        counted = rows_that_count(batch).reshape(-1, *[1] * (labels.ndim - 1))
+        counted = jnp.broadcast_to(counted, labels.shape)
         if self.kind == "span":
             inside = (labels >= 0) & (labels < batch["input_ids"].shape[-1])
             labels = jnp.where(inside & counted, labels, IGNORED)
@@ -103,8 +108,8 @@ class Labels:
         """Sums of the losses and of the correct predictions over all labels that count."""
         counts = labels != IGNORED
         logp = jax.nn.log_softmax(wide(logits), axis=-1)
-        own = jnp.take_along_axis(logp, jnp.where(counts, labels, 0)[..., None], axis=-1)[..., 0]
-        loss = -(1 - self.label_smoothing) * own - self.label_smoothing * jnp.mean(logp, axis=-1)
+        label_logp = jnp.take_along_axis(logp, jnp.where(counts, labels, 0)[..., None], axis=-1)[..., 0]
+        loss = -(1 - self.label_smoothing) * label_logp - self.label_smoothing * jnp.mean(logp, axis=-1)
         right = (jnp.argmax(logits, axis=-1) == labels) & counts
         return jnp.sum(jnp.where(counts, loss, 0)), jnp.sum(right, dtype=loss.dtype)
 

@@ -5,15 +5,16 @@ https://arxiv.org/abs/1907.11692; Lan et al. 2020 (sentence order), https://arxi
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 
+from llm_jax.nn.protocols import Batch
 from llm_jax.nn.weights import wide
 from llm_jax.objectives import masking
 from llm_jax.objectives.cross_entropy import cross_entropy_sums
-from llm_jax.objectives.objective import Batch, Prepared
+from llm_jax.objectives.objective import NATS_PER_TOKEN, Prepared, rows_that_count
 
 UNITS = ("tokens", "words", "spans")
 
@@ -22,8 +23,8 @@ class Targets(NamedTuple):
     """What `MaskedLM.score` needs.
 
     Attributes:
-      positions_BK: where tokens were chosen, K a row; those that were not needed have weight 0.
-      labels_BK: what stood there.
+      positions_BK: positions of the chosen tokens, K a row; entries that were not needed have weight 0.
+      labels_BK: the tokens that stood there.
       weights_BK: 0 or 1.
       pair_B: labels of the pairs, None without.
       pair_weights_B: 0 or 1.
@@ -52,6 +53,12 @@ class MaskedLM:
       label_smoothing: mass moved from the label to all entries evenly.
     """
 
+    tag: ClassVar[str] = "masked_lm"
+    perplexity: ClassVar[bool] = True
+    bits_per_byte: ClassVar[bool] = False
+    loss_unit: ClassVar[str] = NATS_PER_TOKEN
+    carry: ClassVar[bool] = False
+
     rate: float = 0.15
     mask: float = 0.8
     random: float = 0.1
@@ -75,7 +82,7 @@ class MaskedLM:
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing={self.label_smoothing} must lie in [0, 1)")
 
-    def for_run(self, devices: int, model: Any, mask_id: int | None) -> "MaskedLM":
+    def for_run(self, devices: int, model: Any, mask_id: int | None) -> Self:
         """Fills in what is left open.
 
         Raises:
@@ -86,19 +93,21 @@ class MaskedLM:
             raise ValueError("objective MaskedLM needs an encoder with model.head='masked_lm' or 'pretraining'")
         if self.mask_id < 0 and mask_id is None:
             raise ValueError("the tokenizer has no mask token ([MASK] or <mask>): set objective.mask_id")
-        own = self.mask_id if mask_id is None or self.mask_id >= 0 else mask_id
-        return dataclasses.replace(self, mask_id=own, vocab_size=self.vocab_size or model.vocab_size)
+        chosen = self.mask_id if mask_id is None or self.mask_id >= 0 else mask_id
+        return dataclasses.replace(self, mask_id=chosen, vocab_size=self.vocab_size or model.vocab_size)
 
-    def plain(self) -> "MaskedLM":
-        """The same without regularisers, for evaluation."""
+    def plain(self) -> Self:
+        """The objective without regularisers, for evaluation."""
         return dataclasses.replace(self, label_smoothing=0.0)
 
     @property
     def coefficients(self) -> dict[str, float]:
-        """The terms."""
+        """Coefficients of the chosen tokens and, where it is on, of the pair's label."""
         return {"masked_token": 1.0, **({"pair": self.pair} if self.pair else {})}
 
-    def _choose(self, key: jax.Array, words_T: jax.Array, maskable_T: jax.Array, ids_T: jax.Array) -> Any:
+    def _choose(
+        self, key: jax.Array, words_T: jax.Array, maskable_T: jax.Array, ids_T: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         unit_key, choose_key, corrupt_key = jax.random.split(key, 3)
         units_T = masking.join(unit_key, words_T, self.longest) if self.unit == "spans" else words_T
         chosen_T = masking.choose(choose_key, units_T, maskable_T, self.rate)
@@ -128,7 +137,7 @@ class MaskedLM:
         words = alone if self.unit == "tokens" else batch["words"]
         real = jnp.ones(ids.shape, bool) if "attention_mask" not in batch else batch["attention_mask"].astype(bool)
         maskable = real if "maskable" not in batch else real & batch["maskable"].astype(bool)
-        counted = jnp.ones((rows,), bool) if "loss_weights" not in batch else jnp.any(batch["loss_weights"] > 0, axis=1)
+        counted = rows_that_count(batch)
         if "mask_seed" in batch:
             keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(0), seed))(batch["mask_seed"])
         else:
@@ -162,6 +171,6 @@ class MaskedLM:
         if output.pair_logits is None:
             raise ValueError("pairs need model.head='pretraining'; or set objective.pair=0")
         logp = jax.nn.log_softmax(wide(output.pair_logits), axis=-1)
-        own = jnp.take_along_axis(logp, targets.pair_B[:, None], axis=1)[:, 0]
+        label_logp = jnp.take_along_axis(logp, targets.pair_B[:, None], axis=1)[:, 0]
         right = (jnp.argmax(logp, axis=-1) == targets.pair_B) * targets.pair_weights_B
-        return {**scores, "pair": -jnp.sum(own * targets.pair_weights_B), "pair_accuracy": jnp.sum(right)}
+        return {**scores, "pair": -jnp.sum(label_logp * targets.pair_weights_B), "pair_accuracy": jnp.sum(right)}

@@ -1,15 +1,16 @@
-"""What every objective is."""
+"""The protocol of objectives: what a run asks of each."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
 
 from llm_jax.models.shared.heads import LANGUAGE
+from llm_jax.nn.protocols import Batch
 
-Batch = Mapping[str, jax.Array]
 IGNORED = -100  # a label that does not count, as in torch and transformers
+NATS_PER_TOKEN = "cross-entropy (nats per token)"
 
 
 class Prepared(NamedTuple):
@@ -28,11 +29,48 @@ class Prepared(NamedTuple):
 
 
 class Objective(Protocol):
-    """The loss is the sum over terms of coefficient * score / total weight."""
+    """A frozen dataclass of settings. The loss is the sum over terms of coefficient * score / total weight.
+
+    Attributes:
+      tag: names the objective in config files and work directories.
+      perplexity: the first term is a mean of nats a token, so its exponential is a perplexity.
+      bits_per_byte: the first term covers all tokens of a text, each given those before it, so it measures bits a byte.
+    """
+
+    tag: ClassVar[str]
+    perplexity: ClassVar[bool]
+    bits_per_byte: ClassVar[bool]
+
+    @property
+    def carry(self) -> bool:
+        """Whether the model's memories or states run on from batch to batch."""
+        ...
+
+    @property
+    def loss_unit(self) -> str:
+        """What the loss is, as plots label it."""
+        ...
 
     @property
     def coefficients(self) -> dict[str, float]:
-        """`{term: coefficient}`."""
+        """`{term: coefficient}`; the first term is the one that is reported as a perplexity or in bits."""
+        ...
+
+    def for_run(self, devices: int, model: Any, mask_id: int | None) -> Self:
+        """Fills in what the settings leave open.
+
+        Args:
+          devices: of the mesh.
+          model: the config of the model that trains.
+          mask_id: the tokenizer's mask token, None without.
+
+        Raises:
+          ValueError: if the model does not give what is scored.
+        """
+        ...
+
+    def plain(self) -> Self:
+        """The objective without regularisers, samples and carry, as evaluation takes it."""
         ...
 
     def prepare(self, batch: Batch, key: jax.Array) -> Prepared:
@@ -53,6 +91,13 @@ def check_predicts(objective: Objective, model: Any) -> None:
     head = getattr(model, "head", "lm")
     if head not in LANGUAGE:
         raise ValueError(f"objective {type(objective).__name__} needs model.head='lm', not {head!r}")
+
+
+def rows_that_count(batch: Batch) -> jax.Array:
+    """`[B]` bool: False for rows whose `loss_weights` are all zero, which fill the last batch of an evaluation."""
+    if "loss_weights" not in batch:
+        return jnp.ones(batch["input_ids"].shape[:1], bool)
+    return jnp.any(batch["loss_weights"] > 0, axis=1)
 
 
 def total_loss(objective: Objective, scores: Mapping[str, jax.Array], weights: Mapping[str, jax.Array]) -> jax.Array:

@@ -5,14 +5,15 @@ https://arxiv.org/abs/1906.08237; its code shows the tokens before those to all 
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 
+from llm_jax.nn.protocols import Batch
 from llm_jax.objectives import masking
 from llm_jax.objectives.cross_entropy import cross_entropy_sums
-from llm_jax.objectives.objective import Batch, Prepared
+from llm_jax.objectives.objective import NATS_PER_TOKEN, Prepared, rows_that_count
 
 UNITS = ("tokens", "spans")
 
@@ -48,6 +49,11 @@ class PermutationLM:
       both_ways: half of the training rows run backwards, from the end of a text to its beginning.
     """
 
+    tag: ClassVar[str] = "permutation_lm"
+    perplexity: ClassVar[bool] = True
+    bits_per_byte: ClassVar[bool] = False
+    loss_unit: ClassVar[str] = NATS_PER_TOKEN
+
     rate: float = 1 / 6
     unit: str = "spans"
     longest: int = 5
@@ -61,8 +67,8 @@ class PermutationLM:
         if not 0 < self.rate < 1 or self.longest < 1:
             raise ValueError(f"rate={self.rate} must lie in (0, 1), longest={self.longest} be at least 1")
 
-    def for_run(self, devices: int, model: Any, mask_id: int | None) -> "PermutationLM":
-        """Itself.
+    def for_run(self, devices: int, model: Any, mask_id: int | None) -> Self:
+        """Checks the model.
 
         Raises:
           ValueError: if the model is no XLNet with a language-model head, or lacks the memory that is carried.
@@ -74,13 +80,13 @@ class PermutationLM:
             raise ValueError("objective.carry needs model.memory_length above 0")
         return self
 
-    def plain(self) -> "PermutationLM":
-        """The same without a carry, for evaluation."""
+    def plain(self) -> Self:
+        """The objective without a carry, for evaluation."""
         return dataclasses.replace(self, carry=False)
 
     @property
     def coefficients(self) -> dict[str, float]:
-        """The terms."""
+        """Coefficient of the only term."""
         return {"permuted_token": 1.0}
 
     def _choose(self, key: jax.Array, real_T: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -104,8 +110,7 @@ class PermutationLM:
         chosen, ranks = jax.vmap(self._choose)(jax.random.split(key, rows), real)
         size = min(length, masking.budget(length, self.rate) + (0 if self.unit == "tokens" else masking.WORD_SLACK))
         picked, positions = jax.lax.top_k(chosen.astype(jnp.float32), size)
-        counted = jnp.ones((rows,), bool) if "loss_weights" not in batch else jnp.any(batch["loss_weights"] > 0, axis=1)
-        weights = picked * jnp.broadcast_to(counted[:, None], picked.shape)
+        weights = picked * jnp.broadcast_to(rows_that_count(batch)[:, None], picked.shape)
         inputs = {k: batch[k] for k in ("attention_mask", "token_type_ids", "backwards") if k in batch}
         inputs |= {"input_ids": ids, "perm_mask": jax.vmap(hidden)(ranks), "target_positions": positions}
         total = jnp.sum(weights)

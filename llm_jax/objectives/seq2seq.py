@@ -2,18 +2,19 @@
 
 Sources: Vaswani et al. 2017 (teacher forcing, label smoothing), https://arxiv.org/abs/1706.03762; Raffel et al. 2020,
 sections 3.1.4 and 3.2.1 (span corruption, prefix LM), https://arxiv.org/abs/1910.10683; Lester et al. 2021 (LM
-adaptation: prefix LM goes on from span corruption), https://arxiv.org/abs/2104.08691.
+adaptation: prefix LM after span corruption), https://arxiv.org/abs/2104.08691.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 
+from llm_jax.nn.protocols import Batch
 from llm_jax.objectives import spans
 from llm_jax.objectives.cross_entropy import cross_entropy_sums
-from llm_jax.objectives.objective import IGNORED, Batch, Prepared, check_predicts
+from llm_jax.objectives.objective import IGNORED, NATS_PER_TOKEN, Prepared, check_predicts, rows_that_count
 
 TASKS = ("pairs", "spans", "prefix")
 
@@ -32,8 +33,14 @@ class Seq2Seq:
       start_id: what the decoder reads first; -1 leaves it to `for_run`.
       vocab_size: spans: sentinels count down from its last entry; 0 leaves it to `for_run`.
       end_id: spans: what ends source and target, None for nothing (T5: `</s>`).
-      chunks: the length is cut into this many, and the logits of one exist at once; 0 leaves it to `for_run`.
+      chunks: parts that the length is cut into; only one part's logits exist at once. 0 leaves it to `for_run`.
     """
+
+    tag: ClassVar[str] = "seq2seq"
+    perplexity: ClassVar[bool] = True
+    bits_per_byte: ClassVar[bool] = False
+    loss_unit: ClassVar[str] = NATS_PER_TOKEN
+    carry: ClassVar[bool] = False
 
     task: str = "pairs"
     noise_density: float = 0.15
@@ -58,7 +65,7 @@ class Seq2Seq:
         if self.z_loss < 0 or self.chunks < 0:
             raise ValueError(f"z_loss={self.z_loss} and chunks={self.chunks} must not be negative")
 
-    def for_run(self, devices: int, model: Any, mask_id: int | None) -> "Seq2Seq":
+    def for_run(self, devices: int, model: Any, mask_id: int | None) -> Self:
         """Fills in what is left open.
 
         Raises:
@@ -75,13 +82,13 @@ class Seq2Seq:
             chunks=self.chunks or (4 if devices == 1 else 1),
         )
 
-    def plain(self) -> "Seq2Seq":
-        """The same without regularisers, for evaluation."""
+    def plain(self) -> Self:
+        """The objective without regularisers, for evaluation."""
         return dataclasses.replace(self, label_smoothing=0.0, z_loss=0.0)
 
     @property
     def coefficients(self) -> dict[str, float]:
-        """The terms."""
+        """Coefficients of next-token prediction and, where it is on, z-loss."""
         return {"next_token": 1.0, **({"z_loss": self.z_loss} if self.z_loss else {})}
 
     def _pair(self, batch: Batch, key: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
@@ -94,9 +101,10 @@ class Seq2Seq:
         keys = jax.random.split(key, ids.shape[0])
         if self.task == "prefix":
             return jax.vmap(spans.cut)(keys, ids)
-        corrupt = lambda key, row: spans.corrupt(
-            key, row, self.noise_density, self.mean_span, self.vocab_size, self.end_id
-        )
+
+        def corrupt(key: jax.Array, row: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return spans.corrupt(key, row, self.noise_density, self.mean_span, self.vocab_size, self.end_id)
+
         source, labels = jax.vmap(corrupt)(keys, ids)
         return {"input_ids": source}, labels
 
@@ -114,9 +122,7 @@ class Seq2Seq:
         if self.start_id < 0:
             raise ValueError("Seq2Seq needs start_id: set it, or call for_run with the model's config")
         source, labels = self._pair(batch, key)
-        if "loss_weights" in batch:
-            counted = jnp.any(batch["loss_weights"] > 0, axis=1)
-            labels = jnp.where(counted[:, None], labels, IGNORED)
+        labels = jnp.where(rows_that_count(batch)[:, None], labels, IGNORED)
         weights = (labels != IGNORED).astype(jnp.float32)
         labels = jnp.where(labels == IGNORED, self.start_id, labels)
         first = jnp.full_like(labels[:, :1], self.start_id)
@@ -130,7 +136,10 @@ class Seq2Seq:
         """Sums of every term, and of correct predictions (`accuracy`, reported and not trained)."""
         labels, weights = targets
         loss, squares, correct = cross_entropy_sums(
-            *(output.head_input, output.head, labels, weights),
+            output.head_input,
+            output.head,
+            labels,
+            weights,
             label_smoothing=self.label_smoothing,
             chunks=max(self.chunks, 1),
             z_loss=self.z_loss > 0,

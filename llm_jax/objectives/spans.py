@@ -1,4 +1,4 @@
-"""Texts made into pairs: spans taken out and to be restored, or a beginning to be gone on with.
+"""Texts made into pairs: spans to be restored, or a beginning to be continued.
 
 Pure functions of a key, for one row; `vmap` them. How much is taken out depends on the length alone, so that shapes
 are static and nothing is padded.
@@ -53,8 +53,8 @@ def noise_mask(key: jax.Array, length: int, noise_density: float, mean_span: flo
     """`[length]` bool, True where taken out: spans and what stays between them in turn, beginning with what stays."""
     noise, spans = sizes(length, noise_density, mean_span)
     first, second = jax.random.split(key)
-    kept, taken = _partition(first, length - noise, spans), _partition(second, noise, spans)
-    ends = jnp.cumsum(jnp.stack([kept, taken], axis=1).reshape(-1))
+    left, taken = _partition(first, length - noise, spans), _partition(second, noise, spans)
+    ends = jnp.cumsum(jnp.stack([left, taken], axis=1).reshape(-1))
     return jnp.searchsorted(ends, jnp.arange(length), side="right") % 2 == 1
 
 

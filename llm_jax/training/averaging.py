@@ -13,7 +13,7 @@ from llm_jax.storage.checkpoints import Checkpoints
 
 
 def average_checkpoints(checkpoints: Checkpoints, steps: list[int] | None = None) -> Any:
-    """The mean of the parameters of several checkpoints (all kept ones by default), in their own dtype.
+    """The mean of the parameters of several checkpoints (all stored ones by default), in their own dtype.
 
     Sums run in float64 on the host, one checkpoint in memory at a time. Integer leaves are taken from the first.
 

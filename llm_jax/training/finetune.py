@@ -14,14 +14,15 @@ from llm_jax.interop import Pretrained, pretrained
 from llm_jax.models.elmo import ElmoConfig
 from llm_jax.models.llama import LlamaConfig
 from llm_jax.nn import weights
+from llm_jax.nn.protocols import ModelConfig, Params
 from llm_jax.objectives.labels import Labels
-from llm_jax.training.rows import read_labeled
+from llm_jax.training import labeled_examples
 from llm_jax.training.run import Trained, train
 from llm_jax.training.run_config import RunConfig
 from llm_jax.training.trainable import partition
 
 HEAD = ("classifier", "pooler", "mix")  # what a head with labels adds; it trains beside LoRA
-EARLIER = ("attention/*/kernel", "mlp/*/kernel")  # LoRA's default before cross-attention was among it
+EARLIER = ("attention/*/kernel", "mlp/*/kernel")  # LoRA's default before it had cross-attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,16 +68,16 @@ class FinetuneConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Finetuned:
-    """Results.
+    """Results of a fine-tuning run.
 
     Attributes:
       trained: state, model, tokenizer, evaluation.
       merged: plain parameters with everything folded in.
-      bytes: of the parameters, of what trains, and of the optimizer state.
+      bytes: sizes of the parameters, of what trains, and of the optimizer state.
     """
 
     trained: Trained
-    merged: Any
+    merged: Params
     bytes: dict[str, int]
 
     def describe(self) -> str:
@@ -93,12 +94,12 @@ def load(path: str, config: FinetuneConfig) -> Pretrained:
     objective = config.run.objective
     if not isinstance(objective, Labels):
         return pretrained.load(path, dtype="float32")
-    examples, _ = read_labeled(config.run.data, objective)
+    examples, _ = labeled_examples.read(config.run.data, objective)
     labels = () if objective.kind == "choice" else labeled.names_of(examples, objective.kind, config.run.data.fields)
     return pretrained.load(path, dtype="float32", head=objective.head, labels=labels)
 
 
-def adapt(params: Any, config: FinetuneConfig, key: jax.Array) -> Any:
+def adapt(params: Params, config: FinetuneConfig, key: jax.Array) -> Params:
     """The parameters as they will train: quantized where asked for, with LoRA attached."""
     if config.lora is None:
         return params
@@ -143,7 +144,14 @@ def run(
         # the same kernels where there is no cross-attention: runs that began with the earlier default resume
         extra["lora"] |= {"targets": list(EARLIER)}
     trained = train(
-        *(chosen, workdir, loaded.params, loaded.tokenizer, encode, config.format, restore_step, {"finetune": extra}),
+        chosen,
+        workdir,
+        params=loaded.params,
+        tokenizer=loaded.tokenizer,
+        encode=encode,
+        kind=config.format,
+        restore_step=restore_step,
+        extra={"finetune": extra},
         adapt=lambda params: adapt(params, config, key),
         accept_changed_data=accept_changed_data,
     )
@@ -156,11 +164,11 @@ def run(
     return Finetuned(trained, merged, sizes)
 
 
-def can_save(model_config: Any) -> bool:
+def can_save(model_config: ModelConfig) -> bool:
     """Whether some format but ours has a place for the model; ELMo's has none for a head."""
     return not isinstance(model_config, ElmoConfig) or model_config.head == "none"
 
 
-def can_export(model_config: Any) -> bool:
+def can_export(model_config: ModelConfig) -> bool:
     """Whether PEFT's format has names for this family."""
     return isinstance(model_config, LlamaConfig)

@@ -1,6 +1,7 @@
-"""Model FLOPs of a step, counted from its program, and the peaks they are held against."""
+"""Model FLOPs of a step, counted from its program, and the peaks that they are compared with."""
 
 import math
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,9 @@ from jax.extend import core
 from jax.interpreters import partial_eval
 
 from llm_jax.nn.execution import Execution
+from llm_jax.nn.protocols import Params, Tree
+from llm_jax.nn.ties import Ties, expand
+from llm_jax.objectives.objective import Objective
 from llm_jax.parallel.chips import chip_of
 from llm_jax.training.trainable import partition
 
@@ -51,7 +55,12 @@ class Origin(NamedTuple):
 
 
 def of_step(
-    model: Any, objective: Any, params: Any, batch: Mapping[str, Any], trainable: Sequence[str] | None = None
+    model: Any,
+    objective: Objective,
+    params: Params,
+    batch: Mapping[str, Any],
+    trainable: Sequence[str] | None = None,
+    ties: Ties = types.MappingProxyType({}),
 ) -> Flops:
     """Model FLOPs of one training step.
 
@@ -67,15 +76,17 @@ def of_step(
       params: abstract or real.
       batch: abstract or real, all rows of the step.
       trainable: patterns of what trains; None for everything.
+      ties: shared parameters, which `params` holds once.
     """
     module = model.make(PLAIN)
     rows = jax.tree.leaves(batch)[0].shape[0]
-    carry = jax.eval_shape(lambda: model.init_carry(rows)) if getattr(objective, "carry", False) else None
+    carry = jax.eval_shape(lambda: model.init_carry(rows)) if objective.carry else None
 
-    def loss(params: Any, batch: Any, carry: Any) -> Any:
+    def loss(params: Params, batch: Any, carry: Tree) -> dict[str, jax.Array]:
         prepared = objective.prepare(batch, jax.random.key(0))
         inputs = prepared.inputs if carry is None else {**prepared.inputs, "cache": carry}
-        return objective.score(module.apply({"params": params}, **inputs), prepared.targets)
+        out = module.apply({"params": expand(params, ties)}, **inputs)
+        return objective.score(out, prepared.targets)
 
     abstract = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
     args = abstract((params, dict(batch), carry))
@@ -156,15 +167,15 @@ def _equation(eqn: Any, origins: list[Origin]) -> tuple[list[Origin], Flops]:
 
 def _walk(jaxpr: Any, origins: Sequence[Origin]) -> tuple[list[Origin], Flops]:
     """(origins of a program's results, what it costs)."""
-    known = dict(zip(jaxpr.invars, origins, strict=True))
+    origin_of = dict(zip(jaxpr.invars, origins, strict=True))
     total = Flops()
-    read = lambda v: Origin() if isinstance(v, core.Literal) else known.get(v, Origin())
+    read = lambda v: Origin() if isinstance(v, core.Literal) else origin_of.get(v, Origin())
     for eqn in jaxpr.eqns:
         outs, flops = _equation(eqn, [read(v) for v in eqn.invars])
         total = total.plus(flops)
         for v, origin in zip(eqn.outvars, outs, strict=True):
             floating = jnp.issubdtype(v.aval.dtype, jnp.floating)
-            known[v] = origin if floating else origin._replace(learns=False)
+            origin_of[v] = origin if floating else origin._replace(learns=False)
     return [read(v) for v in jaxpr.outvars], total
 
 

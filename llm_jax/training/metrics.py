@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from etils import epath
 
-UNIT = "cross-entropy (nats per token)"
+from llm_jax.objectives.objective import NATS_PER_TOKEN
 
 
 class MetricsWriter:
@@ -60,7 +60,7 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
     return rows
 
 
-def plot_loss(workdir: epath.PathLike, unit: str = UNIT) -> epath.Path:
+def plot_loss(workdir: epath.PathLike, unit: str = NATS_PER_TOKEN) -> epath.Path:
     """Draws training and held-out loss, in `unit`, against the step into `loss.png`."""
     from matplotlib.figure import Figure
 

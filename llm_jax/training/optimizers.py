@@ -15,7 +15,7 @@ from optax import contrib
 
 from llm_jax.nn import paths, weights
 
-Schedule = Callable[[Any], Any]
+Rate = Callable[[Any], Any]  # learning rate as a function of the optimizer step, counted from 0
 NAMES = ("adam", "adamw", "adafactor", "lion", "muon", "sgd")
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "noam")
 UNREAD = {"adafactor": ("b1", "b2", "eps"), "lion": ("eps",), "sgd": ("b2", "eps")}
@@ -86,7 +86,7 @@ def unread(name: str, schedule: str) -> tuple[str, ...]:
     return (*UNREAD.get(name, ()), *(field for field, readers in READ.items() if schedule not in readers))
 
 
-def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
+def make_schedule(config: OptimizerConfig, steps: int) -> Rate:
     """Learning rate as a function of the optimizer step, counted from 0.
 
     Raises:
@@ -114,6 +114,19 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
         return after
     ramp = lambda t: peak * (t + 1.0) / warmup  # the first step already learns
     return optax.join_schedules([ramp, after], [warmup])
+
+
+def learning_rate(rate: Rate, opt_state: Any, updated: bool) -> float:
+    """The rate of a step, which steps that were skipped do not move on.
+
+    Args:
+      rate: the optimizer's.
+      opt_state: after the step.
+      updated: whether the step changed anything.
+    """
+    is_schedule = lambda x: isinstance(x, optax.ScaleByScheduleState)
+    (found,) = filter(is_schedule, jax.tree.leaves(opt_state, is_leaf=is_schedule))
+    return float(rate(int(found.count) - updated))
 
 
 def per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -1,25 +1,25 @@
 """The gradient of a step whose layers are stages of a pipeline: the model taken apart, run, put together."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from llm_jax.nn.protocols import Model, Params, Tree
 from llm_jax.nn.stack import Call
-from llm_jax.nn.ties import Ties, expand
 from llm_jax.objectives.objective import Objective, Prepared, total_loss
 from llm_jax.parallel import explicit
 from llm_jax.parallel.pipeline import interpreter
+from llm_jax.parallel.pipeline.cut import is_float
 from llm_jax.parallel.pipeline.schedules import Schedule
-from llm_jax.parallel.pipeline.stage import is_float
+from llm_jax.parallel.step_plan import Pipe
 
 Scored = tuple[jax.Array, dict[str, jax.Array]]  # the loss, and sums of every term
 Micro = tuple[Prepared, jax.Array]  # a micro-batch and its dropout key
-Gradient = Callable[..., tuple[Scored, Any]]
 
 
 class _Parts:
@@ -56,7 +56,7 @@ class _Parts:
         return self.calls[0].carry, self.calls[0].context
 
     def stage(self) -> tuple[Callable[..., Any], Any, jax.Array]:
-        """(layer, its parameters for every layer, whose they are) of the call that `begin` kept."""
+        """(layer, parameters for every layer, which stored layer each has) of the call that `begin` recorded."""
         call = self.calls[0]
         group_of, layers = jnp.asarray(call.group_of), self.layers[call.path]
         if len(group_of) != jax.tree.leaves(layers)[0].shape[0]:  # shared: each stage has those of its layers
@@ -66,21 +66,6 @@ class _Parts:
     def finish(self, outer: Any, results: Sequence[Any], micro: Micro) -> Scored:
         """The loss behind the last stack."""
         return self.loss_of(self._apply(outer, micro, results), micro[0])
-
-
-class Division(NamedTuple):
-    """Mesh axes of every parameter of a model.
-
-    Attributes:
-      computing: without ZeRO's division; None where nothing is divided.
-      held: between the turns of a pipeline of one stack, which gather a layer at a time; None where all lies as it
-        computes.
-      kept: of its gradients; None for whole ones.
-    """
-
-    computing: Any = None
-    held: Any = None
-    kept: Any = None
 
 
 def _leaves(specs: Any) -> list[P]:
@@ -96,8 +81,9 @@ def _floating(specs: Sequence[P], tree: Any) -> list[P]:
     return [spec for spec, x in zip(specs, jax.tree.leaves(tree), strict=True) if is_float(x)]
 
 
-def _run_schedule(parts: _Parts, micros: Any, mesh: Mesh, schedule: Schedule, division: Division) -> tuple[Scored, Any]:
+def _run_schedule(parts: _Parts, micros: Any, pipe: Pipe) -> tuple[Scored, Any]:
     """One stack, any schedule: (scored, gradients of all parameters)."""
+    mesh, schedule, division = pipe
     outer_f, outer_of = interpreter.divide(parts.outer)
 
     def begin(outer_f: list[jax.Array]) -> tuple[list[jax.Array], Any]:
@@ -108,17 +94,23 @@ def _run_schedule(parts: _Parts, micros: Any, mesh: Mesh, schedule: Schedule, di
     layer, layers, group_of = parts.stage()
     ((path, groups),) = parts.layers.items()
     finish = lambda outer, carry, micro: parts.finish(outer, [carry], micro)
-    cut = interpreter.Cut(len(group_of), schedule.stages * schedule.chunks)
-    computing, held, kept = (specs and _of_layer(specs, path) for specs in division)
-    if held and computing:
-        given, gathers = layer, explicit.gathering_layer(mesh, held, computing)
+    computing, stored, divided = (specs and _of_layer(specs, path) for specs in division)
+    if stored and computing:
+        given, gathers = layer, explicit.gathering_layer(mesh, stored, computing)
         layer = lambda p, *rest: given(gathers(p), *rest)
-    outer = division.kept and _leaves(interpreter.put(division.kept, dict.fromkeys(parts.layers)))
+    outer = division.gradients and _leaves(interpreter.put(division.gradients, dict.fromkeys(parts.layers)))
     loss, scores, d_layers, d_outer, d_inputs, d_contexts = interpreter.run(
-        *(schedule, mesh, cut, layer, finish),
-        *(layers, parts.outer, inputs, contexts, micros),
-        kept=(_floating(kept, groups), _floating(outer, parts.outer)) if kept and outer else None,
-        held=held,
+        schedule,
+        mesh,
+        layer,
+        finish,
+        layers,
+        parts.outer,
+        inputs,
+        contexts,
+        micros,
+        gradients=(_floating(divided, groups), _floating(outer, parts.outer)) if divided and outer else None,
+        stored=stored,
     )
     if layers is not groups:
         d_layers = jax.tree.map(lambda g, x: jnp.zeros(x.shape, g.dtype).at[group_of].add(g), d_layers, groups)
@@ -133,9 +125,8 @@ def _run_in_sequence(parts: _Parts, micros: Any, mesh: Mesh, stages: int) -> Sco
     for _ in parts.layers:
         begin = lambda micro, results: parts.begin(parts.outer, micro, results)
         inputs, contexts = jax.vmap(begin)(micros, results)
-        layer, layers, group_of = parts.stage()
-        cut = interpreter.Cut(len(group_of), stages)
-        results.append(interpreter.forward(mesh, cut, layer, layers, inputs, contexts, parts.remat))
+        layer, layers, _ = parts.stage()
+        results.append(interpreter.forward(mesh, layer, layers, inputs, contexts, parts.remat))
     if jax.tree.leaves(results[-1])[0].shape[0] % stages == 0:  # the head's work is shared out over the stages
         spread = NamedSharding(mesh, P("pipe", ("replica", "data")))
         results[-1] = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spread), results[-1])
@@ -167,14 +158,8 @@ def check_stages(params: Any, schedule: Schedule, carry: bool = False) -> None:
 
 
 def make_gradient(
-    model: Any,
-    objective: Objective,
-    mesh: Mesh,
-    schedule: Schedule,
-    form: Callable[[Any], Any],
-    ties: Ties | None = None,
-    division: Division = Division(),
-) -> Gradient:
+    model: Model, objective: Objective, pipe: Pipe, compute: Callable[[Params], Params]
+) -> Callable[..., tuple[Scored, Params]]:
     """Builds `(trainable, prepared, totals, keys, scale) -> ((loss, scores), gradients)`.
 
     Equal to accumulation over the same micro-batches with the same keys.
@@ -182,34 +167,29 @@ def make_gradient(
     Args:
       model: a module that `check_stages` lets pass.
       objective: see `objectives.objective`.
-      mesh: with the axis `pipe`.
-      schedule: what happens when.
-      form: the parameters that compute, of those that train (joined with what is frozen, cast).
-      ties: shared parameters.
-      division: of the parameters over mesh axes, ties not counted; what is not divided between turns is gathered once a
-        step.
+      pipe: the pipeline; what its division leaves undivided between turns is gathered once a step.
+      compute: the parameters that compute, from those that train.
     """
-    whole = lambda trainable: expand(form(trainable), ties) if ties else form(trainable)
-    computing, held, kept = division = Division() if ties else division
+    mesh, schedule, (computing, stored, divided) = pipe
 
-    def pinned(tree: Any, specs: Any) -> Any:
-        one = lambda x, spec: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-        return tree if specs is None else jax.tree.map(one, tree, specs)
+    def pinned(tree: Tree, specs: Tree) -> Tree:
+        pin = lambda x, spec: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+        return tree if specs is None else jax.tree.map(pin, tree, specs)
 
     def gradient(
-        trainable: Any, prepared: Prepared, totals: Mapping[str, jax.Array], keys: jax.Array, scale: Any
-    ) -> tuple[Scored, Any]:
+        trainable: Params, prepared: Prepared, totals: dict[str, jax.Array], keys: jax.Array, scale: float | jax.Array
+    ) -> tuple[Scored, Params]:
         def loss_of(output: Any, micro: Prepared) -> Scored:
             scores = objective.score(output, micro.targets)
             return total_loss(objective, scores, totals) * scale, scores
 
-        leaves, pull = jax.vjp(lambda trainable: interpreter.divide(whole(trainable))[0], trainable)
-        join, micros = interpreter.divide(whole(trainable))[1], (prepared, keys)
+        leaves, pull = jax.vjp(lambda trainable: interpreter.divide(compute(trainable))[0], trainable)
+        join, micros = interpreter.divide(compute(trainable))[1], (prepared, keys)
         params = join(leaves)
         if len(interpreter.stacks(params)) == 1:
-            parts = _Parts(model, loss_of, pinned(params, computing if held is None else held))
-            scored, grads = _run_schedule(parts, micros, mesh, schedule, division)
-            found = interpreter.divide(pinned(grads, computing) if kept is None else grads)[0]  # a tick divides as told
+            parts = _Parts(model, loss_of, pinned(params, computing if stored is None else stored))
+            scored, grads = _run_schedule(parts, micros, pipe)
+            found = interpreter.divide(pinned(grads, computing) if divided is None else grads)[0]  # else a tick divides
         else:
             whole_parts = lambda f: _Parts(model, loss_of, pinned(join(f), computing))
             loss = lambda f: _run_in_sequence(whole_parts(f), micros, mesh, schedule.stages)

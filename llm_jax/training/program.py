@@ -1,26 +1,24 @@
 """What a run compiles: its plan, model, initial state and steps, on real devices or on those of a described machine."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from llm_jax.nn import paths, ports, weights
+from llm_jax.nn.protocols import Axes, Params
+from llm_jax.nn.ties import Ties, expand, parse, tie
 from llm_jax.objectives.objective import Objective
-from llm_jax.parallel import explicit
-from llm_jax.parallel.memory import offload
+from llm_jax.parallel import step_plan
 from llm_jax.parallel.memory.disk import OnDisk
-from llm_jax.parallel.memory.offload import ELEMENTWISE, HostUpdate
 from llm_jax.parallel.plan import Plan
 from llm_jax.training.optimizers import OptimizerConfig, make_optimizer
-from llm_jax.training.pipelined import Division, check_stages
+from llm_jax.training.pipelined import check_stages
 from llm_jax.training.precision import Precision
-from llm_jax.training.rows import carries
 from llm_jax.training.run_config import RunConfig
 from llm_jax.training.state import TrainState, init_state
 from llm_jax.training.step import StepConfig, make_eval_step, make_train_step
@@ -31,28 +29,30 @@ class Program(NamedTuple):
 
     Attributes:
       objective: as it trains.
-      params: abstract parameters.
-      axes: their logical axes.
-      given: abstract parameters that the run starts from, None for fresh ones.
-      places: device or shardings that `init` expects them on.
+      terms: coefficients of the loss that evaluations show, without what only training adds.
+      params: abstract parameters, as the state holds them.
+      axes: logical axes of the model's parameters.
+      ties: shared parameters, see `nn.ties`.
+      given_placement: device or shardings that `init` expects given parameters on; None for fresh ones.
       init: `(key, given) -> state`, compiled; takes `given` over.
       shapes: the abstract state.
-      shardings: of the state.
-      step: jitted `(state, batch) -> (state, metrics)`; takes the state over.
+      shardings: of the state that `init` returns and `step` takes.
+      step: jitted; takes the state over.
       evaluate: jitted `(params, batch) -> (score sums, weight sums)`.
       on_disk: where the rest of the state lies with `plan.offload=disk`; what `init` returns and `step` takes is
         without it.
     """
 
     objective: Objective
-    params: Any
-    axes: Any
-    given: Any
-    places: Any
-    init: Any
+    terms: Mapping[str, float]
+    params: Params
+    axes: Axes
+    ties: Ties
+    given_placement: Any
+    init: Callable[[jax.Array, Params | None], TrainState]
     shapes: TrainState
     shardings: Any
-    step: Any
+    step: Any  # jax.stages.Wrapped: (state, batch) -> (state, metrics)
     evaluate: Any
     on_disk: OnDisk | None
 
@@ -64,98 +64,30 @@ def options_of(given: Sequence[str]) -> dict[str, Any] | None:
     return {name: words.get(value.lower(), value) for name, value in pairs} or None
 
 
-def _pin(shardings: Any) -> Callable[[Any], Any]:
-    """Constrains a tree's arrays to their shardings."""
-    one = lambda g, s: None if g is None else jax.lax.with_sharding_constraint(g, s)
-    return lambda tree: jax.tree.map(one, tree, shardings, is_leaf=lambda x: x is None)
-
-
-def _offloaded_update(
-    config: RunConfig, plan: Plan, shapes: TrainState, axes: Any, tx: Any, scratch: epath.PathLike | None
-) -> OnDisk | HostUpdate | None:
-    """What runs the optimizer's update where its state lies; None where that is the device."""
-    kinds = set(config.plan.offload) & {"update", "disk"}
-    if kinds and config.optimizer.name not in ELEMENTWISE:
-        raise ValueError(
-            f"plan.offload={kinds.pop()} computes elementwise optimizers on the host or by pieces "
-            f"({', '.join(ELEMENTWISE)}), not {config.optimizer.name}: set plan.offload=('optimizer',)"
-        )
-    if "disk" in config.plan.offload:
-        if scratch is None:
-            raise ValueError("plan.offload=disk needs a folder, which only a run has: set plan.offload=()")
-        return OnDisk(scratch, tx.init, shapes)
-    if config.plan.offload:
-        return HostUpdate("update" in config.plan.offload, _pin(plan.update_shardings(shapes.params, axes)))
-    return None
-
-
-class _Runners(NamedTuple):
-    """Who runs the layers where they are not simply scanned.
-
-    Attributes:
-      train: a stack runner.
-      evaluate: another.
-      wrap: see `make_train_step`.
-    """
-
-    train: Any = None
-    evaluate: Any = None
-    wrap: Any = None
-
-
-def _runners(config: RunConfig, plan: Plan, params: Any, axes: Any) -> _Runners:
-    """What host memory, explicit ZeRO and rings ask for."""
-    own, execution = config.plan, plan.execution()
-    if own.explicit:
-        stored = plan.specs(params, axes, True)
-        return _Runners(train=explicit.runner(plan.mesh, stored, execution), wrap=explicit.gathering(plan.mesh, stored))
-    wrap = run = None
-    if own.seq > 1:  # the compiler would gather all positions' gradients for the rows of a table
-        stored = plan.specs(params, axes, own.zero >= 3)
-        wrap = explicit.gathering(plan.mesh, stored, P(explicit.ROWS, "seq"))
-    if "parameters" in own.offload:
-        if config.training.accumulation > 1:
-            raise ValueError(
-                f"training.accumulation={config.training.accumulation} with plan.offload=parameters: set it to 1; "
-                "plan.remat=offload:block makes room for larger batches"
-            )
-        run = offload.runner(execution)
-    return _Runners(run, run, wrap)
-
-
-def _first_state(
-    init: Any, config: RunConfig, shardings: Any, places: Any, on_disk: OnDisk | None
-) -> tuple[Any, Any, Any]:
-    """(compiled `init`, shardings of what it returns, where it expects given parameters)."""
-    resident = jax.tree.map(lambda s: NamedSharding(s.mesh, s.spec), shardings)
-    on_device: Any = jax.jit(init, out_shardings=resident, donate_argnums=1)
-    if on_disk is not None:
-        shardings = jax.tree.map(lambda s: NamedSharding(s.mesh, P()), shardings)  # of one device, and of empty arrays
-        begin = jax.jit(lambda key, given: on_disk.without(init(key, given), ("opt_state",)), donate_argnums=1)
-        return lambda key, given: on_disk.take(begin(key, given)), shardings, places
-    if "parameters" in config.plan.offload:  # made by the host: the device may not hold all of it
-        host, on_host = offload.cpu(), jax.jit(init, donate_argnums=1)
-        first = lambda key, given: jax.device_put(on_host(jax.device_put(key, host), given), shardings)
-        return first, shardings, host
-    if config.plan.offload:  # down from the device: what a program only passes on would stay there
-        return lambda key, given: jax.device_put(on_device(key, given), shardings), shardings, places
-    return on_device, shardings, places
+def resident(state: TrainState, on_disk: OnDisk | None) -> TrainState:
+    """The state with its moving average in memory; for a moment, where no gradients are."""
+    if on_disk is None or state.average is None:
+        return state
+    files = on_disk.arrays
+    read = lambda path, x: jnp.array(files[path]) if path in files else x
+    average = paths.map_with_path(lambda path, x: read(f"average/{path}", x), state.average)
+    return state.replace(average=average)
 
 
 def optimizer_of(config: RunConfig) -> OptimizerConfig:
     """The run's optimizer with what it takes from the model: the width in Noam's formula."""
-    own = config.optimizer
-    if own.schedule != "noam" or own.noam_dim is not None:
-        return own
-    return dataclasses.replace(own, noam_dim=config.model.model_dim)
+    optimizer = config.optimizer
+    if optimizer.schedule != "noam" or optimizer.noam_dim is not None:
+        return optimizer
+    return dataclasses.replace(optimizer, noam_dim=config.model.model_dim)
 
 
 def build(
     config: RunConfig,
     plan: Plan,
     mask_id: int | None,
-    given: Any = None,
-    adapt: Callable[[Any], Any] = lambda params: params,
+    given: Params | None = None,
+    adapt: Callable[[Params], Params] = lambda params: params,
     scratch: epath.PathLike | None = None,
 ) -> Program:
     """Everything up to the first compilation.
@@ -172,70 +104,61 @@ def build(
       ValueError: where plan, batch, model, objective or optimizer do not fit together, or naming a parameter that no
         module reads.
     """
-    c = config.training
+    c, ties = config.training, parse(config.ties)
     plan.check_batch(c.batch_size, c.accumulation, c.sequence_length)
+    plan.check_optimizer(config.optimizer.name)
+    if ties and plan.keeps_parameters_on_host:
+        raise ValueError("plan.offload=parameters has no place for shared parameters (ties): take update alone")
     objective = config.objective.for_run(plan.mesh.size, config.model, mask_id)
     model = config.model.make(plan.execution())
     tx = make_optimizer(optimizer_of(config), c.steps)
     precision = Precision(config.plan.precision, config.plan.master)
-    example = jax.ShapeDtypeStruct((plan.batch_divisor, c.sequence_length), np.int32)
-    boxed = jax.eval_shape(lambda key, ids: model.init(key, ids)["params"], jax.random.key(0), example)
-    params, axes = weights.split_axes(boxed)
+    ids = np.zeros((plan.batch_divisor, c.sequence_length), np.int32)
+    fresh = lambda key: model.init(key, ids)["params"]
+    declared, axes = weights.split_axes(jax.eval_shape(fresh, jax.random.key(0)))
     given = None if given is None else jax.eval_shape(lambda p: p, given)
-    declared, params = params, params if given is None else jax.eval_shape(adapt, given)
-    ports.check(declared, params)
-
+    first = lambda key, given: tie(weights.split_axes(fresh(key))[0] if given is None else adapt(given), ties)
+    params = jax.eval_shape(first, jax.random.key(0), given)
+    computing = jax.eval_shape(lambda p: expand(p, ties), params)
+    ports.check(declared, computing)
     if plan.schedule is not None:  # said here, before anything is compiled
-        check_stages(params, plan.schedule, carries(config.objective))
-
-    def init(key: jax.Array, given: Any) -> TrainState:
-        init_key, step_key = jax.random.split(key)
-        if given is None:
-            fresh = weights.split_axes(model.init(init_key, np.zeros(example.shape, example.dtype))["params"])[0]
-        else:
-            fresh = adapt(given)
-        carry = config.model.init_carry(c.batch_size) if carries(config.objective) else None
-        return init_state(fresh, tx, step_key, precision, c.trainable, c.ema > 0, carry)
-
+        check_stages(computing, plan.schedule, config.objective.carry)
     if config.optimizer.decay != OptimizerConfig.decay:  # the default names what most trees have, not all
         paths.select([p for p, _ in paths.flatten(params, weights.is_node)], config.optimizer.decay)
 
+    def init(key: jax.Array, given: Params | None) -> TrainState:
+        init_key, step_key = jax.random.split(key)
+        carry = config.model.init_carry(c.batch_size) if config.objective.carry else None
+        return init_state(first(init_key, given), tx, step_key, precision, c.trainable, c.ema > 0, carry)
+
     shapes = jax.eval_shape(init, jax.random.key(c.seed), given)
     shardings = plan.state_shardings(shapes, axes)
-
-    options = StepConfig(c.accumulation, config.optimizer.clip_norm, c.ema, c.trainable, precision, config.plan.unroll)
-    by_plan: dict[str, Any] = {}
-    if plan.mesh.size > 1:
-        by_plan["constrain_grads"] = _pin(plan.grad_shardings(params, axes))
-    if plan.schedule is not None:
-        held = plan.staged(params, axes) if config.plan.zero >= 3 else None
-        kept = plan.specs(params, axes, True) if config.plan.zero >= 2 else None
-        by_plan.update(pipe=(plan.mesh, plan.schedule), division=Division(plan.specs(params, axes, False), held, kept))
-    update = _offloaded_update(config, plan, shapes, axes, tx, scratch)
-    if update is not None:
-        by_plan["run_update"] = update
-    on_disk = update if isinstance(update, OnDisk) else None
-    runners = _runners(config, plan, params, axes)
-    if runners.wrap is not None:
-        by_plan["wrap"] = runners.wrap
-    with_runner = lambda run: (
-        config.model.make(dataclasses.replace(plan.execution(), stack_runner=run)) if run else model
+    spread = step_plan.make(plan, params, computing, axes, shapes, tx.init, scratch)
+    options = StepConfig(
+        accumulation=c.accumulation,
+        clip_norm=config.optimizer.clip_norm,
+        ema=c.ema,
+        trainable=c.trainable,
+        precision=precision,
+        unroll=config.plan.unroll,
+        ties=ties,
     )
-    step = make_train_step(with_runner(runners.train), objective, tx, options, **by_plan)
-    places = None if given is None else plan.param_shardings(given, axes)
-    first, shardings, places = _first_state(init, config, shardings, places, on_disk)
+    model_with = lambda runner: config.model.make(plan.execution(stack_runner=runner))
+    step = make_train_step(model_with(spread.train_runner), objective, tx, options, spread)
+    evaluate = make_eval_step(model_with(spread.evaluate_runner), objective.plain(), precision, ties)
     return Program(
         objective=objective,
+        terms=objective.plain().coefficients,
         params=params,
         axes=axes,
-        given=given,
-        places=places,
-        init=first,
+        ties=ties,
+        given_placement=None if given is None else step_plan.given_shardings(plan, given, axes),
+        init=step_plan.compile_init(plan, init, shardings, spread.on_disk),
         shapes=shapes,
         shardings=shardings,
         step=jax.jit(
             step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options_of(config.plan.compiler)
         ),
-        evaluate=jax.jit(make_eval_step(with_runner(runners.evaluate), objective.plain(), precision)),
-        on_disk=on_disk,
+        evaluate=jax.jit(evaluate),
+        on_disk=spread.on_disk,
     )

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import json
 import logging
-import math
 import types
 import warnings
 import zlib
@@ -22,30 +21,27 @@ from llm_jax.data import tokenizers, tokens
 from llm_jax.data.corpora import CorpusError
 from llm_jax.data.loader import Loader, eval_batches
 from llm_jax.nn import weights
-from llm_jax.objectives.causal_lm import CausalLM
-from llm_jax.objectives.labels import Labels
+from llm_jax.nn.protocols import Model, Params
+from llm_jax.nn.ties import Ties, expand
+from llm_jax.objectives.objective import Objective
 from llm_jax.parallel import processes
 from llm_jax.parallel.memory import offload
 from llm_jax.parallel.plan import Plan
 from llm_jax.storage.checkpoints import CheckpointError, Checkpoints
 from llm_jax.storage.digests import FileDigest
 from llm_jax.training import flops, metrics
-from llm_jax.training.loop import NEXT_TOKEN, run_loop, summarize
+from llm_jax.training.hooks import Evaluation, Report, Saves, profiled
+from llm_jax.training.loop import hooks_of, run_loop, summarize
+from llm_jax.training.optimizers import learning_rate, make_schedule
 from llm_jax.training.precision import Precision
-from llm_jax.training.program import Program, build
-from llm_jax.training.rows import (
-    carries,
-    check_cache,
-    check_objective,
-    data_digests,
-    get_rows,
-    get_tokenizer,
-)
+from llm_jax.training.program import Program, build, optimizer_of, resident
+from llm_jax.training.recipes import recipe_of
+from llm_jax.training.rows import check_cache, check_objective, data_digests, get_tokenizer
 from llm_jax.training.run_config import DataConfig, RunConfig
-from llm_jax.training.state import TrainState
+from llm_jax.training.state import TrainState, averaged
 from llm_jax.training.workdir import Workdir, WorkdirError, todays
 
-__all__ = ["DataConfig", "Held", "RunConfig", "Trained", "evaluate_rows", "load_config", "run_program", "train"]
+__all__ = ["DataConfig", "HeldOut", "RunConfig", "Trained", "evaluate_rows", "load_config", "run_program", "train"]
 
 log = logging.getLogger(__name__)
 
@@ -55,26 +51,27 @@ class Trained:
     """What a finished run hands on."""
 
     state: TrainState
-    model: Any
+    model: Model
     tokenizer: tokenizers.Tokenizer
     evaluation: dict[str, float]
+    ties: Ties
 
     @property
-    def params(self) -> Any:
-        """Its parameters, on the devices wherever the run kept them."""
-        return offload.to_device(self.state.params)
+    def params(self) -> Params:
+        """Its parameters, their moving average where it kept one, on the devices, what is shared in every place."""
+        return expand(offload.to_device(averaged(self.state)), self.ties)
 
 
 def train(
     config: RunConfig,
     workdir: epath.PathLike,
-    params: Any = None,
+    params: Params | None = None,
     tokenizer: tokenizers.Tokenizer | None = None,
     encode: tokens.Encode | None = None,
     kind: str = "text",
     restore_step: int | None = None,
     extra: dict[str, Any] | None = None,
-    adapt: Callable[[Any], Any] = lambda params: params,
+    adapt: Callable[[Params], Params] = lambda params: params,
     accept_changed_data: bool = False,
 ) -> Trained:
     """Trains, or resumes where the work directory's last checkpoint stands.
@@ -96,7 +93,7 @@ def train(
       CorpusError, TokenizerError, ConfigError, CheckpointError, WorkdirError, TrainingError: each with one line.
       Interrupted: on SIGINT or SIGTERM, after saving.
     """
-    if not isinstance(config.objective, Labels):  # which keep no tokens
+    if recipe_of(config.objective).source.keeps_tokens:
         check_cache(config.data, workdir)
     with Workdir(workdir) as claimed:
         whole = {**config.to_dict(), **(extra or {})}
@@ -157,7 +154,18 @@ def _settle_rule(tokenizer: tokenizers.Tokenizer, workdir: epath.Path, accept: b
     log.warning("%s; from here on they have it", said)
 
 
-def _train(config, claimed, params, adapt, tokenizer, encode, kind, restore_step, whole, accept):
+def _train(
+    config: RunConfig,
+    claimed: Workdir,
+    params: Params | None,
+    adapt: Callable[[Params], Params],
+    tokenizer: tokenizers.Tokenizer | None,
+    encode: tokens.Encode | None,
+    kind: str,
+    restore_step: int | None,
+    whole: dict[str, Any],
+    accept: bool,
+) -> Trained:
     c, workdir = config.training, claimed.path
     limit = getattr(config.model, "context_length", None)
     if limit is not None and c.sequence_length > limit:
@@ -165,48 +173,46 @@ def _train(config, claimed, params, adapt, tokenizer, encode, kind, restore_step
     plan = Plan(config.plan, config.model)
     plan.check_batch(c.batch_size, c.accumulation, c.sequence_length)
     check_objective(config)
+    source = recipe_of(config.objective).source
 
-    def prepare():
+    def prepare() -> tuple[tokenizers.Tokenizer, dict[str, FileDigest] | None]:
         if jax.process_index():
             return tokenizer or tokenizers.load(workdir), None
-        if claimed.began_before_digests() and encode is None and isinstance(config.objective, CausalLM):
+        if claimed.began_before_digests() and encode is None and source.framed:
             _settle_rule(tokenizer or get_tokenizer(config, workdir), workdir, accept)
         stored = _settle_data(config, claimed, accept)
-        own = tokenizer or get_tokenizer(config, workdir)
-        own.save(workdir)
-        return own, stored
+        chosen = tokenizer or get_tokenizer(config, workdir)
+        chosen.save(workdir)
+        return chosen, stored
 
     tokenizer, stored = _first_process_first("tokenizer", prepare)
-    read = lambda: get_rows(config, tokenizer, workdir, encode, kind, stored)
+    read = lambda: source.rows(config, tokenizer, workdir, encode, kind, stored)
     # a folder of its own on every host is filled by all hosts at once, the work directory's by the first process
     rows = read() if config.data.cache else _first_process_first("tokens", read)
     _check_same_rows(rows.train)
-    loader = Loader(rows.train, c.batch_size, c.seed, *plan.data_blocks(), shuffle=not carries(config.objective))
+    loader = Loader(rows.train, c.batch_size, c.seed, *plan.data_blocks(), shuffle=not config.objective.carry)
 
     program = build(config, plan, tokenizer.role("mask"), params, adapt, workdir / "on_disk")
-    terms = program.objective.plain().coefficients
-    paired = config.data.pairs != "none" and "pair" in terms
-    baseline = rows.unigram + (terms["pair"] * math.log(2) if paired else 0.0)
-    known = {"eval/baseline_loss": baseline} if rows.unigram else {}
-    if cut := getattr(rows.held, "cut_tokens", 0):
-        known["eval/cut_tokens"] = float(cut)
-    held = Held(rows.held, rows.tokens_per_byte, known)
-    state, evaluation = run_program(program, config, plan, loader, held, workdir, whole, params, restore_step)
-    return Trained(state, config.model.make(), tokenizer, evaluation)
+    constants = {"eval/baseline_loss": rows.baseline} if rows.baseline else {}
+    if cut := getattr(rows.held_out, "cut_tokens", 0):
+        constants["eval/cut_tokens"] = float(cut)
+    held_out = HeldOut(rows.held_out, rows.tokens_per_byte, constants)
+    state, evaluation = run_program(program, config, plan, loader, held_out, workdir, whole, params, restore_step)
+    return Trained(state, config.model.make(), tokenizer, evaluation, program.ties)
 
 
-class Held(NamedTuple):
+class HeldOut(NamedTuple):
     """What a run is measured on.
 
     Attributes:
       rows: held out, None without.
       tokens_per_byte: 0 where bits of bytes say nothing.
-      known: numbers that stand beside every measurement.
+      constants: numbers that stand beside every measurement.
     """
 
     rows: Any
     tokens_per_byte: float = 0.0
-    known: Mapping[str, float] = types.MappingProxyType({})
+    constants: Mapping[str, float] = types.MappingProxyType({})
 
 
 def run_program(
@@ -214,10 +220,10 @@ def run_program(
     config: RunConfig,
     plan: Plan,
     loader: Loader,
-    held: Held,
+    held_out: HeldOut,
     workdir: epath.Path,
     whole: dict[str, Any],
-    params: Any = None,
+    params: Params | None = None,
     restore_step: int | None = None,
 ) -> tuple[TrainState, dict[str, float]]:
     """Runs what was built, from its first state or from a checkpoint of the work directory; see `train`.
@@ -225,87 +231,128 @@ def run_program(
     Returns:
       (last state, numbers of the last evaluation).
     """
-    c = config.training
-    objective: Any = program.objective
-    shapes, shardings = program.shapes, program.shardings
-    mapped = None if program.on_disk is None else program.on_disk.arrays
+    c, objective = config.training, program.objective
+    on_disk = program.on_disk
+    mapped = None if on_disk is None else on_disk.arrays
     checkpoints = Checkpoints(workdir / "checkpoints", c.keep_last, c.keep_best, mapped=mapped)
-    for note in plan.notes:
-        log.info("%s", note)
-    if jax.process_index() == 0:
-        dtypes = Precision(config.plan.precision, config.plan.master).describe(shapes)
-        (workdir / "parameters.txt").write_text(f"{plan.describe(shapes.params, program.axes)}\n\n{dtypes}\n")
+    _describe(program, config, plan, workdir)
     if restore_step is None and checkpoints.latest() is None:
-        if _is_gone(params):
-            raise ValueError("an earlier run took these parameters over; load the model again")
-        placed = None if params is None else jax.device_put(params, program.places)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Some donated buffers were not usable")  # those that change their dtype
-            state = program.init(jax.random.key(c.seed), placed)
-        _release(params)
+        state = _begin(program, c.seed, params)
     else:
         _release(params)
-        try:
-            restored = checkpoints.restore(shapes, restore_step, shardings)
-        except CheckpointError as e:
-            if config.optimizer.name == "muon" and "opt_state" in str(e):
-                hint = f"start a new --workdir from its parameters (experiments.finetune --model={workdir})"
-                raise CheckpointError(f"{e}; Muon of earlier versions took output layers too: {hint}") from e
-            raise
-        state = restored.state
-        loader.restore(restored.run["data"])
-        log.info("resuming from step %d", restored.step)
+        state = _resume(program, config, checkpoints, restore_step, loader, workdir)
 
     rows_sharding = plan.batch_sharding()
     local = functools.partial(jax.make_array_from_process_local_data, rows_sharding)
-    place = lambda batch: {k: local(v) for k, v in batch.items()}
-    place_global = lambda batch: jax.device_put(batch, rows_sharding)
-    terms = objective.plain().coefficients
+    batches = ({k: local(v) for k, v in batch.items()} for batch in loader)
+    plain = objective.plain()
 
-    def evaluate(state: TrainState) -> dict[str, float]:
-        if held.rows is None:
+    def measure(state: TrainState) -> dict[str, float]:
+        if held_out.rows is None:
             return {}
-        size = (c.batch_size, c.eval_batches)
-        got = evaluate_rows(program.evaluate, state.params, held.rows, *size, place_global, held.tokens_per_byte, terms)
-        return {**got, **held.known}
+        numbers = evaluate_rows(
+            plain,
+            program.evaluate,
+            averaged(resident(state, on_disk)),
+            held_out.rows,
+            c.batch_size,
+            c.eval_batches,
+            lambda batch: jax.device_put(batch, rows_sharding),
+            held_out.tokens_per_byte,
+        )
+        return {**numbers, **held_out.constants}
 
+    rate = make_schedule(optimizer_of(config), c.steps)
     peak = flops.peak_flops()
-    work = flops.of_step(config.model, objective, program.params, loader.abstract(), c.trainable)
-    writer = metrics.MetricsWriter(workdir, int(state.step))
-    log.info("%s parameters in %s", f"{weights.count(program.params):,}", workdir)
+    work = flops.of_step(config.model, objective, program.params, loader.abstract(), c.trainable, program.ties)
+    report = Report(
+        metrics.MetricsWriter(workdir, int(state.step)),
+        first=int(state.step),
+        steps=c.steps,
+        flops_per_step=work.total,
+        peak_flops=None if peak is None else peak * jax.device_count(),
+        learning_rate=lambda m: learning_rate(rate, m.state.opt_state, not int(m.metrics["bad_steps"])),
+    )
+    evaluation = Evaluation(measure, report)
+    saves = Saves(checkpoints, {"config": whole}, loader.state, evaluation)
+    hooks = hooks_of(c, report, evaluation, saves)
     together = True
     try:
-        state, evaluation = run_loop(
-            *(state, program.step, loader, place, checkpoints, writer, c, evaluate, {"config": whole}),
-            flops_per_step=work.total,
-            peak_flops=None if peak is None else peak * jax.device_count(),
-            workdir=workdir,
-        )
+        with profiled(program.step, workdir / "profile", c.profile_start, c.profile_steps) as step:
+            state = run_loop(state, step, batches, c.steps, saves, hooks)
+        numbers = evaluation.of(state)
+        state = resident(state, on_disk)
     except Exception as e:
         together = not processes.lost(str(e))
         raise
     finally:
-        writer.close()
+        report.close()
         if together:  # without the others a save never ends, and jax ends this process before it can say why
             checkpoints.close()
         if mapped is not None:
             mapped.remove()  # what it holds is in the last checkpoint
         if together and jax.process_index() == 0 and metrics.read_metrics(workdir):
-            metrics.plot_loss(workdir, getattr(objective, "loss_unit", metrics.UNIT))
-    return state, evaluation
+            metrics.plot_loss(workdir, objective.loss_unit)
+    return state, numbers
+
+
+def _describe(program: Program, config: RunConfig, plan: Plan, workdir: epath.Path) -> None:
+    """Says what runs where, in the log and in `parameters.txt`."""
+    for note in plan.notes:
+        log.info("%s", note)
+    if config.training.ema:
+        log.info("evaluations, keep_best and the final parameters are those of the moving average (training.ema)")
+    log.info("%s parameters in %s", f"{weights.count(program.params):,}", workdir)
+    if jax.process_index() == 0:
+        dtypes = Precision(config.plan.precision, config.plan.master).describe(program.shapes)
+        shardings = plan.describe(program.shapes.params, program.axes)
+        (workdir / "parameters.txt").write_text(f"{shardings}\n\n{dtypes}\n")
+
+
+def _begin(program: Program, seed: int, params: Params | None) -> TrainState:
+    """The first state; takes `params` over."""
+    if _is_gone(params):
+        raise ValueError("an earlier run took these parameters over; load the model again")
+    placed = None if params is None else jax.device_put(params, program.given_placement)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Some donated buffers were not usable")  # those that change their dtype
+        state = program.init(jax.random.key(seed), placed)
+    _release(params)
+    return state
+
+
+def _resume(
+    program: Program,
+    config: RunConfig,
+    checkpoints: Checkpoints,
+    restore_step: int | None,
+    loader: Loader,
+    workdir: epath.Path,
+) -> TrainState:
+    """The state of a checkpoint, the newest by default; the loader goes to where it stood."""
+    try:
+        restored = checkpoints.restore(program.shapes, restore_step, program.shardings)
+    except CheckpointError as e:
+        if config.optimizer.name == "muon" and "opt_state" in str(e):
+            hint = f"start a new --workdir from its parameters (experiments.finetune --model={workdir})"
+            raise CheckpointError(f"{e}; Muon of earlier versions took output layers too: {hint}") from e
+        raise
+    loader.restore(restored.run["data"])
+    log.info("resuming from step %d", restored.step)
+    return restored.state
 
 
 def evaluate_rows(
-    eval_step: Any,
-    params: Any,
+    objective: Objective,
+    eval_step: Callable[[Params, Any], tuple[Mapping[str, Any], Mapping[str, Any]]],
+    params: Params,
     rows: Any,
     batch_size: int,
     limit: int,
-    place: Any,
-    tokens_per_byte: float,
-    coefficients: Mapping[str, float] = NEXT_TOKEN,
+    place: Callable[[Any], Any],
+    tokens_per_byte: float = 0.0,
 ) -> dict[str, float]:
-    """Sums scores over held-out rows (`limit` batches, 0 for all) and summarizes them."""
+    """Sums an objective's scores over held-out rows (`limit` batches, 0 for all) and summarizes them."""
     sums: dict[str, float] = {}
     totals: dict[str, float] = {}
     for batch in eval_batches(rows, batch_size, limit or None):
@@ -313,7 +360,7 @@ def evaluate_rows(
         for into, values in ((sums, scores), (totals, counts)):
             for name, value in values.items():
                 into[name] = into.get(name, 0.0) + float(value)
-    return summarize(sums, totals, tokens_per_byte, coefficients)
+    return summarize(objective, sums, totals, tokens_per_byte)
 
 
 def load_config(workdir: epath.PathLike) -> RunConfig:

@@ -7,14 +7,11 @@ from llm_jax import config as configs
 from llm_jax.data.rows.masked import PAIRS
 from llm_jax.models import registry
 from llm_jax.models.gpt import GPTConfig
-from llm_jax.objectives.bidirectional_lm import BidirectionalLM
 from llm_jax.objectives.causal_lm import CausalLM
-from llm_jax.objectives.labels import Labels
-from llm_jax.objectives.masked_lm import MaskedLM
-from llm_jax.objectives.permutation_lm import PermutationLM
-from llm_jax.objectives.seq2seq import Seq2Seq
+from llm_jax.objectives.objective import Objective
 from llm_jax.parallel.plan import PlanConfig
 from llm_jax.storage.text_files import check_encoding
+from llm_jax.training import recipes
 from llm_jax.training.loop import LoopConfig
 from llm_jax.training.optimizers import OptimizerConfig
 
@@ -26,22 +23,23 @@ class DataConfig:
     Attributes:
       source: `stdlib`, a file, a folder, a glob, or several joined by commas.
       tokenizer: a `tokenizer.json` or a folder with one; None trains one on the training split.
-      tokenizer_kind: of the trained one: bpe, wordpiece, unigram, char, word. Its size is the model's vocab_size.
-      validation_share: share held out.
-      validation: of labelled examples: the source that is held out, in the place of a share.
-      split: `hash` (whole documents) or `tail` (the end of every document).
+      tokenizer_kind: kind of a trained tokenizer: bpe, wordpiece, unigram, char, word. It has the model's vocab_size
+        entries.
+      validation_share: share of the source that is held out.
+      validation: held-out source of labelled examples, instead of a share.
+      split: what is held out: `hash` (whole documents) or `tail` (the end of every document).
       packing: `stream` (rows cut anywhere) or `whole` (whole documents side by side, padded).
-      segments: stream: attention and labels do not cross documents.
-      pairs: of masked models: `none` (full sentences across documents), `next` (half of the second sentences are of
-        another document) or `order` (half are swapped).
-      mask_copies: of masked models: 0 masks anew at every visit, n gives every row n masks for good.
+      segments: attention and labels do not cross documents, with packing `stream`.
+      pairs: what masked models read: `none` (full sentences across documents), `next` (half of the second sentences
+        come from another document) or `order` (half are swapped).
+      mask_copies: masks of masked models: 0 masks anew at every visit, n gives every row n masks for good.
       text_field: field of records (JSON, tables, Parquet) that holds the text.
-      fields: of pairs: the fields of source and target. Of labelled examples: their fields, in the order of
-        `labeled.FIELDS`; columns of a CoNLL file have numbers, of CoNLL-U names.
+      fields: fields of records: source and target of pairs, or those of labelled examples in the order of
+        `labeled.FIELDS`. Columns of a CoNLL file have numbers, those of CoNLL-U names.
       layout: how the files are written, where their names' endings do not say it: `text`, `jsonl`, `csv`, ... (all of
         `corpora.LAYOUTS`), or a regular expression that takes a line apart into named groups.
-      encoding: of files without a byte order mark: None for UTF-8, the name of another one (`latin-1`, `cp1252`), or
-        `replace` for UTF-8 with U+FFFD where a file is none.
+      encoding: encoding of files without a byte order mark: None for UTF-8, a name (`latin-1`, `cp1252`), or `replace`
+        for UTF-8 with U+FFFD for bytes that are none.
       group: field of records; those that agree in it are held out together. `field:REGEX` compares only what the
         expression finds in it.
       cache: local folder for tokenized data; None takes the work directory's `tokens`.
@@ -86,22 +84,35 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Everything that defines a run."""
+    """Everything that defines a run.
+
+    Attributes:
+      model: the config of a family, see `models.registry`.
+      data: what the run reads.
+      objective: what it minimises, see `recipes.RECIPES`.
+      optimizer: how parameters move.
+      plan: how the run is divided over devices.
+      training: how long it runs, and how often it reports and saves.
+      ties: parameters that are shared, as `path=owner path` (see `nn.ties`); they are stored and trained once.
+    """
 
     model: Any = GPTConfig()
     data: DataConfig = DataConfig()
-    objective: CausalLM | MaskedLM | Seq2Seq | BidirectionalLM | PermutationLM | Labels = CausalLM()
+    objective: Objective = CausalLM()
     optimizer: OptimizerConfig = OptimizerConfig()
     plan: PlanConfig = PlanConfig()
     training: LoopConfig = LoopConfig()
+    ties: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {**configs.to_dict(self), "model": registry.to_dict(self.model)}
+        """JSON-ready; the model has its family, the objective its name."""
+        chosen = {"model": registry.to_dict(self.model), "objective": recipes.to_dict(self.objective)}
+        return {**configs.to_dict(self), **chosen}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunConfig":
         """Undoes `to_dict`; raises ConfigError on anything unknown."""
         rest = dict(values)
         model = registry.from_dict(rest.pop("model", {"family": "gpt"}))
-        return dataclasses.replace(configs.from_dict(cls, rest), model=model)
+        objective = recipes.from_dict(rest.pop("objective", {}))
+        return dataclasses.replace(configs.from_dict(cls, rest), model=model, objective=objective)

@@ -8,6 +8,8 @@ import optax
 from flax import struct
 
 from llm_jax.nn import weights
+from llm_jax.nn.protocols import Params, Tree
+from llm_jax.parallel.memory import offload
 from llm_jax.training.precision import LossScale, Precision
 from llm_jax.training.trainable import partition
 
@@ -28,24 +30,45 @@ class TrainState(struct.PyTreeNode):
     """
 
     step: jax.Array
-    params: Any
+    params: Params
     opt_state: Any
-    master: Any
+    master: Params | None
     loss_scale: LossScale | None
-    carry: Any
+    carry: Tree
     key: jax.Array
-    average: Any
+    average: Params | None
     bad_steps: jax.Array
 
 
+def averaged(state: TrainState) -> Params:
+    """What a run is measured by and hands on: the moving average where it keeps one, else the parameters.
+
+    The average takes the parameters' dtypes and memory; frozen parameters are as they are.
+    """
+    if state.average is None:
+        return state.params
+
+    def settle(average: jax.Array | None, param: jax.Array) -> jax.Array:
+        if average is None:
+            return param
+        kind = param.sharding.memory_kind
+        if average.dtype != param.dtype:
+            average = offload.to_device(average).astype(param.dtype)
+        if kind is None or average.sharding.memory_kind == kind:
+            return average
+        return jax.device_put(average, average.sharding.with_memory_kind(kind))
+
+    return jax.tree.map(settle, state.average, state.params, is_leaf=lambda x: x is None)
+
+
 def init_state(
-    params: Any,
+    params: Params,
     tx: optax.GradientTransformation,
     key: jax.Array,
     precision: Precision = Precision(),
     trainable: tuple[str, ...] | None = None,
     ema: bool = False,
-    carry: Any = None,
+    carry: Tree = None,
 ) -> TrainState:
     """The state before the first step; pure, so it runs under jit with the plan's shardings."""
     learn = partition(params, trainable)[0]

@@ -14,7 +14,7 @@ from llm_jax.nn import paths
 
 
 def partition(params: Any, patterns: str | Iterable[str] | None) -> tuple[Any, Any]:
-    """Splits into (trainable, frozen), with None in the places of the other part.
+    """Splits into (trainable, frozen), None standing for the leaves of the other part.
 
     Args:
       params: parameter tree.

@@ -245,7 +245,6 @@ def test_a_document_comes_before_the_rest_of_its_file_is_read(name, zipped, tmp_
     path = tmp_path / (name + ".gz" * zipped)
     path.write_bytes(gzip.compress(data) if zipped else data)
     seen, whole = [], text_files.unpacked
-    monkeypatch.setattr(text_files, "BLOCK", 64)
-    monkeypatch.setattr(text_files, "unpacked", lambda *given: (seen.append(x) or x for x in whole(*given)))
+    monkeypatch.setattr(text_files, "unpacked", lambda file, size: (seen.append(x) or x for x in whole(file, 64)))
     next(documents(str(path)))
     assert 0 < len(seen) < 10

@@ -31,10 +31,11 @@ def test_bytes_survive_encode_and_decode(trained):
     texts = ["", " ", "\x00\x01\x7f\r\n\t", "a\u0301e\u200d\U0001f468\u200d\U0001f469", *TEXTS]
     texts += [random_text(rng) for _ in range(300)]
     tokenizer = trained["bpe"]
+    size = tokenizer.vocab_size
     for text, batch in zip(texts, tokenizer.encode_batch(texts), strict=True):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text and ids == batch
-        assert all(0 <= i < tokenizer.vocab_size for i in ids)
+        assert all(0 <= i < size for i in ids)
 
 
 @pytest.mark.parametrize("kind", tokenizers.KINDS)

@@ -12,7 +12,7 @@ from llm_jax.data import tokenizers, tokens
 from llm_jax.data.chat import chats
 from llm_jax.data.corpora import CorpusError, Document, documents, split_of
 from llm_jax.data.tokenizers import Tokenizer, TokenizerError
-from llm_jax.data.tokens import Example
+from llm_jax.data.tokens import EncodedDocument
 from llm_jax.storage import digests
 
 LINES = [f"document {i} é" for i in range(40)]
@@ -66,7 +66,7 @@ def test_a_cache_is_reused_and_keyed_by_what_matters(source, tokenizer, tmp_path
 
     def encode(batch, bad):
         calls.append(len(batch))
-        return [Example(tokenizer.encode(d.text), [0] + [1] * (len(d.text) - 1)) for d in batch]
+        return [EncodedDocument(tokenizer.encode(d.text), [0] + [1] * (len(d.text) - 1)) for d in batch]
 
     build = lambda **changes: tokens.build(
         **{"source": source, "tokenizer": tokenizer, "cache": cache, "encode": encode, **changes}
@@ -99,7 +99,7 @@ def test_a_cache_is_reused_and_keyed_by_what_matters(source, tokenizer, tmp_path
 @pytest.mark.parametrize("suffix", ["ids", "weights", "starts", "json"])
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "replace"])
 def test_a_damaged_cache_is_built_again(suffix, damage, source, tokenizer, tmp_path, caplog):
-    encode = lambda batch, bad: [Example(tokenizer.encode(d.text), [1] * len(d.text)) for d in batch]
+    encode = lambda batch, bad: [EncodedDocument(tokenizer.encode(d.text), [1] * len(d.text)) for d in batch]
     good = tokens.build(source, tokenizer, tmp_path / "cache", encode=encode)["train"]
     good = [np.array(good.ids), np.array(good.starts), np.array(good.weights), good.text_bytes]
     (file,) = (tmp_path / "cache").rglob(f"train.{suffix}")
@@ -189,7 +189,7 @@ def test_a_source_that_grows_while_it_is_read_is_no_cache(source, tokenizer, tmp
     def encode(batch, bad):
         with open(source, "a") as f:
             f.write("\n" + json.dumps({"text": "one more"}))
-        return [Example(tokenizer.encode(d.text)) for d in batch]
+        return [EncodedDocument(tokenizer.encode(d.text)) for d in batch]
 
     with pytest.raises(CorpusError, match="rows.jsonl changed while it was tokenized: run again"):
         tokens.build(source, tokenizer, tmp_path / "cache", encode=encode)

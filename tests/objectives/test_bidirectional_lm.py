@@ -37,16 +37,16 @@ def test_losses_by_hand():
     def run(params):
         prepared = objective.prepare(batch(0, 12), jax.random.key(0))
         out = CONFIG.make().apply({"params": params}, **prepared.inputs)
-        return out.last_hidden_state, objective.score(out, prepared.targets), prepared.weights
+        empty = objective.prepare({**batch(0), "loss_weights": np.zeros((4, 5))}, jax.random.key(0))
+        return out.last_hidden_state, objective.score(out, prepared.targets), prepared.weights, empty.weights
 
-    h, scores, totals = run(PARAMS)
+    h, scores, totals, empty = run(PARAMS)
     logp = lambda h: np.asarray(jax.nn.log_softmax(h @ PARAMS["head"]["kernel"] + PARAMS["head"]["bias"][None, None]))
     pick = lambda logp, ids: np.take_along_axis(logp, ids[..., None], 2).sum()
     np.testing.assert_allclose(scores["forward"], -pick(logp(h[..., :6]), TEXT[:, 1:]), rtol=1e-5)
     np.testing.assert_allclose(scores["backward"], -pick(logp(h[:, 1:, 6:]), TEXT[:, :-2]), rtol=1e-5)
     assert (totals["forward"], totals["backward"], totals["tokens"]) == (48, 44, 48)
-    empty = objective.prepare({**batch(0), "loss_weights": np.zeros((4, 5))}, jax.random.key(0))
-    assert empty.weights["forward"] == empty.weights["backward"] == 0
+    assert empty["forward"] == empty["backward"] == 0
 
 
 def test_the_proposal_is_a_distribution_that_falls():

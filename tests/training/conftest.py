@@ -1,7 +1,15 @@
 """What the tests of whole runs train on."""
 
+import devices
 import numpy as np
 import pytest
+
+
+@pytest.fixture
+def one_device():
+    """For runs that say nothing of sharding: their programs compile and run in less time."""
+    with devices.one_device():
+        yield
 
 
 @pytest.fixture(scope="module")

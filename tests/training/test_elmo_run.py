@@ -15,6 +15,8 @@ from llm_jax.training import run
 from llm_jax.training.loop import LoopConfig
 from llm_jax.training.optimizers import OptimizerConfig
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture
 def config(tmp_path):

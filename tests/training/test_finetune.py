@@ -27,6 +27,8 @@ from llm_jax.training.optimizers import OptimizerConfig
 from llm_jax.training.run_config import DataConfig, RunConfig
 from llm_jax.training.workdir import WorkdirError
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 TEXT = "abc abd abe, abc abd abe. " * 60
 CHATS = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
          for q, a in [("ab", "cd"), ("a", "cdcd"), ("abab", "c"), ("b", "cdc")] * 4]  # fmt: skip

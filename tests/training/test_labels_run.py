@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from devices import one_device
 from tiny_models import BERT, noise
 
 from llm_jax import config as configs
@@ -105,7 +106,8 @@ def test_beside_lora_the_head_trains_and_nothing_else(data, base, tmp_path):
     loaded = finetune.load(str(base), config)
     assert loaded.config.labels == ("bad", "good") and loaded.config.head == "classification"
     before = jax.device_get(loaded.params)
-    done = finetune.run(loaded, config, tmp_path / "run", jax.random.key(0))
+    with one_device():
+        done = finetune.run(loaded, config, tmp_path / "run", jax.random.key(0))
     after = jax.device_get(lora.detach(done.trained.state.params))
     moved = {p.split("/")[0] for (p, a), (_, b) in zip(paths.flatten(before), paths.flatten(after), strict=True)
              if (np.asarray(a) != b).any()}  # fmt: skip
@@ -133,7 +135,8 @@ def tagging(data, trainable, steps, rate):
 def test_tags_are_learned(data, base, tmp_path):
     config = FinetuneConfig(run=tagging(data, None, 30, 0.02), lora=None)
     loaded = finetune.load(str(base), config)
-    done = finetune.run(loaded, config, tmp_path, jax.random.key(0))
+    with one_device():
+        done = finetune.run(loaded, config, tmp_path, jax.random.key(0))
     assert done.trained.evaluation["eval/accuracy"] > 0.97
     said = predict(loaded.model, done.merged, loaded.tokenizer, [("the", "grey", "day"), ("warm",)])
     assert [s["tags"] for s in said] == [["O", "B", "O"], ["G"]]
@@ -159,7 +162,8 @@ def test_features_of_a_frozen_elmo(data, tmp_path):
     assert (loaded.config.vocab_size, loaded.config.dropout, loaded.config.labels) == (0, 0.0, ("B", "G", "O"))
     np.testing.assert_array_equal(loaded.params["mix"]["weights"], np.zeros(3))
     before = jax.device_get(loaded.params)
-    done = finetune.run(loaded, config, tmp_path / "run", jax.random.key(0))
+    with one_device():
+        done = finetune.run(loaded, config, tmp_path / "run", jax.random.key(0))
     assert done.trained.evaluation["eval/loss"] < 0.75 * done.trained.evaluation["eval/baseline_loss"]
     moved = {p for (p, a), (_, b) in zip(paths.flatten(before), paths.flatten(done.merged), strict=True)
              if (np.asarray(a) != b).any()}  # fmt: skip

@@ -7,8 +7,10 @@ import jax
 import numpy as np
 import pytest
 
+from llm_jax.objectives.causal_lm import CausalLM
 from llm_jax.storage.checkpoints import Checkpoints
-from llm_jax.training.loop import Interrupted, LoopConfig, TrainingError, run_loop, summarize
+from llm_jax.training.hooks import Evaluation, Report, Saves
+from llm_jax.training.loop import Interrupted, LoopConfig, TrainingError, hooks_of, run_loop, summarize
 from llm_jax.training.metrics import MetricsWriter, read_metrics
 from llm_jax.training.state import TrainState
 
@@ -52,17 +54,17 @@ class Run:
             self.evaluated.append(int(state.step))
             return {"eval/loss": 1.0 / int(state.step)}
 
-        loader, writer = Batches(), MetricsWriter(folder, start)
+        loader, config = Batches(), LoopConfig(**options)
         loader.taken = start
-        config = LoopConfig(**options)
+        report = Report(MetricsWriter(folder, start), start, config.steps, flops_per_step=8.0, peak_flops=1e9)
+        evaluation = Evaluation(evaluate, report)
+        saves = Saves(self.checkpoints, {"a": 1}, loader.state, evaluation)
+        hooks = hooks_of(config, report, evaluation, saves)
         try:
-            self.result = run_loop(
-                *(state_at(start), step_fn, loader, lambda x: x, self.checkpoints, writer, config, evaluate, {"a": 1}),
-                flops_per_step=8.0,
-                peak_flops=1e9,
-            )
+            last = run_loop(state_at(start), step_fn, loader, config.steps, saves, hooks)
+            self.result = last, evaluation.of(last)
         finally:
-            writer.close()
+            report.close()
 
     def rows(self, name):
         return [r["step"] for r in read_metrics(self.folder) if name in r]
@@ -123,7 +125,7 @@ def test_a_few_bad_steps_are_survived(tmp_path):
 
 
 def test_summary_by_hand():
-    got = summarize({"next_token": 6.0, "accuracy": 1.0}, {"next_token": 4.0, "accuracy": 4.0}, 0.25)
+    got = summarize(CausalLM(), {"next_token": 6.0, "accuracy": 1.0}, {"next_token": 4.0, "accuracy": 4.0}, 0.25)
     want = {
         "eval/loss": 1.5,
         "eval/perplexity": math.exp(1.5),
@@ -132,7 +134,7 @@ def test_summary_by_hand():
     }
     assert got == pytest.approx(want)
     assert "eval/bits_per_byte" not in summarize(
-        {"next_token": 1.0, "accuracy": 0.0}, {"next_token": 1.0, "accuracy": 1.0}, 0.0
+        CausalLM(), {"next_token": 1.0, "accuracy": 0.0}, {"next_token": 1.0, "accuracy": 1.0}, 0.0
     )
 
 

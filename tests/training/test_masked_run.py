@@ -11,11 +11,14 @@ from llm_jax.models.bert import BertConfig
 from llm_jax.models.gpt import GPTConfig
 from llm_jax.objectives.causal_lm import CausalLM
 from llm_jax.objectives.masked_lm import MaskedLM
+from llm_jax.objectives.objective import NATS_PER_TOKEN
 from llm_jax.parallel.plan import PlanConfig
 from llm_jax.training import metrics, run
 from llm_jax.training.loop import LoopConfig
 from llm_jax.training.metrics import read_metrics
 from llm_jax.training.optimizers import OptimizerConfig
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 SIZES = {**BERT, "vocab_size": 120, "context_length": 24, "model_dim": 24, "dropout": 0.0, "attention_dropout": 0.0}
 
@@ -60,7 +63,7 @@ def test_full_sentences_with_dynamic_span_masks(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "plot_loss", lambda _, unit: units.append(unit))
     model = BertConfig(**SIZES, num_token_types=1, position_offset=2, head="masked_lm", pooler=None)
     trained = run.train(config_of(corpus, model, {}, MaskedLM(unit="spans", pair=0.0), steps=3), tmp_path)
-    assert units == [metrics.UNIT]  # what is masked at once is no unit of the loss
+    assert units == [NATS_PER_TOKEN]  # what is masked at once is no unit of the loss
     assert np.isfinite(trained.evaluation["eval/loss"]) and "eval/pair" not in trained.evaluation
 
 

@@ -14,7 +14,15 @@ from tiny_models import ENCODER_DECODERS, ENCODERS, MODELS, abstract, model_para
 
 from llm_jax.nn import paths, weights
 from llm_jax.nn.stack import stack, unstack
-from llm_jax.training.optimizers import NAMES, OUTPUTS, OptimizerConfig, make_optimizer, make_schedule, unread
+from llm_jax.training.optimizers import (
+    NAMES,
+    OUTPUTS,
+    OptimizerConfig,
+    learning_rate,
+    make_optimizer,
+    make_schedule,
+    unread,
+)
 from llm_jax.training.program import optimizer_of
 from llm_jax.training.run_config import RunConfig
 
@@ -56,6 +64,18 @@ def test_schedules():
     for name, rates in every(jnp.arange(STEPS + 5)).items():
         want = [SCHEDULES[name][1](t) for t in range(STEPS + 5)]
         np.testing.assert_allclose(rates, want, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_the_rate_of_a_step_counts_updates_only():
+    """Both of an update and of a step that was skipped, whose counter stays."""
+    config = OptimizerConfig(learning_rate=2.0, schedule="linear")
+    tx, rate = make_optimizer(config, STEPS), make_schedule(config, STEPS)
+    params = {"kernel": np.ones((2, 2), np.float32)}
+    state = tx.init(params)
+    for count in range(3):
+        assert learning_rate(rate, state, updated=False) == float(rate(count))
+        _, state = tx.update(params, state, params)
+        assert learning_rate(rate, state, updated=True) == float(rate(count))
 
 
 RNG = np.random.default_rng(0)
@@ -170,8 +190,9 @@ def test_muon_orthogonalises(shape):
 
 
 def heads_of(table):
-    """Every config with every head that its family has."""
-    for config in table.values():
+    """Every config, and one of each family with every head that it has."""
+    yield from table.values()
+    for config in {type(config): config for config in table.values()}.values():
         for head in ("lm", "pretraining", "classification", "tokens"):
             with contextlib.suppress(ValueError, TypeError):
                 yield dataclasses.replace(config, head=head)

@@ -14,18 +14,23 @@ import jax
 import numpy as np
 import pytest
 
+from llm_jax import interop
 from llm_jax.data import tokenizers
 from llm_jax.data.corpora import CorpusError
 from llm_jax.data.tokenizer import Rule, set_rule
 from llm_jax.data.tokenizers import TokenizerError
 from llm_jax.models.gpt import GPTConfig
 from llm_jax.nn import paths
+from llm_jax.objectives.causal_lm import CausalLM
 from llm_jax.parallel.plan import PlanConfig
 from llm_jax.storage.checkpoints import Checkpoints
 from llm_jax.training import rows, run
 from llm_jax.training.loop import LoopConfig
 from llm_jax.training.metrics import read_metrics
-from llm_jax.training.optimizers import OptimizerConfig
+from llm_jax.training.optimizers import OptimizerConfig, make_schedule
+from llm_jax.training.precision import Precision
+from llm_jax.training.recipes import recipe_of
+from llm_jax.training.step import make_eval_step
 from llm_jax.training.workdir import WorkdirError
 
 STEPS, SAVED, KILLED = 14, 5, 8
@@ -80,6 +85,33 @@ def test_a_run_learns_and_leaves_its_files(whole, corpus):
         trained.state.params, np.zeros((1, 4), int)
     )
     assert np.isfinite(logits).all()
+
+
+def test_the_average_is_what_is_measured_and_handed_on(whole):
+    """By evaluations and so by keep_best, by `Trained.params`, and by loading; the last parameters are there too."""
+    folder, trained = whole
+    average = jax.device_get(trained.state.average)
+    for given in (trained.params, interop.load(folder).params):
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(given), average)
+    last = interop.load(folder, average=False).params
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(last), jax.device_get(trained.state.params))
+
+    config = run.load_config(folder)
+    source = recipe_of(config.objective).source
+    held_out = source.rows(config, trained.tokenizer, folder, None, "text", None).held_out
+    step = jax.jit(make_eval_step(trained.model, CausalLM(), Precision("fp16")))
+    losses = [
+        run.evaluate_rows(CausalLM(), step, params, held_out, config.training.batch_size, 0, dict)["eval/loss"]
+        for params in (average, last)
+    ]
+    measured = trained.evaluation["eval/loss"]
+    assert measured == pytest.approx(losses[0], rel=1e-3) and measured != pytest.approx(losses[1], rel=1e-2)
+
+
+def test_the_learning_rate_is_logged(whole, corpus):
+    rate = make_schedule(config_of(corpus).optimizer, STEPS)
+    logged = [r["train/learning_rate"] for r in read_metrics(whole[0]) if "train/loss" in r]
+    assert logged == [pytest.approx(float(rate(step))) for step in range(STEPS)]
 
 
 KILL = f"""
@@ -231,7 +263,7 @@ def test_what_whole_documents_lose_stands_beside_the_evaluation(tmp_path, monkey
     config = change(config, "training", sequence_length=64, accumulation=1)
     run.train(config, tmp_path / "whole")
     run.train(change(config, "data", packing="stream"), tmp_path / "stream")
-    whole, stream = (held.known for held in seen)
+    whole, stream = (held_out.constants for held_out in seen)
     assert whole["eval/cut_tokens"] == seen[0].rows.cut_tokens > 0 and set(stream) == {"eval/baseline_loss"}
 
 

@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from devices import one_device
 
 from llm_jax import config as configs
 from llm_jax import interop
@@ -18,6 +19,8 @@ from llm_jax.objectives.seq2seq import Seq2Seq
 from llm_jax.training import run
 from llm_jax.training.loop import LoopConfig
 from llm_jax.training.optimizers import OptimizerConfig
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 SIZES = dict(context_length=32, model_dim=32, num_layers=1, num_heads=2, dropout=0.0)
 
@@ -40,7 +43,8 @@ def test_a_copy_task_reaches_exactness(tmp_path):
     (tmp_path / "copy.jsonl").write_text("\n".join(rows))
     model = TransformerConfig(**SIZES, vocab_size=8, hidden_dim=64, norm="pre")
     config = config_of(*(tmp_path / "copy.jsonl", model, Seq2Seq(), 360), fields=("from", "to"), tokenizer_kind="char")
-    trained = run.train(config, tmp_path / "run")
+    with one_device():
+        trained = run.train(config, tmp_path / "run")
     assert trained.evaluation["eval/loss"] < 0.05 < 1.5 < trained.evaluation["eval/baseline_loss"]
     new = ["".join(rng.choice(list("abcdef"), n)) for n in (3, 5, 8, 8)]
     tokenizer = trained.tokenizer

@@ -194,7 +194,7 @@ def test_what_is_frozen_stays_and_costs_no_state():
 def test_ties_add_gradients_up_in_the_owner():
     tx, ties = optax.sgd(1.0), {"one/kernel": "two/kernel"}
     params = {"two": PARAMS["two"]}
-    step = jax.jit(make_train_step(Toy(), Two(), tx, StepConfig(clip_norm=0), ties))
+    step = jax.jit(make_train_step(Toy(), Two(), tx, StepConfig(clip_norm=0, ties=ties)))
     state, _ = step(start(tx, params=params), BATCH)
     _, grads = loss_and_gradients({**params, "one": {"kernel": PARAMS["two"]["kernel"]}}, BATCH)
     want = {"kernel": params["two"]["kernel"] - grads["one"]["kernel"] - grads["two"]["kernel"]}

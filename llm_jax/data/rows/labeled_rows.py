@@ -19,6 +19,7 @@ from llm_jax.data import characters
 from llm_jax.data.corpora import BadRows, CorpusError
 from llm_jax.data.labeled import Example
 from llm_jax.data.rows.pairs import IGNORED
+from llm_jax.data.rows.source import Row
 from llm_jax.data.tokenizers import Tokenizer, check_ids
 from llm_jax.data.tokens import unigram_nats
 
@@ -53,9 +54,9 @@ class Encoder:
       kind: one of `FIELDS`.
       length: tokens of a row at most.
       max_characters: of a word, where the model reads characters between the ends of a sentence.
-      types: the model is told which of two texts a token belongs to.
+      types: the model reads which of two texts a token belongs to.
       left: padding stands in front.
-      entries: of the model's table, which every id is held to; None where it has none.
+      entries: rows of the model's table, which ids must not exceed; None where there is no table.
     """
 
     tokenizer: Tokenizer
@@ -68,14 +69,14 @@ class Encoder:
 
     @classmethod
     def of(cls, model: Any, tokenizer: Tokenizer, kind: str, length: int) -> "Encoder":
-        """That of a model's config."""
+        """The encoder for a model's config."""
         types, left = getattr(model, "num_token_types", 0) > 1, getattr(model, "pads_left", False)
         spells = getattr(model, "max_characters", None)
         entries = None if spells is not None else getattr(model, "vocab_size", None)
         return cls(tokenizer, kind, length, spells, types, left, entries)
 
     def __call__(self, inputs: Sequence[tuple[str, ...]]) -> list[list[Pieces]]:
-        """Of every example its pieces, those of every choice; empty where a question leaves its context no room.
+        """The pieces of every example, a list for each choice; empty where a question leaves its context no room.
 
         Raises:
           ValueError: on pairs where words are spelled, and ids that the model's table has no row for.
@@ -106,18 +107,21 @@ class Encoder:
         rows = self.tokenizer.encodings(texts, seconds, self.length, strategy)
         if self.entries is not None:
             check_ids([i for row in rows for i in row.ids], self.entries, self.tokenizer)
-        mine = 1 if self.kind == "span" else 0
-        places = lambda row: [o if s == mine else None for o, s in zip(row.offsets, row.sequence_ids, strict=True)]
-        array = lambda values: np.asarray(values, np.int32)
-        wanted = self.kind in ("tokens", "span")
-        return [Pieces(array(r.ids), array(r.type_ids), places(r) if wanted else [], bool(r.overflowing)) for r in rows]
+        text = 1 if self.kind == "span" else 0  # the one whose characters labels name
+        pieces = []
+        for row in rows:
+            offsets = [o if s == text else None for o, s in zip(row.offsets, row.sequence_ids, strict=True)]
+            ids, types = np.asarray(row.ids, np.int32), np.asarray(row.type_ids, np.int32)
+            wanted = self.kind in ("tokens", "span")
+            pieces.append(Pieces(ids, types, offsets if wanted else [], bool(row.overflowing)))
+        return pieces
 
     def _spelled(self, inputs: tuple[str, ...]) -> Pieces:
         words = inputs if self.kind == "tokens" else self.tokenizer.words(inputs[0])
-        kept = words[: self.length - 2]
-        ids = characters.batch([kept], self.max_characters or 0)[0]
-        places = [i + 1 if i < len(kept) else None for i in range(len(words))]
-        return Pieces(ids, np.zeros(len(ids), np.int32), places, len(kept) < len(words))
+        read = words[: self.length - 2]
+        ids = characters.batch([read], self.max_characters or 0)[0]
+        places = [i + 1 if i < len(read) else None for i in range(len(words))]
+        return Pieces(ids, np.zeros(len(ids), np.int32), places, len(read) < len(words))
 
     def shift(self, pieces: Pieces, length: int) -> int:
         """How far padding moves the pieces."""
@@ -220,7 +224,7 @@ class LabeledRows:
         """Rows."""
         return len(self.rows)
 
-    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+    def __getitem__(self, index: SupportsIndex) -> Row:
         """The row, with `labels` and `loss_weights` `[1]`, which say that it counts."""
         pieces, label = self.rows[int(index)]
         length, kind = self.encoder.length, self.encoder.kind
@@ -238,13 +242,13 @@ class LabeledRows:
         return joined if self.encoder.kind == "regression" else joined[joined != IGNORED]
 
 
-def without_text(train: LabeledRows, held: LabeledRows, count: int) -> tuple[float, float]:
+def without_text(train: LabeledRows, held_out: LabeledRows, count: int) -> tuple[float, float]:
     """(held-out loss, share of held-out labels that are right) of what knows only the training part's labels.
 
     Their frequencies give the loss (of numbers: the mean, and its squared error), the most frequent one the share.
     Spans have neither: zeros.
     """
-    seen, asked = train.labels(), held.labels()
+    seen, asked = train.labels(), held_out.labels()
     if train.encoder.kind == "span":
         return 0.0, 0.0
     if train.encoder.kind == "regression":

@@ -8,11 +8,12 @@ sentences), https://arxiv.org/abs/1907.11692; Lan et al. 2020, section 3.1 (orde
 """
 
 import logging
-from typing import Any, NamedTuple, SupportsIndex
+from typing import NamedTuple, SupportsIndex
 
 import numpy as np
 
 from llm_jax.data.corpora import CorpusError
+from llm_jax.data.rows.source import Row, RowSource
 from llm_jax.data.tokenizers import Tokenizer, TokenizerError
 from llm_jax.data.tokens import TokenStore
 
@@ -22,12 +23,12 @@ SHORTEST = 8  # tokens of text in a pair
 
 
 class Frames(NamedTuple):
-    """What stands around text.
+    """Special tokens around a text, and what a tokenizer says of its entries.
 
     Attributes:
-      cls_id: before it.
-      sep_id: behind every sentence.
-      pad_id: in the rest of a row.
+      cls_id: stands before a text.
+      sep_id: stands behind every sentence.
+      pad_id: fills the rest of a row.
       special: `[V]` bool, entries that are no text.
       starts: `[V]` bool, entries that begin a word.
     """
@@ -40,7 +41,7 @@ class Frames(NamedTuple):
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "Frames":
-        """Those of a tokenizer.
+        """The special tokens of a tokenizer.
 
         Raises:
           TokenizerError: if it lacks one of the special tokens.
@@ -49,10 +50,10 @@ class Frames(NamedTuple):
         missing = [name for name, index in found.items() if index is None]
         if missing:
             raise TokenizerError(f"the tokenizer has no {', '.join(missing)} token, which masked models need")
-        ids: Any = found
-        return cls(ids["cls"], ids["sep"], ids["pad"], tokenizer.is_special(), tokenizer.starts_word())
+        cls_id, sep_id, pad_id = (index for index in found.values() if index is not None)
+        return cls(cls_id, sep_id, pad_id, tokenizer.is_special(), tokenizer.starts_word())
 
-    def row(self, ids: list[int] | np.ndarray, length: int) -> dict[str, Any]:
+    def row(self, ids: list[int] | np.ndarray, length: int) -> Row:
         """Pads ids to a row and says which tokens may be masked and to which word each belongs."""
         out = np.full(length, self.pad_id, np.int32)
         out[: len(ids)] = ids
@@ -87,7 +88,7 @@ class FramedRows:
         """Rows."""
         return self.count
 
-    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+    def __getitem__(self, index: SupportsIndex) -> Row:
         """See `Frames.row`."""
         size = self.length - 2
         text = self.store.ids[int(index) * size : (int(index) + 1) * size]
@@ -135,7 +136,7 @@ class PairRows:
         """Rows."""
         return len(self.windows)
 
-    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+    def __getitem__(self, index: SupportsIndex) -> Row:
         """See `Frames.row`; also `token_type_ids` and `pair_labels`."""
         rng = np.random.default_rng((self.seed, int(index)))
         document, begin, end = self.windows[int(index)]
@@ -162,7 +163,7 @@ class MaskCopies:
     Source: Liu et al. 2019, section 4.1: ten copies, so that each mask is seen 4 times in 40 epochs.
     """
 
-    def __init__(self, rows: Any, copies: int) -> None:
+    def __init__(self, rows: RowSource, copies: int) -> None:
         """`copies` masks a row."""
         self.rows, self.copies = rows, copies
 
@@ -170,6 +171,6 @@ class MaskCopies:
         """Rows times copies."""
         return len(self.rows) * self.copies
 
-    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+    def __getitem__(self, index: SupportsIndex) -> Row:
         """The row, with `mask_seed`."""
         return {**self.rows[int(index) % len(self.rows)], "mask_seed": np.int32(int(index))}

@@ -4,11 +4,12 @@ Both are random-access sources: row i is computed from the memory-mapped tokens,
 """
 
 import logging
-from typing import Any, SupportsIndex
+from typing import SupportsIndex
 
 import numpy as np
 
 from llm_jax.data.corpora import CorpusError
+from llm_jax.data.rows.source import Row
 from llm_jax.data.tokens import TokenStore
 
 log = logging.getLogger(__name__)
@@ -37,11 +38,11 @@ class StreamRows:
         """Rows."""
         return self.count
 
-    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+    def __getitem__(self, index: SupportsIndex) -> Row:
         """`input_ids` [T + 1] int32 and, as asked for, `segment_ids` and `loss_weights`."""
         start = int(index) * self.length
         cut = slice(start, start + self.length + 1)
-        row: dict[str, Any] = {"input_ids": np.asarray(self.store.ids[cut], np.int32)}
+        row: Row = {"input_ids": np.asarray(self.store.ids[cut], np.int32)}
         if self.segments:
             where = np.arange(start, start + self.length + 1)
             document = np.searchsorted(self.store.starts, where, side="right")
@@ -67,7 +68,7 @@ class PlainRows:
         """Rows."""
         return self.count
 
-    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+    def __getitem__(self, index: SupportsIndex) -> Row:
         """`input_ids` [T] int32."""
         start = int(index) * self.length
         return {"input_ids": np.asarray(self.store.ids[start : start + self.length], np.int32)}
@@ -117,7 +118,7 @@ class WholeRows:
         """Rows."""
         return len(self.rows)
 
-    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+    def __getitem__(self, index: SupportsIndex) -> Row:
         """`input_ids`, `segment_ids` (0 = padding) and `loss_weights`, `[T + 1]` each."""
         ids, segments = np.zeros(self.size, np.int32), np.zeros(self.size, np.int32)
         weights, at = np.zeros(self.size, np.float32), 0

@@ -2,13 +2,14 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any, SupportsIndex
+from typing import SupportsIndex
 
 import numpy as np
 
 from llm_jax.data.corpora import BadRows, CorpusError, Document
+from llm_jax.data.rows.source import Row
 from llm_jax.data.tokenizers import Tokenizer
-from llm_jax.data.tokens import Encode, Example, TokenStore
+from llm_jax.data.tokens import Encode, EncodedDocument, TokenStore
 
 log = logging.getLogger(__name__)
 IGNORED = -100  # a label that does not count
@@ -23,7 +24,7 @@ def both(document: Document, fields: tuple[str, ...]) -> tuple[str, str] | None:
 def encode_pairs(tokenizer: Tokenizer, fields: tuple[str, ...]) -> Encode:
     """Encodes records: the source with weight 0, the target with weight 1, each as `encode_source` gives it."""
 
-    def encode(batch: Sequence[Document], bad: BadRows) -> Iterator[Example]:
+    def encode(batch: Sequence[Document], bad: BadRows) -> Iterator[EncodedDocument]:
         usable = []
         for document in batch:
             pair = both(document, fields)
@@ -34,7 +35,7 @@ def encode_pairs(tokenizer: Tokenizer, fields: tuple[str, ...]) -> Encode:
         sides = (tokenizer, tokenizer.target)
         sources, targets = (side.encode_sources([p[i] for p in usable]) for i, side in enumerate(sides))
         for a, b in zip(sources, targets, strict=True):
-            yield Example([*a, *b], [0] * len(a) + [1] * len(b))
+            yield EncodedDocument([*a, *b], [0] * len(a) + [1] * len(b))
 
     return encode
 
@@ -71,7 +72,7 @@ class PairedRows:
         """Pairs."""
         return len(self.cuts)
 
-    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+    def __getitem__(self, index: SupportsIndex) -> Row:
         """`input_ids`, `attention_mask` and `labels`, `[length]` int32 each."""
         begin, middle, end = self.cuts[int(index)]
         ids, mask = np.zeros(self.length, np.int32), np.zeros(self.length, np.int32)

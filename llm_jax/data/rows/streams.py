@@ -1,11 +1,12 @@
-"""Rows for models that remember: batch i + 1 goes on where batch i stopped, row by row; and words with characters."""
+"""Rows for models that remember: batch i + 1 continues where batch i stopped, row by row; and words with characters."""
 
-from typing import Any, SupportsIndex
+from typing import SupportsIndex
 
 import numpy as np
 
 from llm_jax.data.characters import character_ids
 from llm_jax.data.corpora import CorpusError
+from llm_jax.data.rows.source import Row, RowSource
 from llm_jax.data.tokenizers import Tokenizer
 
 
@@ -19,7 +20,7 @@ class Streams:
     `backwards` says so, row by row.
     """
 
-    def __init__(self, rows: Any, count: int, both_ways: bool = False) -> None:
+    def __init__(self, rows: RowSource, count: int, both_ways: bool = False) -> None:
         """Raises CorpusError where there are fewer rows than streams."""
         self.rows, self.count, self.length, self.both_ways = rows, count, len(rows) // count, both_ways
         if self.length < 1:
@@ -29,14 +30,14 @@ class Streams:
         """Rows, a multiple of the streams."""
         return self.count * self.length
 
-    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+    def __getitem__(self, index: SupportsIndex) -> Row:
         """The row, with `continues`, and `backwards` where rows run both ways."""
-        place, stream = divmod(int(index), self.count)
-        flags = {"continues": np.bool_(place > 0)}
+        step, stream = divmod(int(index), self.count)
+        flags = {"continues": np.bool_(step > 0)}
         if not self.both_ways:
-            return {**self.rows[stream * self.length + place], **flags}
+            return {**self.rows[stream * self.length + step], **flags}
         backwards = stream >= self.count // 2
-        row = self.rows[stream * self.length + (self.length - 1 - place if backwards else place)]
+        row = self.rows[stream * self.length + (self.length - 1 - step if backwards else step)]
         if backwards:
             row = {name: values[::-1] for name, values in row.items()}
         return {**row, **flags, "backwards": np.bool_(backwards)}
@@ -45,7 +46,7 @@ class Streams:
 class CharacterRows:
     """Rows of words with `character_ids`, `[T + 1, size]` int32."""
 
-    def __init__(self, rows: Any, tokenizer: Tokenizer, size: int) -> None:
+    def __init__(self, rows: RowSource, tokenizer: Tokenizer, size: int) -> None:
         """Spells the whole vocabulary once."""
         self.rows = rows
         self.table = np.stack([character_ids(tokenizer.token(i), size) for i in range(tokenizer.vocab_size)])
@@ -54,7 +55,7 @@ class CharacterRows:
         """Rows."""
         return len(self.rows)
 
-    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+    def __getitem__(self, index: SupportsIndex) -> Row:
         """The row, spelled."""
         row = self.rows[int(index)]
         return {**row, "character_ids": self.table[row["input_ids"]]}
