@@ -34,11 +34,12 @@ POLICIES = flags.DEFINE_bool("policies", False, "Print what a chip keeps by poli
 def main() -> None:
     """Builds the config, compiles, prints the table."""
     from llm_jax.rehearse import measure
+    from llm_jax.rehearse import report as text
     from llm_jax.training import run
 
     config = cli.from_config_dict(run.RunConfig, CONFIG.value)
     if POLICIES.value:
-        print(measure.policies(config, TOPOLOGY.value))
+        print(text.policies(measure.policies(config, chips.describe(TOPOLOGY.value).devices)))
         return
     begin = time.monotonic()
     report = measure.rehearse(config, TOPOLOGY.value, STEP.value, HLO.value)
@@ -46,11 +47,11 @@ def main() -> None:
     if JSON.value:
         with open(JSON.value, "w") as f:
             json.dump(report, f, indent=2)
-    print(measure.table(report))
+    print(text.table(report))
 
 
 def apart() -> None:
-    """Goes on in a child, so that a compiler that takes all memory, and is killed for it, ends in a line."""
+    """Continues in a child, so that a compiler that takes all memory, and is killed for it, ends in a line."""
     child = os.fork()
     if not child:
         return

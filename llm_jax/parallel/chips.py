@@ -12,7 +12,7 @@ class Chip:
     """What the maker's data sheet says of one chip.
 
     Attributes:
-      kind: how jax calls it, at least its beginning.
+      kind: its name in jax, at least the beginning.
       flops: dense bfloat16 operations a second.
       hbm: bytes of memory; 0 where it is sold in several sizes.
       hbm_bandwidth: bytes a second.
@@ -60,10 +60,10 @@ def chip_of(kind: str) -> Chip | None:
 
 
 def split(topology: str) -> tuple[str, tuple[int, ...]]:
-    """`v5e:16x16` as (`v5e`, (16, 16)).
+    """Splits a topology's name: `v5e:16x16` is (`v5e`, (16, 16)).
 
     Raises:
-      TopologyError: if it is not of the form.
+      TopologyError: if the name has another form.
     """
     name, _, shape = topology.partition(":")
     sizes = shape.split("x")
@@ -97,10 +97,10 @@ def describe(topology: str) -> Any:
     if name in ("v4", "v5p"):  # three dimensions, whole torus rings from cubes of 4 on, one device a chip
         options = {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}
         options |= {"wrap": tuple(s % 4 == 0 for s in shape)}
-    own = {"v5p": "v5"}.get(name, name)
+    family = {"v5p": "v5"}.get(name, name)
     try:
         found = topologies.get_topology_desc(
-            platform="tpu", topology_name=f"{own}:{'x'.join(map(str, shape))}", **options
+            platform="tpu", topology_name=f"{family}:{'x'.join(map(str, shape))}", **options
         )
     except Exception as e:
         text = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__

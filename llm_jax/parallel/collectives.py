@@ -2,7 +2,7 @@
 
 Functions of what one device holds, to be called inside `shard_map` over a mesh axis of N devices. Blocks are cut along
 the leading dimension. The compiler chooses the algorithm of four of them (`lax.psum` and its kin); `broadcast` and
-`reduce`, which single-program JAX has no words for, are binomial trees of permutations. `cost` counts a ring's bytes
+`reduce`, which single-program JAX has no words for, are binomial trees of permutations. `traffic` counts a ring's bytes
 for the four, and for the two the tree's: the least in total, though a root's own share can be smaller.
 
 Two ways to sum gradients are built from them: all devices alike (`all_reduce_mean`), and a parameter server
@@ -14,7 +14,7 @@ https://www.usenix.org/conference/osdi14/technical-sessions/presentation/li_mu.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 
-def _from_root(axis: str, root: int) -> tuple[int, Any]:
+def _from_root(axis: str, root: int) -> tuple[int, jax.Array]:
     """(N, this device's distance from the root)."""
     n = jax.lax.axis_size(axis)
     return n, (jax.lax.axis_index(axis) - root) % n
@@ -38,19 +38,19 @@ def _rounds(n: int, root: int) -> list[tuple[int, list[tuple[int, int]]]]:
 
 def broadcast(x: jax.Array, axis: str, root: int = 0) -> jax.Array:
     """Everyone has the root's `x`."""
-    n, place = _from_root(axis, root)
+    n, distance = _from_root(axis, root)
     for d, pairs in _rounds(n, root):
         got = jax.lax.ppermute(x, axis, pairs)
-        x = jnp.where((place >= d) & (place < 2 * d), got, x)
+        x = jnp.where((distance >= d) & (distance < 2 * d), got, x)
     return x
 
 
 def reduce(x: jax.Array, axis: str, root: int = 0) -> jax.Array:
     """The root has the sum, the others zeros."""
-    n, place = _from_root(axis, root)
+    n, distance = _from_root(axis, root)
     for _, pairs in reversed(_rounds(n, root)):
         x = x + jax.lax.ppermute(x, axis, [(to, frm) for frm, to in pairs])
-    return jnp.where(place == 0, x, jnp.zeros_like(x))
+    return jnp.where(distance == 0, x, jnp.zeros_like(x))
 
 
 def all_reduce(x: jax.Array, axis: str) -> jax.Array:
@@ -85,29 +85,29 @@ def all_reduce_mean(gradient: jax.Array, axis: str) -> jax.Array:
 
 def push(gradient: jax.Array, axis: str, server: int = 0) -> jax.Array:
     """Workers send their gradients to the server, one link each; it has the mean, the others zeros."""
-    n, place = _from_root(axis, server)
+    n, distance = _from_root(axis, server)
     total = gradient
     for i in range(1, n):
         total = total + jax.lax.ppermute(gradient, axis, [((server + i) % n, server)])
-    return jnp.where(place == 0, total / n, jnp.zeros_like(gradient))
+    return jnp.where(distance == 0, total / n, jnp.zeros_like(gradient))
 
 
 def pull(params: jax.Array, axis: str, server: int = 0) -> jax.Array:
     """Workers fetch the server's parameters, one link each."""
-    n, place = _from_root(axis, server)
+    n, distance = _from_root(axis, server)
     for i in range(1, n):
         got = jax.lax.ppermute(params, axis, [(server, (server + i) % n)])
-        params = jnp.where(place == i, got, params)
+        params = jnp.where(distance == i, got, params)
     return params
 
 
-class Cost(NamedTuple):
+class Traffic(NamedTuple):
     """Bytes that one call moves.
 
     Attributes:
-      sent: by the device that sends most.
-      received: by the device that receives most.
-      total: by all.
+      sent: bytes of the device that sends most.
+      received: bytes of the device that receives most.
+      total: bytes that all devices send.
     """
 
     sent: float
@@ -115,11 +115,11 @@ class Cost(NamedTuple):
     total: float
 
 
-def cost(name: str, size: float, n: int) -> Cost:
+def traffic(name: str, size: float, n: int) -> Traffic:
     """What a collective moves among N devices.
 
     Args:
-      name: of `COLLECTIVES`, or `push`, `pull`.
+      name: a key of `COLLECTIVES`, or `push`, `pull`.
       size: bytes that one device puts in (`all_gather`: its own block; `reduce_scatter`: all blocks).
       n: devices along the axis.
 
@@ -134,13 +134,13 @@ def cost(name: str, size: float, n: int) -> Cost:
         "all_to_all": size * (n - 1) / n,
     }
     if name in alike:
-        return Cost(alike[name], alike[name], alike[name] * n)
-    one = size if n > 1 else 0
+        return Traffic(alike[name], alike[name], alike[name] * n)
+    link = size if n > 1 else 0
     rooted = {
-        "broadcast": Cost(size * depth, one, size * (n - 1)),
-        "reduce": Cost(one, size * depth, size * (n - 1)),
-        "push": Cost(one, size * (n - 1), size * (n - 1)),
-        "pull": Cost(size * (n - 1), one, size * (n - 1)),
+        "broadcast": Traffic(size * depth, link, size * (n - 1)),
+        "reduce": Traffic(link, size * depth, size * (n - 1)),
+        "push": Traffic(link, size * (n - 1), size * (n - 1)),
+        "pull": Traffic(size * (n - 1), link, size * (n - 1)),
     }
     if name not in rooted:
         raise ValueError(f"collective={name!r} is none of {', '.join((*alike, *rooted))}")
@@ -151,7 +151,7 @@ def holdings(name: str, mesh: Mesh, axis: str) -> tuple[list[list[str]], list[li
     """Who holds what, found by running the collective.
 
     Args:
-      name: of `COLLECTIVES`.
+      name: a key of `COLLECTIVES`.
       mesh: at most 16 devices along `axis`.
       axis: its axis.
 
@@ -173,17 +173,17 @@ def holdings(name: str, mesh: Mesh, axis: str) -> tuple[list[list[str]], list[li
     )
 
     def read(summed: np.ndarray, whose: np.ndarray) -> list[list[str]]:
-        def one(block: int, bits: int) -> str:
+        def label(block: int, bits: int) -> str:
             devices = [i for i in range(n) if bits >> i & 1]
             return "".join(f"{i:x}" for i in devices) + "abcdefghijklmnop"[block // len(devices)] if devices else "-"
 
-        return [[one(int(b), int(w)) for b, w in zip(*row, strict=True)] for row in zip(summed, whose, strict=True)]
+        return [[label(int(b), int(w)) for b, w in zip(*row, strict=True)] for row in zip(summed, whose, strict=True)]
 
     return read(blocks, whose), read(np.asarray(run(blocks)), np.asarray(run(whose)))
 
 
 def table(name: str, mesh: Mesh, axis: str) -> str:
-    """`holdings` to read: a line a device."""
+    """`holdings` as text: a line a device."""
     rows = [(" ".join(a), " ".join(b)) for a, b in zip(*holdings(name, mesh, axis), strict=True)]
     width = max(len(a) for a, _ in rows)
     return "\n".join(f"{i}  {a:<{width}}  ->  {b}" for i, (a, b) in enumerate(rows))

@@ -1,4 +1,4 @@
-"""The one place that makes a mesh."""
+"""Makes meshes; nothing else does."""
 
 import math
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from jax.sharding import AxisType, Mesh
 AXES = ("replica", "data", "pipe", "seq", "model")
 
 
-def _place(d: Any) -> tuple[int, ...]:
-    """Where a TPU's device is: its slice, its coordinates from the slowest on, its core."""
+def _position(d: Any) -> tuple[int, ...]:
+    """Position of a TPU's device: its slice, its coordinates from the slowest on, its core."""
     return (getattr(d, "slice_index", None) or 0, *reversed(d.coords), d.core_on_chip)
 
 
@@ -23,7 +23,7 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None
 
     Args:
       sizes: axis sizes; `data=-1` takes the devices that are left.
-      devices: all devices by default; more than the mesh needs is an error.
+      devices: all devices by default; there must be as many as the mesh needs.
 
     Raises:
       ValueError: on an unknown axis, or sizes that do not multiply to the number of devices.
@@ -46,5 +46,5 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None
             "plan.seq or plan.model, or pass --simulate_devices on a CPU"
         )
     if devices[0].platform == "tpu":  # slice by slice along the torus, not host by host
-        devices = sorted(devices, key=_place)
+        devices = sorted(devices, key=_position)
     return Mesh(np.asarray(devices).reshape(tuple(shape.values())), AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -35,19 +35,19 @@ class PlanConfig:
         zero_bubble.
       microbatches: micro-batches of the pipeline; 0 takes twice as many as stages.
       chunks: pieces of layers a device, for schedule=interleaved.
-      seq: devices along the sequence (context parallelism): attention is `nn.ring`'s where its mask is of positions and
-        segments and nothing is added to its scores or dropped; elsewhere keys and values are gathered.
+      seq: devices along the sequence (context parallelism): attention is `parallel.ring`'s where its mask is of
+        positions and segments and nothing is added to its scores or dropped; elsewhere keys and values are gathered.
       model: devices along heads, feed-forward and vocabulary (tensor parallelism).
       zero: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters divided over `data`
         and `seq`.
-      explicit: of zero=3: layers gather their parameters and scatter gradients themselves (`parallel.explicit`), in the
-        place of the compiler; half the bytes of gradients on TPUs. Dropout draws other masks.
+      explicit: of zero=3: layers gather their parameters and scatter gradients themselves (`parallel.explicit`) instead
+        of the compiler; half the bytes of gradients on TPUs. Dropout draws other masks.
       remat: see `nn.Execution`. A pipeline of one stack computes every layer again, as with `full`.
       attention: see `nn.Execution`.
       offload: what lies in host memory between steps: `optimizer` (state, master copy, average; streamed through the
         device for the update) or `update` (the same, and the update is computed on the host), with `update` also
         `parameters` (those of layers: each comes up when it runs); or in files: `disk` (one device; the update reads,
-        computes and writes them layer by layer, see `parallel.disk`).
+        computes and writes them layer by layer, see `parallel.memory.disk`).
       precision: fp32, bf16 or fp16.
       master: `in_params`, `in_optimizer` or `none`: where the float32 copy of the weights lives.
       compiler: options of the compiler for the train step, `name=value` each.
@@ -185,6 +185,11 @@ class Plan:
         return bool(set(self.config.offload) - {"disk"})
 
     @property
+    def keeps_parameters_on_host(self) -> bool:
+        """Whether the parameters of layers lie in host memory between steps."""
+        return "parameters" in self.config.offload
+
+    @property
     def batch_divisor(self) -> int:
         """Rows of every micro-batch must divide by this."""
         return self.mesh.shape["replica"] * self.mesh.shape["data"]
@@ -210,11 +215,11 @@ class Plan:
         """
         owners = [{d.process_index for d in row} for row in self.mesh.devices.reshape(self.batch_divisor, -1)]
         processes = sorted(set().union(*owners))
-        held = {p: tuple(i for i, owner in enumerate(owners) if p in owner) for p in processes}
-        shares = sorted(set(held.values()))
+        blocks_of = {p: tuple(i for i, owner in enumerate(owners) if p in owner) for p in processes}
+        shares = sorted(set(blocks_of.values()))
         if sum(map(len, shares)) != len(owners) or len({len(s) for s in shares}) > 1:
             raise ValueError(f"mesh {dict(self.mesh.shape)} cuts rows across processes unevenly; change plan.model")
-        return held[jax.process_index()], len(owners)
+        return blocks_of[jax.process_index()], len(owners)
 
     def check_batch(self, batch_size: int, accumulation: int = 1, length: int | None = None) -> None:
         """Raises ValueError where the batch or the length of its rows does not divide."""
@@ -223,6 +228,11 @@ class Plan:
             raise ValueError(
                 f"training.sequence_length={length} does not divide by plan.seq={self.config.seq}: "
                 f"take {low or low + self.config.seq} or {low + self.config.seq}"
+            )
+        if accumulation > 1 and self.keeps_parameters_on_host:
+            raise ValueError(
+                f"training.accumulation={accumulation} with plan.offload=parameters: set it to 1; "
+                "plan.remat=offload:block makes room for larger batches"
             )
         name, parts = "accumulation", accumulation
         if self.schedule is not None:
@@ -236,15 +246,24 @@ class Plan:
                 f"(data={self.batch_divisor} x {name}={parts})"
             )
 
+    def check_optimizer(self, name: str) -> None:
+        """Raises ValueError where the update runs on the host or by pieces and the optimizer's cannot."""
+        kinds = set(self.config.offload) & {"update", "disk"}
+        if kinds and name not in offload.ELEMENTWISE:
+            raise ValueError(
+                f"plan.offload={kinds.pop()} computes elementwise optimizers on the host or by pieces "
+                f"({', '.join(offload.ELEMENTWISE)}), not {name}: set plan.offload=('optimizer',)"
+            )
+
     def execution(self, **changes: Any) -> Execution:
         """How the model runs under this plan."""
-        own = {"remat": self.config.remat, "attention": self.config.attention, "constrain": self.constrain}
+        fields = {"remat": self.config.remat, "attention": self.config.attention, "constrain": self.constrain}
         rows, heads = ("replica", "data"), "model" if self.rules["heads"] else None
         if self.config.seq > 1:
-            own["kernel"] = Ring(self.mesh, rows, "seq", heads)
+            fields["kernel"] = Ring(self.mesh, rows, heads, sequence="seq")
         elif self.mesh.devices.flat[0].platform == "tpu":
-            own["kernel"] = Splash(self.mesh, rows, heads)
-        return Execution(**{**own, **changes})
+            fields["kernel"] = Splash(self.mesh, rows, heads)
+        return Execution(**{**fields, **changes})
 
     def constrain(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
         """Pins an activation's sharding; dimensions that do not divide stay free."""
@@ -261,7 +280,7 @@ class Plan:
     def _stored(self, specs: Any, params: Any) -> Any:
         """Shardings of parameters, or of what is like them, in the memory that the plan keeps them in."""
         named = self._named(specs)
-        return offload.layers_to_host(named, params) if "parameters" in self.config.offload else named
+        return offload.layers_to_host(named, params) if self.keeps_parameters_on_host else named
 
     def batch_sharding(self) -> NamedSharding:
         """Rows over replicas and data."""
@@ -281,21 +300,21 @@ class Plan:
         own = self.config.explicit or (
             self.schedule is not None and self.config.zero >= 3
         )  # layers gather kernels themselves
-        turned = {"turned": explicit.is_turned} if own else {}
-        return zero.divide_tree(specs, params, names, self.mesh, self.zero_axes, **turned)
+        turned = explicit.kernels(names) if own else None
+        return zero.divide_tree(specs, params, names, self.mesh, self.zero_axes, turned)
 
     def staged(self, params: Any, axes: Any) -> Any:
         """Mesh axes of parameters between a pipeline's turns: matrices of layers as stored, all else whole."""
-        whole, stored = (self.specs(params, axes, divided) for divided in (False, True))
-        one = lambda path, x, w, s: P(w[0], *s[1:]) if paths.is_stacked(path) and x.ndim > 2 else w
-        return paths.map_with_path(one, params, whole, stored)
+        names, whole, stored = logical_axes(params, axes), *(self.specs(params, axes, d) for d in (False, True))
+        between = lambda names, w, s: P(w[0], *s[1:]) if explicit.is_layer_matrix(names) else w
+        return jax.tree.map(between, names, whole, stored, is_leaf=lambda x: isinstance(x, P))
 
     def param_shardings(self, params: Any, axes: Any) -> Any:
         """Shardings that parameters are stored in."""
         return self._stored(self.specs(params, axes, self.config.zero >= 3), params)
 
     def grad_shardings(self, params: Any, axes: Any) -> Any:
-        """Shardings that gradients are kept in."""
+        """Shardings of gradients."""
         return self._stored(self.specs(params, axes, self.config.zero >= 2), params)
 
     def update_shardings(self, params: Any, axes: Any) -> Any:
@@ -313,6 +332,8 @@ class Plan:
         rows = jax.tree.map(lambda _: self.batch_sharding().spec, state.carry)
         named = self._named(whole.replace(params=stored, carry=rows))
         named = named.replace(params=self._stored(stored, state.params))
+        if "disk" in self.config.offload:  # of one device, and one zero stands for every array in a file
+            return jax.tree.map(lambda _: NamedSharding(self.mesh, P()), named)
         if self.offloads:
             lower = lambda name: offload.to_host(getattr(named, name), getattr(state, name))
             named = named.replace(**{name: lower(name) for name in ("opt_state", "master", "average")})
@@ -329,16 +350,16 @@ class Plan:
           axes: logical axes of its parameters.
         """
 
-        def held(tree: Any, shardings: Any) -> int:
+        def bytes_of(tree: Any, shardings: Any) -> int:
             shard = lambda x, s: weights.bytes_of(jax.ShapeDtypeStruct(s.shard_shape(tuple(x.shape)), x.dtype))
             return sum(jax.tree.leaves(jax.tree.map(shard, tree, shardings)))
 
-        own = self.state_shardings(state, axes)
+        shardings = self.state_shardings(state, axes)
         rest = lambda s: (s.opt_state, s.master, s.average)
         return {
-            "parameters": held(state.params, own.params),
-            "gradients": held(state.params, self.grad_shardings(state.params, axes)),
-            "optimizer": held(rest(state), rest(own)),
+            "parameters": bytes_of(state.params, shardings.params),
+            "gradients": bytes_of(state.params, self.grad_shardings(state.params, axes)),
+            "optimizer": bytes_of(rest(state), rest(shardings)),
         }
 
     def describe(self, params: Any, axes: Any) -> str:

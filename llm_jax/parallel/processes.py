@@ -6,7 +6,6 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 
@@ -26,7 +25,7 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
 
 
 def _wait_for(address: str, seconds: int) -> None:
-    """Until somebody listens at `address`.
+    """Waits until somebody listens at `address`.
 
     Raises:
       ProcessError: if nobody did in time.
@@ -61,13 +60,11 @@ def join(environment: Mapping[str, str] = os.environ) -> None:
     if not address:
         return
     patience = _number(environment, PATIENCE, 300)
-    times: dict[str, Any] = dict(
-        initialization_timeout=patience, heartbeat_timeout_seconds=_number(environment, HEARTBEAT, 100)
-    )
+    heartbeat = _number(environment, HEARTBEAT, 100)
     if address == "auto":
         os.environ.pop(ADDRESS, None)  # jax would take `auto` for an address
         try:
-            jax.distributed.initialize(**times)
+            jax.distributed.initialize(initialization_timeout=patience, heartbeat_timeout_seconds=heartbeat)
         except (ValueError, RuntimeError) as e:
             said = str(e).splitlines()[0]
             raise ProcessError(f"{ADDRESS}=auto: no cluster that jax knows, or not all of it, is here: {said}") from e
@@ -79,7 +76,14 @@ def join(environment: Mapping[str, str] = os.environ) -> None:
         _wait_for(address, patience)
     try:
         # Slurm's variables would give a process the one GPU of its number, whatever it sees
-        jax.distributed.initialize(address, count, index, cluster_detection_method="deactivate", **times)
+        jax.distributed.initialize(
+            address,
+            count,
+            index,
+            cluster_detection_method="deactivate",
+            initialization_timeout=patience,
+            heartbeat_timeout_seconds=heartbeat,
+        )
     except RuntimeError as e:
         raise ProcessError(
             f"process {index} of {count} did not find the others at {address} within {patience} s: "

@@ -15,19 +15,23 @@ https://arxiv.org/abs/2311.09431; Rabe and Staats 2021 (online softmax), https:/
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from llm_jax.nn.attend import LOWEST, Mask, scores
+from llm_jax.nn.protocols import Tree
+from llm_jax.parallel.kernel import MeshKernel
 
-CHUNK = 512  # queries and keys at a time
 cut = jax.lax.dynamic_slice_in_dim
+Operands: TypeAlias = tuple[
+    jax.Array, jax.Array, jax.Array, Mask, jax.Array | None
+]  # queries, keys, values, ..., slopes
+Saved: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, Mask, jax.Array | None, jax.Array, jax.Array]
+Ways: TypeAlias = list[tuple[int, int]]  # (from, to)
 
 
 class Keys(NamedTuple):
@@ -43,9 +47,9 @@ class Keys(NamedTuple):
         return mask.replace(k_positions_BS=self.positions, k_segments_BS=self.segments, ordered=False)
 
 
-def _chunk(size: int) -> int:
-    """The largest divisor of `size` up to `CHUNK`."""
-    return next(c for c in range(min(size, CHUNK), 0, -1) if size % c == 0)
+def _divisor(size: int, most: int) -> int:
+    """The largest divisor of `size` up to `most`."""
+    return next(c for c in range(min(size, most), 0, -1) if size % c == 0)
 
 
 def _seen_at_all(mask: Mask) -> jax.Array:
@@ -69,55 +73,61 @@ def _is_balanced(mask: Mask) -> bool:
 
 
 def _over_chunks(
-    one: Callable[..., Any], carry: tuple[jax.Array, ...], places: tuple[tuple[str, int], ...], mask: Mask
+    update: Callable[..., tuple[jax.Array, ...]],
+    carry: tuple[jax.Array, ...],
+    layout: tuple[tuple[str, int], ...],
+    mask: Mask,
+    chunk: int,
 ) -> tuple[jax.Array, ...]:
-    """`carry` after `one` for all chunks of queries and keys of which anything is seen.
+    """`carry` after `update` for all chunks of queries and keys of which anything is seen.
 
     Args:
-      one: `(parts of the carry, i, j, mask of the chunk) -> parts`, of queries from i and keys from j on.
+      update: `(parts of the carry, i, j, mask of the chunk) -> parts`, of queries from i and keys from j on.
       carry: arrays of all queries or keys.
-      places: for each whether its parts are along `q` or `k`, and the axis.
+      layout: for each array of the carry whether it is along `q` or `k`, and the axis.
       mask: of all.
+      chunk: queries and keys at a time, at most.
     """
     t, s = mask.q_positions_BT.shape[1], mask.k_positions_BS.shape[1]
     half = 2 if _is_balanced(mask) else 1  # no chunk has of both halves: it would always be seen
-    size = {"q": _chunk(t // half), "k": _chunk(s // half)}
+    size = {"q": _divisor(t // half, chunk), "k": _divisor(s // half, chunk)}
     across = s // size["k"]
 
-    def step(carry, index):
+    def step(carry: tuple[jax.Array, ...], index: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
         at = {"q": index // across * size["q"], "k": index % across * size["k"]}
         part = mask.slice("q", at["q"], size["q"]).slice("k", at["k"], size["k"])
-        parts = tuple(cut(x, at[of], size[of], axis) for x, (of, axis) in zip(carry, places, strict=True))
-        parts = jax.lax.cond(_seen_at_all(part), lambda p: one(p, at["q"], at["k"], part), lambda p: p, parts)
+        parts = tuple(cut(x, at[along], size[along], axis) for x, (along, axis) in zip(carry, layout, strict=True))
+        parts = jax.lax.cond(_seen_at_all(part), lambda p: update(p, at["q"], at["k"], part), lambda p: p, parts)
         put = jax.lax.dynamic_update_slice_in_dim
-        return tuple(put(x, y, at[of], axis) for x, y, (of, axis) in zip(carry, parts, places, strict=True)), None
+        triples = zip(carry, parts, layout, strict=True)
+        return tuple(put(x, y, at[along], axis) for x, y, (along, axis) in triples), None
 
     return jax.lax.scan(step, carry, jnp.arange(t // size["q"] * across))[0]
 
 
-def _look(sums, q_BTNH, held: Keys, mask, slopes_N, scale):
+def _look(sums, q_BTNH, keys, mask, slopes_N, scale, chunk):
     """The online softmax (highest `[B, K, G, T]`, total `[B, K, G, T]`, sum `[B, K, G, T, H]`) with more keys."""
 
-    def one(sums, i, j, part):
+    def update(sums, i, j, part):
         tq, tk = part.q_positions_BT.shape[1], part.k_positions_BS.shape[1]
-        (top, total, acc), v = sums, cut(held.values, j, tk, 1)
-        s, seen = scores(cut(q_BTNH, i, tq, 1), cut(held.keys, j, tk, 1), part, slopes_N, None, scale)
+        (top, total, acc), v = sums, cut(keys.values, j, tk, 1)
+        s, seen = scores(cut(q_BTNH, i, tq, 1), cut(keys.keys, j, tk, 1), part, slopes_N, None, scale)
         highest = jnp.maximum(top, jnp.max(s, axis=-1))
         w = jnp.where(seen, jnp.exp(s - highest[..., None]), 0)
         shrink = jnp.exp(top - highest)
         more = jnp.einsum("bkgts,bskh->bkgth", w.astype(v.dtype), v, preferred_element_type=acc.dtype)
         return highest, total * shrink + jnp.sum(w, axis=-1), acc * shrink[..., None] + more
 
-    return _over_chunks(one, sums, (("q", 3),) * 3, held.under(mask))
+    return _over_chunks(update, sums, (("q", 3),) * 3, keys.under(mask), chunk)
 
 
-def _look_back(grads, q_BTNH, held: Keys, mask, slopes_N, scale, log_total, delta, dout_BKGTH):
+def _look_back(grads, q_BTNH, keys, mask, slopes_N, scale, chunk, log_total, delta, dout_BKGTH):
     """(dq, dk, dv) with what these keys give, from weights computed anew."""
     product = functools.partial(jnp.einsum, preferred_element_type=log_total.dtype)
 
-    def one(grads, i, j, part):
+    def update(grads, i, j, part):
         tq, tk = part.q_positions_BT.shape[1], part.k_positions_BS.shape[1]
-        q, k, v = cut(q_BTNH, i, tq, 1), cut(held.keys, j, tk, 1), cut(held.values, j, tk, 1)
+        q, k, v = cut(q_BTNH, i, tq, 1), cut(keys.keys, j, tk, 1), cut(keys.values, j, tk, 1)
         dout = cut(dout_BKGTH, i, tq, 3)
         s, seen = scores(q, k, part, slopes_N, None, scale)
         w = jnp.where(seen, jnp.exp(s - cut(log_total, i, tq, 3)[..., None]), 0)
@@ -129,10 +139,10 @@ def _look_back(grads, q_BTNH, held: Keys, mask, slopes_N, scale, log_total, delt
         dk = dk + product("bkgts,btkgh->bskh", ds, grouped)
         return dq, dk, dv + product("bkgts,bkgth->bskh", w.astype(dout.dtype), dout)
 
-    return _over_chunks(one, grads, (("q", 1), ("k", 1), ("k", 1)), held.under(mask))
+    return _over_chunks(update, grads, (("q", 1), ("k", 1), ("k", 1)), keys.under(mask), chunk)
 
 
-def _pass_on(tree: Any, axis: str) -> Any:
+def _pass_on(tree: Tree, axis: str) -> Tree:
     """Every device's `tree` to the next one."""
     size = jax.lax.axis_size(axis)
     return jax.tree.map(lambda x: jax.lax.ppermute(x, axis, [(d, (d + 1) % size) for d in range(size)]), tree)
@@ -144,46 +154,49 @@ def _by_heads(x_BTNH: jax.Array, groups: int) -> jax.Array:
     return x_BTNH.reshape(b, t, groups, n // groups, h).transpose(0, 2, 3, 1, 4)
 
 
-def _forward(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, scale, axis):
+def _forward(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, scale, axis, chunk):
     """The output, and log of the softmax's denominator `[B, K, G, T]`."""
     (b, t, n, h), k = q_BTNH.shape, k_BSKH.shape[2]
     wide = jnp.promote_types(jnp.float32, q_BTNH.dtype)
     shape = (b, k, n // k, t)
     sums = (jnp.full(shape, LOWEST, wide), jnp.zeros(shape, wide), jnp.zeros((*shape, h), wide))
-    look = lambda sums, held: _look(sums, q_BTNH, held, mask, slopes_N, scale)
+    look = lambda sums, keys: _look(sums, q_BTNH, keys, mask, slopes_N, scale, chunk)
     hop = lambda carry, _: ((look(*carry), _pass_on(carry[1], axis)), None)
-    own = Keys(k_BSKH, v_BSKH, mask.k_positions_BS, mask.k_segments_BS)
-    (sums, held), _ = jax.lax.scan(hop, (sums, own), length=jax.lax.axis_size(axis) - 1)
-    highest, total, acc = look(sums, held)
-    total = jnp.where(total == 0, 1, total)  # of what sees nothing
+    home = Keys(k_BSKH, v_BSKH, mask.k_positions_BS, mask.k_segments_BS)
+    (sums, keys), _ = jax.lax.scan(hop, (sums, home), length=jax.lax.axis_size(axis) - 1)
+    highest, total, acc = look(sums, keys)
+    total = jnp.where(total == 0, 1, total)  # of queries that see nothing
     out = (acc / total[..., None]).transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape).astype(q_BTNH.dtype)
     return out, highest + jnp.log(total)
 
 
-def _backward(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, out_BTNH, log_total, dout_BTNH, scale, axis):
+def _backward(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, out_BTNH, log_total, dout_BTNH, scale, axis, chunk):
     """Gradients of queries, keys and values."""
     wide, k = log_total.dtype, k_BSKH.shape[2]
     dout_BKGTH = _by_heads(dout_BTNH, k)
     delta = jnp.sum(dout_BKGTH.astype(wide) * _by_heads(out_BTNH, k).astype(wide), axis=-1)
-    back = lambda grads, held: _look_back(grads, q_BTNH, held, mask, slopes_N, scale, log_total, delta, dout_BKGTH)
+
+    def back(grads, keys):
+        return _look_back(grads, q_BTNH, keys, mask, slopes_N, scale, chunk, log_total, delta, dout_BKGTH)
 
     def hop(carry, _):  # the gradients of keys travel with them, and are at home after as many hops as devices
-        (dq, dk, dv), held = carry
-        dq, dk, dv = back((dq, dk, dv), held)
-        return ((dq, *_pass_on((dk, dv), axis)), _pass_on(held, axis)), None
+        (dq, dk, dv), keys = carry
+        dq, dk, dv = back((dq, dk, dv), keys)
+        return ((dq, *_pass_on((dk, dv), axis)), _pass_on(keys, axis)), None
 
     zeros = tuple(jnp.zeros(x.shape, wide) for x in (q_BTNH, k_BSKH, v_BSKH))
-    own = Keys(k_BSKH, v_BSKH, mask.k_positions_BS, mask.k_segments_BS)
-    (grads, held), _ = jax.lax.scan(hop, (zeros, own), length=jax.lax.axis_size(axis) - 1)
-    dq, dk, dv = back(grads, held)
+    home = Keys(k_BSKH, v_BSKH, mask.k_positions_BS, mask.k_segments_BS)
+    (grads, keys), _ = jax.lax.scan(hop, (zeros, home), length=jax.lax.axis_size(axis) - 1)
+    dq, dk, dv = back(grads, keys)
     dk, dv = _pass_on((dk, dv), axis)
     return dq.astype(q_BTNH.dtype), dk.astype(k_BSKH.dtype), dv.astype(v_BSKH.dtype)
 
 
-def _halves(axis_size: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+def _halves(axis_size: int) -> tuple[Ways, Ways]:
     """Who sends the first and the second half of its stretch to whom: of 2 P halves the c-th goes to c or 2P-1-c."""
     owner = lambda c: min(c, 2 * axis_size - 1 - c)
-    return tuple([(d, owner(2 * d + second)) for d in range(axis_size)] for second in (0, 1))  # type: ignore[return-value]
+    first, second = ([(d, owner(2 * d + half)) for d in range(axis_size)] for half in (0, 1))
+    return first, second
 
 
 def _exchange(x: jax.Array, axis: str, back: bool = False) -> jax.Array:
@@ -193,38 +206,34 @@ def _exchange(x: jax.Array, axis: str, back: bool = False) -> jax.Array:
     return jnp.concatenate([jax.lax.ppermute(h, axis, way) for h, way in zip(halves, turned, strict=True)], axis=1)
 
 
-def _forward_here(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, scale, axis):
+def _forward_here(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, *, scale, axis, chunk):
     """One device's part of the forward pass: (output, what the backward pass needs)."""
     balanced = _is_balanced(mask)
     turn = (lambda x: _exchange(x, axis)) if balanced else (lambda x: x)
     q_BTNH, k_BSKH, v_BSKH, mask = jax.tree.map(turn, (q_BTNH, k_BSKH, v_BSKH, mask))
-    out, log_total = _forward(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, scale, axis)
-    kept = q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, out, log_total
-    return (_exchange(out, axis, back=True) if balanced else out), kept
+    out, log_total = _forward(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, scale, axis, chunk)
+    saved = q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, out, log_total
+    return (_exchange(out, axis, back=True) if balanced else out), saved
 
 
-def _backward_here(kept, dout_BTNH, scale, axis):
+def _backward_here(saved, dout_BTNH, *, scale, axis, chunk):
     """One device's part of the backward pass."""
-    balanced = _is_balanced(kept[3])
-    grads = _backward(*kept, _exchange(dout_BTNH, axis) if balanced else dout_BTNH, scale, axis)
+    balanced = _is_balanced(saved[3])
+    grads = _backward(*saved, _exchange(dout_BTNH, axis) if balanced else dout_BTNH, scale, axis, chunk)
     return tuple(_exchange(g, axis, back=True) for g in grads) if balanced else grads
 
 
 @dataclasses.dataclass(frozen=True)
-class Ring:
-    """Ring attention on the devices of a mesh, as `Execution.kernel`.
+class Ring(MeshKernel):
+    """Ring attention on the devices of a mesh, as `Execution.kernel`; attributes as in `MeshKernel`.
 
     Attributes:
-      mesh: the devices.
-      rows: mesh axes that the rows are divided over.
-      sequence: mesh axis of the stretches.
-      heads: mesh axis of the heads, None where they are whole.
+      sequence: mesh axis that the sequence is divided over.
+      chunk: queries and keys at a time, at most.
     """
 
-    mesh: Mesh
-    rows: tuple[str, ...]
-    sequence: str
-    heads: str | None
+    sequence: str = dataclasses.field(kw_only=True)
+    chunk: int = 512
 
     def fits(self, q_BTNH: jax.Array, k_BSKH: jax.Array, mask: Mask | None, sloped: bool, biased: bool) -> bool:
         """Whether rows, stretches and heads divide, and nothing but positions, segments and slopes says who sees whom.
@@ -237,13 +246,10 @@ class Ring:
           biased: a bias is.
         """
         del sloped
-        (b, t, n, _), (keys, s, k, _) = q_BTNH.shape, k_BSKH.shape
-        parts = self.mesh.shape[self.heads] if self.heads else 1
         stretches = self.mesh.shape[self.sequence]
-        rows = math.prod(self.mesh.shape[axis] for axis in self.rows)
         plain = not biased and (mask is None or mask.allowed_BTS is None)
-        whole = b % rows == t % stretches == s % stretches == n % parts == k % parts == 0
-        return plain and whole and keys == b
+        whole = q_BTNH.shape[1] % stretches == k_BSKH.shape[1] % stretches == 0
+        return plain and whole and k_BSKH.shape[0] == q_BTNH.shape[0] and self.divides(q_BTNH, k_BSKH)
 
     def __call__(
         self,
@@ -266,37 +272,53 @@ class Ring:
         rows, along, heads = self.rows, self.sequence, self.heads
         return P(rows, along, heads, None), P(rows, along), P(heads), P(rows, heads, None, along)
 
-    def forward(self, *args: Any, scale: float) -> Any:
+    def forward(self, operands: Operands, scale: float) -> tuple[jax.Array, Saved]:
         """(output, what the backward pass needs)."""
         # as one: a scan over layers would compute the masks of all chunks, which need no states, ahead and keep them
-        args = jax.lax.optimization_barrier(args)
+        operands = jax.lax.optimization_barrier(operands)
         states, ids, slopes, sums = self._specs()
-        kept = states, states, states, ids, slopes, states, sums
-        here = functools.partial(_forward_here, scale=scale, axis=self.sequence)
-        specs: dict[str, Any] = dict(in_specs=(states, states, states, ids, slopes), out_specs=(states, kept))
-        return jax.shard_map(here, mesh=self.mesh, check_vma=False, **specs)(*args)
+        inputs = states, states, states, ids, slopes
+        run = jax.shard_map(
+            functools.partial(_forward_here, scale=scale, axis=self.sequence, chunk=self.chunk),
+            mesh=self.mesh,
+            in_specs=inputs,
+            out_specs=(states, (*inputs, states, sums)),
+            check_vma=False,
+        )
+        return run(*operands)
 
-    def backward(self, kept: Any, dout_BTNH: jax.Array, scale: float) -> Any:
+    def backward(self, saved: Saved, dout_BTNH: jax.Array, scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Gradients of queries, keys and values."""
         states, ids, slopes, sums = self._specs()
-        here = functools.partial(_backward_here, scale=scale, axis=self.sequence)
-        specs: dict[str, Any] = dict(
-            in_specs=((states, states, states, ids, slopes, states, sums), states), out_specs=(states,) * 3
+        run = jax.shard_map(
+            functools.partial(_backward_here, scale=scale, axis=self.sequence, chunk=self.chunk),
+            mesh=self.mesh,
+            in_specs=((states, states, states, ids, slopes, states, sums), states),
+            out_specs=(states, states, states),
+            check_vma=False,
         )
-        return jax.shard_map(here, mesh=self.mesh, check_vma=False, **specs)(kept, dout_BTNH)
+        return run(saved, dout_BTNH)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attend(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, scale, ring):
-    return ring.forward(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, scale=scale)[0]
+def _attend(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask: Mask,
+    slopes_N: jax.Array | None,
+    scale: float,
+    ring: Ring,
+) -> jax.Array:
+    return ring.forward((q_BTNH, k_BSKH, v_BSKH, mask, slopes_N), scale)[0]
 
 
 def _attend_fwd(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, scale, ring):
-    return ring.forward(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, scale=scale)
+    return ring.forward((q_BTNH, k_BSKH, v_BSKH, mask, slopes_N), scale)
 
 
-def _attend_bwd(scale, ring, kept, dout_BTNH):
-    return (*ring.backward(kept, dout_BTNH, scale), None, None)
+def _attend_bwd(scale, ring, saved, dout_BTNH):
+    return (*ring.backward(saved, dout_BTNH, scale), None, None)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

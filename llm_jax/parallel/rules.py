@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from llm_jax.nn import paths
+from llm_jax.nn.protocols import Tree
 from llm_jax.nn.weights import is_node
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
@@ -28,7 +29,7 @@ TENSOR_PARALLEL: Rules = {
 
 
 class Placed(NamedTuple):
-    """Where one array goes.
+    """Mesh axes of one array.
 
     Attributes:
       spec: mesh axes.
@@ -37,6 +38,11 @@ class Placed(NamedTuple):
 
     spec: P
     why: str
+
+
+def is_spec(x: Any) -> bool:
+    """Whether `x` is a leaf of a tree of axes, logical or of the mesh."""
+    return isinstance(x, P)
 
 
 def without(rules: Rules, manual: Collection[str]) -> Rules:
@@ -66,7 +72,7 @@ def place(names: P, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> Placed:
     Raises:
       ValueError: on an unknown logical name, or a mesh axis used twice in one array.
     """
-    out: list[Any] = []
+    out: list[str | tuple[str, ...] | None] = []
     used: set[str] = set()
     why = []
     for size, name in zip(shape, (*names, *(None,) * (len(shape) - len(names))), strict=True):
@@ -91,7 +97,7 @@ def place(names: P, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> Placed:
     return Placed(P(*out), "; ".join(why))
 
 
-def logical_axes(params: Any, axes: Any) -> Any:
+def logical_axes(params: Tree, axes: Tree) -> Tree:
     """Logical axes for every leaf of `params`, which may be unstacked or hold structured weights and port nodes.
 
     Args:
@@ -105,15 +111,15 @@ def logical_axes(params: Any, axes: Any) -> Any:
     out = {}
     for key, value in params.items():
         if key.isdigit() and isinstance(axes, Mapping) and key not in axes:
-            below = jax.tree.map(lambda a: P(*a[1:]), axes, is_leaf=lambda a: isinstance(a, P))
+            below = jax.tree.map(lambda a: P(*a[1:]), axes, is_leaf=is_spec)
         else:
             below = axes.get(key) if isinstance(axes, Mapping) else None
         out[key] = logical_axes(value, below)
     return out
 
 
-def table(rows: Mapping[str, Any]) -> str:
+def table(specs: Tree) -> str:
     """A printable table `path  spec` of a tree of specs."""
-    flat = paths.flatten(rows, lambda x: isinstance(x, P))
+    flat = paths.flatten(specs, is_spec)
     width = max(len(p) for p, _ in flat)
     return "\n".join(f"{p:<{width}}  {tuple(s)}" for p, s in flat)

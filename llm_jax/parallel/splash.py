@@ -7,17 +7,16 @@ Source: `jax.experimental.pallas.ops.tpu.splash_attention`, after Dao 2023, http
 """
 
 import dataclasses
-import math
-from typing import Any
+import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from llm_jax.nn import weights
 from llm_jax.nn.attend import Mask, is_ordered
 from llm_jax.nn.execution import KERNEL
+from llm_jax.parallel.kernel import MeshKernel, manual_axes
 
 LANES = 128
 BLOCK = 512  # queries and keys a step of the kernel
@@ -43,10 +42,10 @@ def attend_here(
       q_BTNH: queries at 0, 1, 2, ...
       k_BSKH: keys; K divides N.
       v_BSKH: values.
-      causal: a query sees keys up to its own place.
-      window: of the last `window` keys only.
-      scale: of the scores.
-      interpret: run the kernel's steps one by one on any platform (tests).
+      causal: a query sees keys up to its own position.
+      window: a query sees the last `window` keys only.
+      scale: factor of the scores.
+      interpret: runs the kernel's steps one by one, on any platform.
 
     Returns:
       `[B, T, N, H]`.
@@ -56,15 +55,15 @@ def attend_here(
 
     t, s, n = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[2]
     if window is not None:
-        one: Any = masks.LocalMask((t, s), (window - 1, 0 if causal else window - 1), 0)
+        mask: masks.Mask = masks.LocalMask((t, s), (window - 1, 0 if causal else window - 1), 0)
     else:
-        one = masks.CausalMask((t, s)) if causal else masks.FullMask((t, s))
+        mask = masks.CausalMask((t, s)) if causal else masks.FullMask((t, s))
     a, b = _divisor(t), _divisor(s)
     blocks = kernels.BlockSizes(
         a, b, b, block_q_dkv=a, block_kv_dkv=b, block_kv_dkv_compute=b, block_q_dq=a, block_kv_dq=b
     )
     run = kernels.make_splash_mha(
-        masks.MultiHeadMask([one] * n),
+        masks.MultiHeadMask([mask] * n),
         block_sizes=blocks,
         head_shards=1,
         q_seq_shards=1,
@@ -76,25 +75,15 @@ def attend_here(
     return heads_first(jax.vmap(run)(*map(heads_first, (scaled, k_BSKH, v_BSKH)))).astype(q_BTNH.dtype)
 
 
-def _manual() -> tuple[str, ...]:
-    """Axes of a `shard_map` around: of a pipeline's stage, of explicit ZeRO."""
-    inside = jax.sharding.get_abstract_mesh()
-    return () if inside.empty else tuple(inside.manual_axes)
-
-
 @dataclasses.dataclass(frozen=True)
-class Splash:
-    """Splash attention on the devices of a mesh, as `Execution.kernel`.
+class Splash(MeshKernel):
+    """Splash attention on the devices of a mesh, as `Execution.kernel`; attributes as in `MeshKernel`.
 
     Attributes:
-      mesh: the devices.
-      rows: mesh axes that the rows are divided over.
-      heads: mesh axis of the heads, None where they are whole.
+      interpret: runs the kernel's steps one by one, on any platform.
     """
 
-    mesh: Mesh
-    rows: tuple[str, ...]
-    heads: str | None
+    interpret: bool = False
 
     def fits(self, q_BTNH: jax.Array, k_BSKH: jax.Array, mask: Mask | None, sloped: bool, biased: bool) -> bool:
         """Whether the kernel takes these sizes, whole lanes, rows and heads that divide, and this mask.
@@ -106,13 +95,10 @@ class Splash:
           sloped: ALiBi's slopes are added to the scores.
           biased: a bias is.
         """
-        b, t, n, h = q_BTNH.shape
-        s, k = k_BSKH.shape[1:3]
-        parts = self.mesh.shape[self.heads] if self.heads else 1
-        rows = math.prod(self.mesh.shape[axis] for axis in self.rows if axis not in _manual())
-        whole = b % rows == n % parts == k % parts == 0 and h % LANES == 0
+        t, lanes = q_BTNH.shape[1], q_BTNH.shape[3] % LANES == 0
         plain = is_ordered(mask) and not sloped and not biased
-        return plain and whole and t == s and bool(_divisor(t)) and q_BTNH.dtype in (jnp.bfloat16, jnp.float32)
+        sized = lanes and t == k_BSKH.shape[1] and bool(_divisor(t)) and q_BTNH.dtype in (jnp.bfloat16, jnp.float32)
+        return plain and sized and self.divides(q_BTNH, k_BSKH)
 
     def __call__(
         self,
@@ -123,17 +109,17 @@ class Splash:
         slopes_N: jax.Array | None,
         scale: float,
     ) -> jax.Array:
-        """See `attend_here`, of whole arrays."""
+        """Attention of whole arrays; see `attend_here` for the arguments."""
         del slopes_N
         causal, window = (False, None) if mask is None else (mask.causal, mask.window)
-        inside, manual = jax.sharding.get_abstract_mesh(), _manual()
-        spec = P(tuple(axis for axis in self.rows if axis not in manual) or None, None, self.heads, None)
+        inside = jax.sharding.get_abstract_mesh()
+        spec = P(self.free_rows() or None, None, self.heads, None)
         run = jax.shard_map(
-            lambda q, k, v: attend_here(q, k, v, causal, window, scale),
+            functools.partial(attend_here, causal=causal, window=window, scale=scale, interpret=self.interpret),
             mesh=self.mesh if inside.empty else inside,
             in_specs=(spec, spec, spec),
             out_specs=spec,
-            axis_names={*self.mesh.axis_names} - {*manual},
+            axis_names={*self.mesh.axis_names} - {*manual_axes()},
             check_vma=False,
         )
         return run(q_BTNH, k_BSKH, v_BSKH)

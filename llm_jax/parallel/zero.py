@@ -5,7 +5,7 @@ gradients too, 3 the parameters too. All three are the same sharding, chosen her
 reduce-scatters and all-gathers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from llm_jax.nn import paths
-from llm_jax.parallel.rules import size_of
+from llm_jax.nn.protocols import Params, Tree
+from llm_jax.parallel.rules import is_spec, size_of
 
 Axes = str | tuple[str, ...]  # of the mesh
 
@@ -28,9 +29,9 @@ def divide(
 
     The last dimension is taken only if no other divides, because it lies along a vector unit's lanes: gathered in
     slices of a few lanes (11,008 / 256 = 43), a matrix has to be copied into its layout before every product. `avoid`
-    lists dimensions taken after that one (the layer axis, along which the scan slices). Who gathers a matrix can also
-    turn it round (`turned`), so that columns are rows; then the shares of whole tiles come first, since others (43
-    rows) are padded and copied too.
+    lists dimensions taken after that one (the layer axis, along which the scan slices). A layer that gathers a matrix
+    itself can gather its transpose (`turned`), so that columns are rows; then blocks of whole tiles come first, since
+    others (43 rows) are padded and copied too.
     """
     size = size_of(mesh, axis)
     parts = [*spec, *(None,) * (len(shape) - len(spec))]
@@ -43,23 +44,29 @@ def divide(
     return P(*parts)
 
 
-def divide_tree(
-    specs: Any, params: Any, names: Any, mesh: Mesh, axis: Axes, turned: Callable[[str], bool] = lambda path: False
-) -> Any:
-    """`divide` for every parameter; `turned` says by path which of them are turned round when they are gathered."""
-    is_spec = lambda x: isinstance(x, P)
-    flat_names = [n for _, n in paths.flatten(names, is_spec)]
-    flat = [
-        divide(s, x.shape, mesh, axis, tuple(i for i, n in enumerate(n_) if n == "layers"), turned(path))
-        for s, (path, x), n_ in zip(
-            jax.tree.leaves(specs, is_leaf=is_spec), paths.flatten(params), flat_names, strict=True
-        )
-    ]
-    return jax.tree.unflatten(jax.tree.structure(params), flat)
+def divide_tree(specs: Tree, params: Params, names: Tree, mesh: Mesh, axis: Axes, turned: Tree = None) -> Tree:
+    """`divide` for every parameter.
+
+    Args:
+      specs: mesh axes of every parameter.
+      params: abstract parameters.
+      names: their logical axes.
+      mesh: the devices.
+      axis: mesh axes to divide over.
+      turned: which of them layers can gather as transposes, a bool each; None for none.
+    """
+    leaves, form = jax.tree.flatten(params)
+    columns = [jax.tree.leaves(specs, is_leaf=is_spec), leaves, jax.tree.leaves(names, is_leaf=is_spec)]
+    turnable = [False] * len(leaves) if turned is None else jax.tree.leaves(turned)
+    divided = []
+    for spec, x, logical, can_turn in zip(*columns, turnable, strict=True):
+        layer_axes = tuple(i for i, name in enumerate(logical) if name == "layers")
+        divided.append(divide(spec, x.shape, mesh, axis, layer_axes, can_turn))
+    return jax.tree.unflatten(form, divided)
 
 
-def state_specs(state: Any, by_path: Mapping[str, tuple[tuple[int, ...], P]], mesh: Mesh, axis: Axes | None) -> Any:
-    """Specs for optimizer state, averages and masters.
+def state_specs(state: Tree, by_path: Mapping[str, tuple[tuple[int, ...], P]], mesh: Mesh, axis: Axes | None) -> Tree:
+    """Mesh axes for optimizer state, averages and masters.
 
     A leaf whose path ends like a parameter's and has its shape takes the parameter's spec; any other leaf is divided
     along its largest free dimension, or replicated where `axis` is None.
@@ -71,7 +78,7 @@ def state_specs(state: Any, by_path: Mapping[str, tuple[tuple[int, ...], P]], me
       axis: mesh axis to divide over.
     """
 
-    def one(path: str, leaf: Any) -> P:
+    def spec_of(path: str, leaf: Any) -> P:
         parts = path.split("/")
         for i in range(len(parts)):
             hit = by_path.get("/".join(parts[i:]))
@@ -79,4 +86,4 @@ def state_specs(state: Any, by_path: Mapping[str, tuple[tuple[int, ...], P]], me
                 return hit[1]
         return P() if axis is None else divide(P(), leaf.shape, mesh, axis)
 
-    return paths.map_with_path(one, state)
+    return paths.map_with_path(spec_of, state)

@@ -1,26 +1,34 @@
 """What a forward pass keeps for its backward pass: traced, not run."""
 
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 from jax.extend.core import Literal
 
 from llm_jax.nn import weights
 from llm_jax.nn.execution import Execution
-from llm_jax.objectives.objective import total_loss
+from llm_jax.nn.protocols import Batch, Params
+from llm_jax.nn.ties import expand, parse
+from llm_jax.objectives.objective import Objective, total_loss
 from llm_jax.training.precision import Precision
-from llm_jax.training.rows import carries
+from llm_jax.training.run_config import RunConfig
 
 POLICIES = ("none", "dots", "names:attention,mlp", "offload:block", "full")
 
 
-def kept(config: Any, objective: Any, params: Any, batch: Any, execution: Execution) -> dict[str, int]:
-    """Bytes that one micro-batch keeps, by where they lie: `device`, `host`.
+def residual_bytes(
+    config: RunConfig,
+    objective: Objective,
+    params: Params,
+    batch: Mapping[str, jax.ShapeDtypeStruct],
+    execution: Execution,
+) -> dict[str, int]:
+    """Bytes that one micro-batch keeps for the backward pass, by memory: `device`, `host`.
 
     Arrays that are there anyway (parameters, the batch) do not count; half-precision copies of parameters do.
 
     Args:
-      config: a `RunConfig`.
+      config: the run.
       objective: as it trains.
       params: abstract parameters.
       batch: abstract batch.
@@ -28,15 +36,16 @@ def kept(config: Any, objective: Any, params: Any, batch: Any, execution: Execut
     """
     model, precision = config.model.make(execution), Precision(config.plan.precision, config.plan.master)
 
-    def residuals(params: Any, batch: Any) -> Any:
+    def residuals(params: Params, batch: Batch) -> list[jax.Array]:
         prepared = objective.prepare(batch, jax.random.key(0))
         inputs, rngs = dict(prepared.inputs), {"dropout": jax.random.key(0)}
         rows = jax.tree.leaves(batch)[0].shape[0]
-        if carries(config.objective):
+        if config.objective.carry:
             inputs["cache"] = config.model.init_carry(rows)
 
-        def loss(params: Any) -> jax.Array:
-            out = model.apply({"params": precision.cast(params)}, **inputs, train=True, rngs=rngs)
+        def loss(params: Params) -> jax.Array:
+            computing = expand(precision.cast(params), parse(config.ties))
+            out = model.apply({"params": computing}, **inputs, train=True, rngs=rngs)
             return total_loss(objective, objective.score(out, prepared.targets), prepared.weights)
 
         return jax.tree.leaves(jax.vjp(loss, params)[1])

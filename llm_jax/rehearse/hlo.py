@@ -37,7 +37,7 @@ class Instruction:
       name: without `%`.
       opcode: as printed.
       type: as printed, layouts included.
-      operands: names.
+      operands: names of its operands.
       attributes: the rest of the line.
     """
 
@@ -61,7 +61,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Computations by name, the entry's, and on how many devices it runs."""
+    """A program: its computations by name, the name of its entry, and on how many devices it runs."""
 
     computations: dict[str, dict[str, Instruction]]
     entry: str
@@ -120,9 +120,9 @@ class Program:
 
     def trips(self, loop: Instruction) -> int:
         """How often a `while` turns: as annotated, or the constant that its condition compares with."""
-        known = _TRIPS.search(loop.attributes)
-        if known:
-            return int(known[1])
+        annotated = _TRIPS.search(loop.attributes)
+        if annotated:
+            return int(annotated[1])
         condition = self.computations[loop.attribute("condition").lstrip("%")]
         constants = [i.operands[0] for i in condition.values() if i.opcode == "constant"]
         numbers = [int(c) for c in constants if c.isdigit()]
@@ -205,7 +205,7 @@ class Collective:
     """One collective of a program.
 
     Attributes:
-      kind: of `KINDS`.
+      kind: one of `KINDS`.
       size: bytes of the array before it is divided (gathers: the result; else what a device puts in).
       groups: devices that take part together; of a permutation the pairs (from, to).
       times: runs a call of the program.
@@ -229,11 +229,11 @@ class Collective:
         return self.size * (n - 1) / n * (2 if self.kind == "all-reduce" else 1)
 
     def sent(self, device: int) -> float:
-        """Bytes that a device sends a call of the program, by the algorithms of `collectives.cost`."""
+        """Bytes that a device sends a call of the program, by the algorithms of `collectives.traffic`."""
         return self.times * self._share(device, 0)
 
     def received(self, device: int) -> float:
-        """Bytes that it receives."""
+        """Bytes that a device receives a call of the program."""
         return self.times * self._share(device, 1)
 
 

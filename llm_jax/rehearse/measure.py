@@ -1,13 +1,14 @@
-"""What `rehearse` measures: a compiled step's memory, collectives and time bounds, as one dictionary and one table."""
+"""What `rehearse` measures: a compiled step's memory, collectives and time bounds, as one dictionary."""
 
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.stages import Lowered
 
 from llm_jax.nn import weights
 from llm_jax.nn.execution import Execution
@@ -16,70 +17,64 @@ from llm_jax.parallel.pipeline.schedules import TURNS, tables, turn_shares
 from llm_jax.parallel.plan import Plan
 from llm_jax.parallel.splash import BLOCK
 from llm_jax.rehearse import activations, hlo, serving
+from llm_jax.rehearse.report import Report
 from llm_jax.training import flops, rows
 from llm_jax.training.program import Program, build
 from llm_jax.training.run_config import RunConfig
+from llm_jax.training.state import TrainState
 
-GB = 1e9
 LAYOUT = re.compile(r"(?:bf16|f32)\[([\d,]+)\]\{")  # of a kernel's operands: queries, keys, values, ...
 
 
-def abstract(config: RunConfig, plan: Plan, program: Program) -> tuple[Any, Any]:
+def abstract(config: RunConfig, plan: Plan, program: Program) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
     """The arguments of the train step, without memory behind them."""
-    state = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), program.shapes, program.shardings
-    )
-    spread = plan.batch_sharding()
-    batch = rows.example_batch(config)
-    return state, {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread) for k, x in batch.items()}
+    described = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    batch = {name: described(x, plan.batch_sharding()) for name, x in rows.example_batch(config).items()}
+    return jax.tree.map(described, program.shapes, program.shardings), batch
 
 
-def policies(config: RunConfig, topology: str) -> str:
-    """A table of what one chip keeps for the backward pass under each policy, in GB."""
-    devices = chips.describe(topology).devices
-    lines = [f"{'plan.remat':<24}{'GB a chip':>12}{'in host memory':>18}"]
+def policies(config: RunConfig, devices: Sequence[jax.Device]) -> dict[str, dict[str, float]]:
+    """Bytes that one chip keeps for the backward pass under each policy: see `activation_bytes`."""
+    found = {}
     for remat in activations.POLICIES:
-        own = dataclasses.replace(config.plan, remat=remat, explicit=False)  # which keeps as much, and allows less
-        plan = Plan(own, config.model, devices)
-        program = build(dataclasses.replace(config, plan=plan.config), plan, 0)
-        sums = kept(config, plan, program)
-        lines.append(f"{remat:<24}{sums['device'] / GB:>12.3f}{sums['host'] / GB:>18.3f}")
-    return "\n".join(lines)
+        allowed = dataclasses.replace(config.plan, remat=remat, explicit=False)  # explicit keeps as much, allows less
+        plan = Plan(allowed, config.model, devices)
+        found[remat] = activation_bytes(config, plan, build(dataclasses.replace(config, plan=allowed), plan, 0))
+    return found
 
 
-def kept(config: RunConfig, plan: Plan, program: Program) -> dict[str, float]:
-    """Bytes that one chip keeps, of its own layers and of the micro-batches that are alive at once."""
+def activation_bytes(config: RunConfig, plan: Plan, program: Program) -> dict[str, float]:
+    """Bytes that one chip keeps of its layers, for the micro-batches that are alive at once: `device`, `host`."""
     micros = plan.micros(config.training.accumulation)
     batch = {
         name: jax.ShapeDtypeStruct((config.training.batch_size // micros, *x.shape[1:]), x.dtype)
-        for name, x in abstract(config, plan, program)[1].items()
+        for name, x in rows.example_batch(config).items()
     }
     execution = dataclasses.replace(plan.execution(), constrain=Execution().constrain, kernel=None)
-    whole = activations.kept(config, program.objective, program.params, batch, execution)
-    return {place: size * plan.alive / plan.mesh.size for place, size in whole.items()}
+    whole = activations.residual_bytes(config, program.objective, program.params, batch, execution)
+    return {memory: size * plan.alive / plan.mesh.size for memory, size in whole.items()}
 
 
 def model_flops(config: RunConfig, program: Program) -> float:
     """FLOPs of a step that a bound on MFU is made of: as `flops.of_step`, causal attention at half."""
     batch, trainable = rows.example_batch(config), config.training.trainable
-    counted = flops.of_step(config.model, program.objective, program.params, batch, trainable)
+    counted = flops.of_step(config.model, program.objective, program.params, batch, trainable, program.ties)
     return counted.useful(config.model.reads == "causal")
 
 
-def _training(config: RunConfig, plan: Plan) -> tuple[Any, dict[str, Any]]:
-    """The train step, not compiled yet, and what is known of it."""
+def _training(config: RunConfig, plan: Plan) -> tuple[Lowered, Report]:
+    """The train step, not compiled yet, and its figures that need no compiler."""
     program = build(config, plan, 0)
-    tokens = config.training.batch_size * config.training.sequence_length
-    known = {
+    figures = {
         "parameters": weights.count(program.params),
-        "tokens_per_step": tokens,
+        "tokens_per_step": config.training.batch_size * config.training.sequence_length,
         "held": plan.bytes_per_device(program.shapes, program.axes),
         "model_flops": model_flops(config, program),
     }
-    return program.step.lower(*abstract(config, plan, program)), known
+    return program.step.lower(*abstract(config, plan, program)), figures
 
 
-def rehearse(config: RunConfig, topology: str, step: str = "train", hlo_file: str | None = None) -> dict[str, Any]:
+def rehearse(config: RunConfig, topology: str, step: str = "train", hlo_file: str | None = None) -> Report:
     """Compiles a step for a topology.
 
     Args:
@@ -94,16 +89,16 @@ def rehearse(config: RunConfig, topology: str, step: str = "train", hlo_file: st
     chip = chips.CHIPS[chips.split(topology)[0]]
     devices = chips.describe(topology).devices
     plan = Plan(config.plan, config.model, devices)
-    lowered, known = _training(config, plan) if step == "train" else serving.lower(config, plan, step)
-    report: dict[str, Any] = {
+    lowered, figures = _training(config, plan) if step == "train" else serving.lower(config, plan, step)
+    report: Report = {
         "topology": topology,
         "step": step,
         "chips": len(devices),
         "mesh": {a: n for a, n in plan.mesh.shape.items() if n > 1},
-        "tokens_per_chip": known["tokens_per_step"] / len(devices),
+        "tokens_per_chip": figures["tokens_per_step"] / len(devices),
         "hbm": chip.hbm,
-        "reading_seconds": sum(known["held"].values()) / chip.hbm_bandwidth,
-        **known,
+        "reading_seconds": sum(figures["held"].values()) / chip.hbm_bandwidth,
+        **figures,
     }
     try:
         compiled = lowered.compile()
@@ -111,7 +106,7 @@ def rehearse(config: RunConfig, topology: str, step: str = "train", hlo_file: st
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
         return {**report, "fits": False, "compiler": str(e)}
-    text = compiled.as_text()
+    text = compiled.as_text() or ""
     if hlo_file:
         with open(hlo_file, "w") as f:
             f.write(text)
@@ -121,7 +116,7 @@ def rehearse(config: RunConfig, topology: str, step: str = "train", hlo_file: st
 PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}  # of T x S x H, a head
 
 
-def kernel_flops(program: hlo.Program, turns: Any, causal: bool) -> float:
+def kernel_flops(program: hlo.Program, turns: Mapping[str, float] | None, causal: bool) -> float:
     """Operations of attention's kernels, whose cycles the compiler does not estimate; hidden blocks are skipped."""
     times, total = program.calls(turns), 0.0
     for name, computation in program.computations.items():
@@ -146,31 +141,29 @@ def in_lockstep(plan: Plan, seconds: Callable[[Mapping[str, float] | None], floa
     return base + float(ticks.max(axis=1).mean())  # of [ticks, devices]
 
 
-def measure(
-    text: str, memory: Any, plan: Plan, chip: chips.Chip, report: dict[str, Any], causal: bool
-) -> dict[str, Any]:
-    """What the compiled program says of itself."""
-    parsed = hlo.parse(text)
-    found = hlo.collectives(parsed, None if plan.schedule is None else turn_shares(plan.schedule))
-    kernels = in_lockstep(plan, lambda turns: kernel_flops(parsed, turns, causal) / chip.flops)
-    compute = kernels + in_lockstep(plan, lambda turns: parsed.cycles(turns) / chip.clock)
+def measure(text: str, memory: Any, plan: Plan, chip: chips.Chip, report: Report, causal: bool) -> Report:
+    """What a compiled program says of itself.
+
+    Args:
+      text: the optimized program.
+      memory: its `memory_analysis()`.
+      plan: what it was compiled for.
+      chip: of the devices.
+      report: needs `model_flops`, `chips` and `tokens_per_step`.
+      causal: whether attention's kernels skip what a causal mask hides.
+    """
+    program, taken = hlo.parse(text), _memory(memory)
+    found = hlo.collectives(program, None if plan.schedule is None else turn_shares(plan.schedule))
+    kernels = in_lockstep(plan, lambda turns: kernel_flops(program, turns, causal) / chip.flops)
+    compute = kernels + in_lockstep(plan, lambda turns: program.cycles(turns) / chip.clock)
     moving = [c.sent(0) / chip.links for c in found]
     hidden = [min(t, c.times * c.cover / chip.clock) for t, c in zip(moving, found, strict=True)]
     gathers = [(t, h) for t, h, c in zip(moving, hidden, found, strict=True) if c.kind == "all-gather"]
     step = compute + sum(moving) - sum(hidden)
     ideal = report["model_flops"] / (report["chips"] * chip.flops)
-    # the compiler's peak is of device and host together; what lies on the device alone bounds it as well
-    arguments, results = memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
-    peak = memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes
-    peak = min(peak, arguments + memory.temp_size_in_bytes + results) + memory.generated_code_size_in_bytes
     return {
-        "fits": peak <= chip.hbm,
-        "memory": {
-            "arguments": arguments,
-            "host": memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
-            "code": memory.generated_code_size_in_bytes,
-            "peak": peak,
-        },
+        "fits": taken["peak"] <= chip.hbm,
+        "memory": taken,
         "collectives": [
             {"kind": kind, "axes": axes, **row} for (kind, axes), row in hlo.table(found, plan.mesh).items()
         ],
@@ -186,49 +179,14 @@ def measure(
     }
 
 
-def table(r: dict[str, Any]) -> str:
-    """A report to read."""
-    lines = [
-        f"{r['topology']}: {r['chips']} chips, mesh {r['mesh']}, {r['parameters'] / GB:.2f} B parameters, "
-        f"{r['tokens_per_chip']:,.0f} tokens a chip a step ({r['step']})",
-        "a chip holds " + ", ".join(f"{k} {v / GB:.2f}" for k, v in r["held"].items()) + f" of {r['hbm'] / GB:.1f} GB",
-    ]
-    if "memory" not in r:
-        reason = next((x for x in r["compiler"].splitlines() if "exceed" in x.lower() or "ran out" in x.lower()), "")
-        return "\n".join([*lines, f"does not fit: {reason.strip()}", *_largest(r["compiler"]), ADVICE])
-    m = r["memory"]
-    lines.append(
-        f"{'fits' if r['fits'] else 'does not fit'}: {m['peak'] / GB:.2f} GB a chip at most (arguments "
-        f"{m['arguments'] / GB:.2f}, code {m['code'] / GB:.2f})"
-        + (f", {m['host'] / GB:.2f} of host memory, whose traffic no time below holds" if m["host"] else "")
-    )
-    if not r["fits"]:
-        lines.append(ADVICE)
-    lines.append(f"{'collective':<20}{'axes':<14}{'runs':>8}{'GB':>10}{'GB sent':>10}")
-    for row in sorted(r["collectives"], key=lambda row: -row["sent"]):
-        size, sent = row["bytes"] / GB, row["sent"] / GB
-        lines.append(f"{row['kind']:<20}{row['axes']:<14}{row['calls']:>8,.0f}{size:>10.3f}{sent:>10.3f}")
-    lines.append(
-        f"predicted step {r['step_seconds']:.3f} s: computing {r['compute_seconds']:.3f} (attention's kernels "
-        f"{r['kernel_seconds']:.3f} at the chip's peak), moving "
-        f"{r['moving_seconds']:.3f} of which {r['hidden']:.0%} behind computing ({r['hidden_gathers']:.0%} of gathers)"
-    )
-    if r["step"] == "decode":
-        lines.append(f"to read weights and cache once takes {r['reading_seconds']:.4f} s")
-    lines.append(
-        f"{r['tokens_per_second']:,.0f} tokens/s, MFU {r['mfu']:.2f}, at most {r['mfu_bound']:.2f} were nothing moved"
-    )
-    return "\n".join(lines)
-
-
-ADVICE = (
-    "try: plan.zero=3, plan.remat=full, plan.model=2, a smaller training.batch_size, training.accumulation (of a "
-    "pipeline plan.microbatches)"
-)
-
-
-def _largest(text: str) -> list[str]:
-    """The largest buffers that the compiler's refusal names."""
-    wanted = ("Size:", "Operator:", "Shape:")
-    found = [line.strip() for line in text.splitlines() if line.strip().startswith(wanted)]
-    return [f"  {line}" for line in found[:9]]
+def _memory(memory: Any) -> dict[str, int]:
+    """Bytes by kind; `peak` is of a chip's own memory, code included."""
+    arguments, results = memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
+    # the compiler's peak is of device and host together; what lies on the device alone bounds it as well
+    peak = memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes
+    return {
+        "arguments": arguments,
+        "host": memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
+        "code": memory.generated_code_size_in_bytes,
+        "peak": min(peak, arguments + memory.temp_size_in_bytes + results) + memory.generated_code_size_in_bytes,
+    }

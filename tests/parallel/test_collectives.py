@@ -60,7 +60,7 @@ def test_bytes_are_those_of_the_compiled_program(name):
     f = getattr(collectives, name)
     x = X.astype(np.float32)
     moves = hlo.collectives(spread(lambda x: f(x, "data")).lower(x).compile().as_text())
-    want = collectives.cost(name, x[0].nbytes, N)
+    want = collectives.traffic(name, x[0].nbytes, N)
     assert sum(m.sent(i) for m in moves for i in range(N)) == want.total
     assert max(sum(m.sent(i) for m in moves) for i in range(N)) == want.sent
     assert max(sum(m.received(i) for m in moves) for i in range(N)) == want.received
@@ -110,8 +110,8 @@ def test_who_holds_what():
 
 def test_an_unknown_name():
     with pytest.raises(ValueError, match="collective='gossip' is none of all_reduce, "):
-        collectives.cost("gossip", 1, 2)
+        collectives.traffic("gossip", 1, 2)
 
 
 def test_a_broadcast_is_as_deep_as_its_tree():
-    assert [collectives.cost("broadcast", 8, n).sent for n in (1, 2, 5, 8)] == [0, 8, 24, 24]
+    assert [collectives.traffic("broadcast", 8, n).sent for n in (1, 2, 5, 8)] == [0, 8, 24, 24]

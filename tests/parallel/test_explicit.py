@@ -7,14 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from plan_runs import assert_equals_one_device, program, run_steps, task
+from plan_runs import MODELS_HERE, assert_equals_one_device, compiled, program, run_steps
+from tiny_models import ENCODER_DECODERS, ENCODERS, MODELS
 
 from llm_jax.models.shared.block import Shared
 from llm_jax.nn import paths
 from llm_jax.nn.attend import Mask
+from llm_jax.nn.attention import View
+from llm_jax.nn.execution import Execution
+from llm_jax.nn.relative import Bias
+from llm_jax.nn.relative_scores import Distances
 from llm_jax.parallel import explicit
 from llm_jax.parallel.mesh import make_mesh
+from llm_jax.parallel.pipeline import interpreter
 from llm_jax.parallel.plan import PlanConfig
+from llm_jax.parallel.rules import is_spec
 from llm_jax.rehearse import hlo
 
 ROWS = {
@@ -49,10 +56,8 @@ def test_columns_of_whole_tiles_come_before_rows_of_parts():
 
 def test_gradients_of_layers_are_scattered():
     """Every matrix of a layer is gathered twice, forward and backward, and its gradient scattered once."""
-    plan, made = program(PlanConfig(data=8, zero=3, explicit=True, remat="full"), "llama")
-    batch = jax.device_put(task("llama")[1][0], plan.batch_sharding())
-    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), made.shapes, made.shardings)
-    found = hlo.collectives(made.step.lower(state, batch).compile().as_text())
+    _, made, step = compiled(*ROWS["zero 3"])
+    found = hlo.collectives(step.as_text())
     of = lambda kind: sum(c.times * c.size for c in found if c.kind == kind and "decoder/shard_map" in c.where)
     layers = made.shapes.params["decoder"]["layers"]
     matrices = sum(x.size * 4 for x in jax.tree.leaves(layers) if x.ndim == 3)
@@ -104,11 +109,30 @@ def test_stages_leave_everyone_with_its_own_block(sizes):
     np.testing.assert_allclose(grad, weight.sum(0), rtol=1e-5)
 
 
-def test_what_has_rows_is_told_by_names():
+def test_what_has_no_rows_is_declared():
     index = jnp.zeros((8, 4), jnp.int32)
-    shared = Shared(Mask(index, index), distances_PD=jnp.zeros((8, 2)), bias_BNTS=jnp.zeros((1, 8, 4, 4)))
-    rows = [explicit._has_rows(path) for path, _ in jax.tree_util.tree_flatten_with_path(shared)[0]]
-    assert rows == [True, True, True, False]
+    positions = (Bias(jnp.zeros((8, 8, 4, 4))), Distances(jnp.zeros((8, 2))))
+    shared = Shared(View(Mask(index, index), positions=positions))
+    rows = P(("replica", "data"))
+    assert jax.tree.leaves(explicit._row_specs((shared,), 8), is_leaf=is_spec) == [rows, rows, rows, P()]
+
+
+@pytest.mark.parametrize("name, config", {**MODELS, **ENCODERS, **ENCODER_DECODERS, **MODELS_HERE}.items())
+def test_what_layers_share_has_rows_or_declares_that_it_has_none(name, config):
+    """Whatever is as long as the batch by chance is not divided."""
+
+    def context(rows):
+        calls = []
+        model = config.make(Execution(stack_runner=interpreter.taking(calls)))
+        jax.eval_shape(model.init, jax.random.key(0), np.zeros((rows, 6), np.int32))
+        return [call.context[0] for call in calls]
+
+    shared = context(5)
+    leading = [(x.shape[0], y.shape[0]) for x, y in zip(*map(jax.tree.leaves, (shared, context(7))), strict=True)]
+    assert (5, 7) in leading
+    for size in {n for pair in leading for n in pair} - {1}:
+        specs = jax.tree.leaves(explicit._row_specs(shared, size), is_leaf=is_spec)
+        assert [spec != P() for spec in specs] == [pair == (5, 7) and size == 5 for pair in leading]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 from jax.sharding import AxisType
 
 from llm_jax.parallel.mesh import AXES, make_mesh
-from llm_jax.parallel.mesh import _place as mesh_place
+from llm_jax.parallel.mesh import _position as position
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_tpus_lie_slice_by_slice_along_the_torus():
         platform="tpu", slice_index=s, coords=[x, y, 0], core_on_chip=0, process_index=0
     )
     devices = [make(s, x, y) for x in (0, 1) for s in (1, 0) for y in (0, 1)]
-    assert [mesh_place(d) for d in sorted(devices, key=mesh_place)] == [
+    assert [position(d) for d in sorted(devices, key=position)] == [
         (s, 0, y, x, 0) for s in (0, 1) for y in (0, 1) for x in (0, 1)
     ]
 

@@ -45,6 +45,9 @@ OTHER_ROWS = {  # not all of what these hold is divided
     "t5, tensor 2, zero 3": (PlanConfig(data=4, model=2, zero=3), "t5", 1),
     "transformer, replicas, zero 1, accumulation": (PlanConfig(replica=2, zero=1), "transformer", 2),
     "xlnet with a memory, tensor 2, zero 2": (PlanConfig(data=4, model=2, zero=2), "xlnet", 1),
+    "LoRA, tensor 2, zero 3": (PlanConfig(data=4, model=2, zero=3), "lora", 1),
+    "LoRA, 1f1b 2, zero 2": (PlanConfig(data=4, pipe=2, microbatches=2, zero=2), "lora", 1),
+    "shared parameters, zero 3": (PlanConfig(data=8, zero=3), "shared", 1),
 }
 
 

@@ -1,5 +1,8 @@
 """Ring attention on eight devices against the reference: outputs, gradients, what travels, who works how much."""
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,41 +29,53 @@ MASKS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
-    monkeypatch.setattr(ring, "CHUNK", 3)  # of which 2 divides a half of a stretch
+def kernel_on(sizes, rows=("data",), heads="model", chunk=3):
+    """The kernel on so many devices, in chunks of 2: of 3 no more divides a half of a stretch."""
+    count = math.prod(sizes.values())
+    return ring.Ring(make_mesh(sizes, jax.devices()[:count]), rows, heads, sequence="seq", chunk=chunk)
 
 
 def arrays(n, k, dtype=np.float32, keys=T):
-    make = lambda t, count: jnp.asarray(RNG.normal(size=(B, t, count, H)), dtype)
+    rng = np.random.default_rng(n)
+    make = lambda t, count: jnp.asarray(rng.normal(size=(B, t, count, H)), dtype)
     return make(T, n), make(keys, k), make(keys, k)
 
 
-def both(kernel, operands, mask, slopes=None, dtype=np.float32):
+def run(operands, mask, slopes=None, **how):
+    """(output, gradients)."""
+    weight = jnp.cos(jnp.arange(operands[0].size, dtype=operands[0].dtype)).reshape(operands[0].shape)
+
+    def loss(*operands):
+        out = attend(*operands, mask, scale=H**-0.5, slopes_N=slopes, **how)
+        return jnp.sum(out * weight), out
+
+    grads, out = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*operands)
+    return out, *grads
+
+
+@functools.cache
+def reference(name):
+    return run(arrays(4, 2), MASKS[name], implementation="reference")
+
+
+def both(kernel, operands, mask, slopes=None):
     """(output, gradients) through the kernel, and by the reference."""
-    weight = jnp.asarray(RNG.normal(size=operands[0].shape), dtype)
-
-    def run(**how):
-        call = lambda *a: attend(*a, mask, scale=H**-0.5, slopes_N=slopes, **how)
-        loss = lambda *a: (jnp.sum(call(*a) * weight), call(*a))
-        grads, out = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*operands)
-        return out, *grads
-
-    return zip(run(kernel=kernel), run(implementation="reference"), strict=True)
+    how = {"kernel": kernel}, {"implementation": "reference"}
+    return zip(*(run(operands, mask, slopes, **h) for h in how), strict=True)
 
 
 @pytest.mark.parametrize("sizes", [{"data": 2, "seq": 2, "model": 2}, {"data": 1, "seq": 8}], ids=["2 of 8", "8"])
 @pytest.mark.parametrize("name", MASKS)
 def test_equals_the_reference(name, sizes):
-    kernel = ring.Ring(make_mesh(sizes), ("replica", "data"), "seq", "model")
+    kernel = kernel_on(sizes, ("replica", "data"))
     operands, mask = arrays(4, 2), MASKS[name]
     assert kernel.fits(*operands[:2], mask, False, False)
-    for got, want in both(kernel, operands, mask):
+    for got, want in zip(run(operands, mask, kernel=kernel), reference(name), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_slopes_cross_attention_and_float64():
-    kernel = ring.Ring(make_mesh({"data": 2, "seq": 2, "model": 2}), ("data",), "seq", "model")
+    kernel = kernel_on({"data": 2, "seq": 2, "model": 2})
     slopes = jnp.asarray([0.5, 0.25, 0.125, 0.0625])
     for got, want in both(kernel, arrays(4, 4), MASKS["causal"], slopes):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
@@ -68,14 +83,14 @@ def test_slopes_cross_attention_and_float64():
     for got, want in both(kernel, arrays(4, 2, keys=20), source):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     with jax.enable_x64(True):
-        for got, want in both(kernel, arrays(2, 2, np.float64), MASKS["causal"], dtype=np.float64):
+        for got, want in both(kernel, arrays(2, 2, np.float64), MASKS["causal"]):
             np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-11)
 
 
 def test_keys_travel_once_and_nothing_is_gathered():
     """Forward: P - 1 hops of the device's keys and values; the exchange of halves before and after."""
     p = 8
-    kernel = ring.Ring(make_mesh({"data": 1, "seq": p}), ("data",), "seq", None)
+    kernel = kernel_on({"data": 1, "seq": p}, heads=None)
     operands = arrays(2, 2)
     mask = Mask(INDEX[:1], INDEX[:1], ordered=True)
     text = jax.jit(lambda *a: attend(*a, mask, scale=1.0, kernel=kernel)).lower(*operands).compile().as_text()
@@ -88,13 +103,12 @@ def test_keys_travel_once_and_nothing_is_gathered():
 
 
 @pytest.mark.parametrize("chunk", [2, 512])
-def test_what_a_causal_mask_hides_is_skipped(chunk, monkeypatch):
+def test_what_a_causal_mask_hides_is_skipped(chunk):
     """Also where a chunk could hold a whole stretch, which has an early and a late half."""
-    monkeypatch.setattr(ring, "CHUNK", chunk)
     stretch = jnp.asarray([[0, 1, 2, 3, 28, 29, 30, 31]])
     keys = jnp.asarray([[4, 5, 6, 7, 24, 25, 26, 27]])
     seen = ring._over_chunks(
-        lambda parts, i, j, part: (parts[0] + 1,), (jnp.zeros((1, 8)),), (("q", 1),), Mask(stretch, keys)
+        lambda parts, i, j, part: (parts[0] + 1,), (jnp.zeros((1, 8)),), (("q", 1),), Mask(stretch, keys), chunk
     )
     size = min(chunk, 4)
     np.testing.assert_array_equal(seen[0], [[0] * 4 + [8 // size] * 4])
@@ -124,7 +138,7 @@ def test_memory_grows_with_the_stretch():
     """In a scan over layers: rows eight times as long on eight devices take the memory of one stretch on one."""
 
     def temporary(p, length):
-        kernel = ring.Ring(make_mesh({"data": 1, "seq": p}, jax.devices()[:p]), ("data",), "seq", None)
+        kernel = kernel_on({"data": 1, "seq": p}, heads=None)
         x = jax.ShapeDtypeStruct((1, length, 2, 16), np.float32)
         mask = Mask(*[np.arange(length, dtype=np.int32)[None]] * 2)
         layer = lambda x, _: (attend(x, x, x, mask, scale=1.0, kernel=kernel), None)
@@ -135,7 +149,7 @@ def test_memory_grows_with_the_stretch():
 
 
 def test_what_does_not_fit_goes_another_way():
-    kernel = ring.Ring(make_mesh({"data": 2, "seq": 2, "model": 2}), ("data",), "seq", "model")
+    kernel = kernel_on({"data": 2, "seq": 2, "model": 2})
     shape = lambda b, t, n: jax.ShapeDtypeStruct((b, t, n, H), np.float32)
     fits = lambda q, k, mask=None, biased=False: kernel.fits(shape(*q), shape(*k), mask, False, biased)
     assert fits((2, 8, 4), (2, 6, 2))

@@ -1,6 +1,7 @@
 """Bytes kept by policy: what a block's inputs and products take, in closed form, and what the compiler then needs."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ from llm_jax.models.llama import LlamaConfig
 from llm_jax.nn.execution import Execution
 from llm_jax.objectives.causal_lm import CausalLM
 from llm_jax.parallel.plan import PlanConfig
-from llm_jax.rehearse.activations import kept
+from llm_jax.rehearse.activations import residual_bytes
 from llm_jax.training.run_config import RunConfig
 
 L, D, F, V, B, T = 6, 32, 64, 64, 2, 16
@@ -21,12 +22,13 @@ MODEL = LlamaConfig(
 STATE = B * T * D * 4  # bytes of one layer's residual stream
 
 
+@functools.cache
 def of(remat, layers=L, precision="fp32"):
     model = dataclasses.replace(MODEL, num_layers=layers)
     config = RunConfig(model, plan=PlanConfig(data=1, precision=precision))
     params, _ = abstract(model.make(), np.zeros((1, T), np.int32))
     batch = {"input_ids": jax.ShapeDtypeStruct((B, T + 1), np.int32)}
-    return kept(config, CausalLM(chunks=1), params, batch, Execution(remat=remat))
+    return residual_bytes(config, CausalLM(chunks=1), params, batch, Execution(remat=remat))
 
 
 def per_layer(remat, **options):

@@ -1,5 +1,7 @@
 """The cost model against what compiled steps move: bytes by mesh axis, on eight CPU devices."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -27,6 +29,7 @@ MODEL = LlamaConfig(
 ROWS, T = 16, 64
 
 
+@functools.cache
 def both(plan_config, accumulation=1):
     """(estimate, {axes: mean bytes that a device sends in the compiled step})."""
     training = LoopConfig(batch_size=ROWS, sequence_length=T, steps=3, accumulation=accumulation)

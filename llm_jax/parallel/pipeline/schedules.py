@@ -35,8 +35,8 @@ class Item(NamedTuple):
 
     Attributes:
       kind: F, B or W.
-      micro: micro-batch.
-      chunk: which of the device's pieces.
+      micro: number of its micro-batch.
+      chunk: number of its piece among the device's.
     """
 
     kind: str
@@ -49,7 +49,7 @@ class Schedule:
     """What every device does.
 
     Attributes:
-      name: of `NAMES`.
+      name: one of `NAMES`.
       stages: p, devices.
       micros: m, micro-batches.
       chunks: v, pieces a device.
@@ -85,11 +85,11 @@ class Schedule:
         An input is held from its F to the last item that needs it: its B, or W where that is split off.
         """
         last = "W" if self.splits else "B"
-        held, peaks = [0] * self.stages, [0] * self.stages
+        live, peaks = [0] * self.stages, [0] * self.stages
         for _, device, _, item in self.items():
-            held[device] += item.kind == "F"
-            peaks[device] = max(peaks[device], held[device])
-            held[device] -= item.kind == last
+            live[device] += item.kind == "F"
+            peaks[device] = max(peaks[device], live[device])
+            live[device] -= item.kind == last
         return peaks
 
     def times(self, costs: Mapping[str, float] = COSTS) -> list[list[tuple[float, float, Item]]]:
@@ -177,11 +177,11 @@ def _in_order(p: int, v: int, orders: list[Order]) -> tuple[tuple[tuple[Item, ..
         tick: list[tuple[Item, ...]] = []
         for device in range(p):
             items = left[device][-1] if left[device] else ()
-            own = {(i.chunk * p + device, i.micro, i.kind) for i in items}
+            together = {(i.chunk * p + device, i.micro, i.kind) for i in items}
             needed = {n for i in items for n in _needs(i, i.chunk * p + device, p * v)}
-            tick.append(left[device].pop() if items and needed <= done | own else ())
+            tick.append(left[device].pop() if items and needed <= done | together else ())
         if not any(tick):
-            raise AssertionError(f"no device can go on: {[order[-1] for order in left if order]}")
+            raise AssertionError(f"no device can continue: {[order[-1] for order in left if order]}")
         done |= {(i.chunk * p + d, i.micro, i.kind) for d, items in enumerate(tick) for i in items}
         ticks.append(tuple(tick))
     return tuple(ticks)
@@ -191,7 +191,7 @@ def make(name: str, stages: int, micros: int, chunks: int = 1) -> Schedule:
     """A schedule.
 
     Args:
-      name: of `NAMES`.
+      name: one of `NAMES`.
       stages: p, devices along the pipeline.
       micros: m, micro-batches.
       chunks: v, pieces a device; more than 1 for `interleaved` only.
@@ -251,13 +251,13 @@ def turn_shares(schedule: Schedule) -> dict[str, float]:
 
 
 class Slots(NamedTuple):
-    """Places a chunk: micro-batch i lives at i modulo their number.
+    """Slots of every chunk's buffers: micro-batch i lives in slot i modulo their number.
 
     Attributes:
-      inputs: of what a neighbour sends forward, until F.
-      layers: of what flows into every layer, from F to the last item that needs it.
-      back: of gradients that a neighbour sends back, or of what flows out of the last piece, until B.
-      split: of gradients of what flows out of every layer, from B to W.
+      inputs: for what a neighbour sends forward, until F.
+      layers: for what flows into every layer, from F to the last item that needs it.
+      back: for gradients that a neighbour sends back, or what flows out of the last piece, until B.
+      split: for gradients of what flows out of every layer, from B to W.
     """
 
     inputs: int
@@ -267,7 +267,7 @@ class Slots(NamedTuple):
 
 
 def slots(schedule: Schedule) -> Slots:
-    """How many places a schedule needs."""
+    """How many slots a schedule needs."""
     last = schedule.stages * schedule.chunks - 1
     Spans = dict[tuple[int, int], tuple[int, int]]  # by piece and micro-batch, from when to when
     when: dict[str, dict[tuple[int, int], int]] = {kind: {} for kind in KINDS}
@@ -275,7 +275,7 @@ def slots(schedule: Schedule) -> Slots:
         when[item.kind][piece, item.micro] = 4 * t + KINDS.index(item.kind)  # the exchange follows, 3
     sent = lambda kind, piece, micro: when[kind][piece, micro] // 4 * 4 + 3
 
-    def places(spans: Spans) -> int:
+    def fewest(spans: Spans) -> int:
         for count in range(1, schedule.micros + 1):
             taken: dict[tuple[int, int], list[tuple[int, int]]] = {}
             for (piece, micro), span in spans.items():
@@ -286,10 +286,10 @@ def slots(schedule: Schedule) -> Slots:
 
     until = when["W" if schedule.splits else "B"]
     return Slots(
-        places({(k, m): (sent("F", k - 1, m), t) for (k, m), t in when["F"].items() if k}),
-        places({at: (t, until[at]) for at, t in when["F"].items()}),
-        places({(k, m): (when["F"][k, m] if k == last else sent("B", k + 1, m), t) for (k, m), t in when["B"].items()}),
-        places({at: (when["B"][at], t) for at, t in when["W"].items()}),
+        fewest({(k, m): (sent("F", k - 1, m), t) for (k, m), t in when["F"].items() if k}),
+        fewest({at: (t, until[at]) for at, t in when["F"].items()}),
+        fewest({(k, m): (when["F"][k, m] if k == last else sent("B", k + 1, m), t) for (k, m), t in when["B"].items()}),
+        fewest({at: (when["B"][at], t) for at, t in when["W"].items()}),
     )
 
 

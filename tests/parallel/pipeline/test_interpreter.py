@@ -1,27 +1,31 @@
 """Every schedule equals accumulation over the same micro-batches on one device: parameters, moments, losses, norms."""
 
+import dataclasses
+import functools
+
 import jax
 import numpy as np
 import pytest
-from plan_runs import assert_equals_one_device, program, run_steps, task
+from plan_runs import assert_equals_one_device, compiled, run_steps
 
 from llm_jax.parallel.mesh import make_mesh
 from llm_jax.parallel.pipeline import interpreter, schedules
 from llm_jax.parallel.plan import Plan, PlanConfig
 from llm_jax.rehearse import hlo
 
-ROWS = {  # name: (plan, model); 5 layers are no multiple of 2 or 4, dropout is on in `deep`
-    "gpipe, 5 layers in 2": (PlanConfig(data=4, pipe=2, schedule="gpipe"), "deep"),
+ROWS = {  # name: (plan, model); 5 layers are no multiple of 4, dropout is on in `deep`
     "1f1b, 5 layers in 4, zero 1": (PlanConfig(data=2, pipe=4, schedule="1f1b", zero=1), "deep"),
-    "eager 1f1b, zero 2": (PlanConfig(data=2, pipe=4, schedule="eager_1f1b", zero=2), "deep"),
-    "interleaved, tied": (PlanConfig(data=4, pipe=2, schedule="interleaved", chunks=2, microbatches=2), "deep_tied"),
-    "albert, shared layers, zero 2": (PlanConfig(data=4, pipe=2, schedule="1f1b", zero=2), "albert"),
-    "bert, padded rows": (PlanConfig(replica=2, data=2, pipe=2, schedule="zero_bubble", microbatches=2), "bert"),
-    "xlnet, two streams": (PlanConfig(data=2, pipe=2, model=2, schedule="gpipe"), "xlnet_alone"),
+    "interleaved, tied": (PlanConfig(data=4, pipe=2, schedule="interleaved", chunks=2), "deep_tied"),
+    "bert, padded rows, zero bubble, zero 3, tensor 2": (
+        PlanConfig(data=2, pipe=2, model=2, schedule="zero_bubble", microbatches=2, zero=3),
+        "bert",
+    ),
     "t5, two pipelines, zero 3": (PlanConfig(data=4, pipe=2, schedule="gpipe", zero=3), "t5"),
-    "transformer, tensor 2": (PlanConfig(data=2, pipe=2, model=2, schedule="gpipe", microbatches=2), "transformer"),
     "1f1b, zero 3, tensor 2": (PlanConfig(data=2, pipe=2, model=2, schedule="1f1b", zero=3), "deep_tied"),
-    "zero bubble, zero 3, tensor 2": (PlanConfig(data=2, pipe=2, model=2, schedule="zero_bubble", zero=3), "deep_tied"),
+    "zero bubble, replicas, zero 3": (
+        PlanConfig(replica=2, data=2, pipe=2, schedule="zero_bubble", zero=3),
+        "deep_tied",
+    ),
 }
 
 
@@ -42,18 +46,25 @@ def test_places_of_inputs(name, v, layers):
 
 
 def tanh(w, i, x, context):
-    return jax.numpy.tanh(x @ w) + 0 * i
+    return jax.numpy.tanh(x @ w["w"]) + 0 * i
 
 
-def toy(name, p=4, m=8, layer=tanh, w=np.ones((8, 16, 16), np.float32)):
+def sublayers(w, i, x, context):
+    """Two residual sublayers of two products each."""
+    x = x + jax.numpy.tanh(x @ w["a"]) @ w["b"]
+    return x + jax.numpy.tanh(x @ w["c"]) @ w["d"]
+
+
+@functools.cache
+def toy(name, p=4, m=8, layer=tanh, kernels="w", layers=8):
     """A compiled schedule of wide layers and a square loss."""
+    w = {k: np.ones((layers, 16, 16), np.float32) for k in kernels}
     s = schedules.make(name, p, m, 2 if name == "interleaved" else 1)
     mesh = make_mesh({"data": 8 // p, "pipe": p})
     x = np.ones((m, 64, 16), np.float32)
     finish = lambda outer, x, micro: ((x**2).sum() * outer, {"square": (x**2).sum()})
-    cut = interpreter.Cut(len(jax.tree.leaves(w)[0]), p * s.chunks)
     run = jax.jit(
-        lambda w, x: interpreter.run(s, mesh, cut, layer, finish, w, np.float32(1), x, np.zeros((m, 1)), np.arange(m))
+        lambda w, x: interpreter.run(s, mesh, layer, finish, w, np.float32(1), x, np.zeros((m, 1)), np.arange(m))
     )
     return run.lower(w, x).compile()
 
@@ -65,25 +76,20 @@ def test_1f1b_holds_fewer_activations_than_gpipe():
 
 
 def test_sums_of_gradients_are_divided_where_zero_divides_gradients():
-    """A stage's half of the layers' gradients, of which a device keeps a quarter."""
-    held = {}
+    """A stage's two layers' gradients, of which a device keeps a half."""
+    config, name = ROWS["1f1b, 5 layers in 4, zero 1"]
+    taken = {}
     for zero in (1, 2):
-        plan, made = program(PlanConfig(data=4, pipe=2, zero=zero), "deep_tied")
-        batch = jax.device_put(task("deep_tied")[1][0], plan.batch_sharding())
-        put = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-        state = jax.tree.map(put, made.shapes, made.shardings)
-        held[zero] = made.step.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
-    layers = sum(x.size * 4 for x in jax.tree.leaves(made.shapes.params["decoder"]["layers"]))
-    assert held[1] - held[2] >= layers / 2 * 3 / 4
+        _, made, step = compiled(dataclasses.replace(config, zero=zero), name)
+        taken[zero] = step.memory_analysis().temp_size_in_bytes
+    a_layer = sum(x.size * 4 for x in jax.tree.leaves(made.shapes.params["decoder"]["layers"])) / 5
+    assert taken[1] - taken[2] >= 2 * a_layer / 2
 
 
 def test_stages_gather_a_layer_at_a_time():
     """Inside a turn: a stage's matrices would be as much memory again as ZeRO-3 saves."""
-    plan, made = program(PlanConfig(data=4, pipe=2, zero=3), "deep_tied")
-    batch = jax.device_put(task("deep_tied")[1][0], plan.batch_sharding())
-    put = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-    state = jax.tree.map(put, made.shapes, made.shardings)
-    found = hlo.collectives(made.step.lower(state, batch).compile().as_text(), {turn: 1.0 for turn in schedules.TURNS})
+    plan, made, step = compiled(PlanConfig(data=4, pipe=2, zero=3), "deep_tied")
+    found = hlo.collectives(step.as_text(), {turn: 1.0 for turn in schedules.TURNS})
     gathers = [c for c in found if c.kind == "all-gather" and c.where.endswith(("all_gather", "sharding_constraint"))]
     layers = [x.size * 4 for x in jax.tree.leaves(made.shapes.params["decoder"]["layers"]) if x.ndim > 2]
     inside = [c for c in gathers if "turn_" in c.where]
@@ -96,12 +102,8 @@ def test_stages_gather_a_layer_at_a_time():
 def test_products_of_a_tick():
     """Of layers of two residual sublayers, four products each: what F, B, and zero bubble's B and W compute."""
 
-    def layer(w, i, x, context):
-        x = x + jax.numpy.tanh(x @ w["a"]) @ w["b"]
-        return x + jax.numpy.tanh(x @ w["c"]) @ w["d"]
-
     def products(name, turn):
-        text = hlo.parse(toy(name, 1, 1, layer, {k: np.ones((3, 16, 16), np.float32) for k in "abcd"}).as_text())
+        text = hlo.parse(toy(name, 1, 1, sublayers, "abcd", 3).as_text())
         times = text.calls({name: float(name == turn) for name in schedules.TURNS})
         dots = sum(times[name] for name, body in text.computations.items() for i in body.values() if i.opcode == "dot")
         return dots / len(schedules.make(name, 1, 1).ticks)
@@ -112,13 +114,10 @@ def test_products_of_a_tick():
     assert products("zero_bubble", "W") == 3 * 10  # two and a half: a layer's inner gradients again
 
 
-def test_turns_permute_nothing():
+@pytest.mark.parametrize("row", ["bert, padded rows, zero bubble, zero 3, tensor 2", "1f1b, zero 3, tensor 2"])
+def test_turns_permute_nothing(row):
     """A permutation waits for all devices, also for those that are at other turns."""
-    plan, made = program(PlanConfig(data=2, pipe=2, model=2, schedule="gpipe", microbatches=2, zero=3), "bert")
-    batch = jax.device_put(task("bert")[1][0], plan.batch_sharding())
-    put = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-    state = jax.tree.map(put, made.shapes, made.shardings)
-    found = hlo.collectives(made.step.lower(state, batch).compile().as_text())
+    found = hlo.collectives(compiled(*ROWS[row])[2].as_text())
     inside = [c.kind for c in found if "turn_" in c.where]
     assert "all-reduce" in inside and "collective-permute" not in inside
 
@@ -133,33 +132,33 @@ def test_neighbours_exchange_once_a_tick():
     assert all(c.times == 1 for c in found if c not in sent and "pipe" in hlo.axes_of(c.groups, mesh))
 
 
-@pytest.mark.parametrize("way", ["schedule", "in sequence"])
-def test_half_precision(way):
+def test_half_precision():
     """Sums over `pipe` of bfloat16 gradients, of inputs and of contexts, equal those without a pipeline."""
     mesh = make_mesh({"data": 4, "pipe": 2})
     rng = np.random.default_rng(0)
     w, x, context = (jax.numpy.asarray(rng.normal(size=s), "bfloat16") for s in ((4, 8, 8), (4, 8, 8), (4, 8, 8)))
     layer = lambda w, i, x, context: jax.numpy.tanh(x @ w + context)
     finish = lambda outer, x, micro: ((x.astype("float32") ** 2).sum(), {})
-    cut = interpreter.Cut(4, 2)
 
     def scheduled(w, x, context):
         s = schedules.make("1f1b", 2, 4)
-        _, _, d_w, _, d_x, (d_context,) = interpreter.run(s, mesh, cut, layer, finish, w, {}, x, context, np.arange(4))
-        return d_w, d_x, d_context
+        found = interpreter.run(s, mesh, layer, finish, w, {}, x, context, np.arange(4))
+        return found.layers, found.inputs, *found.contexts
 
     def in_sequence(w, x, context):
-        return finish(None, interpreter.forward(mesh, cut, layer, w, x, context), None)[0]
+        return finish(None, interpreter.forward(mesh, layer, w, x, context), None)[0]
 
     def plain(w, x, context):
         for i in range(4):
             x = layer(w[i], i, x, context)
         return finish(None, x, None)[0]
 
-    got = jax.jit(scheduled if way == "schedule" else jax.grad(in_sequence, (0, 1, 2)))(w, x, context)
-    for a, b in zip(got, jax.jit(jax.grad(plain, (0, 1, 2)))(w, x, context), strict=True):
-        a, b = np.float32(a), np.float32(b)
-        np.testing.assert_allclose(a, b, atol=0.03 * np.abs(b).max())
+    run = lambda *a: (scheduled(*a), jax.grad(in_sequence, (0, 1, 2))(*a), jax.grad(plain, (0, 1, 2))(*a))
+    *pipelines, want = jax.jit(run)(w, x, context)
+    for got in pipelines:
+        for a, b in zip(got, want, strict=True):
+            a, b = np.float32(a), np.float32(b)
+            np.testing.assert_allclose(a, b, atol=0.03 * np.abs(b).max())
 
 
 def test_half_precision_of_layers_that_gather_themselves():
