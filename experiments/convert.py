@@ -1,4 +1,4 @@
-"""Converts models: a Hugging Face folder, a GGUF file or a work directory of ours, to one of the first or the last.
+"""Converts a Hugging Face folder, a GGUF file or a work directory of ours to a Hugging Face folder or a work directory.
 
 python -m experiments.convert --model=runs/demo --out=demo_hf
 python -m experiments.convert --model=demo_hf --out=runs/back --format=ours

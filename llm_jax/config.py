@@ -13,7 +13,8 @@ class ConfigError(ValueError):
     """A config that cannot be built: an unknown field or a value of the wrong type.
 
     Attributes:
-      exit_code: of a binary that ends so; 2 says that the same command will fail again, so no launcher repeats it.
+      exit_code: exit status of a binary that ends with this error; 2 says that the same command will fail again, so no
+        launcher repeats it.
     """
 
     exit_code = 2
@@ -40,10 +41,10 @@ def from_dict(cls: type[T], values: Any, where: str = "") -> T:
     if not isinstance(values, dict):
         raise ConfigError(f"{where or cls.__name__} takes a dictionary of fields, not {values!r}")
     hints = typing.get_type_hints(cls)
-    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(name, known) or known
+        if name not in names:
+            near = difflib.get_close_matches(name, names) or names
             raise ConfigError(f"unknown field {_join(where, name)}; did you mean {', '.join(near)}?")
     fields = {name: _coerce(hints[name], value, _join(where, name)) for name, value in values.items()}
     try:
@@ -62,9 +63,6 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in args:
             return None
         rest = [a for a in args if a is not type(None)]
-        if isinstance(value, dict):  # of several dataclasses the one that has most of the fields; its error is the one
-            have = lambda a: sum(f.name in value for f in dataclasses.fields(a)) if dataclasses.is_dataclass(a) else 0
-            rest = [max(rest, key=have)] if all(dataclasses.is_dataclass(a) for a in rest) else rest
         errors = []
         for option in rest:
             try:

@@ -1,7 +1,7 @@
 """Beam search as one compiled loop, for decoders and encoder-decoders.
 
 The rules are those of transformers' `generate(num_beams=...)`: of the 2 W best continuations those among the first W
-that end are kept with their normalised scores, the W best that go on go on, and a prompt is done by one of three
+that end are stored with their normalised scores, the W best of the others run on, and a prompt is done by one of three
 rules. A sequence's score is its log-probability divided by a penalty of its *generated* length, its end included.
 The source of an encoder-decoder is read once and its keys stand once, whatever W is; beams that change places move no
 keys (`nn.cache`).
@@ -12,17 +12,19 @@ Sources: Sutskever et al. 2014, https://arxiv.org/abs/1409.3215; Wu et al. 2016,
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.typing import DTypeLike
 
 from llm_jax.decoding import prefill
 from llm_jax.decoding.finite import check_finite
+from llm_jax.decoding.serving import Serving
 from llm_jax.decoding.top_k import top_k, whole_blocks
 from llm_jax.nn.cache import Cache
+from llm_jax.nn.protocols import Model, Params
 
 NOTHING = -1e9  # score of a beam that holds nothing, as in transformers
 PENALTIES = ("length", "gnmt")
@@ -30,7 +32,7 @@ PENALTIES = ("length", "gnmt")
 
 @dataclasses.dataclass(frozen=True)
 class BeamConfig:
-    """How the search goes.
+    """Options of a beam search.
 
     Attributes:
       beams: W; 1 is greedy.
@@ -39,10 +41,10 @@ class BeamConfig:
       early_stopping: a prompt is done when W outputs have ended and: True, at once; False, no running beam would beat
         the worst of them if it ended now (the default of transformers); `never`, none can beat it at all (the bound
         assumes the longest output where a > 0 and that no probability exceeds 1).
-      min_new_tokens: no end before.
+      min_new_tokens: tokens generated at least before an end.
       first_token: forced at the beginning (the target language of multilingual models), None for none.
-      last_token: forced at the last place, None for none.
-      banned: entries that are never generated, beside the model's own.
+      last_token: forced at the last position, None for none.
+      banned: entries that are never generated, beside those that the model's config bans.
     """
 
     beams: int = 4
@@ -65,20 +67,20 @@ class BeamConfig:
         if self.min_new_tokens < 0:
             raise ValueError(f"min_new_tokens={self.min_new_tokens} must not be negative")
 
-    def divisor(self, length: Any) -> Any:
-        """What a log-probability is divided by."""
+    def divisor(self, length: float | jax.Array) -> float | jax.Array:
+        """The penalty of a length: what a log-probability is divided by."""
         base = length if self.penalty == "length" else (5.0 + length) / 6.0
         return base**self.length_penalty
 
 
 @dataclasses.dataclass(frozen=True)
 class Hypothesis:
-    """One output.
+    """An output of a beam search.
 
     Attributes:
       tokens: generated ids, the stop token not included.
       score: normalised log-probability, its end included.
-      logprob: before normalisation.
+      logprob: log-probability before normalisation, its end included.
       finish_reason: `stop` or `length`.
     """
 
@@ -96,7 +98,9 @@ class _Beams(struct.PyTreeNode):
     length: jax.Array
 
     def take(self, index: jax.Array) -> "_Beams":
-        pick = lambda x: jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
+        def pick(x: jax.Array) -> jax.Array:
+            return jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1)
+
         return jax.tree.map(pick, self)
 
     def best(self, count: int) -> "_Beams":
@@ -115,135 +119,131 @@ class _State(struct.PyTreeNode):
     stuck: jax.Array
 
 
-class BeamSearch:
-    """A model ready to search: unstacked parameters and one compiled function a shape."""
+class BeamSearch(Serving):
+    """A model ready to search: its parameters laid out for decoding, and one compiled function a shape.
+
+    Attributes:
+      config: how to search.
+    """
 
     def __init__(
         self,
-        model: Any,
-        params: Any,
+        model: Model,
+        params: Params,
         stop_tokens: Sequence[int] = (),
         config: BeamConfig = BeamConfig(),
         context_length: int | None = None,
-        cache_dtype: Any = jnp.float32,
+        cache_dtype: DTypeLike = jnp.float32,
     ) -> None:
-        """Prepares; compiles on first use.
-
-        Args:
-          model: a module with a decoder.
-          params: stacked or unstacked.
-          stop_tokens: ids that end a row.
-          config: how to search.
-          context_length: the model's own by default.
-          cache_dtype: of keys and values.
+        """Prepares; compiles on first use. Arguments are those of `Serving`, and `config`.
 
         Raises:
-          ValueError: if the model has no decoder, or a forced or banned token is no entry of its vocabulary.
+          ValueError: as `Serving`, and if a stop, forced or banned token is no entry of the vocabulary.
         """
-        prefill.check_generates(model)
-        named = (*stop_tokens, *config.banned, *(t for t in (config.first_token, config.last_token) if t is not None))
-        for token in named:
+        forced = [t for t in (config.first_token, config.last_token) if t is not None]
+        super().__init__(model, params, stop_tokens, context_length, cache_dtype)
+        for token in (*stop_tokens, *config.banned, *forced):
             if not 0 <= token < model.config.vocab_size:
                 raise ValueError(f"token {token} lies outside of the vocabulary of {model.config.vocab_size}")
-        self.model, self.params = model, prefill.serving(model, params)
-        self.stop_tokens, self.config, self.cache_dtype = tuple(stop_tokens), config, cache_dtype
-        self.banned = (*config.banned, *getattr(model.config, "banned_ids", ()))
-        self.context_length = context_length or model.config.context_length
-        self._search = jax.jit(self._run, static_argnums=(3, 4))
+        self.config, self.banned = config, (*config.banned, *self.banned)
+        self._search = jax.jit(self._run, static_argnames=("slots", "new"))
 
     def _best(self, logits: jax.Array, count: int, step: jax.Array, limit: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Log-probabilities and tokens, `[rows, count]`, of each row's best, after bans and forced tokens."""
         c = self.config
-        # by columns, as few rows leave the last product on a CPU; behind the barrier they are not turned round for each
-        # of their three readers
+        # by columns, as few rows leave the last product on a CPU; the barrier keeps XLA from transposing them once a
+        # reader
         logits_VR = jax.lax.optimization_barrier(whole_blocks(logits.T))
         total = jax.nn.logsumexp(logits_VR, axis=0)
 
-        def only(entries: Sequence[int]) -> jax.Array:
-            return jnp.asarray(prefill.among(logits_VR.shape[0], entries))[:, None]
+        def rows_of(tokens: Sequence[int]) -> jax.Array:
+            return jnp.asarray(prefill.entries(logits_VR.shape[0], tokens))[:, None]
 
-        banned = only(self.banned)
+        banned = rows_of(self.banned)
         if c.min_new_tokens and self.stop_tokens:
-            banned |= only(self.stop_tokens) & (step < c.min_new_tokens)
+            banned |= rows_of(self.stop_tokens) & (step < c.min_new_tokens)
         logits_VR = jnp.where(banned, -jnp.inf, logits_VR)
         for forced, when in ((c.first_token, step == 0), (c.last_token, step == limit - 1)):
             if forced is not None:  # transformers gives it log-probability 0
-                logits_VR = jnp.where(when, jnp.where(only([forced]), total, -jnp.inf), logits_VR)
+                logits_VR = jnp.where(when, jnp.where(rows_of([forced]), total, -jnp.inf), logits_VR)
         best, token = top_k(logits_VR, count)
         return best - total[:, None], token
 
     def _select(self, state: _State, logits: jax.Array, limit: jax.Array) -> tuple[_State, jax.Array]:
-        """Chooses continuations: the state with the next tokens, and the beams that they go on from, `[B, W]`."""
+        """Chooses continuations: the state with the next tokens, and the beams that they continue, `[B, W]`."""
         c = self.config
         b, w, _ = state.running.tokens.shape
         entries = logits.shape[-1]
-        keep = min(w * (1 + max(1, len(self.stop_tokens))), w * entries)
-        each = min(keep, entries)  # the best of every beam hold the best of all
-        score, token = (x.reshape(b, w, each) for x in self._best(logits, each, state.step, limit))
+        count = min(w * (1 + max(1, len(self.stop_tokens))), w * entries)
+        of_beam = min(count, entries)  # the best of every beam hold the best of all
+        score, token = (x.reshape(b, w, of_beam) for x in self._best(logits, of_beam, state.step, limit))
         score = (score + state.running.score[:, :, None]).reshape(b, -1)
-        score, index = jax.lax.top_k(score, keep)
-        beam, token = index // each, jnp.take_along_axis(token.reshape(b, -1), index, axis=1)
+        score, index = jax.lax.top_k(score, count)
+        beam, token = index // of_beam, jnp.take_along_axis(token.reshape(b, -1), index, axis=1)
         length = state.step + 1
         candidates = state.running.take(beam)
         tokens = candidates.tokens.at[:, :, state.step].set(token)
-        lengths = jnp.full((b, keep), length, jnp.int32)
+        lengths = jnp.full((b, count), length, jnp.int32)
 
         ends = jnp.isin(token, jnp.asarray(self.stop_tokens, jnp.int32)) if self.stop_tokens else token < 0
         ends |= length >= limit
-        on = _Beams(tokens, jnp.where(ends, score + NOTHING, score), lengths)
-        chosen = jax.lax.top_k(on.score, w)[1]
-        running = on.take(chosen)
+        unended = _Beams(tokens, jnp.where(ends, score + NOTHING, score), lengths)
+        chosen = jax.lax.top_k(unended.score, w)[1]
+        running = unended.take(chosen)
         parent = jnp.take_along_axis(beam, chosen, axis=1)
 
         full = jnp.all(state.ended.length > 0, axis=1, keepdims=True)
-        may_end = ends & (jnp.arange(keep) < w)[None, :] & state.open_B[:, None] & (score > NOTHING / 2)
+        may_end = ends & (jnp.arange(count) < w)[None, :] & state.open_B[:, None] & (score > NOTHING / 2)
         if c.early_stopping is True:
             may_end &= ~full
-        done = _Beams(tokens, jnp.where(may_end, score / c.divisor(length), NOTHING), jnp.where(may_end, lengths, 0))
-        ended = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), state.ended, done).best(w)
+        new = _Beams(tokens, jnp.where(may_end, score / c.divisor(length), NOTHING), jnp.where(may_end, lengths, 0))
+        ended = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), state.ended, new).best(w)
 
         longest = limit if c.early_stopping == "never" and c.length_penalty > 0 else length
-        hope = running.score[:, :1] / c.divisor(longest)
+        best_possible = running.score[:, :1] / c.divisor(longest)
         worst = jnp.where(ended.length > 0, jnp.min(ended.score, axis=1, keepdims=True), NOTHING)
-        new = state.replace(
+        next_state = state.replace(
             token_BW=jnp.take_along_axis(token, chosen, axis=1),
             running=running,
             ended=ended,
-            open_B=state.open_B & jnp.any(hope > worst, axis=1),
+            open_B=state.open_B & jnp.any(best_possible > worst, axis=1),
             step=length,
             stuck=jnp.all(ends),
         )
-        return new, parent
+        return next_state, parent
 
-    def _goes_on(self, state: _State) -> jax.Array:
+    def _unfinished(self, state: _State) -> jax.Array:
         full = jnp.all(state.ended.length > 0) & (self.config.early_stopping is True)
         return jnp.any(state.open_B) & ~full & ~state.stuck
 
-    def _run(self, params, ids_BT, mask_BT, slots, new, limit):
+    def _run(
+        self, params: Params, ids_BT: jax.Array, mask_BT: jax.Array, limit: jax.Array, *, slots: int, new: int
+    ) -> _Beams:
+        """The ended beams of every prompt, the best first."""
         b, w = ids_BT.shape[0], self.config.beams
         logits, cache = prefill.begin(self.model, params, ids_BT, mask_BT, slots, self.cache_dtype)
-        each = jnp.repeat(jnp.arange(b), w)
-        empty = lambda score: _Beams(jnp.zeros((b, w, new), jnp.int32), score, jnp.zeros((b, w), jnp.int32))
-        alone = jnp.broadcast_to(jnp.where(jnp.arange(w) > 0, NOTHING, 0.0), (b, w))  # the beams are one at first
+        tokens, lengths = jnp.zeros((b, w, new), jnp.int32), jnp.zeros((b, w), jnp.int32)
+        # all beams begin alike: one of them counts
+        first = jnp.broadcast_to(jnp.where(jnp.arange(w) > 0, NOTHING, 0.0), (b, w))
         state = _State(
             cache=cache,
             token_BW=jnp.zeros((b, w), jnp.int32),
-            running=empty(alone),
-            ended=empty(jnp.full((b, w), NOTHING)),
+            running=_Beams(tokens, first, lengths),
+            ended=_Beams(tokens, jnp.full((b, w), NOTHING), lengths),
             open_B=jnp.ones(b, bool),
             step=jnp.int32(0),
             stuck=jnp.bool_(False),
         )
-        state, _ = self._select(state, logits[each], limit)
+        state, _ = self._select(state, jnp.repeat(logits, w, axis=0), limit)
         state = state.replace(cache=cache.widen(w))
 
-        def one(state):
+        def step(state: _State) -> _State:
             token = state.token_BW.reshape(-1, 1)
             logits, cache = prefill.go_on(self.model, params, token, jnp.ones_like(token, bool), state.cache)
             state, parent = self._select(state, logits, limit)
             return state.replace(cache=cache.follow(parent))
 
-        return jax.lax.while_loop(self._goes_on, one, state).ended
+        return jax.lax.while_loop(self._unfinished, step, state).ended
 
     def search(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, num_return: int = 1
@@ -265,7 +265,7 @@ class BeamSearch:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1 and min_new_tokens")
         limits = [max_new_tokens] * len(prompts)
         ids, mask, slots, new = prefill.lay_out(self.model, prompts, limits, self.context_length)
-        ended = jax.device_get(self._search(self.params, ids, mask, slots, new, np.int32(max_new_tokens)))
+        ended = jax.device_get(self._search(self.params, ids, mask, np.int32(max_new_tokens), slots=slots, new=new))
         found = ended.length[:, :num_return] > 0
         # comparisons with NaN are false: no beam of such a prompt ever ends
         check_finite("the best scores of the prompts", np.where(found[:, 0], ended.score[:, 0], np.nan))

@@ -1,6 +1,6 @@
-"""The text of new tokens behind a prompt: what a tokenizer does across the seam is done, whole and piece by piece.
+"""The text of new tokens behind a prompt, whole and piece by piece, as the tokenizer joins both.
 
-Tokens decoded alone lose what the prompt gives them: the blank of a Metaspace word that would begin a text, the other
+Tokens decoded alone lose what depends on the prompt: the blank of a Metaspace word that would begin a text, the other
 bytes of a character, the word that a `##` piece belongs to.
 """
 
@@ -8,7 +8,6 @@ import os.path
 from collections.abc import Callable, Sequence
 
 Decode = Callable[[list[int]], str]
-WINDOW = 64  # tokens of a prompt that are decoded again with the new ones, where a cut between them is known to be safe
 
 
 class Continuation:
@@ -17,8 +16,8 @@ class Continuation:
     `piece` gives text as soon as no later token can change it; all pieces joined are `text` of the last tokens.
 
     Attributes:
-      before: the end of the prompt, decoded with the new tokens and taken away again.
-      shown: what the pieces so far hold.
+      before: the last tokens of the prompt; they are decoded with the new ones, and their text is removed again.
+      shown: text of all pieces so far.
     """
 
     def __init__(
@@ -27,6 +26,7 @@ class Continuation:
         prompt: Sequence[int] = (),
         stop_strings: Sequence[str] = (),
         settled: Callable[[list[int]], int] | None = None,
+        window: int = 64,
     ) -> None:
         """Begins behind a prompt.
 
@@ -37,11 +37,12 @@ class Continuation:
           settled: how many leading ids have a text that no later id changes; a tokenizer's own (`Tokenizer.settled`)
             where `decode` is its method. Whatever it says, U+FFFD at the end waits: half a character may become a
             whole one.
+          window: tokens of a prompt that are decoded again with the new ones, where `settled` knows a safe cut.
         """
         settled = settled or getattr(getattr(decode, "__self__", None), "settled", None)
         self._decode, self._settled = decode, settled or len
         self._stops, self._hold = tuple(stop_strings), max(map(len, stop_strings), default=1) - 1
-        start = 0 if settled is None else settled(list(prompt[: max(len(prompt) - WINDOW, 0)]))  # a cut changes no text
+        start = 0 if settled is None else settled(list(prompt[: max(len(prompt) - window, 0)]))  # a cut changes no text
         self.before = list(prompt[start:])
         self._text_before = decode(self.before) if self.before else ""
         self.shown = ""
@@ -54,12 +55,12 @@ class Continuation:
         return text[: min(ends)] if ends else text
 
     def piece(self, new: Sequence[int], done: bool) -> str:
-        """What is ready of the new tokens' text and in no earlier piece; all of it where the row is done."""
+        """The next piece: text of the new tokens that is final and in no earlier piece; all the rest once `done`."""
         if done:
             ready = self.text(new)
         else:
-            sure = max(self._settled([*self.before, *new]) - len(self.before), 0)
-            ready = self.text(new[:sure]).rstrip("\ufffd")
+            final = max(self._settled([*self.before, *new]) - len(self.before), 0)
+            ready = self.text(new[:final]).rstrip("\ufffd")
             ready = ready[: max(len(ready) - self._hold, 0)]
         out = ready[len(self.shown) :]
         self.shown += out

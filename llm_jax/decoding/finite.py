@@ -1,15 +1,14 @@
-"""Numbers that are no numbers never count as a result."""
-
-from typing import Any
+"""A result with NaN or infinity in it is an error."""
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
-def check_finite(what: str, *values: Any) -> None:
+def check_finite(what: str, *values: ArrayLike) -> None:
     """Refuses results with NaN or infinity in them.
 
     Args:
-      what: names them in the message.
+      what: names the values in the message.
       *values: arrays or numbers.
 
     Raises:

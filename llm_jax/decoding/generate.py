@@ -4,39 +4,41 @@ The loop runs on unstacked parameters: scanning would copy every layer's weights
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.typing import DTypeLike
 
 from llm_jax.decoding import prefill, sampling
 from llm_jax.decoding.continuation import Continuation, Decode
 from llm_jax.decoding.finite import check_finite
 from llm_jax.decoding.sampling import SamplingConfig
+from llm_jax.decoding.serving import Serving
 from llm_jax.nn.cache import Cache
+from llm_jax.nn.protocols import Model, Params
 
 RUNNING, STOP, LENGTH, STOP_STRING = range(4)
 REASONS = ("running", "stop", "length", "stop_string")
 
 
 class DecodeState(struct.PyTreeNode):
-    """Everything between two tokens.
+    """What decoding carries from one token to the next.
 
     Attributes:
       cache: keys and values so far.
       logits_BV: float32 logits of the next token.
       tokens_BN: generated tokens, N slots.
       logprobs_BN: their log-probabilities under the model itself, before penalties, temperature and truncation.
-      count_B: how many were generated.
-      limit_B: how many may be.
+      count_B: number of generated tokens.
+      limit_B: number of tokens that may be generated.
       reason_B: an index into `REASONS`.
       keys_B: one key a row.
       history_BM: prompt and output, for n-gram blocking; width 0 where it is off.
       prompt_BV: token counts of the prompt; width 0 where no penalty is on.
-      output_BV: token counts of the output.
+      output_BV: token counts of the output; width as `prompt_BV`.
       sound_B: whether all log-probabilities so far were finite; a stop token's counts too.
     """
 
@@ -56,11 +58,11 @@ class DecodeState(struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """One row's result.
+    """The output of one row.
 
     Attributes:
       tokens: generated ids, the stop token not included.
-      logprobs: one per token.
+      logprobs: log-probability of each token.
       finish_reason: `stop` (a stop token), `stop_string`, or `length`.
     """
 
@@ -69,50 +71,41 @@ class Completion:
     finish_reason: str
 
 
-class Generator:
-    """A model ready to generate: unstacked parameters and compiled functions.
+class Generator(Serving):
+    """A model ready to generate: its parameters laid out for decoding, and compiled functions.
 
     Attributes:
-      model: decoder, or encoder-decoder (whose prompt is the source).
-      params: its parameters, unstacked.
-      stop_tokens: ids that end a row.
       sampling: how tokens are chosen.
-      context_length: most tokens (prompt and output) of a row.
     """
 
     def __init__(
         self,
-        model: Any,
-        params: Any,
+        model: Model,
+        params: Params,
         stop_tokens: Sequence[int] = (),
         sampling: SamplingConfig = SamplingConfig(),
         context_length: int | None = None,
-        cache_dtype: Any = jnp.float32,
+        cache_dtype: DTypeLike = jnp.float32,
     ) -> None:
-        """Prepares; compiles on first use.
+        """Prepares; compiles on first use. Arguments and errors are those of `Serving`, and `sampling`."""
+        super().__init__(model, params, stop_tokens, context_length, cache_dtype)
+        self.sampling = sampling
+        self._start = jax.jit(self._prefill, static_argnames=("slots", "new"))
+        self._advance = jax.jit(self._loop, donate_argnames="state")
 
-        Args:
-          model: a module with a decoder.
-          params: stacked or unstacked.
-          stop_tokens: ids that end a row.
-          sampling: how tokens are chosen.
-          context_length: the model's own by default.
-          cache_dtype: of keys and values.
-
-        Raises:
-          ValueError: if the model has no decoder.
-        """
-        prefill.check_generates(model)
-        self.model, self.params = model, prefill.serving(model, params)
-        self.banned = tuple(getattr(model.config, "banned_ids", ()))
-        self.stop_tokens, self.sampling, self.cache_dtype = tuple(stop_tokens), sampling, cache_dtype
-        self.context_length = context_length or model.config.context_length
-        self._start = jax.jit(self._prefill, static_argnums=(5, 6))
-        self._advance = jax.jit(self._loop, donate_argnums=1)
-
-    def _prefill(self, params, ids_BT, mask_BT, limit_B, key, slots, new):
+    def _prefill(
+        self,
+        params: Params,
+        ids_BT: jax.Array,
+        mask_BT: jax.Array,
+        limit_B: jax.Array,
+        key: jax.Array,
+        *,
+        slots: int,
+        new: int,
+    ) -> DecodeState:
         logits, cache = prefill.begin(self.model, params, ids_BT, mask_BT, slots, self.cache_dtype)
-        ids_BT, mask_BT = prefill.told(self.model, ids_BT, mask_BT)
+        ids_BT, mask_BT = prefill.prefix(self.model, ids_BT, mask_BT)
         b, t = ids_BT.shape
         counted = logits.shape[1] if self.sampling.counts_tokens else 0
         prompt = jnp.zeros((b, counted), jnp.int32)
@@ -120,8 +113,8 @@ class Generator:
             prompt = prompt.at[jnp.arange(b)[:, None], ids_BT].add(mask_BT.astype(jnp.int32))
         history = jnp.zeros((b, t + new if self.sampling.no_repeat_ngram else 0), jnp.int32)
         if self.sampling.no_repeat_ngram:
-            place = jnp.where(mask_BT, jnp.cumsum(mask_BT, axis=1) - 1, t + new)
-            history = history.at[jnp.arange(b)[:, None], place].set(ids_BT, mode="drop")
+            position = jnp.where(mask_BT, jnp.cumsum(mask_BT, axis=1) - 1, t + new)
+            history = history.at[jnp.arange(b)[:, None], position].set(ids_BT, mode="drop")
         return DecodeState(
             cache=cache,
             logits_BV=logits,
@@ -137,11 +130,18 @@ class Generator:
             sound_B=jnp.ones((b,), bool),
         )
 
-    def _loop(self, params, state, steps):
-        more = lambda x: (x[1] < steps) & jnp.any(x[0].reason_B == RUNNING)
-        return jax.lax.while_loop(more, lambda x: (self._one(params, x[0]), x[1] + 1), (state, 0))[0]
+    def _loop(self, params: Params, state: DecodeState, steps: jax.Array) -> DecodeState:
+        def unfinished(carry: tuple[DecodeState, jax.Array]) -> jax.Array:
+            state, done = carry
+            return (done < steps) & jnp.any(state.reason_B == RUNNING)
 
-    def _one(self, params, state):
+        def step(carry: tuple[DecodeState, jax.Array]) -> tuple[DecodeState, jax.Array]:
+            state, done = carry
+            return self._step(params, state), done + 1
+
+        return jax.lax.while_loop(unfinished, step, (state, jnp.int32(0)))[0]
+
+    def _step(self, params: Params, state: DecodeState) -> DecodeState:
         c, rows = self.sampling, jnp.arange(state.count_B.shape[0])
         logits = prefill.ban(state.logits_BV, self.banned)
         if c.counts_tokens:
@@ -153,27 +153,24 @@ class Generator:
         logprob = state.logits_BV[rows, token] - jax.nn.logsumexp(state.logits_BV, axis=-1)
 
         running = state.reason_B == RUNNING
-        stops = jnp.zeros_like(running)
-        for stop in self.stop_tokens:
-            stops |= token == stop
-        keep = running & ~stops
-        slot = jnp.where(keep, state.count_B, state.tokens_BN.shape[1])
-        put = lambda x, v: x.at[rows, slot].set(v.astype(x.dtype), mode="drop")
-        count = state.count_B + keep
+        stops = jnp.isin(token, jnp.asarray(self.stop_tokens, token.dtype))
+        grows = running & ~stops
+        slot = jnp.where(grows, state.count_B, state.tokens_BN.shape[1])  # past the end: dropped
+        count = state.count_B + grows
         reason = jnp.where(running & stops, STOP, state.reason_B)
-        reason = jnp.where(keep & (count >= state.limit_B), LENGTH, reason)
+        reason = jnp.where(grows & (count >= state.limit_B), LENGTH, reason)
         history, output = state.history_BM, state.output_BV
         if c.no_repeat_ngram:
-            place = jnp.where(keep, state.cache.length_B, history.shape[1])
-            history = history.at[rows, place].set(token, mode="drop")
+            position = jnp.where(grows, state.cache.length_B, history.shape[1])
+            history = history.at[rows, position].set(token, mode="drop")
         if c.counts_tokens:
-            output = output.at[rows, token].add(keep.astype(jnp.int32))
-        logits, cache = prefill.go_on(self.model, params, token[:, None], keep[:, None], state.cache)
+            output = output.at[rows, token].add(grows.astype(jnp.int32))
+        logits, cache = prefill.go_on(self.model, params, token[:, None], grows[:, None], state.cache)
         return state.replace(
             cache=cache,
             logits_BV=logits,
-            tokens_BN=put(state.tokens_BN, token),
-            logprobs_BN=put(state.logprobs_BN, logprob),
+            tokens_BN=state.tokens_BN.at[rows, slot].set(token, mode="drop"),
+            logprobs_BN=state.logprobs_BN.at[rows, slot].set(logprob.astype(jnp.float32), mode="drop"),
             count_B=count,
             reason_B=reason,
             history_BM=history,
@@ -202,7 +199,7 @@ class Generator:
         """
         limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
         ids, mask, slots, new = prefill.lay_out(self.model, prompts, limits, self.context_length, window)
-        return self._start(self.params, ids, mask, np.asarray(limits, np.int32), key, slots, new)
+        return self._start(self.params, ids, mask, np.asarray(limits, np.int32), key, slots=slots, new=new)
 
     def advance(self, state: DecodeState, steps: int) -> DecodeState:
         """Generates up to `steps` more tokens in every running row; the state passed in is consumed."""
@@ -235,25 +232,31 @@ class Generator:
         state = self.start(prompts, max_new_tokens, key, window)
         if not stop_strings or decode is None:
             return completions(self.advance(state, 2**30))
-        texts = [self._behind(decode, prompt).text for prompt in prompts]
+        texts = [self._continuation(decode, prompt).text for prompt in prompts]
         while True:
             state = self.advance(state, chunk)
             state, running = self._cut(state, stop_strings, texts)
             if not running:
                 return completions(state)
 
-    def _behind(self, decode: Decode, prompt: Sequence[int], **options: Any) -> Continuation:
-        """The prompt's continuation; what an encoder-decoder writes is a text of its own."""
-        return Continuation(decode, () if prefill.is_encoder_decoder(self.model) else prompt, **options)
+    def _continuation(self, decode: Decode, prompt: Sequence[int], stop_strings: Sequence[str] = ()) -> Continuation:
+        """The prompt's continuation; what an encoder-decoder writes continues nothing."""
+        return Continuation(decode, () if prefill.is_encoder_decoder(self.model) else prompt, stop_strings)
 
-    def _cut(self, state, stop_strings, texts):
+    def _cut(
+        self, state: DecodeState, stop_strings: Sequence[str], texts: Sequence[Callable[[list[int]], str]]
+    ) -> tuple[DecodeState, bool]:
+        """Ends the rows whose text holds a stop string, and says whether any row still runs."""
         tokens, count, reason = (np.array(x) for x in (state.tokens_BN, state.count_B, state.reason_B))
+
+        def stops(row: int, length: int) -> bool:
+            text = texts[row](tokens[row, :length].tolist())
+            return any(stop in text for stop in stop_strings)
+
         for row in range(len(count)):
-            ids, decode = tokens[row, : count[row]].tolist(), texts[row]
-            if reason[row] == STOP_STRING or not any(s in decode(ids) for s in stop_strings):
-                continue
-            end = next(n for n in range(1, len(ids) + 1) if any(s in decode(ids[:n]) for s in stop_strings))
-            count[row], reason[row] = end, STOP_STRING
+            if reason[row] != STOP_STRING and stops(row, count[row]):
+                count[row] = next(n for n in range(1, count[row] + 1) if stops(row, n))
+                reason[row] = STOP_STRING
         state = state.replace(count_B=jnp.asarray(count), reason_B=jnp.asarray(reason))
         return state, bool((reason == RUNNING).any())
 
@@ -281,8 +284,8 @@ class Generator:
           alone: the new tokens are a text of their own (an answer in a chat), and do not continue the prompt.
         """
         state = self.start([prompt], max_new_tokens, key, window)
-        follow = self._behind(decode, () if alone else prompt, stop_strings=stop_strings)
-        plain = self._behind(decode, () if alone else prompt)
+        follow = self._continuation(decode, () if alone else prompt, stop_strings=stop_strings)
+        plain = self._continuation(decode, () if alone else prompt)
         while True:
             state = self.advance(state, chunk)
             _check_sound(state)

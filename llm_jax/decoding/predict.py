@@ -1,4 +1,4 @@
-"""What a head with labels says: classes with probabilities, numbers, a tag a word, an answer, a choice."""
+"""Predictions of heads with labels: classes with probabilities, numbers, a tag a word, an answer, a choice."""
 
 import functools
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from llm_jax.decoding.finite import check_finite
 from llm_jax.decoding.prefill import bucket
 from llm_jax.models import parameters
 from llm_jax.nn import weights
+from llm_jax.nn.protocols import Batch, Model, Params
 
 INPUTS = {"classification": (1, 2), "span": (2,), "choice": range(3, 100)}
 LONGEST = 30  # tokens of an answer, as in Devlin et al. 2019's code
@@ -31,13 +32,13 @@ def kind_of(config: Any) -> str:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(model: Any, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+def _logits(model: Model, params: Params, batch: Batch) -> jax.Array:
     return weights.wide(model.apply({"params": params}, **batch).logits)
 
 
 def predict(
-    model: Any,
-    params: Any,
+    model: Model,
+    params: Params,
     tokenizer: Tokenizer,
     inputs: Sequence[tuple[str, ...]],
     length: int | None = None,
@@ -46,9 +47,9 @@ def predict(
     """Answers in the order of the inputs, JSON-ready; rows and batches are padded to powers of two, compiled once each.
 
     Args:
-      model: with a head of labels.
-      params: its parameters.
-      tokenizer: its own.
+      model: a model whose head has labels.
+      params: the model's parameters.
+      tokenizer: the model's tokenizer.
       inputs: a text or a pair of them each; words (`tokens`); question and context (`span`); a text and its choices.
       length: tokens a row at most; what is longer is cut. The model's context by default, and at most 512.
       batch_size: rows at once.
@@ -66,18 +67,18 @@ def predict(
     config, kind = model.config, kind_of(model.config)
     parameters.check(model, params)
     head = "classification" if kind == "regression" else kind
-    for given in inputs:
-        fits = head == "tokens" or (len(given) in INPUTS[head] and len(given) == len(inputs[0]))
-        if not given or not fits or not all(map(str.strip, given)):
-            raise ValueError(f"a model with head={head!r} cannot read {given!r}")
+    for texts in inputs:
+        fits = head == "tokens" or (len(texts) in INPUTS[head] and len(texts) == len(inputs[0]))
+        if not texts or not fits or not all(map(str.strip, texts)):
+            raise ValueError(f"a model with head={head!r} cannot read {texts!r}")
     if not inputs:
         return []
     batch_size = min(batch_size, bucket(len(inputs), 1))
     encoder = Encoder.of(config, tokenizer, kind, min(length or 512, getattr(config, "context_length", 512)))
     encoded = encoder(inputs)
-    for given, pieces in zip(inputs, encoded, strict=True):
+    for texts, pieces in zip(inputs, encoded, strict=True):
         if not pieces or not all(len(p.ids) for p in pieces):
-            raise ValueError(f"{given[0]!r} has no token, or leaves its context no room in {encoder.length}")
+            raise ValueError(f"{texts[0]!r} has no token, or leaves its context no room in {encoder.length}")
     out: list[dict[str, Any]] = []
     for start in range(0, len(inputs), batch_size):
         chunk = encoded[start : start + batch_size]
@@ -86,9 +87,9 @@ def predict(
         rows += rows[:1] * (batch_size - len(rows))
         logits = np.asarray(_logits(model, params, {k: np.stack([r[k] for r in rows]) for k in rows[0]}))
         check_finite("the labels' logits", logits[: len(chunk)])
-        for given, pieces, row in zip(inputs[start:], chunk, logits, strict=False):
+        for texts, pieces, row in zip(inputs[start:], chunk, logits, strict=False):
             row = row[encoder.shift(pieces[0], size) :] if head in ("tokens", "span") else row
-            out.append(_said(config.labels, kind, given, pieces[0], row))
+            out.append(_answer_of(config.labels, kind, texts, pieces[0], row))
     return out
 
 
@@ -97,20 +98,23 @@ def _log_softmax(logits: np.ndarray, axis: int = -1) -> np.ndarray:
     return x - np.log(np.exp(x).sum(axis=axis, keepdims=True))
 
 
-def _said(
-    labels: Sequence[str], kind: str, given: tuple[str, ...], pieces: Pieces, logits: np.ndarray
+def _answer_of(
+    labels: Sequence[str], kind: str, texts: tuple[str, ...], pieces: Pieces, logits: np.ndarray
 ) -> dict[str, Any]:
     if kind == "regression":
         return {"value": float(logits[0])}
     if kind == "span":
-        return _answer(given[1], pieces, _log_softmax(logits, axis=0))
+        return _answer(texts[1], pieces, _log_softmax(logits, axis=0))
     p = np.exp(_log_softmax(logits))
     if kind == "tokens":
         found = [(None, None) if i is None else (labels[p[i].argmax()], float(p[i].max())) for i in pieces.places]
         return {"tags": [tag for tag, _ in found], "probabilities": [q for _, q in found]}
-    names = given[1:] if kind == "choice" else labels
-    first = {"choice" if kind == "choice" else "label": names[p.argmax()], "probability": float(p.max())}
-    return {**first, "probabilities": dict(zip(names, map(float, p), strict=True))}
+    names = texts[1:] if kind == "choice" else labels
+    return {
+        "choice" if kind == "choice" else "label": names[p.argmax()],
+        "probability": float(p.max()),
+        "probabilities": dict(zip(names, map(float, p), strict=True)),
+    }
 
 
 def _answer(context: str, pieces: Pieces, logp_T2: np.ndarray) -> dict[str, Any]:

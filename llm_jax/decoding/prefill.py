@@ -1,31 +1,30 @@
 """From prompts to a cache and the next token's logits, for decoders and encoder-decoders alike.
 
-A decoder goes on from its prompt; an encoder-decoder reads it as the source, and its decoder begins with a start token.
+A decoder continues its prompt; an encoder-decoder reads it as the source, and its decoder begins with a start token.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
-from llm_jax.data.tokenizers import check_ids
-from llm_jax.models import parameters
+from llm_jax.data.tokenizers import Tokenizer, check_ids
 from llm_jax.models.shared import heads
-from llm_jax.nn import paths, weights
 from llm_jax.nn.cache import Cache
-from llm_jax.nn.stack import unstack
+from llm_jax.nn.protocols import Model, Params
 
 WRITES = ("causal", "any_order", "source")  # models that read like this (`config.reads`) write token by token
 
 
-def is_encoder_decoder(model: Any) -> bool:
+def is_encoder_decoder(model: Model) -> bool:
     """Whether the prompt is a source and not a beginning."""
     return model.config.reads == "source"
 
 
-def check_generates(model: Any) -> None:
+def check_generates(model: Model) -> None:
     """Refuses models without a decoder, or whose head predicts no tokens.
 
     Raises:
@@ -33,7 +32,7 @@ def check_generates(model: Any) -> None:
     """
     config = model.config
     if config.reads not in WRITES:
-        raise ValueError(f"{type(model).__name__} sees both sides and cannot generate; see decoding.masked")
+        raise ValueError(f"{type(model).__name__} sees both sides and cannot generate; see decoding.fill_mask")
     if not getattr(config, "decoder", True):
         raise ValueError(f"this {type(model).__name__} is an encoder alone and cannot generate")
     if getattr(config, "head", "lm") not in heads.LANGUAGE:
@@ -42,36 +41,20 @@ def check_generates(model: Any) -> None:
         )
 
 
-def order(model: Any) -> dict[str, bool]:
-    """What a call says beside the ids so that each position predicts the next token."""
+def order(model: Model) -> dict[str, bool]:
+    """Arguments of a call, beside the ids, with which each position predicts the next token."""
     return {"left_to_right": True} if model.config.reads == "any_order" else {}
 
 
-def beginning(tokenizer: Any) -> list[int]:
-    """What a decoder reads before a text whose first token is predicted too.
+def beginning(tokenizer: Tokenizer) -> list[int]:
+    """The ids that a decoder reads before a text whose first token is predicted too.
 
-    It is what training rows hold there: the begin token of the tokenizer's rule, or else the separator that ends the
+    Training rows hold the same there: the begin token of the tokenizer's rule, or else the separator that ends the
     document before, or nothing.
     """
     if tokenizer.rule.begin:
         return list(tokenizer.rule.begin)
     return [] if tokenizer.separator is None else [tokenizer.separator]
-
-
-def serving(model: Any, params: Any) -> Any:
-    """Unstacked parameters; on a CPU kernels transposed also, where decoding is then up to twice as fast.
-
-    Raises:
-      ValueError: naming a parameter that no module of the model reads.
-    """
-    parameters.check(model, params)
-    turn = lambda x: weights.Transposed(x.T) if isinstance(x, jax.Array) and x.ndim == 2 and _on_cpu(x) else x
-    put = lambda path, x: turn(x) if path.endswith("kernel") else x
-    return paths.map_with_path(put, unstack(params), is_leaf=weights.is_node)
-
-
-def _on_cpu(x: jax.Array) -> bool:
-    return all(device.platform == "cpu" for device in x.devices())
 
 
 def bucket(size: int, smallest: int = 16) -> int:
@@ -96,12 +79,12 @@ def padded(ids: Sequence[int], longest: int | None = None) -> tuple[np.ndarray, 
 
 
 class Layout(NamedTuple):
-    """Prompts as arrays, padded to buckets: one compilation per shape bucket and not one per prompt length.
+    """Prompts as arrays, padded to buckets: one compilation per bucket and not one per prompt length.
 
     Attributes:
       ids_BT: prompts, padded on the right.
       mask_BT: real tokens.
-      slots: of the decoder's cache.
+      slots: positions of the decoder's cache.
       new: room for generated tokens.
     """
 
@@ -112,7 +95,7 @@ class Layout(NamedTuple):
 
 
 def lay_out(
-    model: Any,
+    model: Model,
     prompts: Sequence[Sequence[int]],
     limits: Sequence[int],
     context_length: int,
@@ -124,8 +107,8 @@ def lay_out(
       model: what will read them.
       prompts: token ids, one list a row, of any lengths.
       limits: tokens that each may generate.
-      context_length: most tokens of a row: of prompt and output together, or of source and output each.
-      window: go on past the context with a sliding window (rotary models).
+      context_length: most tokens of prompt and output together; of an encoder-decoder most of source and output each.
+      window: continue past the context with a sliding window (rotary models).
 
     Raises:
       ValueError: if a prompt is empty or holds an id outside of the vocabulary, or a row exceeds the context and
@@ -139,21 +122,22 @@ def lay_out(
     longest = max(len(p) for p in prompts)
     if longest > context_length:
         raise ValueError(f"the prompt of {longest} tokens is longer than the context of {context_length}")
-    apart = is_encoder_decoder(model)
-    if apart:
+    has_source = is_encoder_decoder(model)
+    if has_source:
         check_ids([model.config.start_id], model.config.vocab_size)
-    total = max((1 if apart else len(p)) + n for p, n in zip(prompts, limits, strict=True))
+    total = max((1 if has_source else len(p)) + n for p, n in zip(prompts, limits, strict=True))
     if total > context_length and not window:
-        what = "the start token and output" if apart else "prompt and output"
-        ask = "lower max_new_tokens" + ("" if apart else " or ask for a sliding window")
-        raise ValueError(f"{what} of {total} tokens exceed the context of {context_length}: {ask}")
+        what = "the start token and output" if has_source else "prompt and output"
+        remedy = "lower max_new_tokens" + ("" if has_source else " or ask for a sliding window")
+        raise ValueError(f"{what} of {total} tokens exceed the context of {context_length}: {remedy}")
     if total > context_length and not hasattr(model.config, "rope_theta"):
         raise ValueError(
             f"prompt and output of {total} tokens exceed the {context_length} learned positions of this "
             "model; a sliding window needs rotary positions"
         )
     width = min(bucket(longest), context_length)
-    slots = min(-(-total // 8) * 8 if apart else bucket(max(total, width)), context_length)  # of an output no bucket
+    # the slots of an output alone are no bucket: a beam search has them once a beam
+    slots = min(-(-total // 8) * 8 if has_source else bucket(max(total, width)), context_length)
     ids, mask = np.zeros((len(prompts), width), np.int32), np.zeros((len(prompts), width), bool)
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, True
@@ -161,7 +145,7 @@ def lay_out(
 
 
 def begin(
-    model: Any, params: Any, ids_BT: jax.Array, mask_BT: jax.Array, slots: int, dtype: Any
+    model: Model, params: Params, ids_BT: jax.Array, mask_BT: jax.Array, slots: int, dtype: DTypeLike
 ) -> tuple[jax.Array, Cache]:
     """Reads the prompts into a fresh cache: logits `[B, V]` of the first token, and the cache."""
     cache = model.config.init_cache(ids_BT.shape[0], slots, dtype)
@@ -172,7 +156,7 @@ def begin(
     return out.head.logits(out.head_input[:, 0]), out.cache
 
 
-def go_on(model: Any, params: Any, ids_BT: jax.Array, mask_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+def go_on(model: Model, params: Params, ids_BT: jax.Array, mask_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
     """Logits after each row's last real token, and the new cache."""
     if is_encoder_decoder(model):
         out = model.apply({"params": params}, None, ids_BT, decoder_attention_mask=mask_BT, cache=cache)
@@ -184,19 +168,22 @@ def go_on(model: Any, params: Any, ids_BT: jax.Array, mask_BT: jax.Array, cache:
     return out.head.logits(h[:, 0]), out.cache
 
 
-def told(model: Any, ids_BT: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What stands before the output, for penalties: the prompt, or the start token of an encoder-decoder."""
+def prefix(model: Model, ids_BT: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Ids and mask of what stands before the output, for penalties.
+
+    That is the prompt of a decoder, and the start token of an encoder-decoder.
+    """
     if not is_encoder_decoder(model):
         return ids_BT, mask_BT
     start = jnp.full((ids_BT.shape[0], 1), model.config.start_id, jnp.int32)
     return start, jnp.ones_like(start, bool)
 
 
-def among(size: int, ids: Sequence[int]) -> np.ndarray:
-    """`[size]` bool: the entries that `ids` names."""
+def entries(size: int, ids: Sequence[int]) -> np.ndarray:
+    """`[size]` bool: True at the entries of a vocabulary that `ids` names."""
     return np.isin(np.arange(size), ids)
 
 
 def ban(logits_BV: jax.Array, ids: Sequence[int]) -> jax.Array:
     """Logits where some entries cannot be chosen."""
-    return jnp.where(among(logits_BV.shape[-1], ids), -jnp.inf, logits_BV) if ids else logits_BV
+    return jnp.where(entries(logits_BV.shape[-1], ids), -jnp.inf, logits_BV) if ids else logits_BV

@@ -1,4 +1,4 @@
-"""From logits to the next token: penalties, truncation, sampling; pure functions on `[B, V]`.
+"""The next token from logits: penalties, truncation, sampling; pure functions on `[B, V]`.
 
 The order is that of transformers' `generate`: repetition penalty, n-gram blocking, presence and frequency, then
 temperature, top-k, top-p, min-p.
@@ -79,7 +79,7 @@ def block_ngrams(logits_BV: jax.Array, history_BM: jax.Array, length_B: jax.Arra
         return logits_BV
     starts = size - n + 1
 
-    def one(logits: jax.Array, history: jax.Array, length: jax.Array) -> jax.Array:
+    def block(logits: jax.Array, history: jax.Array, length: jax.Array) -> jax.Array:
         suffix = jax.lax.dynamic_slice_in_dim(history, jnp.maximum(length - (n - 1), 0), n - 1)
         same = jnp.arange(starts) + n <= length
         for i in range(n - 1):
@@ -87,7 +87,7 @@ def block_ngrams(logits_BV: jax.Array, history_BM: jax.Array, length_B: jax.Arra
         hit = jnp.zeros(logits.shape, bool).at[history[n - 1 :]].max(same & (length >= n - 1))
         return jnp.where(hit, BANNED, logits)
 
-    return jax.vmap(one)(logits_BV, history_BM, length_B)
+    return jax.vmap(block)(logits_BV, history_BM, length_B)
 
 
 def truncate(logits_BV: jax.Array, config: SamplingConfig) -> jax.Array:
@@ -99,8 +99,8 @@ def truncate(logits_BV: jax.Array, config: SamplingConfig) -> jax.Array:
     if config.top_p < 1:
         ordered = jnp.sort(logits_BV, axis=-1)[:, ::-1]
         p = jax.nn.softmax(ordered, axis=-1)
-        kept = jnp.cumsum(p, axis=-1) - p < config.top_p  # the mass before a token decides; the first always stays
-        lowest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+        nucleus = jnp.cumsum(p, axis=-1) - p < config.top_p  # the mass before a token decides; the first always stays
+        lowest = jnp.min(jnp.where(nucleus, ordered, jnp.inf), axis=-1, keepdims=True)
         logits_BV = jnp.where(logits_BV < lowest, BANNED, logits_BV)
     if config.min_p:
         floor = jnp.max(logits_BV, axis=-1, keepdims=True) + jnp.log(config.min_p)

@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 
-BLOCK = 128  # entries whose maximum is looked at first
+BLOCK = 128  # entries that `top_k` first represents by their maximum
 
 
 def whole_blocks(x_VR: jax.Array) -> jax.Array:
-    """With rows of -inf behind, up to a multiple of `BLOCK`: `top_k` then copies nothing."""
+    """Appends rows of -inf up to a multiple of `BLOCK`, so that `top_k` copies nothing."""
     missing = -x_VR.shape[0] % BLOCK
     return jnp.pad(x_VR, ((0, missing), (0, 0)), constant_values=-jnp.inf) if missing else x_VR
 
@@ -24,8 +24,8 @@ def top_k(x_VR: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     largest = jnp.max(x_VR[:even].reshape(-1, BLOCK, rows), axis=1)
     if even < size:
         largest = jnp.concatenate([largest, jnp.max(x_VR[even:], axis=0, keepdims=True)])
-    blocks = jnp.sort(jax.lax.top_k(largest.T, k)[1], axis=-1)  # in order, so that ties are
+    blocks = jnp.sort(jax.lax.top_k(largest.T, k)[1], axis=-1)  # in order, so that ties keep theirs
     index = (blocks[:, :, None] * BLOCK + jnp.arange(BLOCK)[None, None, :]).reshape(rows, -1)
     found = x_VR[jnp.minimum(index, size - 1), jnp.arange(rows)[:, None]]
-    values, place = jax.lax.top_k(jnp.where(index < size, found, -jnp.inf), k)
-    return values, jnp.take_along_axis(index, place, axis=1)
+    values, position = jax.lax.top_k(jnp.where(index < size, found, -jnp.inf), k)
+    return values, jnp.take_along_axis(index, position, axis=1)

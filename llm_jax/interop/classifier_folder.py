@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -12,23 +11,25 @@ from llm_jax import config as configs
 from llm_jax.classic.text.vocabulary import SPECIAL, Words
 from llm_jax.models.text_classifier import TextClassifierConfig
 from llm_jax.nn import paths
+from llm_jax.nn.protocols import Model, Params
 from llm_jax.storage.safetensors import TensorFolder, write_folder
 
 FILE = "text_classifier.json"
-LogProbs = Callable[[Sequence[str]], np.ndarray]  # of the classes of texts, `[N, C]`
+LogProbs = Callable[[Sequence[str]], np.ndarray]  # texts -> log-probabilities of their classes, `[N, C]`
 
 
-def save(model: TextClassifierConfig, params: Any, words: Words, max_length: int, folder: epath.PathLike) -> None:
+def save(model: TextClassifierConfig, params: Params, words: Words, max_length: int, folder: epath.PathLike) -> None:
     """Writes `text_classifier.json` and `model.safetensors`."""
     folder = epath.Path(folder)
     (folder / FILE).unlink(missing_ok=True)
     write_folder(folder, ((path, np.asarray(x)) for path, x in paths.flatten(params)))
     vocabulary = {"tokenize": words.tokenize, "max_length": max_length, "words": words.words[len(SPECIAL) :]}
-    (folder / FILE).write_text(json.dumps({"model": configs.to_dict(model), **vocabulary}))  # the last
+    # written last: without it the folder holds no classifier
+    (folder / FILE).write_text(json.dumps({"model": configs.to_dict(model), **vocabulary}))
 
 
 def load(folder: epath.PathLike) -> LogProbs:
-    """`log_probs` of what `save` wrote.
+    """`log_probs` of the classifier that `save` wrote.
 
     Raises:
       ValueError: for a folder that holds none, or whose files are damaged or do not fit together.
@@ -50,10 +51,10 @@ def load(folder: epath.PathLike) -> LogProbs:
 
 
 def log_probs(
-    model: TextClassifierConfig, params: Any, words: Words, max_length: int, batch_size: int = 100
+    model: TextClassifierConfig, params: Params, words: Words, max_length: int, batch_size: int = 100
 ) -> LogProbs:
-    """`texts -> float32 [N, C]`, natural logarithms; of a text longer than `max_length` words its beginning is read."""
-    module: Any = model.make()
+    """`texts -> float32 [N, C]`, natural logarithms; only the first `max_length` words of a text are read."""
+    module: Model = model.make()
     run = jax.jit(lambda params, ids: jax.nn.log_softmax(module.apply({"params": params}, ids).logits))
 
     def apply(texts: Sequence[str]) -> np.ndarray:

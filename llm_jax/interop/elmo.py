@@ -11,12 +11,14 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jax.typing import DTypeLike
 
 from llm_jax import config as configs
 from llm_jax.interop import names
 from llm_jax.interop.names import InteropError, Rule
 from llm_jax.models.elmo import DIRECTIONS, ElmoConfig
 from llm_jax.nn import paths, weights
+from llm_jax.nn.protocols import Params
 from llm_jax.nn.stack import stack
 
 OPTIONS, WEIGHTS = "*options.json", "*weights.hdf5"
@@ -34,7 +36,7 @@ FIELDS = {
     "num_layers": ("lstm", "n_layers"),
     "residual": ("lstm", "use_skip_connections"),
 }
-# of its training; nothing here computes with them
+# fields of its training; nothing here computes with them
 INERT = (
     *("all_clip_norm_val", "batch_size", "n_epochs", "n_gpus", "n_negative_samples_batch", "n_train_tokens"),
     *("unroll_steps", "share_embedding_softmax", "sample_softmax", "bidirectional"),
@@ -51,7 +53,7 @@ def find(folder: epath.Path) -> tuple[epath.Path, epath.Path] | None:
 
 
 def config_of(options: Mapping[str, Any], vocab_size: int = 0) -> ElmoConfig:
-    """From the contents of `options.json`.
+    """Our config from the contents of `options.json`.
 
     Raises:
       InteropError: naming a field that is missing or unknown.
@@ -60,7 +62,7 @@ def config_of(options: Mapping[str, Any], vocab_size: int = 0) -> ElmoConfig:
     for group, field in FIELDS.values():
         groups[group].add(field)
     unknown = sorted(options.keys() - set(INERT) - groups.keys() - {"dropout", "n_tokens_vocab"})
-    unknown += [f"{g}.{f}" for g, known in groups.items() for f in sorted(options.get(g, {}).keys() - known)]
+    unknown += [f"{g}.{f}" for g, fields in groups.items() for f in sorted(options.get(g, {}).keys() - fields)]
     if unknown:
         raise InteropError(f"options.json has {', '.join(unknown)}, which this library does not know")
     try:
@@ -76,7 +78,7 @@ def config_of(options: Mapping[str, Any], vocab_size: int = 0) -> ElmoConfig:
 
 
 def options_of(config: ElmoConfig) -> dict[str, Any]:
-    """The contents of `options.json`."""
+    """The contents of `options.json` for our config."""
     out: dict[str, Any] = {"char_cnn": {}, "lstm": {}, "dropout": config.dropout}
     for ours, (group, field) in FIELDS.items():
         out[group][field] = getattr(config, ours)
@@ -88,13 +90,13 @@ def options_of(config: ElmoConfig) -> dict[str, Any]:
 
 
 def _fused(config: ElmoConfig, index: int, path: str, theirs: str) -> Rule:
-    """Input and recurrent kernels lie in one array, one above the other."""
-    cut = slice(0, config.model_dim) if index == 0 else slice(config.model_dim, None)
-    return Rule(path, theirs, forward=lambda x: x[cut])
+    """Input and recurrent kernels lie in one array, the first above the second."""
+    part = (index, (config.model_dim, config.model_dim))
+    return Rule(path, theirs, transposed=True, part=part, forward=np.transpose, backward=np.transpose)
 
 
 def rules(config: ElmoConfig) -> list[Rule]:
-    """Where everything is; their table has no row for id 0."""
+    """Where each of our parameters is; their table has no row for id 0."""
     c = config
     out = [
         Rule(
@@ -139,9 +141,9 @@ def with_head(config: ElmoConfig, head: str, labels: Sequence[str]) -> ElmoConfi
 
 
 def fresh(config: ElmoConfig) -> dict[str, jax.Array]:
-    """First values, from key 0, of what no file holds: the mix and the classifier."""
+    """Initial values, from key 0, of the mix and the classifier, which no file holds."""
 
-    def init() -> dict[str, jax.Array]:  # what is not returned is not computed
+    def init() -> dict[str, jax.Array]:  # under jit nothing else is computed
         ids = np.zeros((1, 2), np.int32)
         params = weights.split_axes(config.make().init(jax.random.key(0), ids)["params"])[0]
         return {p: x for p, x in paths.flatten(params) if p in HEAD}
@@ -170,7 +172,7 @@ def read(options: epath.Path, file: epath.Path) -> tuple[ElmoConfig, dict[str, n
     return config_of(contents, 0 if head is None else head.shape[0]), tensors
 
 
-def write(folder: epath.PathLike, config: ElmoConfig, params: Any, dtype: Any = None) -> None:
+def write(folder: epath.PathLike, config: ElmoConfig, params: Params, dtype: DTypeLike | None = None) -> None:
     """Writes `options.json` and `weights.hdf5`.
 
     Raises:
@@ -189,21 +191,8 @@ def write(folder: epath.PathLike, config: ElmoConfig, params: Any, dtype: Any = 
         raise InteropError("words/characters/embedding has a row for id 0, which ELMo's format leaves out: zero it")
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    split: dict[str, list[np.ndarray]] = {}
+    rows = {"head/kernel": config.vocab_size, "head/bias": config.vocab_size}
     with h5py.File(folder / "weights.hdf5", "w") as f:
-        rows = {"head/kernel": config.vocab_size, "head/bias": config.vocab_size}
-        table_of = rules(config)
-        joined = [r for r in table_of if r.theirs.endswith("/W_0")]
-        rest = [r for r in table_of if r not in joined]
-        fused = {r.ours for r in joined}
-        kept = {p: x for p, x in paths.flatten(params) if p not in fused}
-        for name, array in names.write_params(paths.nested(kept.items()), rest, rows, dtype):
+        for name, array in names.write_params(params, rules(config), rows, dtype):
             f.create_dataset(name, data=array)
-        flat = dict(paths.flatten(params))
-        for rule in joined:  # input above recurrent
-            for layer in range(config.num_layers):
-                split.setdefault(rule.theirs.format(l=layer), []).append(np.asarray(flat[rule.ours][layer]))
-        for name, parts in split.items():
-            array = np.concatenate(parts)
-            f.create_dataset(name, data=array if dtype is None else array.astype(np.dtype(dtype)))
     (folder / "options.json").write_text(json.dumps(options_of(config), indent=2) + "\n")

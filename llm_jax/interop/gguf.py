@@ -20,10 +20,10 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
 
 def _check_kind(metadata: Mapping[str, Any]) -> None:
-    """Refuses files that are no model of a supported architecture, by what they are.
+    """Refuses files that are no model of a supported architecture.
 
     Raises:
-      InteropError: that says it.
+      InteropError: naming what the file holds instead.
     """
     kind, content = metadata.get("general.architecture"), metadata.get("general.type", "model")
     if content != "model":
@@ -154,7 +154,7 @@ def _from_neighbours(heads: int, head_dim: int) -> Any:
 
 
 def rules(config: LlamaConfig, architecture: str) -> list[Rule]:
-    """Where everything is."""
+    """Where each of our parameters is in a GGUF file."""
     ours, theirs, h = "decoder/layers", "blk.{l}", config.attention.head_dim
     out = [Rule("embed/embedding", "token_embd.weight"), Rule("final_norm/scale", "output_norm.weight")]
     if not config.tied:

@@ -1,10 +1,11 @@
 """Reading and writing other people's tensors by rules.
 
-A rule says where one of our parameters lives in their file and how to get it: `{l}` stands for the layer. Reading
-is by slices, tensor by tensor, the largest first: never is more in memory than the parameters so far and one tensor.
+A rule says where one of our parameters lives in their file and how to get it: `{l}` stands for the layer. Reading is by
+slices, tensor by tensor, the largest first: memory holds the parameters so far and one tensor.
 """
 
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,36 +14,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from llm_jax.nn import paths, weights
+from llm_jax.nn.protocols import Params, Tree
 
 log = logging.getLogger(__name__)
-
-# their names of activations, to ours
-ACTIVATIONS = {
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu": "gelu",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-}
 
 
 class InteropError(ValueError):
     """A model that cannot be loaded or saved; the message names the tensors."""
-
-
-def banned(config: dict[str, Any]) -> tuple[int, ...]:
-    """The entries that `bad_words_ids` keeps from being generated.
-
-    Raises:
-      InteropError: on sequences of several.
-    """
-    words = config.get("bad_words_ids") or []
-    if any(len(word) != 1 for word in words):
-        raise InteropError(f"bad_words_ids={words!r} has sequences of several tokens, which are not supported")
-    return tuple(word[0] for word in words)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +32,12 @@ class Rule:
 
     Attributes:
       ours: our path, without the layer index.
-      theirs: their name, `{l}` for the layer; where they number layers in groups `{l}` for the group and `{inner}` for
+      theirs: their name, `{l}` for the layer; where they number layers in groups, `{l}` for the group and `{inner}` for
         the layer in it.
-      transposed: stored `[out, in]`.
+      transposed: whether they store `[out, in]`.
       part: (index, sizes) of the piece of their last axis (first where transposed) that is ours: fused projections.
-      forward: their array to ours, after the above (rotary layouts).
-      backward: the inverse, for saving.
+      forward: turns their array, transposed and cut, into ours (rotary layouts).
+      backward: the inverse of `forward`, for saving.
       group_size: layers of a group.
     """
 
@@ -68,17 +49,31 @@ class Rule:
     backward: Callable[[np.ndarray], np.ndarray] | None = None
     group_size: int = 1
 
+    @property
+    def is_stacked(self) -> bool:
+        """Whether they have a tensor a layer."""
+        return "{l}" in self.theirs
+
     def at(self, layer: int | None) -> str:
         """Their name of a layer's tensor; without a layer the name as it is."""
         if layer is None:
             return self.theirs
         return self.theirs.format(l=layer // self.group_size, inner=layer % self.group_size)
 
+    def names(self, shape: tuple[int, ...]) -> list[str]:
+        """Their names of the tensors of our parameter of this shape: one a layer, or one in all."""
+        return [self.at(layer) for layer in range(shape[0])] if self.is_stacked else [self.theirs]
+
 
 def linear(ours: str, theirs: str, bias: bool = True) -> list[Rule]:
     """The rules of a linear layer; their kernel is `[out, in]`."""
     kernel = Rule(f"{ours}/kernel", f"{theirs}.weight", transposed=True)
     return [kernel, Rule(f"{ours}/bias", f"{theirs}.bias")] if bias else [kernel]
+
+
+def norm(ours: str, theirs: str) -> list[Rule]:
+    """The rules of a norm with scale and bias."""
+    return [Rule(f"{ours}/scale", f"{theirs}.weight"), Rule(f"{ours}/bias", f"{theirs}.bias")]
 
 
 def without(prefix: str, rules: Sequence[Rule]) -> list[Rule]:
@@ -114,53 +109,43 @@ def _fill_rows(array: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarr
 def read_params(
     source: Mapping[str, np.ndarray],
     rules: Sequence[Rule],
-    abstract: Any,
+    abstract: Params,
     ignored: Callable[[str], bool],
     where: str,
-    dtype: Any = None,
-    shardings: Any = None,
+    dtype: DTypeLike | None = None,
+    shardings: Tree = None,
     padded: Callable[[str], bool] = lambda path: False,
     fresh: Mapping[str, Any] | None = None,
     left: Callable[[str], bool] = lambda path: False,
-) -> Any:
+) -> Params:
     """Builds our (stacked) parameter tree from their tensors.
 
     Args:
       source: their tensors, read lazily.
       rules: one for every one of our parameters.
       abstract: our tree of shapes.
-      ignored: their names that we do not need (buffers, tied copies).
-      where: for messages.
+      ignored: says which of their tensors we do not need (buffers, tied copies).
+      where: names the source in messages.
       dtype: cast floating tensors; theirs by default.
       shardings: tree of shardings; one device by default. Every slice is read once, however many replicas want it.
-      padded: our paths whose rows may be padded.
+      padded: says which of our parameters may have padded rows.
       fresh: initial values of parameters that the file may lack; those that it has are read.
-      left: our stacked paths that stay in the file (`read_layer`): an empty `[L, 0]` array stands in their place.
+      left: says which stacked parameters stay in the file (`read_layer`) and are an empty `[L, 0]` array in the tree.
 
     Raises:
       InteropError: naming missing, unexpected and misshapen tensors.
     """
     by_path = {r.ours: r for r in rules}
     leaves = paths.flatten(abstract)
-    unknown = [p for p, _ in leaves if p not in by_path]
+    unknown = [path for path, _ in leaves if path not in by_path]
     if unknown:
         raise InteropError(f"{where}: no rule for {unknown[:3]}; this model cannot be read from that format")
-    wanted: set[str] = set()
-    given: dict[str, Any] = {}
-    for path, leaf in leaves:
-        theirs = by_path[path].theirs
-        if fresh is not None and path in fresh and (theirs not in source or _other_shape(source, by_path[path], leaf)):
-            given[path] = fresh[path]
-            continue
-        wanted |= {by_path[path].at(i) for i in range(leaf.shape[0])} if "{l}" in theirs else {theirs}
-    if given:
-        log.info("%s has no %s: initialised", where, some(sorted(given)))
-    missing = sorted(wanted - set(source))
-    replaced = {by_path[path].theirs for path in given}
-    extra = sorted(n for n in set(source) - wanted - replaced if not ignored(n))
-    if missing or extra:
-        parts = [f"missing {some(missing)}"] * bool(missing) + [f"unexpected {some(extra)}"] * bool(extra)
-        raise InteropError(f"{where} does not fit its config: {'; '.join(parts)}")
+    initial = {p: fresh[p] for p, leaf in leaves if fresh and p in fresh and _is_absent(source, by_path[p], leaf)}
+    if initial:
+        log.info("%s has no %s: initialised", where, some(sorted(initial)))
+    wanted = {name for path, leaf in leaves if path not in initial for name in by_path[path].names(leaf.shape)}
+    replaced = {by_path[path].theirs for path in initial}
+    _check_names(set(source), wanted, lambda name: name in replaced or ignored(name), where)
     flat_shardings = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings)
     out: list[Any] = [None] * len(leaves)
     for i in sorted(range(len(leaves)), key=lambda i: -math.prod(leaves[i][1].shape)):
@@ -168,17 +153,25 @@ def read_params(
         if left(path):
             _check_layers(source, by_path[path], leaf)
             out[i] = jnp.zeros((leaf.shape[0], 0))
-            continue
-        if path in given:
-            value = given[path] if dtype is None else given[path].astype(jnp.dtype(dtype))
+        elif path in initial:
+            value = initial[path] if dtype is None else initial[path].astype(jnp.dtype(dtype))
             out[i] = jax.device_put(value, flat_shardings[i])
-            continue
-        out[i] = _read_one(source, by_path[path], path, leaf, dtype, flat_shardings[i], padded(path))
+        else:
+            out[i] = _read(source, by_path[path], leaf.shape, dtype, flat_shardings[i], padded(path))
     return jax.tree.unflatten(jax.tree.structure(abstract), out)
 
 
-def _other_shape(source: Mapping[str, np.ndarray], rule: Rule, leaf: Any) -> bool:
-    """A head for other labels is as good as none."""
+def _check_names(names: set[str], wanted: set[str], ignored: Callable[[str], bool], where: str) -> None:
+    missing, extra = sorted(wanted - names), sorted(n for n in names - wanted if not ignored(n))
+    if missing or extra:
+        parts = [f"missing {some(missing)}"] * bool(missing) + [f"unexpected {some(extra)}"] * bool(extra)
+        raise InteropError(f"{where} does not fit its config: {'; '.join(parts)}")
+
+
+def _is_absent(source: Mapping[str, np.ndarray], rule: Rule, leaf: jax.ShapeDtypeStruct) -> bool:
+    """Whether a file lacks a parameter of a head; a head for other labels is as good as none."""
+    if rule.theirs not in source:
+        return True
     return rule.part is None and _get(source, rule, None).shape != tuple(leaf.shape)
 
 
@@ -190,13 +183,15 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def some(names: Sequence[str]) -> str:
-    """The first four names, and how many more there are."""
+    """The first four names and the number of the others, for messages."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _slice(source, rule, index, shape, padded=False):
-    name = rule.at(index)
-    array = _get(source, rule, index)
+def _slice(
+    source: Mapping[str, np.ndarray], rule: Rule, layer: int | None, shape: tuple[int, ...], padded: bool = False
+) -> np.ndarray:
+    name = rule.at(layer)
+    array = _get(source, rule, layer)
     if padded:
         return _fill_rows(array, shape, name)
     if array.shape != shape:
@@ -204,31 +199,31 @@ def _slice(source, rule, index, shape, padded=False):
     return array
 
 
-def _check_layers(source, rule, leaf):
-    for index in range(leaf.shape[0]):
-        _slice(source, rule, index, leaf.shape[1:])
+def _check_layers(source: Mapping[str, np.ndarray], rule: Rule, leaf: jax.ShapeDtypeStruct) -> None:
+    for layer in range(leaf.shape[0]):
+        _slice(source, rule, layer, leaf.shape[1:])
 
 
-def _cast(kind: Any, dtype: Any) -> Any:
-    return kind if dtype is None or not jnp.issubdtype(kind, jnp.floating) else jnp.dtype(dtype)
+def _cast(stored: DTypeLike, asked: DTypeLike | None) -> np.dtype:
+    return jnp.dtype(stored if asked is None or not jnp.issubdtype(stored, jnp.floating) else asked)
 
 
 def read_layer(
     source: Mapping[str, np.ndarray],
     by_path: Mapping[str, Rule],
-    abstract: Any,
+    abstract: Params,
     prefix: str,
     index: int,
-    dtype: Any = None,
-) -> Any:
+    dtype: DTypeLike | None = None,
+) -> Params:
     """One layer of a stack, as numpy arrays in memory of their own.
 
     Args:
       source: their tensors.
       by_path: the rule of each of our parameters.
       abstract: shapes of the stack's parameters, `[L, ...]` each.
-      prefix: what comes before their paths, as `decoder/layers/`.
-      index: which layer.
+      prefix: what stands before their paths in our whole tree, such as `decoder/layers/`.
+      index: number of the layer.
       dtype: cast floating tensors; theirs by default.
     """
 
@@ -241,45 +236,52 @@ def read_layer(
     return paths.map_with_path(read, abstract)
 
 
-def _read_one(source, rule, path, leaf, dtype, sharding, padded):
-    layered = "{l}" in rule.theirs
-    shape = leaf.shape[1:] if layered else leaf.shape
-    layer = lambda index: _slice(source, rule, index, shape, padded)
-    first = layer(0 if layered else None)
-    kind = _cast(first.dtype, dtype)
-    first = None if layered else first  # of a stacked one only the dtype was wanted
-    memo: dict[str, np.ndarray] = {}
+def _read(
+    source: Mapping[str, np.ndarray],
+    rule: Rule,
+    shape: tuple[int, ...],
+    dtype: DTypeLike | None,
+    sharding: jax.sharding.Sharding | None,
+    padded: bool,
+) -> jax.Array:
+    """One of our parameters, on its devices."""
+    of_layer = functools.partial(_slice, source, rule, shape=shape[1:] if rule.is_stacked else shape, padded=padded)
+    whole = None if rule.is_stacked else of_layer(None)
+    kind = _cast((of_layer(0) if whole is None else whole).dtype, dtype)
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        key = str(index)
-        if key not in memo:
-            sizes = [len(range(*s.indices(n))) for s, n in zip(index, leaf.shape, strict=True)]
-            block = memo[key] = _aligned(tuple(sizes), kind)
-            if layered:
-                for i, l in enumerate(range(*index[0].indices(leaf.shape[0]))):
-                    block[i] = layer(l)[index[1:]]
-            else:
-                block[...] = first[index]
-        return memo[key]
+    @functools.cache
+    def block(*bounds: tuple[int, int]) -> np.ndarray:
+        out = _aligned(tuple(stop - start for start, stop in bounds), kind)
+        inner = tuple(slice(*pair) for pair in bounds)
+        if whole is not None:
+            out[...] = whole[inner]
+        else:
+            for i, layer in enumerate(range(*bounds[0])):
+                out[i] = of_layer(layer)[inner[1:]]
+        return out
 
     if sharding is None:
-        return jax.device_put(read((slice(None),) * len(leaf.shape)))
-    return jax.make_array_from_callback(leaf.shape, sharding, read)
+        return jax.device_put(block(*((0, size) for size in shape)))
+    return jax.make_array_from_callback(
+        shape, sharding, lambda index: block(*(s.indices(n)[:2] for s, n in zip(index or (), shape, strict=True)))
+    )
 
 
-def _dense(w: Any, layer: int | None) -> Any:
+def _dense(w: np.ndarray | jax.Array | weights.Weight, layer: int | None) -> np.ndarray | jax.Array:
     if isinstance(w, np.ndarray):
         return w if layer is None else w[layer]
-    if layer is None:
-        return weights.materialize(w) if weights.is_node(w) else w
-    return _dense_layer(w, layer)
+    if layer is not None:
+        return _dense_layer(w, layer)
+    return w if isinstance(w, jax.Array) else weights.materialize(w)
 
 
-_dense_layer = jax.jit(lambda w, layer: weights.dense(jax.tree.map(lambda x: x[layer], w)))
+@jax.jit
+def _dense_layer(w: jax.Array | weights.Weight, layer: int) -> jax.Array:
+    return weights.dense(jax.tree.map(lambda x: x[layer], w))
 
 
 def write_params(
-    params: Any, rules: Sequence[Rule], rows: Mapping[str, int], dtype: Any = None
+    params: Params, rules: Sequence[Rule], rows: Mapping[str, int], dtype: DTypeLike | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields their (name, array) for our stacked tree; structured weights are written as their dense matrices.
 
@@ -300,17 +302,19 @@ def write_params(
     homeless = sorted(values.keys() - {r.ours for r in rules})
     if homeless:
         raise InteropError(f"{some(homeless)} have no place in that format; merge or detach what was added first")
-    for theirs, group in by_theirs.items():
+    for group in by_theirs.values():
         group = sorted(group, key=lambda r: 0 if r.part is None else r.part[0])
-        count = jax.tree.leaves(values[group[0].ours])[0].shape[0] if "{l}" in theirs else None
-        for layer in [None] if count is None else range(count):
-            pieces = []
-            for rule in group:
-                array = np.asarray(_dense(values[rule.ours], layer))
-                if rule.ours in rows:
-                    array = array[..., : rows[rule.ours]] if rule.transposed else array[: rows[rule.ours]]
-                array = array if rule.backward is None else rule.backward(array)
-                pieces.append(array)
+        layers = range(weights.shape_of(values[group[0].ours])[0]) if group[0].is_stacked else [None]
+        for layer in layers:
+            pieces = [_written(_dense(values[rule.ours], layer), rule, rows.get(rule.ours)) for rule in group]
             joined = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=-1)
             joined = joined.T if group[0].transposed else joined
             yield group[0].at(layer), joined if dtype is None else joined.astype(jnp.dtype(dtype))
+
+
+def _written(ours: Any, rule: Rule, rows: int | None) -> np.ndarray:
+    """Our array without its padding, as their piece; not yet transposed."""
+    array = np.asarray(ours)
+    if rows is not None:
+        array = array[..., :rows] if rule.transposed else array[:rows]
+    return array if rule.backward is None else rule.backward(array)

@@ -4,31 +4,56 @@ import dataclasses
 import functools
 import json
 import logging
-import re
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
+from jax.typing import DTypeLike
 
 from llm_jax.data import tokenizers
-from llm_jax.interop import elmo, names, streamed
+from llm_jax.interop import elmo, names, sources, streamed, work_directory
 from llm_jax.interop import gguf as gguf_names
 from llm_jax.interop.huggingface import bert, gpt, heads, llama, marian, t5, xlnet
-from llm_jax.interop.names import InteropError
+from llm_jax.interop.names import InteropError, Rule
+from llm_jax.interop.work_directory import Place
 from llm_jax.models import parameters, registry
 from llm_jax.models.elmo import ElmoConfig
 from llm_jax.nn import paths, weights
 from llm_jax.nn.execution import Execution
+from llm_jax.nn.protocols import Model, ModelConfig, Params
 from llm_jax.nn.stack import stack
-from llm_jax.storage import flax_msgpack, safetensors
 from llm_jax.storage.gguf import GgufFile
-from llm_jax.storage.onnx import OnnxFile
-from llm_jax.storage.safetensors import TensorFolder, write_folder
+from llm_jax.storage.safetensors import write_folder
 
 log = logging.getLogger(__name__)
-FAMILIES = {
+
+
+class Family(Protocol):
+    """A module of `interop.huggingface`: one family's config and names there.
+
+    It may have `fit(config, names of tensors) -> config` and `with_head(config, head, labels) -> config` besides.
+    """
+
+    def config_from_hf(self, c: dict[str, Any], /) -> Any:
+        """Our config, from the contents of `config.json`."""
+
+    def config_to_hf(self, config: Any, /) -> dict[str, Any]:
+        """The contents of `config.json`."""
+
+    def root(self, config: Any, /) -> str:
+        """The prefix of their names in classes with a head."""
+
+    def rules(self, config: Any, /) -> list[Rule]:
+        """Where each of our parameters is."""
+
+    def ignored(self, config: Any, name: str, /) -> bool:
+        """Whether their tensor has no counterpart here."""
+
+
+FAMILIES: dict[str, Family] = {
     "gpt2": gpt,
     "openai-gpt": gpt,
     **dict.fromkeys(llama.MODEL_TYPES, llama),
@@ -38,7 +63,7 @@ FAMILIES = {
     "mt5": t5,
     "xlnet": xlnet,
 }
-WRITERS: dict[str, Any] = {
+WRITERS: dict[str, Family] = {
     "gpt": gpt,
     "llama": llama,
     "bert": bert,
@@ -51,10 +76,6 @@ PADDED = (
     *("embed/embedding", "head/kernel", "head/bias", "head/output/kernel", "head/output/bias"),
     "logits_bias",
 )
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-
-Place = Callable[[Any, Any], Any]
 
 
 class Pretrained(NamedTuple):
@@ -67,19 +88,41 @@ class Pretrained(NamedTuple):
       config: the model's config.
     """
 
-    model: Any
-    params: Any
+    model: Model
+    params: Params
     tokenizer: tokenizers.Tokenizer | None
     config: Any
+
+
+class Source(NamedTuple):
+    """A model in another library's files, before its tensors are read.
+
+    Attributes:
+      config: our config.
+      tensors: their tensors by name, read lazily.
+      rules: where each of our parameters is.
+      ignored: says which of their tensors we do not need.
+      tokenizer: None where the files hold none.
+      fresh: initial values of a head that the files may lack.
+      dtype: of floating parameters where none is asked for; None for theirs.
+    """
+
+    config: Any
+    tensors: Mapping[str, np.ndarray]
+    rules: Sequence[Rule]
+    ignored: Callable[[str], bool]
+    tokenizer: tokenizers.Tokenizer | None
+    fresh: Mapping[str, Any] | None = None
+    dtype: DTypeLike | None = None
 
 
 def load(
     path: epath.PathLike,
     *,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     execution: Execution = Execution(),
     place: Place | None = None,
-    average: bool = False,
+    average: bool | None = None,
     head: str | None = None,
     labels: Sequence[str] = (),
     stream: bool = False,
@@ -90,110 +133,123 @@ def load(
     weights are read dequantized.
 
     Args:
-      path: where; `org/name` is fetched with `huggingface_hub` if no such folder exists.
-      dtype: cast floating parameters; as stored by default (GGUF: float32).
+      path: file or folder; `org/name` is fetched with `huggingface_hub` if no such folder exists.
+      dtype: dtype of floating parameters; as stored by default (GGUF: float32).
       execution: how the model runs.
       place: `(abstract params, logical axes) -> shardings` (a plan's `param_shardings`); one device by default.
-      average: the moving average (`training.ema`) of a work directory, in the place of the last parameters.
-      head: of a Hugging Face folder or ELMo's files: another head than its own (see the model's config); what the
-        folder lacks of it is initialised.
+      average: the moving average (`training.ema`) of a work directory, or its last parameters; by default the average
+        where the run kept one.
+      head: another head than the one that a Hugging Face folder or ELMo's files have (see the model's config);
+        parameters that the folder lacks are initialised.
       labels: names of that head's classes.
       stream: leave the layers in their file and read each one when it runs, the next while it computes: for inference
-        of models larger than memory (`interop.streamed`), of a Hugging Face folder or a `.gguf` file. The model that
-        is returned reads the file as long as it lives; its layers' parameters are empty arrays.
+        of models larger than memory (`interop.streamed`), from a Hugging Face folder or a `.gguf` file. The returned
+        model reads the file as long as it lives; its layers' parameters are empty arrays.
 
     Raises:
       InteropError, StorageError, CheckpointError, TokenizerError: one line that names what is wrong.
     """
-    found = _find(path)
-    if found.is_file() and found.suffix in (*PICKLES, ".safetensors", ".json"):
+    found = sources.find(path)
+    if found.is_file() and found.suffix in (*sources.PICKLES, ".safetensors", ".json"):
         raise InteropError(f"{found} is no model: give its folder with config.json and *.safetensors, or a .gguf file")
-    if average and not (found / "checkpoints").exists():
+    is_ours = work_directory.is_in(found)
+    if average and not is_ours:
         raise InteropError(f"{path} is no work directory of ours and holds no moving average")
-    if (head is not None or labels) and (found.is_file() or (found / "checkpoints").exists()):
+    if (head is not None or labels) and (found.is_file() or is_ours):
         raise InteropError(f"{path} is no Hugging Face folder: only those take another head (experiments.convert)")
-    read = functools.partial(_read, str(path), execution, dtype, place, stream)
-    if found.is_file():
-        return _load_gguf(found, read)
-    if (found / "checkpoints").exists():
-        if stream:
-            raise InteropError(
-                f"{path} is a work directory of ours, which cannot stream: experiments.convert writes a folder"
-            )
-        return _load_own(found, dtype, execution, place, average)
-    originals = None if (found / "config.json").exists() else elmo.find(found)
-    if originals is not None:
-        config, tensors = elmo.read(*originals)
-        fresh = None
-        if head is not None or labels:
-            config = elmo.with_head(config, head or "classification", labels)
-            fresh = elmo.fresh(config)
-        ignored = lambda name: fresh is not None and name.startswith("softmax/")
-        model, params = read(config, tensors, elmo.rules(config), ignored, fresh)
-        return Pretrained(model, params, _tokenizer(found, config) or tokenizers.blanks(), config)
-    return _load_huggingface(found, read, head, labels)
-
-
-def _find(path: epath.PathLike) -> epath.Path:
-    found = epath.Path(path)
-    if found.exists():
-        return found
-    if not _REPOSITORY.fullmatch(str(path)):
-        raise InteropError(f"no model at {path}")
-    try:
-        import huggingface_hub
-    except ImportError as e:
-        raise InteropError(f"no folder {path}; to fetch it from the hub: pip install 'llm_jax[hub]'") from e
-    try:
-        fetch = lambda *more: epath.Path(
-            huggingface_hub.snapshot_download(
-                str(path),
-                allow_patterns=["*.json", "*.jinja", "*.spm", "spiece.model", "merges.txt", "vocab.txt", *more],
-            )
+    if stream and is_ours:
+        raise InteropError(
+            f"{path} is a work directory of ours, which cannot stream: experiments.convert writes a folder"
         )
-        got = fetch("*.safetensors")
-        return got if safetensors.has_model(got) else fetch(flax_msgpack.PATTERN)
-    except Exception as e:
-        raise InteropError(f"{path} is no local folder and could not be fetched from the hub: {e}") from e
+    if is_ours:
+        model, params = work_directory.load(found, dtype, execution, place, average)
+        return Pretrained(model, params, _tokenizer(found, model.config), model.config)
+    elmo_files = None if found.is_file() or (found / "config.json").exists() else elmo.find(found)
+    if found.is_file():
+        source = _gguf(found)
+    elif elmo_files is not None:
+        source = _elmo(found, elmo_files, head, labels)
+    else:
+        source = _huggingface(found, head, labels)
+    model, params = _read(str(path), source, execution, dtype, place, stream)
+    return Pretrained(model, params, source.tokenizer, source.config)
 
 
-def _initial(config: Any) -> Any:
-    """A head's first values, from key 0: computed for one layer, since the layers are read."""
-    shared = {"num_groups": None, "group_size": 1} if hasattr(config, "num_groups") else {}
-    changes: Any = {"num_layers": 1, **shared}
-    model = dataclasses.replace(config, **changes).make()
-    boxed = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    return jax.device_get(weights.split_axes(boxed)[0])
-
-
-def _read(where, execution, dtype, place, stream, config, source, rules, ignored, fresh=None, kind=None):
-    """The module and its parameters; `kind` is the dtype where none was asked for."""
+def _read(
+    where: str, source: Source, execution: Execution, dtype: DTypeLike | None, place: Place | None, stream: bool
+) -> tuple[Model, Params]:
+    """The module and its parameters."""
     if stream and (place is not None or execution.stack_runner is not None):
         raise InteropError(f"{where}: stream=True is for one device, without place and without a stack_runner")
-    dtype, model = dtype or kind, config.make(execution)
+    config, dtype = source.config, dtype or source.dtype
     shapes, axes = parameters.declared(config)
-    padded = lambda p: p in PADDED and config.vocab_pad_multiple > 1
-    shardings = None if place is None else place(shapes, axes)
-    read = functools.partial(names.read_params, source, rules, shapes, ignored, where, dtype, shardings, padded, fresh)
+    read = functools.partial(
+        names.read_params,
+        source.tensors,
+        source.rules,
+        shapes,
+        source.ignored,
+        where,
+        dtype=dtype,
+        shardings=None if place is None else place(shapes, axes),
+        padded=lambda path: path in PADDED and config.vocab_pad_multiple > 1,
+        fresh=source.fresh,
+    )
     if not stream:
-        return model, read()
+        return config.make(execution), read()
     params = read(left=paths.is_stacked)
-    runner = streamed.runner(source, rules, shapes, where, dtype)
+    runner = streamed.runner(source.tensors, source.rules, shapes, where, dtype)
     return config.make(dataclasses.replace(execution, stack_runner=runner)), params
 
 
-def _load_gguf(path, read):
+def _gguf(path: epath.Path) -> Source:
     file = GgufFile(path)
     config = gguf_names.config_of(file)
     rules = gguf_names.rules(config, file.metadata["general.architecture"])
-    model, params = read(config, file, rules, gguf_names.ignored, kind=jnp.float32)
     tokenizer = gguf_names.tokenizer_of(file.metadata)
     if tokenizer is not None:
         _check_entries(tokenizer, config)
-    return Pretrained(model, params, tokenizer, config)
+    return Source(config, file, rules, gguf_names.ignored, tokenizer, dtype=jnp.float32)
 
 
-def _load_huggingface(path, read, head, labels):
+def _elmo(path: epath.Path, files: tuple[epath.Path, epath.Path], head: str | None, labels: Sequence[str]) -> Source:
+    config, tensors = elmo.read(*files)
+    fresh = None
+    if head is not None or labels:
+        config = elmo.with_head(config, head or "classification", labels)
+        fresh = elmo.fresh(config)
+    ignored = lambda name: fresh is not None and name.startswith("softmax/")
+    tokenizer = _tokenizer(path, config) or tokenizers.blanks()
+    return Source(config, tensors, elmo.rules(config), ignored, tokenizer, fresh)
+
+
+def _huggingface(path: epath.Path, head: str | None, labels: Sequence[str]) -> Source:
+    kind, config = _config(path)
+    family = FAMILIES[kind]
+    tensors = sources.tensors_of(path)
+    if hasattr(family, "fit"):
+        config = family.fit(config, tensors.keys())
+    root = family.root(config)
+    rules, fresh = family.rules(config), None
+    ignored: Callable[[str], bool] = functools.partial(family.ignored, config)
+    if head is not None or labels:
+        if not hasattr(config, "head"):
+            raise InteropError(f"{path}: a {kind} model takes no other head")
+        stored, ignored_there = rules, ignored
+        try:
+            config = getattr(family, "with_head", _with_head)(config, head or config.head, labels)
+        except ValueError as e:
+            raise InteropError(f"{path}: {e}") from e
+        rules = _under(root, family.root(config), family.rules(config))
+        unused = {r.theirs for r in stored} - {r.theirs for r in rules}
+        ignored = lambda name: name in unused or ignored_there(name) or family.ignored(config, name)
+        fresh = _fresh_head(config)
+    rules = _with_their_spelling(rules, root, tensors)
+    return Source(config, tensors, rules, ignored, _tokenizer(path, config), fresh)
+
+
+def _config(path: epath.Path) -> tuple[str, Any]:
+    """The `model_type` of a folder, and our config of it."""
     file = path / "config.json"
     if not file.exists():
         if (path / "adapter_config.json").exists():
@@ -202,45 +258,67 @@ def _load_huggingface(path, read, head, labels):
     try:
         raw = json.loads(file.read_text())
         kind = raw["model_type"]
-        words = path / "generation_config.json"  # where newer folders keep what is never generated
-        if "bad_words_ids" not in raw and words.exists():
-            raw["bad_words_ids"] = json.loads(words.read_text()).get("bad_words_ids")
+        generation = path / "generation_config.json"  # where newer folders keep what is never generated
+        if "bad_words_ids" not in raw and generation.exists():
+            raw["bad_words_ids"] = json.loads(generation.read_text()).get("bad_words_ids")
     except (ValueError, KeyError, TypeError) as e:
         raise InteropError(f"{file} is no model config: {type(e).__name__}: {e}") from e
     if kind not in FAMILIES:
         raise InteropError(f"{file}: model_type {kind!r} is not supported; there are {', '.join(FAMILIES)}")
-    family: Any = FAMILIES[kind]
     try:
-        config = family.config_from_hf(raw)
+        return kind, FAMILIES[kind].config_from_hf(raw)
     except InteropError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise InteropError(f"{file} lacks or misstates {e}") from e
-    source = _tensors(path)
-    if hasattr(family, "fit"):
-        config = family.fit(config, source.keys())
-    root = family.root(config)
-    rules, ignored, fresh = family.rules(config), functools.partial(family.ignored, config), None
-    if head is not None or labels:
-        if not hasattr(config, "head"):
-            raise InteropError(f"{path}: a {kind} model takes no other head")
-        own, its_ignored = rules, ignored
-        try:
-            config = getattr(family, "with_head", _with_head)(config, head or config.head, labels)
-        except ValueError as e:
-            raise InteropError(f"{path}: {e}") from e
-        rules = _under(root, family.root(config), family.rules(config))
-        spare = {r.theirs for r in own} - {r.theirs for r in rules}
-        ignored = lambda n: n in spare or its_ignored(n) or family.ignored(config, n)
-        flat = paths.flatten(_initial(config))
-        fresh = {p: x for p, x in flat if _of_a_head(p)}
-    rules = _with_their_spelling(rules, root, source)
-    tokenizer = _tokenizer(path, config)
-    model, params = read(config, source, rules, ignored, fresh)
-    return Pretrained(model, params, tokenizer, config)
 
 
-def _tokenizer(path, config):
+def _fresh_head(config: Any) -> dict[str, np.ndarray]:
+    """A head's initial values, from key 0: with one layer below it, since the layers are read."""
+    shared = {"num_groups": None, "group_size": 1} if hasattr(config, "num_groups") else {}
+    model = dataclasses.replace(config, num_layers=1, **shared).make()
+
+    def init() -> dict[str, jax.Array]:  # under jit nothing else is computed
+        boxed = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+        return {path: x for path, x in paths.flatten(weights.split_axes(boxed)[0]) if _is_of_head(path)}
+
+    return jax.device_get(jax.jit(init)())
+
+
+def _with_head(config: Any, head: str, labels: Sequence[str]) -> Any:
+    return dataclasses.replace(config, head=head, labels=tuple(labels) or config.labels)
+
+
+def _is_of_head(path: str) -> bool:
+    return path.split("/")[0] in heads.PARTS
+
+
+def _renamed(rules: Sequence[Rule], change: Callable[[str], str]) -> list[Rule]:
+    return [dataclasses.replace(r, theirs=change(r.theirs)) for r in rules]
+
+
+def _under(root: str, other: str, rules: list[Rule]) -> list[Rule]:
+    """The rules of a class that puts `other` before the names of the model, for a file that has `root` there."""
+    if root == other:
+        return rules
+    of_head = [r for r in rules if _is_of_head(r.ours)]
+    rest = [r for r in rules if r not in of_head]
+    return of_head + _renamed(rest, lambda name: root + name.removeprefix(other))
+
+
+def _with_their_spelling(rules: list[Rule], root: str, tensors: Mapping[str, np.ndarray]) -> list[Rule]:
+    """Checkpoints of headless classes leave the prefix out, or keep it; old ones say gamma and beta."""
+    if any(name.endswith("LayerNorm.gamma") for name in tensors):
+        rules = _renamed(rules, lambda name: name.replace("LayerNorm.weight", "LayerNorm.gamma"))
+        rules = _renamed(rules, lambda name: name.replace("LayerNorm.bias", "LayerNorm.beta"))
+    has_root = any(r.theirs.startswith(root) for r in rules)
+    wants_root = any(name.startswith(root) for name in tensors)
+    if has_root and not wants_root:
+        return _renamed(rules, lambda name: name.removeprefix(root))
+    return _renamed(rules, lambda name: root + name) if wants_root and not has_root else rules
+
+
+def _tokenizer(path: epath.Path, config: ModelConfig) -> tokenizers.Tokenizer | None:
     if not tokenizers.exists(path):
         return None
     try:
@@ -253,82 +331,29 @@ def _tokenizer(path, config):
     return tokenizer
 
 
-def _check_entries(tokenizer: tokenizers.Tokenizer, config: Any) -> None:
-    """Says which entries the model has no row for: a text with one is refused, any other is read."""
+def _check_entries(tokenizer: tokenizers.Tokenizer, config: ModelConfig) -> None:
+    """Warns of entries that the model has no row for: a text with one of them is refused."""
     rows, size = getattr(config, "vocab_size", 0), tokenizer.vocab_size
     if not rows:  # an ELMo without an output layer
         return
     if size > rows:
         log.warning(
             "the tokenizer has %d entries and the model %d rows: texts with %r%s are refused",
-            *(size, rows, tokenizer.token(rows), " and the like" if size > rows + 1 else ""),
+            size,
+            rows,
+            tokenizer.token(rows),
+            " and the like" if size > rows + 1 else "",
         )
-    # what neither can say ends nothing
+    # an id that neither knows ends nothing
     tokenizer.eos_ids = tuple(i for i in tokenizer.eos_ids if i < max(rows, size))
 
 
-def _tensors(path):
-    """Their tensors by name: safetensors, or else an old Flax file, or else an ONNX graph; never a pickle."""
-    if not safetensors.has_model(path):
-        if flax_msgpack.is_in(path):
-            return flax_msgpack.read(path)
-        graphs = sorted(p.name for p in path.glob("*.onnx"))
-        if len(graphs) > 1:
-            raise InteropError(f"{path} holds {', '.join(graphs)}: leave the one that is to be read")
-        if graphs:
-            return OnnxFile(path / graphs[0])
-        pickles = sorted(p.name for suffix in PICKLES for p in path.glob(f"*{suffix}"))
-        if pickles and not any(path.glob("*.safetensors")):
-            raise InteropError(
-                f"{path} holds pickles only ({pickles[0]}), which are never read: convert to safetensors"
-            )
-    return TensorFolder(path)
-
-
-def _with_head(config, head, labels):
-    return dataclasses.replace(config, head=head, labels=tuple(labels) or config.labels)
-
-
-def _of_a_head(path):
-    return path.split("/")[0] in heads.PARTS
-
-
-def _under(root, other, rules):
-    """The rules of a class that puts `other` before the names of the model, for a file that has `root` there."""
-    rename = lambda r: r if _of_a_head(r.ours) else dataclasses.replace(r, theirs=root + r.theirs.removeprefix(other))
-    return rules if root == other else [rename(r) for r in rules]
-
-
-def _with_their_spelling(rules, root, source):
-    """Checkpoints of headless classes leave the prefix out, or keep it; old ones say gamma and beta."""
-    rename = lambda change: [dataclasses.replace(r, theirs=change(r.theirs)) for r in rules]
-    if any(n.endswith("LayerNorm.gamma") for n in source):
-        old = lambda n: n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
-        rules = rename(old)
-    here, there = (any(n.startswith(root) for n in names) for names in ([r.theirs for r in rules], source))
-    if here and not there:
-        return rename(lambda n: n.removeprefix(root))
-    return rename(lambda n: root + n) if there and not here else rules
-
-
-def _load_own(path, dtype, execution, place, average):
-    from llm_jax.storage.checkpoints import Checkpoints
-
-    try:
-        config = registry.from_dict(json.loads((path / "config.json").read_text())["model"])
-    except (OSError, ValueError, KeyError) as e:
-        raise InteropError(f"{path} is no work directory of ours: {e}") from e
-    model = config.make(execution)
-    _, axes = parameters.declared(config)
-    checkpoints = Checkpoints(path / "checkpoints", read_only=True)
-    put = None if place is None else lambda shapes: place(shapes, axes)
-    params, _ = checkpoints.restore_params(average=average, cast=dtype, place=put)
-    parameters.check(model, params)
-    return Pretrained(model, params, _tokenizer(path, config), config)
-
-
 def save(
-    path: epath.PathLike, model: Any, params: Any, tokenizer: tokenizers.Tokenizer | None = None, dtype: Any = None
+    path: epath.PathLike,
+    model: Model,
+    params: Params,
+    tokenizer: tokenizers.Tokenizer | None = None,
+    dtype: DTypeLike | None = None,
 ) -> None:
     """Writes a folder that `transformers` loads: config, model*.safetensors, tokenizer files; ELMo's own for ELMo.
 
@@ -338,8 +363,8 @@ def save(
       path: folder.
       model: the module.
       params: stacked or unstacked.
-      tokenizer: written beside it.
-      dtype: cast; as they are by default.
+      tokenizer: written beside the model.
+      dtype: dtype of what is written; that of the parameters by default.
 
     Raises:
       InteropError: if the architecture has no place for a parameter or a config field.
@@ -365,26 +390,3 @@ def save(
     (folder / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save(folder)
-
-
-def save_own(path: epath.PathLike, model: Any, params: Any, tokenizer: tokenizers.Tokenizer | None = None) -> None:
-    """Writes a work directory as training leaves it, with one checkpoint: structured weights stay structured.
-
-    Raises:
-      InteropError: if `path` holds a run already.
-      CheckpointError: where the disk refuses.
-    """
-    from llm_jax.storage.checkpoints import Checkpoints
-
-    folder = epath.Path(path)
-    if (folder / "checkpoints").exists():
-        raise InteropError(f"{folder} holds a run already; choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    parameters.check(model, params)
-    config = {"model": registry.to_dict(model.config)}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if tokenizer is not None:
-        tokenizer.save(folder)
-    checkpoints = Checkpoints(folder / "checkpoints", asynchronous=False)
-    checkpoints.save(0, {"params": params}, {"config": config})
-    checkpoints.close()

@@ -1,1 +1,1 @@
-"""Bytes in and out; no model is known here."""
+"""Files, in and out; nothing here depends on a model."""

@@ -10,19 +10,20 @@ import contextlib
 import dataclasses
 import math
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from numpy.lib import format as npy
+from jax.typing import DTypeLike
 from orbax.checkpoint import checkpoint_managers as policies
 
 import llm_jax
 from llm_jax.nn import paths, weights
+from llm_jax.nn.protocols import Params, Tree
+from llm_jax.storage import copied_files
 from llm_jax.storage.mapped import MappedArrays
 
 
@@ -32,31 +33,33 @@ class CheckpointError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """What came back.
+    """A checkpoint that was read.
 
     Attributes:
-      step: its number.
+      step: number of the step.
       state: arrays, shaped and placed like the target.
       run: `config`, `data` (loader position), `version`, ....
     """
 
     step: int
-    state: Any
+    state: Tree
     run: dict[str, Any]
 
 
-def _unkey(tree: Any) -> Any:
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _unkey(tree: Tree) -> Tree:
     """Typed keys as their raw data, which array files can hold."""
-    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
+    return jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, tree)
 
 
-def _rekey(tree: Any, like: Any) -> Any:
-    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    return jax.tree.map(lambda x, l: jax.random.wrap_key_data(x) if is_key(l) else x, tree, like)
+def _rekey(tree: Tree, like: Tree) -> Tree:
+    return jax.tree.map(lambda x, l: jax.random.wrap_key_data(x) if _is_key(l) else x, tree, like)
 
 
-def _abstract(target: Any, shardings: Any) -> Any:
+def _abstract(target: Tree, shardings: Tree) -> Tree:
     """Shapes, dtypes and a sharding for every leaf, keys as raw data."""
     raw = jax.eval_shape(_unkey, target)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -65,27 +68,8 @@ def _abstract(target: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), raw, shardings)
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
     return {p: tuple(x.shape) for p, x in paths.flatten(tree)}
-
-
-class _FilesHandler(ocp.CheckpointHandler):
-    """Copies the files of mapped arrays, which are never in memory as a whole."""
-
-    def save(self, directory: epath.Path, args: Any) -> None:
-        for name in args.arrays:
-            to = directory / f"{name}.npy"
-            to.parent.mkdir(parents=True, exist_ok=True)
-            epath.Path(args.arrays.file(name)).copy(to, overwrite=True)
-
-    def restore(self, directory: epath.Path, args: Any = None) -> Any:
-        raise NotImplementedError(f"files of {directory} are opened one by one")
-
-
-@ocp.args.register_with_handler(_FilesHandler, for_save=True, for_restore=True)
-@dataclasses.dataclass
-class _FilesSave(ocp.args.CheckpointArgs):
-    arrays: MappedArrays
 
 
 class Checkpoints:
@@ -104,8 +88,8 @@ class Checkpoints:
 
         Args:
           folder: local or remote path.
-          keep_last: newest checkpoints kept.
-          keep_best: checkpoints with the lowest `eval/loss` kept beside them.
+          keep_last: number of newest checkpoints that stay.
+          keep_best: number of checkpoints with the lowest `eval/loss` that stay besides.
           asynchronous: write in the background.
           read_only: never write or clean up; for readers beside a live run.
           mapped: the part of the state that lies in files.
@@ -132,14 +116,14 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def latest(self) -> int | None:
-        """The newest one."""
+        """The newest step with a finished checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, run: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
+    def save(self, step: int, state: Tree, run: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
         """Writes a checkpoint; it appears only once it is complete.
 
-        Those at this step and after it, left by a run that went further before this one restored an older step, are
-        dropped: the newest checkpoint is always the live run's.
+        Checkpoints of this step and of later ones are deleted: a run that went further left them, before this one
+        restored an older step. So the newest checkpoint is always the live run's.
 
         Raises:
           CheckpointError: where the disk refuses; earlier checkpoints stay untouched.
@@ -149,7 +133,7 @@ class Checkpoints:
             state=ocp.args.StandardSave(_unkey(state)),
             structure=ocp.args.JsonSave(weights.structure(state)),
             run=ocp.args.JsonSave(run),
-            **({} if self._mapped is None else {"mapped": _FilesSave(self._mapped)}),
+            **({} if self._mapped is None else {"mapped": copied_files.CopyFiles(self._mapped)}),
         )
         try:
             for stale in [s for s in self.steps() if s >= step]:
@@ -159,7 +143,7 @@ class Checkpoints:
             raise CheckpointError(f"checkpoint {step} could not be written to {self.folder}: {_line(e)}") from e
 
     def saving(self, seconds: float = 0.05) -> bool:
-        """Whether background writes go on after this many seconds; their errors surface in `wait`."""
+        """Whether background writes still run after this many seconds; their errors surface in `wait`."""
         if self._waiting is None:
             self._waiting = threading.Thread(target=self._try_to_wait, daemon=True)
             self._waiting.start()
@@ -185,9 +169,15 @@ class Checkpoints:
         self.wait()
         self._manager.close()
 
-    def _offer(self, step: int) -> str:
-        earlier = [s for s in self.steps() if s < step]
-        return f"; the previous one is {earlier[-1]} (--restore_step={earlier[-1]})" if earlier else ""
+    @contextlib.contextmanager
+    def _reading(self, step: int, what: str = "damaged") -> Iterator[None]:
+        """Turns any error into one that names the checkpoint and offers the previous one."""
+        try:
+            yield
+        except Exception as e:
+            earlier = [s for s in self.steps() if s < step]
+            offer = f"; the previous one is {earlier[-1]} (--restore_step={earlier[-1]})" if earlier else ""
+            raise CheckpointError(f"checkpoint {self.folder / str(step)} is {what} ({_line(e)}){offer}") from e
 
     def read_run(self, step: int | None = None) -> tuple[int, dict[str, Any], dict[str, Any]]:
         """The step number, `run` and `structure` of a checkpoint, without its arrays.
@@ -199,20 +189,15 @@ class Checkpoints:
         if step is None or step not in self.steps():
             found = f"; there are {self.steps()}" if self.steps() else ""
             raise CheckpointError(f"no checkpoint {'' if step is None else step} in {self.folder}{found}")
-        try:
-            with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-                run, structure = (reader.restore(self._item(step, name)) for name in ("run", "structure"))
-        except Exception as e:
-            raise CheckpointError(
-                f"checkpoint {self.folder / str(step)} is damaged or not ours ({_line(e)}){self._offer(step)}"
-            ) from e
+        with self._reading(step, "damaged or not ours"), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            run, structure = (reader.restore(self._item(step, name)) for name in ("run", "structure"))
         return step, run, structure
 
     def _item(self, step: int, name: str) -> epath.Path:
         return self.folder.absolute() / str(step) / name
 
-    def restore(self, target: Any, step: int | None = None, shardings: Any = None) -> Restored:
-        """Restores onto any mesh: shapes and types come from `target`, places from `shardings`.
+    def restore(self, target: Tree, step: int | None = None, shardings: Tree = None) -> Restored:
+        """Restores onto any mesh: shapes and types come from `target`, devices from `shardings`.
 
         Raises:
           CheckpointError: if the checkpoint is missing, damaged or of another model; the message names what differs
@@ -221,30 +206,22 @@ class Checkpoints:
         step, run, structure = self.read_run(step)
         wanted = weights.structure(target)
         if structure != wanted:
-            paths_ = sorted(k for k in structure.keys() | wanted.keys() if structure.get(k) != wanted.get(k))
-            first = paths_[0]
+            first = min(k for k in structure.keys() | wanted.keys() if structure.get(k) != wanted.get(k))
             raise CheckpointError(
                 f"checkpoint {step} holds other structured weights than this run: {first} is "
                 f"{structure.get(first)} there and {wanted.get(first)} here"
             )
         abstract = _abstract(target, shardings)
         self._compare(step, abstract)
-        try:
+        with self._reading(step):
             raw = self._restore(step, abstract)
-        except Exception as e:
-            raise CheckpointError(
-                f"checkpoint {self.folder / str(step)} is damaged ({_line(e)}){self._offer(step)}"
-            ) from e
         return Restored(step, _rekey(raw, target), run)
 
     def _files(self, step: int) -> dict[str, epath.Path]:
-        """Copied files of a checkpoint, by the array that each holds."""
-        folder = self._item(step, "mapped")
-        found = _below(folder) if folder.exists() else []
-        return {str(f.relative_to(folder)).removesuffix(".npy"): f for f in found if f.suffix == ".npy"}
+        return copied_files.files_in(self._item(step, "mapped"))
 
-    def _restore(self, step: int, abstract: Any) -> Any:
-        """Arrays like `abstract`; those of mapped arrays go to their files one by one, and are one zero here."""
+    def _restore(self, step: int, abstract: Tree) -> Tree:
+        """Arrays like `abstract`; mapped ones are written to their files one by one, and are `zeros([1])` here."""
         flat, files = dict(paths.flatten(abstract)), self._files(step)
         arrays = self._mapped
         if not files and arrays is None:
@@ -255,32 +232,28 @@ class Checkpoints:
         def read(wanted: Collection[str]) -> dict[str, Any]:
             part = paths.map_with_path(lambda p, x: x if p in wanted else ocp.PLACEHOLDER, abstract)
             with ocp.PyTreeCheckpointer() as reader:
-                places = ocp.checkpoint_utils.construct_restore_args(part)
-                got = reader.restore(self._item(step, "state"), ocp.args.PyTreeRestore(part, restore_args=places))
-            return {p: x for p, x in paths.flatten(got, lambda x: x is ocp.PLACEHOLDER) if p in wanted}
+                args = ocp.args.PyTreeRestore(part, restore_args=ocp.checkpoint_utils.construct_restore_args(part))
+                restored = reader.restore(self._item(step, "state"), args)
+            return {p: x for p, x in paths.flatten(restored, lambda x: x is ocp.PLACEHOLDER) if p in wanted}
 
         out = read([p for p in flat if p not in mapped and p not in files])
         for path in mapped:
             assert arrays is not None
-            arrays.fill(path, _open(files[path]) if path in files else read([path])[path])
+            arrays.fill(path, copied_files.open_array(files[path]) if path in files else read([path])[path])
             out[path] = jnp.zeros((1,), flat[path].dtype)
         for path in files.keys() & flat.keys() - set(mapped):
-            out[path] = jax.device_put(_open(files[path]), flat[path].sharding)
+            out[path] = jax.device_put(copied_files.open_array(files[path]), flat[path].sharding)
         return jax.tree.unflatten(jax.tree.structure(abstract), [out[p] for p in flat])
 
     def stored_shapes(self, step: int) -> dict[str, tuple[tuple[int, ...], Any]]:
         """`{path: (shape, dtype)}` of the arrays of a checkpoint."""
-        try:
+        with self._reading(step):
             with ocp.PyTreeCheckpointer() as reader:
                 tree = reader.metadata(self._item(step, "state")).item_metadata.tree
             found = {p: (tuple(m.shape), m.dtype) for p, m in paths.flatten(tree)}
-            return found | {name: _header(file) for name, file in self._files(step).items()}
-        except Exception as e:
-            raise CheckpointError(
-                f"checkpoint {self.folder / str(step)} is damaged ({_line(e)}){self._offer(step)}"
-            ) from e
+            return found | {name: copied_files.header(file) for name, file in self._files(step).items()}
 
-    def _compare(self, step: int, abstract: Any) -> None:
+    def _compare(self, step: int, abstract: Tree) -> None:
         stored = {p: s for p, (s, _) in self.stored_shapes(step).items()}
         wanted = _shapes(abstract)
         missing, extra = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
@@ -296,15 +269,15 @@ class Checkpoints:
         self,
         step: int | None = None,
         *,
-        average: bool = False,
-        cast: Any = None,
-        place: Callable[[Any], Any] | None = None,
-    ) -> tuple[Any, dict[str, Any]]:
+        average: bool | None = False,
+        cast: DTypeLike | None = None,
+        place: Callable[[Params], Tree] | None = None,
+    ) -> tuple[Params, dict[str, Any]]:
         """Parameters only (or their moving average), built from what the checkpoint itself says it holds.
 
         Args:
           step: the newest by default.
-          average: the moving average in the place of trained parameters.
+          average: the moving average instead of the trained parameters; None takes it where there is one.
           cast: dtype of floating leaves.
           place: `(abstract params) -> shardings`; one device by default.
 
@@ -315,20 +288,17 @@ class Checkpoints:
         stored = self.stored_shapes(step)
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         everything = paths.nested((p, jax.ShapeDtypeStruct(*x, sharding=device)) for p, x in stored.items())
+        average = "average" in everything if average is None else average
         prefix = "average" if average else "params"
         if prefix not in everything:
             raise CheckpointError(f"checkpoint {step} of {self.folder} holds no moving average")
         wanted = {"params": everything["params"], **({"average": everything["average"]} if average else {})}
         shapes = jax.eval_shape(lambda p: weights.cast(p, cast), self._as_params(wanted["params"], structure))
         spec = jax.tree.map(lambda _: device, shapes) if place is None else place(shapes)
-        put = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-        wanted["params"] = dict_of(jax.tree.map(put, shapes, spec))
-        try:
+        placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, spec)
+        wanted["params"] = _dict_of(placed)
+        with self._reading(step):
             raw = self._read_arrays(step, wanted)
-        except Exception as e:
-            raise CheckpointError(
-                f"checkpoint {self.folder / str(step)} is damaged ({_line(e)}){self._offer(step)}"
-            ) from e
         params = self._as_params(raw["params"], structure)
         if average:
             flat = dict(paths.flatten(raw["average"]))
@@ -342,28 +312,28 @@ class Checkpoints:
         asks for.
         """
         files, everything = self._files(step), paths.flatten(wanted)
-        arrays = [(p, jax.device_put(_open(files[p]), x.sharding)) for p, x in everything if p in files]
-        flat = sorted(
-            (item for item in everything if item[0] not in files), key=lambda item: -weights.bytes_of(item[1])
-        )
-        share = sum(weights.bytes_of(x) for _, x in flat) / 50
-        turns = [[item] for item in flat if weights.bytes_of(item[1]) > share]
-        turns += [small] if (small := flat[len(turns) :]) else []
+        copied = [(path, x.sharding) for path, x in everything if path in files]
+        arrays = [(path, jax.device_put(copied_files.open_array(files[path]), sharding)) for path, sharding in copied]
+        rest = [item for item in everything if item[0] not in files]
+        rest.sort(key=lambda item: -weights.bytes_of(item[1]))
+        large = sum(weights.bytes_of(x) for _, x in rest) / 50
+        calls = [[item] for item in rest if weights.bytes_of(item[1]) > large]
+        calls += [small] if (small := rest[len(calls) :]) else []
         with ocp.PyTreeCheckpointer() as reader:
-            for turn in turns:
-                part = paths.nested(turn)
-                places = ocp.checkpoint_utils.construct_restore_args(part)
-                args = ocp.args.PyTreeRestore(part, restore_args=places, partial_restore=True)
-                got = reader.restore(self._item(step, "state"), args=args)
-                arrays += paths.flatten(jax.block_until_ready(got))  # until then its copy on the host lives on
+            for items in calls:
+                part = paths.nested(items)
+                restore_args = ocp.checkpoint_utils.construct_restore_args(part)
+                args = ocp.args.PyTreeRestore(part, restore_args=restore_args, partial_restore=True)
+                read = reader.restore(self._item(step, "state"), args=args)
+                arrays += paths.flatten(jax.block_until_ready(read))  # until then its copy on the host lives on
         return paths.nested(arrays)
 
     @staticmethod
-    def _as_params(tree: Any, structure: dict[str, Any]) -> Any:
+    def _as_params(tree: Params, structure: dict[str, Any]) -> Params:
         """Nested dicts with structured nodes put back where `structure` names them."""
         nodes = {p.removeprefix("params/"): d for p, d in structure.items() if p.startswith("params/")}
 
-        def walk(tree: Any, path: str) -> Any:
+        def walk(tree: Tree, path: str) -> Tree:
             if path in nodes:
                 leaves = dict(paths.flatten(tree))
                 return weights.build(nodes[path], lambda p: leaves[p.removeprefix(path + "/")], path)
@@ -374,30 +344,9 @@ class Checkpoints:
         return walk(tree, "")
 
 
-def dict_of(tree: Any) -> Any:
+def _dict_of(tree: Tree) -> dict[str, Any]:
     """Structured nodes as plain dicts of their leaves, the way array files hold them."""
     return paths.nested(paths.flatten(tree))
-
-
-def _below(folder: epath.Path) -> list[epath.Path]:
-    """All files."""
-    return [f for path in folder.iterdir() for f in (_below(path) if path.is_dir() else [path])]
-
-
-def _open(file: epath.Path) -> np.ndarray:
-    """The array of a `.npy` file; mapped where the file is local."""
-    if "://" not in str(file):
-        return np.load(str(file), mmap_mode="r")
-    with file.open("rb") as f:
-        return np.load(f)
-
-
-def _header(file: epath.Path) -> tuple[tuple[int, ...], Any]:
-    """Shape and dtype of a `.npy` file."""
-    with file.open("rb") as f:
-        npy.read_magic(f)
-        shape, _, dtype = npy.read_array_header_1_0(f)
-    return shape, dtype
 
 
 def _quality(metrics: dict[str, float]) -> float:

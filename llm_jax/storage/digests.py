@@ -1,4 +1,4 @@
-"""What files hold, as digests that are computed again only where a file may have changed.
+"""Digests of files, computed again only where a file may have changed.
 
 A digest is stored beside the file's size and times. While these stay and the machine was not restarted, the digest
 stands for the content and the file is not read. The kernel sets the second time (ctime) at every write, whatever a
@@ -91,14 +91,15 @@ def digest_files(
     """Digests by path.
 
     Args:
-      paths: of the files.
-      stored: of earlier reads; a file that has the same size and times is not read again.
+      paths: the files.
+      stored: digests of earlier reads; a file that has the same size and times is not read again.
     """
-    known = stored or {}
-    return {
-        str(path): known[str(path)] if str(path) in known and known[str(path)].is_current(path) else digest_file(path)
-        for path in paths
-    }
+
+    def digest(path: epath.PathLike) -> FileDigest:
+        earlier = (stored or {}).get(str(path))
+        return earlier if earlier is not None and earlier.is_current(path) else digest_file(path)
+
+    return {str(path): digest(path) for path in paths}
 
 
 def save(file: epath.PathLike, digests: Mapping[str, FileDigest]) -> None:

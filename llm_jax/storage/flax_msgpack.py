@@ -35,7 +35,7 @@ def is_in(path: epath.PathLike) -> bool:
 
 
 def read(path: epath.PathLike) -> dict[str, np.ndarray]:
-    """All tensors of a folder's `flax_model.msgpack` or of its shards, held in memory at once.
+    """All tensors of a folder's `flax_model.msgpack` or of its shards; all are in memory at once.
 
     The format has no table of where a tensor lies. Only arrays come out of a file: there is no code in it, unlike in a
     pickle.

@@ -15,7 +15,7 @@ _STRING, _ARRAY = 8, 9
 
 
 def _check_header(path: str) -> None:
-    """Walks the header with bounds checks: a damaged one must not make the reader allocate or loop.
+    """Walks the header with bounds checks, so that a damaged one cannot make the reader allocate or loop.
 
     Raises:
       StorageError: where a count, length or type cannot be right.
@@ -95,7 +95,7 @@ class GgufFile(LazyTensors):
         _check_header(path)
         try:
             self._file = open_for(self, path)
-            reader = gguf.GGUFReader(path)  # let go afterwards: it keeps two arrays for every entry of the vocabulary
+            reader = gguf.GGUFReader(path)  # not stored: it keeps two arrays for every entry of the vocabulary
             self._entries = {
                 t.name: (t.tensor_type, t.data.dtype, int(t.data_offset), t.data.shape, tuple(t.shape.tolist()))
                 for t in reader.tensors
@@ -117,7 +117,7 @@ class GgufFile(LazyTensors):
         """
         kind, dtype, offset, shape, _ = self._entries[name]
         try:
-            stored = np.memmap(self._file, dtype, "r", offset, shape)  # a map of its own: its pages go with the array
+            stored = np.memmap(self._file, dtype, "r", offset, shape)  # a new map, whose pages go with the array
             data = self._dequantize(stored, kind)
         except Exception as e:
             raise StorageError(f"{name} has type {kind.name}, which cannot be read: {e}") from e

@@ -1,4 +1,4 @@
-"""What every file of tensors is here: a mapping that reads a tensor when it is asked for."""
+"""The base of all files of tensors: a mapping that reads a tensor when it is asked for."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 
 
 class LazyTensors(Mapping[str, np.ndarray]):
-    """Tensors by name; a subclass fills `_entries` and says in `__getitem__` how one is read.
+    """Tensors by name; a subclass fills `_entries` and reads a tensor in `__getitem__`.
 
     Names, number and membership read nothing (`Mapping` alone would read a tensor to learn whether it is there).
     """
@@ -19,7 +19,7 @@ class LazyTensors(Mapping[str, np.ndarray]):
         return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
-        """Names."""
+        """The names of all tensors."""
         return iter(self._entries)
 
     def __len__(self) -> int:

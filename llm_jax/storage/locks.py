@@ -1,4 +1,4 @@
-"""One process at a time, of those that see a local file."""
+"""Locks on local files: one process at a time."""
 
 import fcntl
 from typing import TextIO
@@ -7,14 +7,14 @@ from etils import epath
 
 
 def hold(path: epath.PathLike, wait: bool = False) -> TextIO:
-    """A local file that this process has until the file is closed, or the process ends, however it ends.
+    """Locks a local file until it is closed or the process ends, however it ends.
 
     Args:
       path: the file.
-      wait: until nobody else has it.
+      wait: wait until no other process has locked it.
 
     Raises:
-      BlockingIOError: where another has it, without `wait`.
+      BlockingIOError: if another process has locked it, without `wait`.
     """
     file = open(path, "w")  # noqa: SIM115  whoever called closes it
     try:

@@ -1,6 +1,6 @@
 """Arrays in memory-mapped files, for state that is larger than memory, and a thread that reads ahead.
 
-A file's pages come and go as the system likes; what is read here is a copy, so only the pieces in use are held.
+The system loads and drops a file's pages by itself; reading copies, so memory holds only the pieces in use.
 """
 
 import os
@@ -19,9 +19,10 @@ from llm_jax.storage.lazy import LazyTensors
 
 
 class Ahead:
-    """Reads what will be asked for next, in a thread of its own.
+    """Reads the arrays that will be needed next, in a thread.
 
-    What came after an entry the last time is expected after it again; before that, the next number of its group.
+    The entry that followed an entry the last time is expected to follow it again; at first, the next number of its
+    group.
     """
 
     def __init__(self, read: Callable[[Any, int], Any], counts: Mapping[Any, int]) -> None:
@@ -38,17 +39,17 @@ class Ahead:
         self._next: tuple[Hashable, Future[Any]] | None = None
 
     def __call__(self, group: Any, number: int) -> Any:
-        """The arrays; returns once they are read, and has the next ones begun."""
+        """The arrays of an entry, once they are read; begins to read the next ones."""
         with self._lock:
-            here = group, number
-            ready = self._next[1] if self._next and self._next[0] == here else self._pool.submit(self._read, *here)
-            value = ready.result()
+            entry = group, number
+            begun = self._next[1] if self._next and self._next[0] == entry else None
+            value = (begun or self._pool.submit(self._read, *entry)).result()
             if self._last is not None:
-                self._follower[self._last] = here
-            self._last = here
-            there = self._follower.get(here, (group, (number + 1) % self._counts[group]))
-            # an entry alone may be written before it is read again
-            self._next = None if there == here else (there, self._pool.submit(self._read, *there))
+                self._follower[self._last] = entry
+            self._last = entry
+            expected = self._follower.get(entry, (group, (number + 1) % self._counts[group]))
+            # a single entry may be written before it is read again
+            self._next = None if expected == entry else (expected, self._pool.submit(self._read, *expected))
             return value
 
 
@@ -77,18 +78,18 @@ class MappedArrays(LazyTensors):
         self.folder, self._entries = pathlib.Path(folder), dict(declared)
 
     def declared(self, name: str) -> Declared:
-        """Shape and dtype."""
+        """Shape and dtype of an array."""
         return self._entries[name]
 
     def file(self, name: str) -> pathlib.Path:
-        """Where it lies."""
+        """The file of an array."""
         return self.folder / f"{name}.npy"
 
     def fill(self, name: str, value: Any = None) -> None:
-        """Makes the file, of zeros by default.
+        """Makes an array's file, of zeros by default.
 
         Raises:
-          OSError: where the disk has no room: now, and not when a page is written, which would kill the process.
+          OSError: if the disk has no room. Without this check the process would be killed when a page is written.
         """
         shape, dtype = self._entries[name]
         file = self.file(name)
@@ -106,7 +107,7 @@ class MappedArrays(LazyTensors):
             array.flush()
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """A map of the file, to read and to write; its pages are given back with it."""
+        """A map of the file, to read and to write; deleting the map gives its pages back."""
         _ = self._entries[name]
         return npy.open_memmap(self.file(name), "r+")
 

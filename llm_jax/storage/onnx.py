@@ -1,9 +1,10 @@
 """ONNX files: the weights of an exported module, dequantized, under the names that they had in it.
 
-An export keeps the names of biases, norms and tables. The matrix of a linear layer comes out turned round and nameless
+An export keeps the names of biases, norms and tables. The matrix of a linear layer comes out transposed and nameless
 (`onnx::MatMul_753`): from the product that reads it the graph leads to the sum with `X.bias`, so it is `X.weight`.
-Quantized weights are read with scale and zero point, where the graph says so: `DequantizeLinear` (behind a `Gather` for
-tables), or `MatMulInteger` (dynamic quantization). How a graph quantizes its activations is left to it.
+Quantized weights are read with the scale and zero point that the graph names: in a `DequantizeLinear` (behind a
+`Gather` for tables), or in a `MatMulInteger` (dynamic quantization). How a graph quantizes activations does not matter
+here.
 
 Source: the ONNX operators, https://onnx.ai/onnx/operators/; onnxruntime's quantization, whose forms these are.
 """
@@ -23,19 +24,19 @@ _PASSED = ("QuantizeLinear", "DequantizeLinear", "Cast", "Mul")  # between a pro
 
 
 class _Entry(NamedTuple):
-    """Where a weight is: its initializer, scale and zero point by name, the axis of the scales, whether to turn it."""
+    """Where a weight is: names of its initializer, scale and zero point, the axis of the scales."""
 
     tensor: str
     scale: str | None = None
     zero: str | None = None
     axis: int = 1
-    turned: bool = False
+    transposed: bool = False
 
 
 class OnnxFile(LazyTensors):
     """Weights by name, dequantized to float32 when asked for; floating ones as they are.
 
-    A matrix whose name the graph does not tell keeps the one it has there.
+    A matrix that the graph leads to no name for keeps the name of its initializer.
     """
 
     def __init__(self, path: epath.PathLike) -> None:
@@ -78,11 +79,11 @@ class OnnxFile(LazyTensors):
             shape = [-1 if i == entry.axis % array.ndim else 1 for i in range(array.ndim)] if scale.ndim else []
             steps = array.astype(np.int32) - zero.astype(np.int32).reshape(shape)
             array = steps.astype(np.float32) * scale.astype(np.float32).reshape(shape)
-        return array.T if entry.turned else array
+        return array.T if entry.transposed else array
 
 
 class _Graph:
-    """Who makes and who reads every value."""
+    """The nodes of a graph by the values that they make and read."""
 
     def __init__(self, nodes: Any, tensors: Mapping[str, Any]) -> None:
         self.tensors = tensors
@@ -93,7 +94,7 @@ class _Graph:
                 self.readers.setdefault(name, []).append(node)
 
     def entry(self, tensor: str, array: np.ndarray) -> tuple[str, _Entry] | None:
-        """Name and place of a weight, None for what is none: scales, zero points, shapes, constants."""
+        """Name and entry of a weight; None for scales, zero points, shapes and constants."""
         found = _Entry(tensor)
         if not np.issubdtype(array.dtype, np.floating):
             quantized = self._quantized(tensor)
@@ -109,8 +110,8 @@ class _Graph:
         if product is None:
             return name, found
         stem = self._bias(product)
-        turned = product.op_type != "Gemm" or not _attribute(product, "transB", 0)
-        return (name, found) if stem is None else (f"{stem}.weight", found._replace(turned=turned))
+        transposed = product.op_type != "Gemm" or not _attribute(product, "transB", 0)
+        return (name, found) if stem is None else (f"{stem}.weight", found._replace(transposed=transposed))
 
     def _quantized(self, tensor: str) -> _Entry | None:
         for node in self.readers.get(tensor, []):
@@ -127,7 +128,7 @@ class _Graph:
         return None
 
     def _dynamic_scale(self, tensor: str, product: Any) -> str:
-        """Of `Mul(Cast(MatMulInteger(x, w)), Mul(scale of x, scale of w))`."""
+        """The scale of w in `Mul(Cast(MatMulInteger(x, w)), Mul(scale of x, scale of w))`."""
         names = product.output
         for _ in range(2):
             names = [n for name in names for node in self.readers.get(name, []) for n in (*node.input, *node.output)]
@@ -154,7 +155,7 @@ class _Graph:
         return next(right, None)
 
     def _bias(self, product: Any) -> str | None:
-        """`X` where the sum behind a product is with `X.bias`."""
+        """`X`, if the sum behind a product adds `X.bias`."""
         node = product
         while True:
             for name in node.input if node.op_type in ("Add", "Gemm") else ():

@@ -1,10 +1,10 @@
 """Safetensors files and folders: lazy views in, sharded files out.
 
-A folder's model is `model.safetensors`, or else what `model.safetensors.index.json` names, or else all files but those
-that are known to hold something else: a consolidated copy, a copy in another precision, an adapter.
+A folder's model is `model.safetensors`, or else what `model.safetensors.index.json` names, or else all files except a
+consolidated copy, a copy in another precision, or an adapter.
 
-The library checks headers; every tensor asked for is then a memory map of its own, so nothing is read before it is
-used, and nothing stays in memory when its view is dropped.
+The library checks headers. Every tensor is then a separate memory map: nothing is read before it is used, and nothing
+stays in memory when its view is dropped.
 """
 
 import json
@@ -38,7 +38,7 @@ _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 # Meta's and Mistral's own layout, transformers' `variant`, peft
 _BESIDE = re.compile(r"(consolidated.*|model\.[^.]+|adapter_model.*)\.safetensors")
 
-Entry = tuple[BinaryIO, np.dtype, tuple[int, ...], int]  # open file, dtype, shape, where its bytes begin
+Entry = tuple[BinaryIO, np.dtype, tuple[int, ...], int]  # open file, dtype, shape, offset of its bytes
 
 
 class StorageError(ValueError):
@@ -46,12 +46,12 @@ class StorageError(ValueError):
 
 
 def has_model(folder: epath.PathLike) -> bool:
-    """Whether a folder holds safetensors beside those that are known to be no model."""
+    """Whether a folder holds safetensors of a model, not only copies and adapters."""
     return any(not _BESIDE.fullmatch(file.name) for file in epath.Path(folder).glob("*.safetensors"))
 
 
 def files_of(folder: epath.PathLike) -> list[epath.Path]:
-    """The files that hold a folder's model; what is left out is logged.
+    """The files that hold a folder's model; files that are left out are logged.
 
     Raises:
       StorageError: if there is none, a file that the index names is missing, or nothing says which one is meant.
@@ -112,7 +112,7 @@ class TensorFolder(LazyTensors):
 
 
 def open_for(owner: object, path: str) -> BinaryIO:
-    """A file that stays open, whatever becomes of its path, until `owner` goes."""
+    """Opens a file that stays open until `owner` is deleted, whatever becomes of its path."""
     file = open(path, "rb")  # noqa: SIM115
     weakref.finalize(owner, file.close)
     return file

@@ -1,4 +1,4 @@
-"""Text in files: the one way from bytes to text for every reader.
+"""Text in files: how every reader turns bytes into text.
 
 A file is unpacked (`.gz`, `.zst`), loses its byte order mark, and is decoded by one rule. The mark decides where there
 is one (UTF-8, UTF-16, UTF-32), as in section 6 of the WHATWG's Encoding Standard, https://encoding.spec.whatwg.org.
@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from etils import epath
 
-BLOCK = 1 << 20  # bytes read at once
+BLOCK = 1 << 20  # bytes read at once, by default
 REPLACE = "replace"
 MARKS = (  # UTF-32's first: UTF-16's is the beginning of one
     (codecs.BOM_UTF8, "utf-8"),
@@ -30,7 +30,7 @@ DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error)  # what reading a compressed 
 
 
 class TextFileError(ValueError):
-    """A file that holds no text, or not in the encoding that it is read in; one line."""
+    """A file that holds no text, or text in another encoding than it is read in."""
 
 
 def check_encoding(encoding: str | None) -> None:
@@ -54,13 +54,13 @@ def check_encoding(encoding: str | None) -> None:
         ) from None
 
 
-def unpacked(path: epath.PathLike, size: int | None = None) -> Iterator[bytes]:
-    """The bytes of a file, a block of about `size` (BLOCK) at a time; `.gz` and `.zst` are unpacked.
+def unpacked(path: epath.PathLike, size: int) -> Iterator[bytes]:
+    """The bytes of a file, a block of about `size` at a time; `.gz` and `.zst` are unpacked.
 
     Raises:
       TextFileError: if a compressed file is damaged or cut short.
     """
-    path, size = epath.Path(path), size or BLOCK
+    path = epath.Path(path)
     with path.open("rb") as raw:
         try:
             if path.name.endswith(".zst"):
@@ -73,7 +73,7 @@ def unpacked(path: epath.PathLike, size: int | None = None) -> Iterator[bytes]:
 
 
 def _unzstd(raw: BinaryIO, size: int) -> Iterator[bytes]:
-    """All frames of a file; the library's reader stops after the first and takes a cut one for an end."""
+    """All frames of a file; the library's reader stops after the first and takes a cut frame for the end."""
     try:
         import zstandard
     except ImportError as e:
@@ -103,39 +103,47 @@ class TextFile:
     """One text: a file, or a stream that is open already.
 
     Attributes:
-      name: of the file, for errors.
+      name: path of the file or name of the stream, for errors.
       encoding: see `check_encoding`.
+      block_bytes: bytes read at once.
     """
 
-    def __init__(self, path: epath.PathLike, encoding: str | None = None, stream: BufferedIOBase | None = None) -> None:
+    def __init__(
+        self,
+        path: epath.PathLike,
+        encoding: str | None = None,
+        stream: BufferedIOBase | None = None,
+        block_bytes: int = BLOCK,
+    ) -> None:
         """Opens nothing yet.
 
         Args:
-          path: of the file, or the name of the stream.
+          path: the file, or the name of the stream.
           encoding: see `check_encoding`.
           stream: is read instead of a file.
+          block_bytes: bytes read at once, about.
 
         Raises:
           TextFileError: for an unknown encoding.
         """
         check_encoding(encoding)
-        self.name, self.encoding, self._stream = str(path), encoding, stream
+        self.name, self.encoding, self.block_bytes, self._stream = str(path), encoding, block_bytes, stream
 
     def blocks(self, size: int | None = None) -> Iterator[bytes]:
-        """The text as UTF-8 without a mark, a block of about `size` bytes (BLOCK) at a time.
+        """The text as UTF-8 without a mark, a block of about `size` bytes (`block_bytes`) at a time.
 
         A file that is read as UTF-8 comes as it is, whatever its bytes are: `decode` and `lines` check them.
 
         Raises:
           TextFileError: if the file is damaged, or its bytes are none of another encoding.
         """
-        stream = self._stream
-        found = unpacked(self.name, size) if stream is None else iter(lambda: stream.read1(size or BLOCK), b"")
+        stream, count = self._stream, size or self.block_bytes
+        found = unpacked(self.name, count) if stream is None else iter(lambda: stream.read1(count), b"")
         head = b""
         for block in found:
             head += block
             if not any(len(head) < len(mark) and mark.startswith(head) for mark, _ in MARKS):
-                break  # a line of a terminal or a pipe is not held back
+                break  # a line of a terminal or a pipe must not wait for more
         mark, marked = next(((m, e) for m, e in MARKS if head.startswith(m)), (b"", None))
         encoding = marked or ("utf-8" if self.encoding in (None, REPLACE) else self.encoding)
         rest = itertools.chain([head[len(mark) :]], found)
@@ -148,7 +156,7 @@ class TextFile:
             taken += len(block)
             try:
                 text = decoder.decode(block, is_last)
-            except UnicodeDecodeError as e:  # of what was left of earlier blocks and this one
+            except UnicodeDecodeError as e:  # its object is this block behind the rest of earlier ones
                 raise self._refused(taken - len(e.object) + e.start, encoding, e.reason) from None
             if text:
                 yield text.encode()

@@ -10,7 +10,6 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from llm_jax.data import tokenizers
 from llm_jax.data.tokenizers import KINDS, Tokenizer
-from llm_jax.decoding import continuation
 from llm_jax.decoding.continuation import Continuation
 
 TEXTS = ["hello world, the unseen worlds don't", "naïve e\u0301 café", "👨\u200d👩\u200d👧 😀 日本語", "a\nb\tc  d"] * 9
@@ -59,8 +58,7 @@ def make(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "bytes", "ends", "marian", *SPIECE])
-def test_pieces_joined_are_the_decoded_whole(kind, make, monkeypatch):
-    monkeypatch.setattr(continuation, "WINDOW", 3)
+def test_pieces_joined_are_the_decoded_whole(kind, make):
     tokenizer, rng = make(kind), random.Random(0)
     size = tokenizer.vocab_size
     odd = [i for i in range(size) if "\ufffd" in tokenizer.decode([i])] or [0]  # parts of characters
@@ -70,11 +68,15 @@ def test_pieces_joined_are_the_decoded_whole(kind, make, monkeypatch):
         new += [rng.choice(odd) if rng.random() < 0.4 else rng.randrange(size) for _ in range(rng.randrange(9))]
         before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *new])
         want = whole[len(os.path.commonprefix((before, whole))) :]  # but for half a character the prompt's own text
-        follow = Continuation(tokenizer.decode, prompt)
+        follow = Continuation(tokenizer.decode, prompt, window=3)
         step, pieces = rng.randrange(1, 4), []
         for end in [*range(step, len(new), step), len(new)]:
             pieces.append(follow.piece(new[:end], end == len(new)))
-        assert "".join(pieces) == want == Continuation(tokenizer.decode, prompt).text(new), (prompt, new, pieces)
+        assert "".join(pieces) == want == Continuation(tokenizer.decode, prompt, window=3).text(new), (
+            prompt,
+            new,
+            pieces,
+        )
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bytes", "t5", "wordpiece", "word", "bpe"])

@@ -89,7 +89,7 @@ def test_ragged_rows_equal_the_loop_and_each_row_alone(config):
 
 
 def test_no_tokens_asked_for():
-    first, none, last = generator(LLAMA).generate(PROMPTS, [12, 0, 1], KEY)
+    last, first, none = generator(LLAMA).generate(PROMPTS, [1, 12, 0], KEY)
     assert none == Completion([], [], "length") and (len(first.tokens), len(last.tokens)) == (12, 1)
 
 
@@ -161,7 +161,7 @@ def test_sampled_text_belongs_to_its_key():
     assert g.generate([PROMPTS[0], *PROMPTS[:0:-1]], 12, KEY)[0] == first[0]  # whatever stands beside it
     other = [g.generate(PROMPTS, 12, jax.random.key(i))[0].tokens for i in range(1, 5)]
     assert len({tuple(t) for t in [first[0].tokens, *other]}) == 5
-    equal = g.generate([PROMPTS[2]] * 3, 12, KEY)
+    equal = g.generate([PROMPTS[1]] * 3, 12, KEY)
     assert len({tuple(r.tokens) for r in equal}) == 3  # equal prompts, each row its own key
 
 

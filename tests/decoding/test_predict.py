@@ -16,7 +16,8 @@ from llm_jax.models.gpt import GPTConfig
 
 TEXT = "the cat sat on a mat , and the dog saw one more cat"
 TOKENIZER = tokenizers.train([TEXT] * 9, "wordpiece", 60, tokenizers.MASKED_SPECIAL)
-CONFIG = BertConfig(**{**BERT, "vocab_size": TOKENIZER.vocab_size, "context_length": 40}, labels=("no", "yes", "so"))
+SIZES = {**BERT, "vocab_size": TOKENIZER.vocab_size, "context_length": 40, "num_layers": 1}
+CONFIG = BertConfig(**SIZES, labels=("no", "yes", "so"))
 PAIRS = [("the cat", "a dog sat"), ("one mat", "the cat saw the dog , and more"), ("a", "a")]
 softmax = lambda x: np.exp(x) / np.exp(x).sum(-1, keepdims=True)
 
@@ -112,9 +113,10 @@ def test_no_answer_is_longer_than_allowed():
 def test_choices():
     model, params = built("choice")
     rows = [("the cat", "sat on a mat", "more"), ("a dog", "saw", "one cat saw a mat")]
+    logits = jax.jit(lambda p, batch: model.apply({"params": p}, **batch).logits)
     for given, said in zip(rows, predict(model, params, TOKENIZER, rows), strict=True):
         batch = TOKENIZER.batch([given[0]] * 2, list(given[1:]))
-        p = softmax(np.asarray(model.apply({"params": params}, **{k: v[None] for k, v in batch.items()}).logits)[0])
+        p = softmax(np.asarray(logits(params, {k: v[None] for k, v in batch.items()}))[0])
         assert said["choice"] == given[1:][p.argmax()]
         np.testing.assert_allclose(list(said["probabilities"].values()), p, rtol=1e-4)
 

@@ -14,7 +14,7 @@ from llm_jax.decoding.score import of_text
 from llm_jax.models.elmo import ElmoConfig
 from llm_jax.models.xlnet import XLNetConfig
 
-TEXT = "the cat saw the dog"
+TEXT = "the cat saw"  # a program for every beginning of it
 ELMO = ElmoConfig(
     vocab_size=V, max_characters=6, character_dim=3, widths=(1, 2), filters=(3, 4), num_highways=1, model_dim=12,
     hidden_dim=8, dropout=0.0,
@@ -31,7 +31,7 @@ CONFIGS = {
 @functools.cache
 def words(masked):
     special = tokenizers.MASKED_SPECIAL if masked else (tokenizers.END_OF_TEXT,)
-    return tokenizers.train([TEXT, "a dog saw a cat"], "word", V, special)
+    return tokenizers.train([TEXT, "a dog saw the cat"], "word", V, special)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -15,16 +15,16 @@ TEXT = "".join(f"{line}\n" for line in LINES)
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1 << 20])
 @pytest.mark.parametrize("coding", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "utf-16-be", "cp1252"])
-def test_every_encoding_gives_the_same_lines(coding, size, tmp_path, monkeypatch):
-    monkeypatch.setattr(text_files, "BLOCK", size)
+def test_every_encoding_gives_the_same_lines(coding, size, tmp_path):
     text = TEXT if coding != "cp1252" else "café\n\n x"
     path = tmp_path / "a.txt"
     path.write_bytes(text.encode(coding))
     named = coding if coding in ("utf-16-be", "cp1252") else None  # the others have a mark
     want = list(enumerate(text.removesuffix("\n").split("\n"), 1))
-    assert list(TextFile(path, named).lines()) == [(n, line.removesuffix("\r")) for n, line in want]
-    assert TextFile(path, named).read() == text
-    stream = TextFile("stdin", named, io.BytesIO(text.encode(coding)))
+    file = TextFile(path, named, block_bytes=size)
+    assert list(file.lines()) == [(n, line.removesuffix("\r")) for n, line in want]
+    assert file.read() == text
+    stream = TextFile("stdin", named, io.BytesIO(text.encode(coding)), size)
     assert list(stream.byte_lines()) == [(n, line.removesuffix("\r").encode()) for n, line in want]
 
 

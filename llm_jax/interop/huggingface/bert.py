@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from llm_jax import config as configs
 from llm_jax.interop.huggingface import fields, heads
-from llm_jax.interop.names import ACTIVATIONS, InteropError, Rule, linear, without
+from llm_jax.interop.names import InteropError, Rule, linear, norm, without
 from llm_jax.models.bert import BertConfig
 
 CLASSES = {
@@ -23,17 +23,17 @@ DECODERS = {"bert": "BertLMHeadModel", "roberta": "RobertaForCausalLM"}
 
 
 class Names(NamedTuple):
-    """Where one family keeps its tensors; `Linear` layers are meant without `.weight`, `.bias`.
+    """Where a family keeps its tensors; names of layers leave out `.weight` and `.bias`.
 
     Attributes:
-      title: of its classes.
+      title: beginning of the names of its classes.
       root: prefix of the encoder.
       layer: prefix of a layer, `{l}` for its index.
       inside: our modules of a layer -> theirs.
-      pooler: of a model without a head, with its prefix; None where there is none.
-      classifier_pooler: of the classification head, where it is not `pooler`.
+      pooler: pooler of a model without a head, with its prefix; None where there is none.
+      classifier_pooler: pooler of the classification head, where it is not `pooler`.
       transform: dense layer, norm and bias of the masked-LM head.
-      decoder: its output layer, tied or not.
+      decoder: output layer of the masked-LM head, tied or not.
       pair: output layer of the sentence-pair head.
     """
 
@@ -167,14 +167,11 @@ def _fields(kind: str) -> dict[str, str]:
 
 
 def config_from_hf(c: dict[str, Any]) -> BertConfig:
-    """From the contents of `config.json`."""
+    """Our config from the contents of `config.json`."""
     kind = c["model_type"]
     names, theirs_of = TABLE[kind], _fields(kind)
     c = fields.checked(c, {*theirs_of.values(), *READ, *INERT}, FIXED)
-    values = {ours: c.get(theirs) for ours, theirs in theirs_of.items()}
-    activation = values.pop("activation")
-    if activation not in ACTIVATIONS:
-        raise InteropError(f"activation {activation!r} is not supported; there are {', '.join(ACTIVATIONS)}")
+    values: dict[str, Any] = {ours: c.get(theirs) for ours, theirs in theirs_of.items()}
     classes = {ours: names.title + theirs for ours, theirs in CLASSES.items()}
     head = heads.of(c, classes, "none", {DECODERS[kind]: "masked_lm"} if kind in DECODERS else {})
     causal = bool(c.get("is_decoder"))
@@ -189,7 +186,7 @@ def config_from_hf(c: dict[str, Any]) -> BertConfig:
     if kind == "distilbert":
         values |= {"num_token_types": 0, "norm_eps": 1e-12}
     values |= {
-        "activation": ACTIVATIONS[activation],
+        "activation": fields.activation(values["activation"]),
         "context_length": c["max_position_embeddings"] - offset,
         "position_offset": offset,
         "head": head,
@@ -217,7 +214,7 @@ def _pooler(kind: str, head: str) -> str | None:
 
 
 def fit(config: BertConfig, tensors: Collection[str]) -> BertConfig:
-    """What a file holds beyond or without what its class says: a pair head, no pooler."""
+    """The same, with the pair head that a file holds beyond its class, or without the pooler that it lacks."""
     names = TABLE[model_type(config)]
     pair = None if config.causal else names.pair
     if config.head == "masked_lm" and pair is not None and f"{pair}.weight" in tensors:
@@ -258,11 +255,10 @@ def model_type(config: BertConfig) -> str:
 
 
 def config_to_hf(config: BertConfig) -> dict[str, Any]:
-    """The contents of `config.json`."""
+    """The contents of `config.json` for our config."""
     kind = model_type(config)
-    theirs = {v: k for k, v in reversed(ACTIVATIONS.items())}
     out: dict[str, Any] = {their: getattr(config, ours) for ours, their in _fields(kind).items()}
-    out["activation" if kind == "distilbert" else "hidden_act"] = theirs[config.activation]
+    out["activation" if kind == "distilbert" else "hidden_act"] = fields.activation_to_hf(config.activation)
     if config.head == "span":
         out.pop(_fields(kind)["head_dropout"])
         out |= {"qa_dropout": config.head_dropout or 0.0} if kind == "distilbert" else {}
@@ -286,15 +282,14 @@ def config_to_hf(config: BertConfig) -> dict[str, Any]:
 
 
 def root(config: BertConfig) -> str:
-    """What their classes with a head put before the names of the encoder."""
+    """The prefix of the encoder's names in their classes with a head."""
     return f"{TABLE[model_type(config)].root}."
 
 
 def rules(config: BertConfig) -> list[Rule]:
-    """Where everything is; their kernels are `[out, in]`."""
+    """Where each of our parameters is; their kernels are `[out, in]`."""
     kind = model_type(config)
     names = TABLE[kind]
-    norm = lambda ours, theirs: [Rule(f"{ours}/scale", f"{theirs}.weight"), Rule(f"{ours}/bias", f"{theirs}.bias")]
     out = []
     tables = {"embed": "word", "positions": "position"} | (
         {"token_types": "token_type"} if config.num_token_types else {}
@@ -309,12 +304,11 @@ def rules(config: BertConfig) -> list[Rule]:
         made = (norm if ours.endswith("_norm") else linear)(f"encoder/layers/{ours}", f"{layer}.{theirs}")
         out += [dataclasses.replace(r, group_size=config.group_size) for r in made]
     if config.pooler is not None:
-        own = names.classifier_pooler
-        stands_apart = config.head == "classification" or (config.head == "choice" and kind == "distilbert")
-        place = own if own is not None and stands_apart else names.pooler
-        if place is None:
+        is_classifiers = config.head == "classification" or (config.head == "choice" and kind == "distilbert")
+        pooler = names.classifier_pooler if is_classifiers and names.classifier_pooler is not None else names.pooler
+        if pooler is None:
             raise InteropError(f"{names.title}'s format has no pooler with head={config.head!r}")
-        out += linear("pooler", place)
+        out += linear("pooler", pooler)
     if config.head in ("masked_lm", "pretraining"):
         transform, its_norm, bias = names.transform
         out += linear("head/transform", transform)
@@ -334,15 +328,15 @@ def rules(config: BertConfig) -> list[Rule]:
 
 
 def ignored(config: BertConfig, name: str) -> bool:
-    """Their tensors without a counterpart: buffers, what is tied, poolers and heads that the class does not use."""
+    """Whether their tensor has no counterpart here: a buffer, a tied copy, a pooler or head without use."""
     names = TABLE[model_type(config)]
     if name.endswith(("embeddings.position_ids", "embeddings.token_type_ids")):
         return True
     copies = [f"{names.decoder}.bias"] if names.transform[2] != f"{names.decoder}.bias" else []
     copies += [f"{names.decoder}.weight"] if config.tied else []
     spelled = {r.theirs for r in rules(config)}
-    place = None if names.pooler is None else names.pooler.removeprefix(f"{names.root}.")
-    unused = [None if {f"{place}.bias", f"{names.root}.{place}.bias"} & spelled else names.pooler]
+    pooler = None if names.pooler is None else names.pooler.removeprefix(f"{names.root}.")
+    unused = [None if {f"{pooler}.bias", f"{names.root}.{pooler}.bias"} & spelled else names.pooler]
     unused += [None] if config.head in ("masked_lm", "pretraining") else [names.decoder, *names.transform]
     unused += [None] if config.head == "pretraining" else [names.pair]
     stems = [u for u in unused if u is not None]

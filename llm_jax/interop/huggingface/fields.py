@@ -1,13 +1,13 @@
-"""Fields of a `config.json`: what an absent one means, which ones change nothing, and that no other is skipped.
+"""Fields of a `config.json`: what an absent field means, which fields change nothing; all others are read or refused.
 
 transformers writes the fields of a config class, reads what a file leaves out as the class's default, and ignores
-fields that its code does not read. Here every field is read, known to change nothing, or refused by name.
+fields that its code does not read. Here every field is read, listed as one that changes nothing, or refused by name.
 
 Source: transformers 5's `configuration_*.py` of each family, and 4's `configuration_utils.py` for fields that older
 versions wrote.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from llm_jax.interop.names import InteropError, some
@@ -43,6 +43,15 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (None, 1.0),
 }
 EMPTY: tuple[Any, ...] = (None, {}, [], "")
+# theirs -> ours
+ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
 
 _LLAMA = dict(
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
@@ -123,18 +132,18 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 def checked(
     config: Mapping[str, Any], read: Collection[str], fixed: Mapping[str, tuple[Any, ...]] = {}
 ) -> dict[str, Any]:
-    """The fields of a `config.json`, those that it leaves out as its config class has them.
+    """The fields of a `config.json`; absent fields take the default of its config class.
 
     Args:
-      config: the contents, `model_type` among them.
+      config: the contents, with `model_type`.
       read: fields that the caller reads.
-      fixed: further fields, and the values with which they change nothing; the first is shown as the one to have.
+      fixed: further fields, and the values with which they change nothing; a message shows the first value.
 
     Raises:
       InteropError: naming a field that might change what a model computes and that nobody here reads, or its value.
     """
-    known = {*INERT, *FIXED, *fixed, *read}
-    unknown = sorted(k for k, v in config.items() if k not in known and v not in EMPTY)
+    supported = {*INERT, *FIXED, *fixed, *read}
+    unknown = sorted(k for k, v in config.items() if k not in supported and v not in EMPTY)
     if unknown:
         raise InteropError(
             f"config.json has {some(unknown)}, which this library does not know; take them out if they change nothing"
@@ -143,3 +152,36 @@ def checked(
         if config.get(field) not in (*allowed, None):
             raise InteropError(f"{field}={config[field]!r} is not supported, only {allowed[0]!r}")
     return {**DEFAULTS[config["model_type"]], **config}
+
+
+def activation(name: str, field: str = "activation") -> str:
+    """Our name of an activation.
+
+    Raises:
+      InteropError: naming the field, if there is no such activation here.
+    """
+    if name not in ACTIVATIONS:
+        raise InteropError(f"{field} {name!r} is not supported; there are {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def activation_to_hf(ours: str) -> str:
+    """Undoes `activation`; of several names that they have for one function it gives the first."""
+    return next(theirs for theirs, name in ACTIVATIONS.items() if name == ours)
+
+
+def banned(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The entries that `bad_words_ids` keeps from being generated.
+
+    Raises:
+      InteropError: on sequences of several.
+    """
+    words = config.get("bad_words_ids") or []
+    if any(len(word) != 1 for word in words):
+        raise InteropError(f"bad_words_ids={words!r} has sequences of several tokens, which are not supported")
+    return tuple(word[0] for word in words)
+
+
+def banned_to_hf(ids: Sequence[int]) -> dict[str, list[list[int]]]:
+    """Undoes `banned`; no field where nothing is banned."""
+    return {"bad_words_ids": [[i] for i in ids]} if ids else {}

@@ -4,7 +4,7 @@ from typing import Any
 
 from llm_jax import config as configs
 from llm_jax.interop.huggingface import fields, heads
-from llm_jax.interop.names import ACTIVATIONS, InteropError, Rule, without
+from llm_jax.interop.names import InteropError, Rule, norm, without
 from llm_jax.models.gpt import GPTConfig
 
 # read below; the summary_* fields are of a head that is not here, n_ctx is n_positions again, and
@@ -36,14 +36,8 @@ CLASSES = {
 }
 
 
-def _activation(name: str) -> str:
-    if name not in ACTIVATIONS:
-        raise InteropError(f"activation {name!r} is not supported; there are {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
-
-
 def config_from_hf(c: dict[str, Any]) -> GPTConfig:
-    """From the contents of `config.json`."""
+    """Our config from the contents of `config.json`."""
     first = c["model_type"] == "openai-gpt"
     c = fields.checked(c, READ)
     for flag in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
@@ -61,7 +55,7 @@ def config_from_hf(c: dict[str, Any]) -> GPTConfig:
         hidden_dim=c.get("n_inner"),
         norm="post" if first else "pre",
         # GPT-1's "gelu" is the tanh approximation too (transformers' modeling_openai.py)
-        activation="gelu_tanh" if first and name == "gelu" else _activation(name),
+        activation="gelu_tanh" if first and name == "gelu" else fields.activation(name),
         norm_eps=c["layer_norm_epsilon"],
         tied=c["tie_word_embeddings"],
         dropout=c["resid_pdrop"],
@@ -74,14 +68,13 @@ def config_from_hf(c: dict[str, Any]) -> GPTConfig:
 
 
 def config_to_hf(config: GPTConfig) -> dict[str, Any]:
-    """The contents of `config.json`."""
+    """The contents of `config.json` for our config."""
     if config.positions != "learned":
         raise InteropError(f"GPT's format has learned positions and not positions={config.positions!r}")
     first = config.norm == "post"
-    theirs = {v: k for k, v in reversed(ACTIVATIONS.items())}
     if first and config.hidden_dim not in (None, 4 * config.model_dim):
         raise InteropError("GPT-1's format has no hidden_dim other than 4 * model_dim")
-    name = theirs[config.activation]
+    name = fields.activation_to_hf(config.activation)
     if first and config.activation == "gelu":
         raise InteropError("GPT-1's format has no exact gelu")
     kind = "openai-gpt" if first else "gpt2"
@@ -105,17 +98,17 @@ def config_to_hf(config: GPTConfig) -> dict[str, Any]:
 
 
 def root(config: GPTConfig) -> str:
-    """What their classes with a head put before the names of the rest."""
+    """The prefix of the model's names in their classes with a head."""
     del config
     return "transformer."
 
 
 def rules(config: GPTConfig) -> list[Rule]:
-    """Where everything is; their Conv1D kernels are `[in, out]` like ours, q, k and v in one."""
+    """Where each of our parameters is; their Conv1D kernels are `[in, out]` like ours, q, k and v in one."""
     first = config.norm == "post"
     table = "transformer.tokens_embed" if first else "transformer.wte"
-    places = "transformer.positions_embed" if first else "transformer.wpe"
-    out = [Rule("embed/embedding", f"{table}.weight"), Rule("positions/embedding", f"{places}.weight")]
+    positions = "transformer.positions_embed" if first else "transformer.wpe"
+    out = [Rule("embed/embedding", f"{table}.weight"), Rule("positions/embedding", f"{positions}.weight")]
     ours, theirs, d = "decoder/layers", "transformer.h.{l}", config.model_dim
     for kind in ("kernel", "bias"):
         their = "weight" if kind == "kernel" else "bias"
@@ -124,17 +117,13 @@ def rules(config: GPTConfig) -> list[Rule]:
         out.append(Rule(f"{ours}/attention/out/{kind}", f"{theirs}.attn.c_proj.{their}"))
         out.append(Rule(f"{ours}/mlp/up/{kind}", f"{theirs}.mlp.c_fc.{their}"))
         out.append(Rule(f"{ours}/mlp/down/{kind}", f"{theirs}.mlp.c_proj.{their}"))
-    for kind in ("scale", "bias"):
-        their = "weight" if kind == "scale" else "bias"
-        out.append(Rule(f"{ours}/attention_norm/{kind}", f"{theirs}.ln_1.{their}"))
-        out.append(Rule(f"{ours}/mlp_norm/{kind}", f"{theirs}.ln_2.{their}"))
-        if not first:
-            out.append(Rule(f"final_norm/{kind}", f"transformer.ln_f.{their}"))
+    out += norm(f"{ours}/attention_norm", f"{theirs}.ln_1") + norm(f"{ours}/mlp_norm", f"{theirs}.ln_2")
+    out += [] if first else norm("final_norm", "transformer.ln_f")
     out += heads.rules_on_decoder(config, tokens="classifier")
     return without("transformer.", out) if config.head == "none" else out  # so do their headless classes
 
 
 def ignored(config: GPTConfig, name: str) -> bool:
-    """Their tensors without a counterpart: mask buffers, an output layer that is tied or unused."""
+    """Whether their tensor has no counterpart here: mask buffers, an output layer that is tied or unused."""
     spare = config.tied or config.head != "lm"
     return name.endswith((".attn.bias", ".attn.masked_bias")) or (spare and name == "lm_head.weight")

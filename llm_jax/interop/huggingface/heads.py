@@ -1,4 +1,4 @@
-"""The fields of Hugging Face's configs that say what stands on a model."""
+"""Heads: the fields of Hugging Face's configs that name one, and the names of its tensors."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,21 +17,21 @@ def of(config: Mapping[str, Any], classes: Mapping[str, str], usual: str, also: 
     Args:
       config: the contents of `config.json`.
       classes: our heads -> their classes.
-      usual: the head where the class is not said.
+      usual: the head of a folder that names no class.
       also: further classes of theirs -> our heads.
 
     Raises:
       InteropError: naming a class that is not here.
     """
-    known = {**{theirs: ours for ours, theirs in classes.items()}, **also}
+    supported = {**{theirs: ours for ours, theirs in classes.items()}, **also}
     name = (config.get("architectures") or [classes[usual]])[0]
-    if name not in known:
-        raise InteropError(f"architectures {name!r} is not supported; there are {', '.join(known)}")
-    return known[name]
+    if name not in supported:
+        raise InteropError(f"architectures {name!r} is not supported; there are {', '.join(supported)}")
+    return supported[name]
 
 
 def class_of(head: str, classes: Mapping[str, str]) -> str:
-    """Undoes `of`.
+    """Their class of our head; undoes `of`.
 
     Raises:
       InteropError: if they have no such class.
@@ -48,7 +48,7 @@ def labels_of(config: Mapping[str, Any]) -> list[str]:
 
 
 def labels_to_hf(config: Any) -> dict[str, Any]:
-    """Undoes `labels_of`."""
+    """`id2label` and `label2id` of a config's labels; undoes `labels_of`."""
     return {
         "id2label": {str(i): name for i, name in enumerate(config.labels)},
         "label2id": {name: i for i, name in enumerate(config.labels)},
@@ -56,14 +56,14 @@ def labels_to_hf(config: Any) -> dict[str, Any]:
 
 
 def on_decoder(config: Mapping[str, Any], classes: Mapping[str, str]) -> dict[str, Any]:
-    """A decoder's fields: head, labels, dropout before the classes of tokens, padding."""
+    """Our fields of a decoder's head: head, labels, dropout before the classes of tokens, padding."""
     rate = next((config[name] for name in READ if config.get(name) is not None), 0.1)
     head = of(config, classes, "lm")
     return {"head": head, "labels": labels_of(config), "head_dropout": rate, "pad_id": config.get("pad_token_id")}
 
 
 def on_decoder_to_hf(config: Any, classes: Mapping[str, str]) -> dict[str, Any]:
-    """Undoes `on_decoder`; a language model's folder says nothing of labels."""
+    """Their fields of a decoder's head; undoes `on_decoder`. A language model's folder has no labels."""
     out: dict[str, Any] = {"architectures": [class_of(config.head, classes)]}
     out |= {} if config.pad_id is None else {"pad_token_id": config.pad_id}
     out |= labels_to_hf(config) if config.head in ("classification", "tokens") else {}
@@ -74,8 +74,8 @@ def rules_on_decoder(config: Any, tokens: str) -> list[Rule]:
     """The rules of a decoder's head.
 
     Args:
-      config: ours.
-      tokens: their name of the layer that gives tokens classes.
+      config: our config.
+      tokens: their name of the layer that classifies tokens.
     """
     if config.head == "lm":
         return [] if config.tied else linear("head", "lm_head", bias=False)

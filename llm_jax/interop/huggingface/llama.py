@@ -4,7 +4,7 @@ from typing import Any
 
 from llm_jax import config as configs
 from llm_jax.interop.huggingface import fields, heads
-from llm_jax.interop.names import ACTIVATIONS, InteropError, Rule, some, without
+from llm_jax.interop.names import InteropError, Rule, some, without
 from llm_jax.models.llama import LlamaConfig
 from llm_jax.nn.positions import RotaryScaling
 
@@ -83,16 +83,14 @@ def _window(c: dict[str, Any], kind: str) -> int | None:
 
 
 def config_from_hf(c: dict[str, Any]) -> LlamaConfig:
-    """From the contents of `config.json`, of transformers 4 and 5."""
+    """Our config from the contents of `config.json`, of transformers 4 and 5."""
     kind = c["model_type"]
     c = fields.checked(c, READ)
     for flag in ("rope_interleaved", "use_mrope"):
         if c.get(flag):
             raise InteropError(f"{flag}=true is not supported")
     rope = c.get("rope_scaling") or c.get("rope_parameters") or {}
-    context, activation = c["max_position_embeddings"], c["hidden_act"]
-    if activation not in ACTIVATIONS:
-        raise InteropError(f"hidden_act {activation!r} is not supported; there are {', '.join(ACTIVATIONS)}")
+    context = c["max_position_embeddings"]
     bias = c["attention_bias"] if kind in ("llama", "qwen3") else False
     values = dict(
         vocab_size=c["vocab_size"],
@@ -103,7 +101,7 @@ def config_from_hf(c: dict[str, Any]) -> LlamaConfig:
         num_kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
         head_dim=c.get("head_dim"),
         hidden_dim=c["intermediate_size"],
-        activation=ACTIVATIONS[activation],
+        activation=fields.activation(c["hidden_act"], "hidden_act"),
         norm_eps=c["rms_norm_eps"],
         tied=c["tie_word_embeddings"],
         rope_theta=float(rope.get("rope_theta", c.get("rope_theta", 10000.0))),
@@ -140,7 +138,7 @@ def model_type(config: LlamaConfig) -> str:
 
 
 def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
-    """The contents of `config.json`."""
+    """The contents of `config.json` for our config."""
     kind = model_type(config)
     theirs = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
     out = {
@@ -185,12 +183,12 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
 
 
 def root(config: LlamaConfig) -> str:
-    """What their classes with a head put before the names of the rest: spans of all but Mistral keep an old name."""
+    """The prefix in their classes with a head; heads for spans have an older one, except Mistral's."""
     return "transformer." if config.head == "span" and model_type(config) != "mistral" else "model."
 
 
 def rules(config: LlamaConfig) -> list[Rule]:
-    """Where everything is; their kernels are `[out, in]`."""
+    """Where each of our parameters is; their kernels are `[out, in]`."""
     prefix = root(config)
     ours, theirs = "decoder/layers", f"{prefix}layers.{{l}}"
     out = [Rule("embed/embedding", f"{prefix}embed_tokens.weight"), Rule("final_norm/scale", f"{prefix}norm.weight")]
@@ -211,6 +209,6 @@ def rules(config: LlamaConfig) -> list[Rule]:
 
 
 def ignored(config: LlamaConfig, name: str) -> bool:
-    """Their tensors without a counterpart: buffers, an output layer that is tied or unused."""
+    """Whether their tensor has no counterpart here: buffers, an output layer that is tied or unused."""
     spare = config.tied or config.head != "lm"
     return name.endswith("rotary_emb.inv_freq") or (spare and name == "lm_head.weight")

@@ -4,7 +4,7 @@ from typing import Any
 
 from llm_jax import config as configs
 from llm_jax.interop.huggingface import fields
-from llm_jax.interop.names import ACTIVATIONS, InteropError, Rule, banned
+from llm_jax.interop.names import InteropError, Rule, linear, norm
 from llm_jax.models.transformer import TransformerConfig
 
 CLASSES = ("MarianMTModel", "MarianModel")
@@ -54,7 +54,7 @@ MLP = {"up": "fc1", "down": "fc2"}
 
 
 def config_from_hf(c: dict[str, Any]) -> TransformerConfig:
-    """From the contents of `config.json`."""
+    """Our config from the contents of `config.json`."""
     c = fields.checked(c, {*FIELDS.values(), *READ}, FIXED)
     name = (c.get("architectures") or ["MarianMTModel"])[0]
     if name not in CLASSES:
@@ -64,30 +64,26 @@ def config_from_hf(c: dict[str, Any]) -> TransformerConfig:
     values = {ours: c[theirs] for ours, theirs in FIELDS.items()}
     for decoder, encoder in (("num_decoder_heads", "num_heads"), ("decoder_hidden_dim", "hidden_dim")):
         values[decoder] = None if values[decoder] == values[encoder] else values[decoder]
-    activation = c["activation_function"]
-    if activation not in ACTIVATIONS:
-        raise InteropError(f"activation {activation!r} is not supported; there are {', '.join(ACTIVATIONS)}")
     values |= {
-        "activation": ACTIVATIONS[activation],
+        "activation": fields.activation(c["activation_function"]),
         "norm": "post",
         "sinusoids": "halves",
         "logits_bias": True,
-        "banned_ids": banned(c),
+        "banned_ids": fields.banned(c),
     }
     return configs.from_dict(TransformerConfig, values)
 
 
 def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
-    """The contents of `config.json`.
+    """The contents of `config.json` for our config.
 
     Raises:
       InteropError: for a Transformer that is no Marian.
     """
-    own = {"norm": "post", "sinusoids": "halves", "logits_bias": True, "tied": True, "norm_eps": 1e-5}
-    for field, value in own.items():
+    fixed = {"norm": "post", "sinusoids": "halves", "logits_bias": True, "tied": True, "norm_eps": 1e-5}
+    for field, value in fixed.items():
         if getattr(config, field) != value:
             raise InteropError(f"Marian's format has {field}={value!r}, this model {getattr(config, field)!r}")
-    theirs = {v: k for k, v in reversed(ACTIVATIONS.items())}
     out = {their: getattr(config, ours) for ours, their in FIELDS.items()}
     return out | {
         "model_type": "marian",
@@ -97,40 +93,35 @@ def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
         "decoder_ffn_dim": config.decoder_hidden_dim or config.hidden_dim,
         "decoder_vocab_size": config.vocab_size,
         "init_std": config.block.attention.init_std,
-        "activation_function": theirs[config.activation],
+        "activation_function": fields.activation_to_hf(config.activation),
         "is_encoder_decoder": True,
         "share_encoder_decoder_embeddings": True,
         "pad_token_id": config.start_id,
         "eos_token_id": 0,
         "static_position_embeddings": True,
-        **({"bad_words_ids": [[i] for i in config.banned_ids]} if config.banned_ids else {}),
+        **fields.banned_to_hf(config.banned_ids),
     }
 
 
 def root(config: TransformerConfig) -> str:
-    """What their classes with a head put before the names of the rest."""
+    """The prefix of the model's names in their classes with a head."""
     del config
     return "model."
 
 
 def rules(config: TransformerConfig) -> list[Rule]:
-    """Where everything is; their kernels are `[out, in]`."""
+    """Where each of our parameters is; their kernels are `[out, in]`."""
     out = [Rule("embed/embedding", "model.shared.weight")]
-
-    def pair(ours: str, theirs: str, kind: str, transposed: bool = False) -> None:
-        out.append(Rule(f"{ours}/{kind}", f"{theirs}.weight", transposed=transposed))
-        out.append(Rule(f"{ours}/bias", f"{theirs}.bias"))
-
     for stack, attentions in LAYER.items():
         ours, theirs = f"{stack}/layers", f"model.{stack}.layers.{{l}}"
         for name, their in attentions.items():
             for kernel in ("query", "key", "value", "out"):
                 projection = "out_proj" if kernel == "out" else f"{kernel[0]}_proj"
-                pair(f"{ours}/{name}/{kernel}", f"{theirs}.{their}.{projection}", "kernel", True)
-            pair(f"{ours}/{name}_norm", f"{theirs}.{their}_layer_norm", "scale")
+                out += linear(f"{ours}/{name}/{kernel}", f"{theirs}.{their}.{projection}")
+            out += norm(f"{ours}/{name}_norm", f"{theirs}.{their}_layer_norm")
         for kernel, their in MLP.items():
-            pair(f"{ours}/mlp/{kernel}", f"{theirs}.{their}", "kernel", True)
-        pair(f"{ours}/mlp_norm", f"{theirs}.final_layer_norm", "scale")
+            out += linear(f"{ours}/mlp/{kernel}", f"{theirs}.{their}")
+        out += norm(f"{ours}/mlp_norm", f"{theirs}.final_layer_norm")
     if config.logits_bias:
         flat, row = (lambda x: x.reshape(-1)), (lambda x: x.reshape(1, -1))
         out.append(Rule("logits_bias", "final_logits_bias", forward=flat, backward=row))
@@ -138,6 +129,6 @@ def rules(config: TransformerConfig) -> list[Rule]:
 
 
 def ignored(config: TransformerConfig, name: str) -> bool:
-    """Their tensors without a counterpart: copies of the table, the tied head, the sinusoids."""
+    """Whether their tensor has no counterpart here: copies of the table, the tied head, the sinusoids."""
     del config
     return name == "lm_head.weight" or name.endswith(("embed_tokens.weight", "embed_positions.weight"))

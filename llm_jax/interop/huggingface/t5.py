@@ -6,7 +6,8 @@ from typing import Any
 
 from llm_jax import config as configs
 from llm_jax.interop.huggingface import fields, heads
-from llm_jax.interop.names import ACTIVATIONS, InteropError, Rule, banned, linear
+from llm_jax.interop.huggingface.fields import ACTIVATIONS
+from llm_jax.interop.names import InteropError, Rule, linear
 from llm_jax.models.t5 import T5Config
 
 # ours -> theirs; then what an encoder alone is, and an old spelling
@@ -55,7 +56,7 @@ PARTS = {
 
 
 def config_from_hf(c: dict[str, Any]) -> T5Config:
-    """From the contents of `config.json`."""
+    """Our config from the contents of `config.json`."""
     c = fields.checked(c, {*FIELDS.values(), *READ})
     wrote = [name.removeprefix("M") for name in c.get("architectures") or []]  # mT5's classes are T5's
     head = heads.of({"architectures": wrote}, CLASSES, "lm", ALSO)
@@ -79,13 +80,13 @@ def config_from_hf(c: dict[str, Any]) -> T5Config:
         "labels": heads.labels_of(c),
         "start_id": c.get("decoder_start_token_id") or 0,
         "end_id": (end[0] if isinstance(end, list) else end) or 1,
-        "banned_ids": banned(c),
+        "banned_ids": fields.banned(c),
     }
     return configs.from_dict(T5Config, values)
 
 
 def fit(config: T5Config, tensors: Collection[str]) -> T5Config:
-    """An output layer of its own is there or not, whatever the config says (transformers 5 writes tied always)."""
+    """The same, untied if the file has an output layer: transformers 5 always writes tied."""
     return dataclasses.replace(config, tied="lm_head.weight" not in tensors) if config.head == "lm" else config
 
 
@@ -96,9 +97,9 @@ def with_head(config: T5Config, head: str, labels: Sequence[str]) -> T5Config:
 
 
 def config_to_hf(config: T5Config) -> dict[str, Any]:
-    """The contents of `config.json`."""
-    head, theirs = config.head, {v: k for k, v in reversed(ACTIVATIONS.items())}
-    name = "gelu" if config.gated and config.activation == "gelu_tanh" else theirs[config.activation]
+    """The contents of `config.json` for our config."""
+    head, approximate = config.head, config.gated and config.activation == "gelu_tanh"
+    name = "gelu" if approximate else fields.activation_to_hf(config.activation)
     if config.gated and config.activation == "gelu":
         raise InteropError("T5's format has no exact gelu in its gates")
     if config.scale_output and not config.tied and config.head == "lm":
@@ -117,17 +118,17 @@ def config_to_hf(config: T5Config) -> dict[str, Any]:
         "pad_token_id": config.start_id,
         "eos_token_id": config.end_id,
         "decoder_start_token_id": config.start_id,
-        **({"bad_words_ids": [[i] for i in config.banned_ids]} if config.banned_ids else {}),
+        **fields.banned_to_hf(config.banned_ids),
     }
 
 
 def root(config: T5Config) -> str:
-    """What their classes with a head put before the names of the rest."""
+    """The prefix of the model's names in their classes with a head."""
     return "transformer." if config.head in ("classification", "tokens") else ""
 
 
 def rules(config: T5Config) -> list[Rule]:
-    """Where everything is; their kernels are `[out, in]`."""
+    """Where each of our parameters is; their kernels are `[out, in]`."""
     prefix = root(config)
     out = [Rule("embed/embedding", f"{prefix}shared.weight")]
     for stack, parts in PARTS.items():
@@ -154,7 +155,7 @@ def rules(config: T5Config) -> list[Rule]:
 
 
 def ignored(config: T5Config, name: str) -> bool:
-    """Their tensors without a counterpart: copies of the table, a bias that cross-attention never used."""
+    """Whether their tensor has no counterpart here: copies of the table, a bias that cross-attention never used."""
     name = name.removeprefix(root(config))
     copies = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
     unused = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"

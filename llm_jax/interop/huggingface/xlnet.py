@@ -4,7 +4,7 @@ from typing import Any
 
 from llm_jax import config as configs
 from llm_jax.interop.huggingface import fields, heads
-from llm_jax.interop.names import ACTIVATIONS, InteropError, Rule, linear, without
+from llm_jax.interop.names import InteropError, Rule, linear, norm, without
 from llm_jax.models.xlnet import XLNetConfig
 
 CLASSES = {
@@ -55,20 +55,18 @@ VECTORS = {
 
 
 def config_from_hf(c: dict[str, Any]) -> XLNetConfig:
-    """From the contents of `config.json`."""
+    """Our config from the contents of `config.json`."""
     head = heads.of(c, CLASSES, "none")
     fixed = FIXED | SUMMARY if head in ("classification", "choice") else FIXED
     c = fields.checked(c, {*FIELDS.values(), *READ, *SUMMARY}, fixed)
     values = {ours: c[theirs] for ours, theirs in FIELDS.items() if theirs in c}
-    activation, kind, clamp = c["ff_activation"], c["attn_type"], c["clamp_len"]
-    if activation not in ACTIVATIONS:
-        raise InteropError(f"activation {activation!r} is not supported; there are {', '.join(ACTIVATIONS)}")
+    kind, clamp = c["attn_type"], c["clamp_len"]
     if kind not in ("bi", "uni"):
         raise InteropError(f"attn_type={kind!r} is neither bi nor uni")
     if c.get("d_head") not in (None, values["model_dim"] // values["num_heads"]):
         raise InteropError(f"d_head={c['d_head']} is not d_model / n_head: not supported")
     values |= {
-        "activation": ACTIVATIONS[activation],
+        "activation": fields.activation(c["ff_activation"]),
         "causal_mask": kind == "uni",
         "clamp_length": clamp if clamp and clamp > 0 else None,
         "memory_length": values["memory_length"] or 0,
@@ -80,13 +78,12 @@ def config_from_hf(c: dict[str, Any]) -> XLNetConfig:
 
 
 def config_to_hf(config: XLNetConfig) -> dict[str, Any]:
-    """The contents of `config.json`."""
-    theirs = {v: k for k, v in reversed(ACTIVATIONS.items())}
+    """The contents of `config.json` for our config."""
     out = {their: getattr(config, ours) for ours, their in FIELDS.items()}
     return out | {
         "model_type": "xlnet",
         "architectures": [CLASSES[config.head]],
-        "ff_activation": theirs[config.activation],
+        "ff_activation": fields.activation_to_hf(config.activation),
         "attn_type": "uni" if config.causal_mask else "bi",
         "bi_data": False,  # theirs would reverse the second half of any batch
         "clamp_len": -1 if config.clamp_length is None else config.clamp_length,
@@ -96,13 +93,13 @@ def config_to_hf(config: XLNetConfig) -> dict[str, Any]:
 
 
 def root(config: XLNetConfig) -> str:
-    """What their classes with a head put before the names of the rest."""
+    """The prefix of the model's names in their classes with a head."""
     del config
     return "transformer."
 
 
 def rules(config: XLNetConfig) -> list[Rule]:
-    """Where everything is; their attention kernels are `[D, N, H]`, the others `[out, in]`."""
+    """Where each of our parameters is; their attention kernels are `[D, N, H]`, the others `[out, in]`."""
     d, n = config.model_dim, config.num_heads
     flat, deep = (lambda x: x.reshape(d, d)), (lambda x: x.reshape(d, n, d // n))
     over, back = (lambda x: x.reshape(d, d).T), (lambda x: x.T.reshape(d, n, d // n))
@@ -120,9 +117,8 @@ def rules(config: XLNetConfig) -> list[Rule]:
         out.append(Rule(f"{ours}/attention/{name}/kernel", f"{theirs}.rel_attn.{their}", forward=there, backward=again))
     for name, their in VECTORS.items():
         out.append(Rule(f"{ours}/attention/{name}", f"{theirs}.rel_attn.{their}"))
-    for norm, their in (("attention_norm", "rel_attn.layer_norm"), ("mlp_norm", "ff.layer_norm")):
-        out.append(Rule(f"{ours}/{norm}/scale", f"{theirs}.{their}.weight"))
-        out.append(Rule(f"{ours}/{norm}/bias", f"{theirs}.{their}.bias"))
+    out += norm(f"{ours}/attention_norm", f"{theirs}.rel_attn.layer_norm")
+    out += norm(f"{ours}/mlp_norm", f"{theirs}.ff.layer_norm")
     out += linear(f"{ours}/mlp/up", f"{theirs}.ff.layer_1") + linear(f"{ours}/mlp/down", f"{theirs}.ff.layer_2")
     if config.head == "lm":
         out.append(Rule("logits_bias", "lm_loss.bias"))
@@ -134,5 +130,5 @@ def rules(config: XLNetConfig) -> list[Rule]:
 
 
 def ignored(config: XLNetConfig, name: str) -> bool:
-    """Their tensors without a counterpart: the tied head, and an output layer that the class does not use."""
+    """Whether their tensor has no counterpart here: the tied head, and an output layer that the class does not use."""
     return name == "lm_loss.weight" or (config.head != "lm" and name == "lm_loss.bias")

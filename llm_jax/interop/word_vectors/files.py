@@ -21,8 +21,7 @@ from llm_jax.interop.word_vectors.rows import FORMATS, VectorFile
 from llm_jax.storage.text_files import TextFile, TextFileError
 
 log = logging.getLogger(__name__)
-BLOCK = 1 << 23  # bytes read at once
-ROWS = 4096  # written at once
+ROWS = 4096  # rows written at once
 
 
 def read(
@@ -31,21 +30,23 @@ def read(
     limit: int | None = None,
     keep: Collection[str] | None = None,
     invalid: str = "strict",
+    block_bytes: int = 1 << 23,
 ) -> tuple[list[str], np.ndarray]:
     """Reads words and vectors.
 
     Args:
-      path: of the file; `.gz` is unpacked.
+      path: the file; `.gz` is unpacked.
       format: one of FORMATS; None finds it out: two whole numbers in the first line are a header, and a first vector
         that is no text is binary.
-      limit: reads the first so many words only, the most frequent ones in most files.
-      keep: only these words; the numbers of others are not looked at.
+      limit: number of words to read from the beginning, the most frequent ones in most files.
+      keep: words to return; the numbers of all others are skipped.
       invalid: what becomes of words that are no UTF-8: `strict` is an error, `skip` drops them, `replace` puts U+FFFD
-        in the place of what is wrong; with a warning that says how many.
+        instead of wrong bytes; both warn and say how many.
+      block_bytes: bytes read at once, about; the first block must hold the first line.
 
     Returns:
-      The words, in the file's order, and their vectors, float32 `[V, D]`. Where a word stands twice, its first vector
-      is kept, as gensim does, with a warning.
+      The words, in the file's order, and their vectors, float32 `[V, D]`. Where a word stands twice, the first
+      vector counts, as in gensim, with a warning.
 
     Raises:
       VectorsError: where the file is missing, empty, cut short, or does not hold what it says; with the line.
@@ -63,7 +64,7 @@ def read(
     words: list[bytes] = []
     tables = []
     try:
-        reading = VectorFile(path, TextFile(path).blocks(BLOCK), format, limit, wanted)
+        reading = VectorFile(path, TextFile(path).blocks(block_bytes), format, limit, wanted)
         for some, table in reading.rows():
             if not np.isfinite(table).all():
                 word = some[int(np.argmin(np.isfinite(table).all(1)))].decode(errors="replace")
@@ -115,7 +116,7 @@ def write(path: epath.PathLike, words: Sequence[str], matrix: np.ndarray, format
     """Writes words and vectors: under another name first, so that a file is whole or absent.
 
     Args:
-      path: of the file; `.gz` is compressed.
+      path: the file; `.gz` is compressed.
       words: V of them, without blanks, all different.
       matrix: `[V, D]`, written as float32; as text with nine digits, which keep every bit.
       format: one of FORMATS.

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from llm_jax.classic.vectors.word_vectors import VectorsError
-from llm_jax.interop.word_vectors import files
 from llm_jax.interop.word_vectors import rows as formats
 from llm_jax.interop.word_vectors.files import FORMATS, read, write
 
@@ -46,16 +45,15 @@ def test_a_byte_order_mark_belongs_to_no_header_and_no_word(tmp_path, matrix, fo
 
 @pytest.mark.parametrize("block", [90, 100, 137])
 @pytest.mark.parametrize("format", FORMATS)
-def test_any_block(tmp_path, matrix, format, block, monkeypatch):
+def test_any_block(tmp_path, matrix, format, block):
     """Wherever a block of the file ends."""
     write(tmp_path / "vectors", WORDS, matrix, format)
-    monkeypatch.setattr(files, "BLOCK", block)  # the first holds a line
-    words, again = read(tmp_path / "vectors")
+    words, again = read(tmp_path / "vectors", block_bytes=block)  # the first holds a line
     assert words == WORDS
     np.testing.assert_array_equal(again, matrix)
     for limit, keep in ((2, None), (None, {"3", "nan", "none"}), (4, {"3", "nan"}), (100, {"none"})):
         chosen = [i for i, w in enumerate(WORDS[:limit]) if keep is None or w in keep]
-        words, again = read(tmp_path / "vectors", limit=limit, keep=keep)
+        words, again = read(tmp_path / "vectors", limit=limit, keep=keep, block_bytes=block)
         assert words == [WORDS[i] for i in chosen] and again.shape == (len(chosen), 5)
         np.testing.assert_array_equal(again, matrix[chosen])
 

@@ -1,0 +1,75 @@
+"""Work directories of this library, as training leaves them: `config.json`, tokenizer and checkpoints."""
+
+import json
+from collections.abc import Callable
+
+from etils import epath
+from jax.typing import DTypeLike
+
+from llm_jax.data import tokenizers
+from llm_jax.interop.names import InteropError
+from llm_jax.models import parameters, registry
+from llm_jax.nn.execution import Execution
+from llm_jax.nn.protocols import Axes, Model, Params, Tree
+from llm_jax.nn.ties import expand, parse
+
+CHECKPOINTS = "checkpoints"
+Place = Callable[[Params, Axes], Tree]  # (abstract params, logical axes) -> shardings
+
+
+def is_in(path: epath.Path) -> bool:
+    """Whether a folder is the work directory of a run."""
+    return (path / CHECKPOINTS).exists()
+
+
+def load(
+    path: epath.Path,
+    dtype: DTypeLike | None = None,
+    execution: Execution = Execution(),
+    place: Place | None = None,
+    average: bool | None = None,
+) -> tuple[Model, Params]:
+    """The module and the parameters of the newest checkpoint, or their moving average (None: where there is one).
+
+    Raises:
+      InteropError: if the folder holds no config of ours.
+      CheckpointError: if there is no checkpoint, it is damaged, or it holds no average.
+    """
+    from llm_jax.storage.checkpoints import Checkpoints
+
+    try:
+        run = json.loads((path / "config.json").read_text())
+        config, ties = registry.from_dict(run["model"]), parse(run.get("ties", ()))
+    except (OSError, ValueError, KeyError) as e:
+        raise InteropError(f"{path} is no work directory of ours: {e}") from e
+    model = config.make(execution)
+    _, axes = parameters.declared(config)
+    checkpoints = Checkpoints(path / CHECKPOINTS, read_only=True)
+    on_devices = None if place is None else lambda shapes: place(shapes, axes)
+    params, _ = checkpoints.restore_params(average=average, cast=dtype, place=on_devices)
+    params = expand(params, ties)
+    parameters.check(model, params)
+    return model, params
+
+
+def save(path: epath.PathLike, model: Model, params: Params, tokenizer: tokenizers.Tokenizer | None = None) -> None:
+    """Writes a work directory with one checkpoint, of step 0: structured weights stay structured.
+
+    Raises:
+      InteropError: if `path` holds a run already.
+      CheckpointError: where the disk refuses.
+    """
+    from llm_jax.storage.checkpoints import Checkpoints
+
+    folder = epath.Path(path)
+    if is_in(folder):
+        raise InteropError(f"{folder} holds a run already; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    parameters.check(model, params)
+    config = {"model": registry.to_dict(model.config)}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    checkpoints = Checkpoints(folder / CHECKPOINTS, asynchronous=False)
+    checkpoints.save(0, {"params": params}, {"config": config})
+    checkpoints.close()
