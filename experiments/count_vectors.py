@@ -29,23 +29,26 @@ SCRATCH: flags.FlagHolder[Any] = flags.DEFINE_string("scratch", None, "Count thr
 METHOD = flags.DEFINE_enum("method", "svd", ["svd", "glove"], "PPMI's singular values, or GloVe.")
 WINDOW = flags.DEFINE_integer("window", 5, "Words on either side.")
 WEIGHTING = flags.DEFINE_enum(
-    "weighting", None, list(co_occurrence.WEIGHTINGS), "What a pair counts for by distance; linear, of GloVe harmonic."
+    "weighting",
+    None,
+    list(co_occurrence.WEIGHTINGS),
+    "What a pair counts for by its distance; by default linear, with --method=glove harmonic.",
 )
 SIZE = flags.DEFINE_integer("size", 100, "Width of the vectors.")
-SEED = flags.DEFINE_integer("seed", 1, "Of GloVe's start and order.", lower_bound=0)
+SEED = flags.DEFINE_integer("seed", 1, "Seed of GloVe's first vectors and order of pairs.", lower_bound=0)
 OF_SVD = {
     "shift": flags.DEFINE_float("shift", 1.0, "k of PPMI, as if there were k negative samples."),
     "smoothing": flags.DEFINE_float("smoothing", 0.75, "Power of the contexts' counts."),
-    "exponent": flags.DEFINE_float("exponent", 0.5, "Of the singular values."),
+    "exponent": flags.DEFINE_float("exponent", 0.5, "Power of the singular values."),
 }
 OF_GLOVE = {
-    "epochs": flags.DEFINE_integer("epochs", 25, "Times through all pairs."),
-    "learning_rate": flags.DEFINE_float("learning_rate", 0.05, "Of AdaGrad."),
-    "x_max": flags.DEFINE_float("x_max", 100.0, "Pairs of this count and more weigh alike."),
-    "batch_size": flags.DEFINE_integer("batch_size", 4096, "Pairs that are seen at once."),
+    "epochs": flags.DEFINE_integer("epochs", 25, "Passes over all pairs."),
+    "learning_rate": flags.DEFINE_float("learning_rate", 0.05, "AdaGrad's learning rate."),
+    "x_max": flags.DEFINE_float("x_max", 100.0, "Count from which on all pairs weigh the same."),
+    "batch_size": flags.DEFINE_integer("batch_size", 4096, "Pairs in a batch."),
     "seed": SEED,
 }
-FORMAT = flags.DEFINE_enum("format", "word2vec", ["word2vec", "word2vec_binary", "glove"], "Of the file.")
+FORMAT = flags.DEFINE_enum("format", "word2vec", ["word2vec", "word2vec_binary", "glove"], "Format of the file.")
 
 
 def main() -> None:

@@ -8,10 +8,8 @@ python -m experiments.ngram next --model=runs/austen.arpa --after="it is a"
 python -m experiments.ngram sample --model=runs/austen.arpa --count=5
 """
 
-import contextlib
 import gc
 import glob
-import json
 import os
 import signal
 import time
@@ -23,11 +21,9 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments import cli
-from llm_jax.classic.ngrams import counting, hashed, smoothing, stored, streaming
-from llm_jax.classic.ngrams import held_out as tenth
+from llm_jax.classic.ngrams import corpus, scoring, smoothing, stored
 from llm_jax.classic.ngrams.ngram import BackoffModel, Model
 from llm_jax.classic.text import sentences
-from llm_jax.classic.text.sentences import BEGIN, END, UNKNOWN
 
 CORPUS = flags.DEFINE_string("corpus", None, "Files to count in, a sentence a line; a pattern.")
 HELD_OUT_HELP = (
@@ -38,42 +34,34 @@ ORDER = flags.DEFINE_integer("order", 3, "Words of the longest n-grams.", lower_
 SMOOTHING = flags.DEFINE_enum(
     "smoothing", "modified_kneser_ney", smoothing.METHODS, "See llm_jax/classic/ngrams/smoothing.py."
 )
-K = flags.DEFINE_float("k", 1.0, "Of --smoothing=add_k.")
-BACKOFF = flags.DEFINE_float("backoff", 0.4, "Of --smoothing=stupid_backoff.")
-MIN_COUNT = flags.DEFINE_integer("min_count", 1, "Rarer words are unknown.", lower_bound=1)
-MAX_SIZE = flags.DEFINE_integer("max_vocabulary", None, "Keep so many words, the most frequent.", lower_bound=1)
-VOCABULARY = flags.DEFINE_string("vocabulary", None, "File of words, one a line, in the place of the corpus's own.")
-CLOSED = flags.DEFINE_bool("closed", False, "Nothing is ever unknown.")
+K = flags.DEFINE_float("k", 1.0, "With --smoothing=add_k: what every word has been seen more.")
+BACKOFF = flags.DEFINE_float("backoff", 0.4, "With --smoothing=stupid_backoff: factor of a shorter history.")
+MIN_COUNT = flags.DEFINE_integer("min_count", 1, "Words that occur less often are unknown.", lower_bound=1)
+MAX_SIZE = flags.DEFINE_integer("max_vocabulary", None, "Number of words kept, the most frequent.", lower_bound=1)
+VOCABULARY = flags.DEFINE_string("vocabulary", None, "File of words, one a line, instead of the corpus's.")
+CLOSED = flags.DEFINE_bool("closed", False, "No word is ever unknown.")
 SCRATCH = flags.DEFINE_string("scratch", None, "Count through files in this folder: beyond memory, resumable.")
 WORKERS = flags.DEFINE_integer("workers", 1, "Processes that count, with --scratch.", lower_bound=1)
-INVALID = flags.DEFINE_enum("invalid", "strict", sentences.POLICIES, "What becomes of lines that are no UTF-8.")
+INVALID = flags.DEFINE_enum("invalid", "strict", sentences.POLICIES, "What happens to lines that are no UTF-8.")
 OUT = flags.DEFINE_string("out", None, "ARPA file (.arpa, .lm, with .gz compressed), or a folder of arrays.")
-MODEL = flags.DEFINE_string("model", None, "What train wrote, or any ARPA file.")
+MODEL = flags.DEFINE_string("model", None, "Model that train wrote, or any ARPA file.")
 TEXT = flags.DEFINE_string("text", None, "Files to score, a sentence a line; a pattern.")
 JSON_OUT = flags.DEFINE_string("json", None, "Write the numbers to this file.")
 AFTER = cli.define_text("after", "Words of a sentence so far.")
-TOP = flags.DEFINE_integer("top", 10, "How many of the most probable next words.", lower_bound=1)
-COUNT = flags.DEFINE_integer("count", 5, "How many sentences.", lower_bound=1)
-MAX_WORDS = flags.DEFINE_integer("max_words", 50, "Of a sentence.", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "Of what is drawn.")
+TOP = flags.DEFINE_integer("top", 10, "Number of most probable next words.", lower_bound=1)
+COUNT = flags.DEFINE_integer("count", 5, "Number of sentences.", lower_bound=1)
+MAX_WORDS = flags.DEFINE_integer("max_words", 50, "Most words of a sentence.", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the drawn sentences.")
 
 SUMS = "scores that do not sum to one: a perplexity of them is not comparable with those of probabilities"
 
+TRAINED = [CORPUS, HELD_OUT, ORDER, SMOOTHING, K, BACKOFF, MIN_COUNT, MAX_SIZE, VOCABULARY, CLOSED, SCRATCH, WORKERS]
 COMMANDS: dict[str, list[flags.FlagHolder[Any]]] = {
-    "train": [
-        *(CORPUS, HELD_OUT, ORDER, SMOOTHING, K, BACKOFF, MIN_COUNT, MAX_SIZE, VOCABULARY, CLOSED, SCRATCH, WORKERS),
-        *(INVALID, OUT),
-    ],
+    "train": [*TRAINED, INVALID, OUT],
     "score": [MODEL, TEXT, INVALID, JSON_OUT],
     "next": [MODEL, AFTER, TOP, JSON_OUT],
     "sample": [MODEL, AFTER, COUNT, MAX_WORDS, SEED],
 }
-
-
-def _need(*wanted: flags.FlagHolder[Any]) -> None:
-    for flag in wanted:
-        if not flag.value:
-            raise ValueError(f"--{flag.name} is missing")
 
 
 def _shows() -> bool:
@@ -105,14 +93,14 @@ def _reader(pattern: Any) -> sentences.Reader:
     return sentences.Reader(found, INVALID.value)
 
 
-def _say_invalid(reader: sentences.Reader) -> None:
-    if reader.invalid:
+def _say_invalid(reader: sentences.Reader | None) -> None:
+    if reader is not None and reader.invalid:
         print(f"{reader.invalid:,} lines of {reader.paths[0]} and so on were no UTF-8 (--invalid={INVALID.value})")
 
 
-def train() -> None:
-    """Counts, smooths, writes."""
-    _need(CORPUS, OUT)
+def _check_training() -> None:
+    """Refuses flags that are missing, or have no effect beside others."""
+    cli.need(CORPUS, OUT)
     if SMOOTHING.value == "add_k" and stored.is_arpa(OUT.value):
         raise ValueError("--smoothing=add_k is no table of back-offs, as an ARPA file is: give --out a folder's name")
     for flag, method in ((K, "add_k"), (BACKOFF, "stupid_backoff"), (HELD_OUT, "interpolated")):
@@ -126,62 +114,38 @@ def train() -> None:
     if WORKERS.present and not SCRATCH.value:
         raise ValueError("--workers count through files: set --scratch to a folder for them")
     _check_output(OUT)
+
+
+def train() -> None:
+    """Counts, smooths, writes."""
+    _check_training()
     begin = time.perf_counter()
-    given = sentences.read_vocabulary(VOCABULARY.value) if VOCABULARY.value else None
-    reader = _reader(CORPUS.value)
-    with contextlib.ExitStack() as stack:
-        said = stack.enter_context(warnings.catch_warnings(record=True))
+    vocabulary = sentences.read_vocabulary(VOCABULARY.value) if VOCABULARY.value else None
+    reader, held_out = _reader(CORPUS.value), _reader(HELD_OUT.value) if HELD_OUT.value else None
+    with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        vocabulary, counts, held_out = _count(reader, given, stack)
-        _say_invalid(reader)
-        words, unknown = (int(x) for x in (counts.counts[0].sum() - counts.counts[0][END], counts.counts[0][UNKNOWN]))
-        if unknown == words:
-            raise ValueError(f"none of the corpus's {words:,} words is in --vocabulary={VOCABULARY.value}")
-        model = smoothing.estimate(
-            *(counts, vocabulary, SMOOTHING.value, held_out, CLOSED.value, K.value, BACKOFF.value, _shows())
-        )
-        if SMOOTHING.value == "stupid_backoff":
-            print(f"warning: {SUMS}")
-        for warning in said:
-            print(f"warning: {warning.message}")
-        seconds = time.perf_counter() - begin
-        part = f"{unknown:,} of them unknown ({unknown / words:.2%})"
-        print(f"{words:,} words, {part}, {len(vocabulary):,} different, {words / seconds:,.0f} a second")
-        _save(model)
-
-
-def _count(
-    reader: sentences.Reader, given: sentences.Vocabulary | None, stack: contextlib.ExitStack
-) -> tuple[sentences.Vocabulary, counting.Counts, np.ndarray | None]:
-    """(vocabulary, counts, held-out sentences if any), in memory or through files that go with `stack`."""
-    thresholds = dict(min_count=MIN_COUNT.value, max_size=MAX_SIZE.value)
-    options: dict[str, Any] = {"vocabulary": given} if given else thresholds
-    if SCRATCH.value:
-        folder = stack.enter_context(streaming.resumable(SCRATCH.value, reader, **options))
-        if os.path.exists(os.path.join(folder, streaming.WRITTEN)):
-            print(f"going on with what is in {folder}")
-        vocabulary, ends = streaming.write_text(reader, folder, **options)
-        counts = streaming.count(folder, len(vocabulary), ORDER.value, ends, WORKERS.value, _shows())
-        return vocabulary, counts, _held_out(vocabulary)
-    vocabulary, text = sentences.read(reader, **options)
-    held_out = _held_out(vocabulary)
-    if held_out is None and SMOOTHING.value == "interpolated":
-        cut, lines = tenth.last_tenth(text)
-        if not CLOSED.value and given is None:
-            vocabulary, text = tenth.known_before(vocabulary, text, cut, MIN_COUNT.value)
-        text, held_out = text[:cut], text[cut:]
-        words = len(held_out) - 2 * lines
-        print(f"the last {lines:,} sentences, {words:,} words, set the weights and are not counted")
-    return vocabulary, counting.count(text, len(vocabulary), ORDER.value, _shows()), held_out
-
-
-def _held_out(vocabulary: sentences.Vocabulary) -> np.ndarray | None:
-    if not HELD_OUT.value:
-        return None
-    reader = _reader(HELD_OUT.value)
-    text = sentences.read(reader, vocabulary=vocabulary)[1]
-    _say_invalid(reader)
-    return text
+        counted = corpus.count_files(
+            reader, ORDER.value, vocabulary=vocabulary, min_count=MIN_COUNT.value, max_size=MAX_SIZE.value,
+            hold_out=held_out or SMOOTHING.value == "interpolated", closed=CLOSED.value, scratch=SCRATCH.value or None,
+            workers=WORKERS.value, progress=_shows(), say=print,
+        )  # fmt: skip
+        with counted as found:
+            for files in (reader, held_out):
+                _say_invalid(files)
+            if found.unknown == found.words:
+                raise ValueError(f"none of the corpus's {found.words:,} words is in --vocabulary={VOCABULARY.value}")
+            model = smoothing.estimate(
+                found.counts, found.vocabulary, SMOOTHING.value, found.held_out, CLOSED.value, K.value, BACKOFF.value,
+                _shows(),
+            )  # fmt: skip
+            if SMOOTHING.value == "stupid_backoff":
+                print(f"warning: {SUMS}")
+            for warning in said:
+                print(f"warning: {warning.message}")
+            part = f"{found.unknown:,} of them unknown ({found.unknown / found.words:.2%})"
+            rate = found.words / (time.perf_counter() - begin)
+            print(f"{found.words:,} words, {part}, {len(found.vocabulary):,} different, {rate:,.0f} a second")
+            _save(model)
 
 
 def _save(model: Model) -> None:
@@ -194,47 +158,27 @@ def _save(model: Model) -> None:
 
 def score(model: Model) -> None:
     """Log-probabilities of lines, perplexity of all."""
-    _need(TEXT)
+    cli.need(TEXT)
     _check_output(JSON_OUT)
     reader = _reader(TEXT.value)
     _, text = sentences.read(reader, vocabulary=model.vocabulary, keep_empty=True)
     _say_invalid(reader)
     begin = time.perf_counter()
-    log_p = hashed.score(model, text, _shows())
-    seconds = time.perf_counter() - begin
-    begins = np.flatnonzero(text == BEGIN)
-    sums = lambda x: np.add.reduceat(x, begins) if len(begins) else np.zeros(0)
-    totals, tokens = sums(log_p), sums(np.ones(len(text))) - 2
-    unknown = sums((text == UNKNOWN).astype(float))
-    ends, words = len(begins), int(tokens.sum())
-    if not ends:
-        raise ValueError(f"{TEXT.value}: no line")
-    known = log_p[(text != UNKNOWN) & (text != BEGIN)]
-    perplexity, of_known = 10 ** (-totals.sum() / (words + ends)), 10 ** (-known.mean())
-    finite = lambda x: float(x) if np.isfinite(x) else None  # JSON has no infinity
-    results = {
-        "perplexity": finite(perplexity),
-        "perplexity_without_unknown": finite(of_known),
-        "log10_probability": finite(totals.sum()),
-        "sentences": ends,
-        "tokens": words,
-        "unknown": int(unknown.sum()),
-        "lines": [
-            {"log10_probability": finite(p), "tokens": int(t), "unknown": int(u)}
-            for p, t, u in zip(totals, tokens, unknown, strict=True)
-        ],
-    }
-    if abs(model.next([BEGIN]).sum() - 1) > 1e-3:
+    try:
+        found = scoring.score_lines(model, text, _shows())
+    except ValueError as e:
+        raise ValueError(f"{TEXT.value}: {e}") from None
+    rate = len(text) / (time.perf_counter() - begin)
+    if not scoring.sums_to_one(model):
         print(f"warning: {SUMS}")
-    if never := int(np.isneginf(log_p).sum()):
-        print(f"warning: {never:,} words or ends have no probability here, so the perplexity is infinite")
+    if found.impossible:
+        print(f"warning: {found.impossible:,} words or ends have no probability here, so the perplexity is infinite")
     print(
-        f"perplexity {perplexity:.2f} ({of_known:.2f} without unknown words), "
-        f"{ends:,} sentences, {words:,} words, {results['unknown']:,} unknown, {len(text) / seconds:,.0f} a second"
+        f"perplexity {found.perplexity:.2f} ({found.perplexity_without_unknown:.2f} without unknown words), "
+        f"{len(found.tokens):,} sentences, {found.tokens.sum():,} words, {found.unknown.sum():,} unknown, "
+        f"{rate:,.0f} a second"
     )
-    if JSON_OUT.value:
-        with open(JSON_OUT.value, "w") as f:
-            json.dump(results, f)
+    cli.write_json(JSON_OUT, found.to_dict())
 
 
 def _after() -> list[str]:
@@ -244,15 +188,11 @@ def _after() -> list[str]:
 def following(model: Model) -> None:
     """The most probable next words."""
     _check_output(JSON_OUT)
-    p = model.next(model.vocabulary.encode(_after())[:-1].tolist())
-    best = np.argsort(-p, kind="stable")[: TOP.value]
-    found = [{"word": model.vocabulary.words[i], "probability": float(p[i])} for i in best]
-    found = [row for row in found if row["probability"] > 0]
-    for row in found:
-        print(f"{row['probability']:.5f} {row['word']}")
-    if JSON_OUT.value:
-        with open(JSON_OUT.value, "w") as f:
-            json.dump({"after": AFTER.value or "", "next": found}, f)
+    found = scoring.most_probable(model, _after(), TOP.value)
+    for word, probability in found:
+        print(f"{probability:.5f} {word}")
+    rows = [{"word": word, "probability": probability} for word, probability in found]
+    cli.write_json(JSON_OUT, {"after": AFTER.value or "", "next": rows})
 
 
 def sample(model: Model) -> None:
@@ -275,7 +215,7 @@ def main(command: str) -> None:
             gc.enable()
             signal.signal(signal.SIGTERM, before)
         return
-    _need(MODEL)
+    cli.need(MODEL)
     model = stored.load(MODEL.value, _shows())
     {"score": score, "next": following, "sample": sample}[command](model)
 

@@ -28,28 +28,13 @@ SAMPLES = flags.DEFINE_integer("samples", 3, "Continuations printed at the end."
 
 def start(config: Any) -> dict[str, Any]:
     """What `run.train` starts from where there are --vectors."""
-    import jax
-    import numpy as np
-    from etils import epath
-
-    from llm_jax.classic.vectors.word_vectors import WordVectors
-    from llm_jax.interop.word_vectors import files, token_table
-    from llm_jax.nn import weights
-    from llm_jax.training.rows import get_tokenizer
-
     if VECTORS.value is None:
         return {}
-    tokenizer, model = get_tokenizer(config, epath.Path(WORKDIR.value)), config.model.make()
-    words = set(token_table.words_of(tokenizer).values())
-    known, matrix = files.read(VECTORS.value, keep=words | {w.lower() for w in words})
-    if not known:
-        raise ValueError(f"--vectors={VECTORS.value} holds none of the tokenizer's {len(words):,} words")
-    fresh = jax.jit(lambda key: model.init(key, np.ones((1, 2), np.int32))["params"])
-    params = weights.split_axes(fresh(jax.random.key(config.training.seed)))[0]
-    laid = token_table.lay(params, tokenizer, WordVectors(known, matrix))
-    covered = f"{laid.coverage.found:,} of {laid.coverage.words:,} words have a vector"
-    print(f"{covered}, {laid.kept:.1%} of whose squared length is kept")
-    return {"params": laid.params, "tokenizer": tokenizer, "extra": {"vectors": VECTORS.value}}
+    from llm_jax.tasks import vector_start
+
+    given = vector_start.start(config, WORKDIR.value, VECTORS.value)
+    print(given.says)
+    return {"params": given.params, "tokenizer": given.tokenizer, "extra": {"vectors": VECTORS.value}}
 
 
 def main() -> None:

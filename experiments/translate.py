@@ -3,12 +3,10 @@
 python -m experiments.translate --workdir=runs/translate --beams=4 --penalty=gnmt --length_penalty=0.6 --average_last=5
 """
 
-import itertools
 import json
 import pathlib
 
 from absl import flags
-from tqdm import tqdm
 
 from experiments import cli
 
@@ -28,20 +26,16 @@ def main() -> None:
     from llm_jax import config as configs
     from llm_jax import interop
     from llm_jax.classic.text import alignment
-    from llm_jax.data import corpora
-    from llm_jax.data.rows import pairs
     from llm_jax.decoding.beam import BeamConfig, BeamSearch
+    from llm_jax.nn.ties import expand, parse
     from llm_jax.storage.checkpoints import Checkpoints
+    from llm_jax.tasks import translation
     from llm_jax.training.averaging import average_checkpoints
     from llm_jax.training.run import load_config
 
-    try:
-        import sacrebleu
-    except ImportError as e:
-        raise ValueError("BLEU needs sacrebleu: pip install 'llm_jax[translate]'") from e
+    translation.check_bleu()
     config = load_config(WORKDIR.value)
-    data, length = config.data, config.training.sequence_length
-    if not data.fields:
+    if not config.data.fields:
         raise configs.ConfigError(f"{WORKDIR.value} was not trained on pairs")
     loaded = interop.load(WORKDIR.value)
     tokenizer, params = loaded.tokenizer, loaded.params
@@ -51,43 +45,32 @@ def main() -> None:
         steps = checkpoints.steps()[-AVERAGE.value :]
         if len(steps) < AVERAGE.value:
             raise ValueError(f"{WORKDIR.value} keeps {len(steps)} checkpoints: raise training.keep_last")
-        params = average_checkpoints(checkpoints, steps)
+        params = expand(average_checkpoints(checkpoints, steps), parse(config.ties))
 
-    splits: dict[str, list[tuple[str, str]]] = {"train": [], "validation": []}
-    for document in corpora.documents(data.source, **data.read_as):
-        pair = pairs.both(document, data.fields)
-        if pair is not None:
-            splits[corpora.split_of(document, data.validation_share)].append(pair)
-    # those that the run evaluates on: a longer one would be cut
-    fits = lambda text: len(tokenizer.encode_source(text)) <= length
-    held = (p for p in splits["validation"] if all(map(fits, p)))
-    held_out = list(itertools.islice(held, LIMIT.value or None))
+    trained_on, held_out = translation.read_pairs(config, tokenizer, LIMIT.value or None)
     if not held_out:
         raise ValueError(f"{WORKDIR.value} holds out no pair that fits")
-
-    config_ = BeamConfig(BEAMS.value, LENGTH_PENALTY.value, PENALTY.value)
-    search = BeamSearch(loaded.model, params, tokenizer.eos_ids, config_)
-    found: list[str] = []
-    for start in tqdm(range(0, len(held_out), BATCH.value), unit="batch"):
-        sources = [tokenizer.encode_source(a) for a, _ in held_out[start : start + BATCH.value]]
-        missing = BATCH.value - len(sources)  # one compiled shape
-        done = search.search(sources + sources[:1] * missing, length)[: len(sources)]
-        found += [tokenizer.decode(row[0].tokens) for row in done]
-    references = [[b for _, b in held_out]]
-    bleu = lambda texts: sacrebleu.corpus_bleu(texts, references, lowercase=True)
-    scores = {"bleu": bleu(found).score}
-    print(f"{len(held_out)} pairs, {bleu(found)}")
+    sources, references = [a for a, _ in held_out], [b for _, b in held_out]
+    beams = BeamConfig(BEAMS.value, LENGTH_PENALTY.value, PENALTY.value)
+    search = BeamSearch(loaded.model, params, tokenizer.eos_ids, beams)
+    found = translation.translate(search, tokenizer, sources, config.training.sequence_length, BATCH.value)
+    scores = {}
+    scores["bleu"], line = translation.bleu(found, references)
+    print(f"{len(held_out)} pairs, {line}")
     if BASELINE.value:
-        lexicon = alignment.learn(splits["train"])
-        plain = bleu([alignment.translate(lexicon, a) for a, _ in held_out])
-        scores["word_by_word"] = plain.score
-        print(f"word by word, {plain}")
-    for (a, b), text in list(zip(held_out, found, strict=True))[:3]:
+        lexicon = alignment.learn(trained_on)
+        plain = [alignment.translate(lexicon, a) for a in sources]
+        scores["word_by_word"], line = translation.bleu(plain, references)
+        print(f"word by word, {line}")
+    for a, text, b in list(zip(sources, found, references, strict=True))[:3]:
         print("-" * 80, a, f"\u25b8{text}", b, sep="\n")
     if OUT.value:
-        rows = [{"source": a, "translation": t, "reference": b} for (a, b), t in zip(held_out, found, strict=True)]
-        text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
-        pathlib.Path(OUT.value).write_text(text, encoding="utf-8")
+        rows = zip(sources, found, references, strict=True)
+        lines = [
+            json.dumps(dict(zip(("source", "translation", "reference"), r, strict=True)), ensure_ascii=False)
+            for r in rows
+        ]
+        pathlib.Path(OUT.value).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     print(json.dumps(scores))
 
 

@@ -7,14 +7,11 @@ python -m experiments.word2vec nearest --vectors=runs/vectors.txt --word=money
 python -m experiments.word2vec analogy --vectors=runs/vectors.txt --words=man,king,woman
 python -m experiments.word2vec plot --vectors=runs/vectors.txt --words=man,woman,king,queen --out=runs/plot.png
 
-Training writes checkpoints into a folder beside the vectors (or --workdir), and the same command goes on from there.
+Training writes checkpoints into a folder beside the vectors (or --workdir), and the same command resumes from there.
 """
 
 import glob
 import json
-import math
-import os
-import statistics
 from typing import Any
 
 import numpy as np
@@ -28,43 +25,46 @@ from llm_jax.classic.vectors.word2vec import Word2VecConfig
 from llm_jax.classic.vectors.word_vectors import METHODS, WordVectors
 from llm_jax.interop.word_vectors import files
 from llm_jax.tasks import word2vec_run
-from llm_jax.training import metrics
 
 DEFAULT = Word2VecConfig()
 CORPUS: flags.FlagHolder[Any] = flags.DEFINE_string("corpus", None, "Files to learn from; a pattern.")
 INVALID = flags.DEFINE_enum(
-    "invalid", "strict", sentences.POLICIES, "What becomes of lines, or words, that are no UTF-8."
+    "invalid", "strict", sentences.POLICIES, "What happens to lines, or words, that are no UTF-8."
 )
-MIN_COUNT = flags.DEFINE_integer("min_count", 5, "Rarer words are left out.", lower_bound=1)
-MAX_SIZE = flags.DEFINE_integer("max_vocabulary", None, "Keep so many words, the most frequent.", lower_bound=2)
+MIN_COUNT = flags.DEFINE_integer("min_count", 5, "Words that occur less often are left out.", lower_bound=1)
+MAX_SIZE = flags.DEFINE_integer("max_vocabulary", None, "Number of words kept, the most frequent.", lower_bound=2)
 MODEL: list[flags.FlagHolder[Any]] = [
-    flags.DEFINE_enum("architecture", DEFAULT.architecture, word2vec.ARCHITECTURES, "See classic/vectors/word2vec.py."),
-    flags.DEFINE_enum("loss", DEFAULT.loss, word2vec.LOSSES, "See classic/vectors/word2vec.py."),
+    flags.DEFINE_enum(
+        "architecture", DEFAULT.architecture, word2vec.ARCHITECTURES, "See llm_jax/classic/vectors/word2vec.py."
+    ),
+    flags.DEFINE_enum("loss", DEFAULT.loss, word2vec.LOSSES, "See llm_jax/classic/vectors/word2vec.py."),
     flags.DEFINE_integer("size", DEFAULT.size, "Width of the vectors."),
     flags.DEFINE_integer("window", DEFAULT.window, "Words on either side, at most."),
     flags.DEFINE_bool("dynamic", DEFAULT.dynamic, "Draw each window from 1 to --window."),
     flags.DEFINE_integer("negatives", DEFAULT.negatives, "Negative words a pair, of negative sampling."),
     flags.DEFINE_integer("shared", DEFAULT.shared, "Words drawn for 32 centres, of negative and sampled; 0 chooses."),
-    flags.DEFINE_float("exponent", DEFAULT.exponent, "Of the counts that words are drawn by."),
+    flags.DEFINE_float("exponent", DEFAULT.exponent, "Power of the counts by which words are drawn."),
     flags.DEFINE_float("sample", DEFAULT.sample, "Frequency above which words are left out at random; 0 keeps all."),
     flags.DEFINE_enum("subsampling", DEFAULT.subsampling, noise.FORMULAS, "Formula of --sample."),
     flags.DEFINE_integer("block", DEFAULT.block, "Words whose gradient is taken at once; a GPU wants about 1,024."),
     flags.DEFINE_integer("blocks", DEFAULT.blocks, "Blocks a step."),
 ]
-EPOCHS = flags.DEFINE_integer("epochs", 5, "Times through the corpus.")
-RATE = flags.DEFINE_float("learning_rate", 0.025, "At the beginning; it falls along a line.")
-SEED = flags.DEFINE_integer("seed", 1, "Of everything that is drawn.", lower_bound=0)
+EPOCHS = flags.DEFINE_integer("epochs", 5, "Passes over the corpus.")
+RATE = flags.DEFINE_float("learning_rate", 0.025, "First learning rate; it falls linearly.")
+SEED = flags.DEFINE_integer("seed", 1, "Seed of everything that is drawn.", lower_bound=0)
 WORKDIR: flags.FlagHolder[Any] = flags.DEFINE_string("workdir", None, "Folder of the run; OUT.run by default.")
-FORMAT = flags.DEFINE_enum("format", "word2vec", ["word2vec", "word2vec_binary", "glove"], "Of the vectors written.")
+FORMAT = flags.DEFINE_enum(
+    "format", "word2vec", ["word2vec", "word2vec_binary", "glove"], "Format of the vectors written."
+)
 OUT: flags.FlagHolder[Any] = flags.DEFINE_string("out", None, "File of vectors, or of a plot.")
 VECTORS: flags.FlagHolder[Any] = flags.DEFINE_string("vectors", None, "File of vectors, of any format.")
-LIMIT = flags.DEFINE_integer("limit", None, "Read the first so many words only.", lower_bound=1)
+LIMIT = flags.DEFINE_integer("limit", None, "Words that are read, the first.", lower_bound=1)
 TESTS = flags.DEFINE_string("tests", "../shared/data/word_similarity", "Folder of the test sets.")
-ANSWERS = flags.DEFINE_integer("answers", 300_000, "Analogies among the first so many words.", lower_bound=1)
+ANSWERS = flags.DEFINE_integer("answers", 300_000, "Words that may be answers of analogies, the first.", lower_bound=1)
 METHOD = flags.DEFINE_enum("method", "3cosadd", METHODS, "How analogies are scored.")
-WORD = cli.define_text("word", "Whose neighbours.")
-WORDS = flags.DEFINE_list("words", [], "Of an analogy (a to b as c to what), or of a plot.")
-TOP = flags.DEFINE_integer("top", 10, "How many.", lower_bound=1)
+WORD = cli.define_text("word", "Word whose neighbours are shown.")
+WORDS = flags.DEFINE_list("words", [], "Words of an analogy (a to b as c to what), or of a plot.")
+TOP = flags.DEFINE_integer("top", 10, "Number of words shown.", lower_bound=1)
 PLANE = flags.DEFINE_enum("plane", "pca", ["pca", "tsne"], "How the plot's plane is found.")
 JSON_OUT: flags.FlagHolder[Any] = flags.DEFINE_string("json", None, "Write the numbers to this file.")
 
@@ -82,17 +82,6 @@ COMMANDS: dict[str, list[flags.FlagHolder[Any]]] = {
 }
 
 
-def _need(*wanted: flags.FlagHolder[Any]) -> None:
-    for flag in wanted:
-        if not flag.value:
-            raise ValueError(f"--{flag.name} is missing")
-
-
-def _write(found: Any) -> None:
-    if JSON_OUT.value:
-        epath.Path(JSON_OUT.value).write_text(json.dumps(found, indent=2))
-
-
 def _config() -> Word2VecConfig:
     values = {flag.name: flag for flag in MODEL}
     loss = values["loss"].value
@@ -105,10 +94,10 @@ def _config() -> Word2VecConfig:
 
 
 def _about() -> dict[str, Any]:
-    """What training wrote of the vectors that are read now."""
+    """What training wrote about the vectors that are read now; nothing of vectors from elsewhere."""
     path = _beside(VECTORS.value)
-    known = json.loads(path.read_text()) if path.exists() else {}
-    return known if known.get("bytes") == epath.Path(VECTORS.value).stat().length else {}
+    about = json.loads(path.read_text()) if path.exists() else {}
+    return about if about.get("bytes") == epath.Path(VECTORS.value).stat().length else {}
 
 
 def _beside(vectors: str) -> epath.Path:
@@ -117,9 +106,9 @@ def _beside(vectors: str) -> epath.Path:
 
 def train() -> None:
     """Reads, trains, writes vectors and, beside them, how fast that was."""
-    _need(CORPUS, OUT)
+    cli.need(CORPUS, OUT)
     config = _config()
-    schedule = word2vec_run.Schedule(EPOCHS.value, RATE.value, min(RATE.value, 1e-4), SEED.value)
+    schedule = word2vec_run.Word2VecSchedule(EPOCHS.value, RATE.value, min(RATE.value, 1e-4), SEED.value)
     reader = sentences.Reader(sorted(glob.glob(CORPUS.value)) or [CORPUS.value], INVALID.value)
     words, text = word2vec_run.read(reader, MIN_COUNT.value, MAX_SIZE.value)
     if reader.invalid:
@@ -129,40 +118,35 @@ def train() -> None:
     workdir = WORKDIR.value or f"{OUT.value}.run"
     table = word2vec_run.train(config, schedule, text, workdir)
     files.write(OUT.value, words, table, FORMAT.value)
-    rates = [r["train/tokens_per_second"] for r in metrics.read_metrics(workdir) if "train/tokens_per_second" in r]
-    rate = statistics.median(rates) if rates else None
+    rate = word2vec_run.words_per_second(workdir)
     about = {"words_per_second": rate, "epochs": EPOCHS.value, "bytes": epath.Path(OUT.value).stat().length}
     _beside(OUT.value).write_text(json.dumps(about))
-    speed = f", {rate:,.0f} words a second" if rates else ""
+    speed = "" if rate is None else f", {rate:,.0f} words a second"
     print(f"{len(words):,} vectors of {config.size} numbers in {OUT.value}{speed}")
 
 
 def evaluate(vectors: WordVectors) -> None:
     """Likeness and analogies."""
-    found: dict[str, Any] = {}
-    for name, suffix in (("wordsim353", "tsv"), ("simlex999", "txt")):
-        pairs = evaluation.read_pairs(os.path.join(TESTS.value, f"{name}.{suffix}"))
-        like = evaluation.evaluate_similarity(vectors, pairs)
-        found[name] = None if math.isnan(like.spearman) else like.spearman
+    quality = evaluation.evaluate(vectors, TESTS.value, METHOD.value, ANSWERS.value)
+    for name, like in quality.similarity.items():
         correlations = f"Spearman {like.spearman:.4f}, Pearson {like.pearson:.4f}"
         print(f"{name}: {correlations}, {like.pairs} pairs, {like.missing} unknown")
-    questions = evaluation.read_questions(os.path.join(TESTS.value, "questions-words.txt"))
-    r = evaluation.evaluate_analogies(vectors, questions, METHOD.value, ANSWERS.value)
-    for name, part in (("all", r.total), ("semantic", r.semantic), ("syntactic", r.syntactic), *r.sections.items()):
+    r = quality.analogies
+    for name, part in {"all": r.total, "semantic": r.semantic, "syntactic": r.syntactic, **r.sections}.items():
         print(f"analogies, {name}: {part.correct:,} of {part.asked:,} ({part.share:.2%}), {part.missing:,} unknown")
-    found["analogies"] = None if math.isnan(r.total.share) else r.total.share
+    found = quality.to_dict()
     if rate := _about().get("words_per_second"):
         found["words_per_second"] = rate
-    _write(found)
+    cli.write_json(JSON_OUT, found)
 
 
 def nearest(vectors: WordVectors) -> None:
     """Words like a word."""
-    _need(WORD)
+    cli.need(WORD)
     found = vectors.nearest(WORD.value, TOP.value)
     for word, score in found:
         print(f"{score:.4f} {word}")
-    _write({"word": WORD.value, "nearest": found})
+    cli.write_json(JSON_OUT, {"word": WORD.value, "nearest": found})
 
 
 def analogy(vectors: WordVectors) -> None:
@@ -173,12 +157,12 @@ def analogy(vectors: WordVectors) -> None:
     found = vectors.analogy(a, b, c, TOP.value, METHOD.value)
     for word, score in found:
         print(f"{score:.4f} {word}")
-    _write({"words": WORDS.value, "analogy": found})
+    cli.write_json(JSON_OUT, {"words": WORDS.value, "analogy": found})
 
 
 def plot(vectors: WordVectors) -> None:
     """Words in a plane."""
-    _need(WORDS, OUT)
+    cli.need(WORDS, OUT)
     rows = vectors.unit[[vectors.row(w) for w in WORDS.value]]
     plots.draw(WORDS.value, {"pca": plots.pca, "tsne": plots.tsne}[PLANE.value](rows), OUT.value)
     print(f"{len(WORDS.value)} words in {OUT.value}")
@@ -189,7 +173,7 @@ def main(command: str) -> None:
     if command == "train":
         train()
         return
-    _need(VECTORS)
+    cli.need(VECTORS)
     words, table = files.read(VECTORS.value, limit=LIMIT.value, invalid=INVALID.value)
     commands = {"evaluate": evaluate, "nearest": nearest, "analogy": analogy, "plot": plot}
     commands[command](WordVectors(words, np.asarray(table)))

@@ -24,6 +24,8 @@ Result:     nats a masked token on held-out files of the standard library's sour
 
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from experiments import cli
 from llm_jax.models.bert import BertConfig
 from llm_jax.objectives.masked_lm import MaskedLM
@@ -56,7 +58,7 @@ VARIANTS = {
 }
 
 
-def get_config(variant: str = "bert"):
+def get_config(variant: str = "bert") -> ConfigDict:
     """One of the four."""
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is none of {', '.join(VARIANTS)}")

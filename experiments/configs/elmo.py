@@ -8,6 +8,8 @@ Result:     4.95 nats a word on the ends of the novels with the full softmax (fo
             frequencies alone: 6.19), still falling
 """
 
+from ml_collections import ConfigDict
+
 from experiments import cli
 from llm_jax.models.elmo import ElmoConfig
 from llm_jax.objectives.bidirectional_lm import BidirectionalLM
@@ -17,7 +19,7 @@ from llm_jax.training.optimizers import OptimizerConfig
 from llm_jax.training.run_config import DataConfig, RunConfig
 
 
-def get_config():
+def get_config() -> ConfigDict:
     """On the novels of Jane Austen, the end of each held out."""
     return cli.as_config_dict(
         RunConfig(

@@ -25,6 +25,8 @@ Result:     the last step, one seed each; in brackets what knows the training la
 
 from typing import Any, NamedTuple
 
+from ml_collections import ConfigDict
+
 from experiments import cli
 from llm_jax.delta.lora import LoraConfig
 from llm_jax.objectives.labels import Labels
@@ -77,7 +79,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def get_config(variant: str = "sst2"):
+def get_config(variant: str = "sst2") -> ConfigDict:
     """One of the tasks, tuned whole, with LoRA, by its biases (BitFit), or (ELMo) by the mix of its layers only."""
     if variant not in TASKS:
         raise ValueError(f"variant {variant!r} is none of {', '.join(TASKS)}")

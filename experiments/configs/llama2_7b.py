@@ -33,6 +33,8 @@ Result:     (jax 0.10.2, libtpu 0.0.42.1) v5e:16x16, a row of 2,048 tokens a chi
 import dataclasses
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from experiments import cli
 from llm_jax.models.llama import LlamaConfig
 from llm_jax.parallel.plan import PlanConfig
@@ -43,7 +45,7 @@ from llm_jax.training.run_config import DataConfig, RunConfig
 SIZES: dict[str, Any] = dict(vocab_size=32000, context_length=4096, tied=False)
 
 
-def pretraining(model: LlamaConfig, rate: float, plan: PlanConfig, rows: int, length: int):
+def pretraining(model: LlamaConfig, rate: float, plan: PlanConfig, rows: int, length: int) -> ConfigDict:
     """The paper's pre-training of a model."""
     return cli.as_config_dict(
         RunConfig(
@@ -72,7 +74,7 @@ VARIANTS: dict[str, tuple[PlanConfig, int, int]] = {  # plan, rows, tokens a row
 }
 
 
-def get_config(variant: str = "v5e"):
+def get_config(variant: str = "v5e") -> ConfigDict:
     """A row of 2,048 tokens a chip of v5e:16x16, or 4 of 4,096 a chip of v5p:4x4x4."""
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is none of {', '.join(VARIANTS)}")

@@ -24,6 +24,8 @@ Result:     (jax 0.10.2, libtpu 0.0.42.1) GB a chip; GB gathered, all-reduced, p
 import dataclasses
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from experiments import cli
 from experiments.configs.llama2_70b import WHOLE
 from llm_jax.models.bert import BertConfig
@@ -67,7 +69,7 @@ VARIANTS: dict[str, tuple[Any, Any, PlanConfig, int, int]] = {  # model, objecti
 }
 
 
-def get_config(variant: str = "llama3_8b"):
+def get_config(variant: str = "llama3_8b") -> ConfigDict:
     """One of the five."""
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is none of {', '.join(VARIANTS)}")

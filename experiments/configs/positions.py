@@ -16,9 +16,11 @@ Result:     nats a token on held-out files, then behind 1, 2 and 3 trained lengt
             none        3.812  3.820  3.926  3.916
             Tokens/s through a gradient, in turns on idle cores: learned 13,961, sinusoidal 13,527, shaw 7,390, t5
             11,364, xlnet 9,989, deberta 8,848, alibi 13,801, rotary 13,480, none 13,711.
-            What sees distances learns fastest and goes on past the trained length (later tokens know more context, so
+            What sees distances learns fastest and continues past the trained length (later tokens know more context, so
             3.5 behind 3.6 is as good as within); T5's buckets and rotary lose a little there, sinusoids most.
 """
+
+from ml_collections import ConfigDict
 
 from experiments import cli
 from llm_jax.models.gpt import GPTConfig
@@ -28,7 +30,7 @@ from llm_jax.training.optimizers import OptimizerConfig
 from llm_jax.training.run_config import DataConfig, RunConfig
 
 
-def get_config(variant: str = "learned"):
+def get_config(variant: str = "learned") -> ConfigDict:
     """The variant is the encoding, one of `models.gpt.POSITIONS`."""
     return cli.as_config_dict(
         RunConfig(

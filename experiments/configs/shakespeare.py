@@ -11,6 +11,8 @@ Result:     loss on the whole held-out tenth: 1.897 as published (AdamW, 1e-3), 
             such estimates of one model lie between 1.85 and 1.91
 """
 
+from ml_collections import ConfigDict
+
 from experiments import cli
 from llm_jax.models.gpt import GPTConfig
 from llm_jax.parallel.plan import PlanConfig
@@ -21,7 +23,7 @@ from llm_jax.training.run_config import DataConfig, RunConfig
 OPTIMIZERS = {"": ("adamw", 1e-3), "high_rate": ("adamw", 4e-3), "muon": ("muon", 2e-2)}
 
 
-def get_config(variant: str = ""):
+def get_config(variant: str = "") -> ConfigDict:
     """The published setting, or the same with another optimizer; the last tenth of the file is held out, as there."""
     if variant not in OPTIMIZERS:
         raise ValueError(f"variant {variant!r} is neither empty nor high_rate nor muon")

@@ -1,7 +1,7 @@
 """Small T5s, pre-trained as their papers': 1.0 and 1.1 by span corruption, and the LM-adapted form by prefixes.
 
 Reproduces: Raffel et al. 2020, sections 2.1 and 3.1.4: 15 % in spans of 3, relative positions; Lester et al.
-            2021: prefix LM. Muon takes the place of Adafactor, which at 1e-2 stood at 5.52 after 400 steps.
+            2021: prefix LM. Muon replaces Adafactor, which at 1e-2 stood at 5.52 after 400 steps.
 Command:    python -m experiments.train --config=experiments/configs/t5.py:1.1 --workdir=runs/t5 (:1.0, :prefix)
 Cost:       250 steps, two shared cores, other work beside them: 3 min 11 s (1.0), 3 min 23 s (1.1), 5 min 27 s (prefix)
 Result:     nats a target token on held-out files of the standard library's sources: 4.73 (1.0), 4.66 (1.1), where
@@ -11,6 +11,8 @@ Result:     nats a target token on held-out files of the standard library's sour
 """
 
 from typing import Any
+
+from ml_collections import ConfigDict
 
 from experiments import cli
 from llm_jax.models.t5 import T5Config
@@ -32,7 +34,7 @@ VARIANTS = {
 }
 
 
-def get_config(variant: str = "1.0"):
+def get_config(variant: str = "1.0") -> ConfigDict:
     """One of the three, on the standard library's sources."""
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is none of {', '.join(VARIANTS)}")

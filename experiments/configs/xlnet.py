@@ -8,6 +8,8 @@ Result:     2.89 nats a predicted token on held-out files of the standard librar
             alone: 3.99; its Unigram vocabulary has many blanks), 57 % of them right, still falling
 """
 
+from ml_collections import ConfigDict
+
 from experiments import cli
 from llm_jax.models.xlnet import XLNetConfig
 from llm_jax.objectives.permutation_lm import PermutationLM
@@ -17,7 +19,7 @@ from llm_jax.training.optimizers import OptimizerConfig
 from llm_jax.training.run_config import DataConfig, RunConfig
 
 
-def get_config():
+def get_config() -> ConfigDict:
     """On the standard library's sources."""
     return cli.as_config_dict(
         RunConfig(

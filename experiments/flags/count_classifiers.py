@@ -12,10 +12,10 @@ Flags = Mapping[str, flags.FlagHolder[Any]]
 
 
 def define() -> Flags:
-    """All of them, by name."""
+    """The flags of naive Bayes and its features, by name."""
     o = tfidf.Options()
     made: list[flags.FlagHolder[Any]] = [
-        flags.DEFINE_enum("features", "counts", ["counts", "tfidf"], "What is known of a text."),
+        flags.DEFINE_enum("features", "counts", ["counts", "tfidf"], "What a text becomes."),
         flags.DEFINE_string("token_pattern", o.token_pattern, "A regular expression that finds words, of lower case."),
         flags.DEFINE_enum(
             "accents", o.accents, document_terms.ACCENTS, "What drops letters' marks, or all that is no ASCII."
@@ -27,16 +27,18 @@ def define() -> Flags:
         flags.DEFINE_list("stop_words", [], "Words that are left out."),
         flags.DEFINE_string("min_df", "1", "Rarer terms are dropped: a number of texts, or (0.01) a share."),
         flags.DEFINE_string("max_df", "1.0", "More frequent terms are dropped, likewise."),
-        flags.DEFINE_integer("max_features", None, "Keep so many terms, the most frequent.", lower_bound=1),
+        flags.DEFINE_integer("max_features", None, "Number of terms kept, the most frequent.", lower_bound=1),
         flags.DEFINE_bool("binary", o.binary, "A term counts once a text."),
-        flags.DEFINE_bool("sublinear_tf", o.sublinear_tf, "Of --features=tfidf: 1 + ln(count)."),
-        flags.DEFINE_bool("use_idf", o.use_idf, "Of --features=tfidf: rare terms weigh more."),
-        flags.DEFINE_bool("smooth_idf", o.smooth_idf, "Of --use_idf: as if one more text held every term."),
-        flags.DEFINE_enum("norm", o.norm, tfidf.NORMS, "Of --features=tfidf: what is one of every text."),
+        flags.DEFINE_bool("sublinear_tf", o.sublinear_tf, "With --features=tfidf: 1 + ln(count)."),
+        flags.DEFINE_bool("use_idf", o.use_idf, "With --features=tfidf: rare terms weigh more."),
+        flags.DEFINE_bool("smooth_idf", o.smooth_idf, "With --use_idf: as if one more text held every term."),
+        flags.DEFINE_enum("norm", o.norm, tfidf.NORMS, "With --features=tfidf: what sums to one in every text."),
         flags.DEFINE_enum("kind", "multinomial", naive_bayes.KINDS, "See llm_jax/classic/text/naive_bayes.py."),
         flags.DEFINE_float("alpha", 1.0, "What every term has been seen more in every class."),
-        flags.DEFINE_enum("priors", "fitted", ["fitted", "uniform"], "Of the classes; not of --kind=complement."),
-        flags.DEFINE_bool("weight_norm", False, "Of --kind=complement: normalise weights."),
+        flags.DEFINE_enum(
+            "priors", "fitted", ["fitted", "uniform"], "Priors of the classes; not with --kind=complement."
+        ),
+        flags.DEFINE_bool("weight_norm", False, "With --kind=complement: normalises weights."),
     ]
     return {flag.name: flag for flag in made}
 

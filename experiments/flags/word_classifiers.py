@@ -14,34 +14,38 @@ Flags = Mapping[str, flags.FlagHolder[Any]]
 
 
 def define() -> Flags:
-    """All of them, by name."""
+    """The flags of both nets, by name."""
     how, net = TextConfig(), TextClassifierConfig()
     made: list[flags.FlagHolder[Any]] = [
         flags.DEFINE_string("vectors", how.vectors, "File of word vectors, see llm_jax/interop/word_vectors/files.py."),
-        flags.DEFINE_enum("invalid", how.invalid, POLICIES, "What becomes of words of --vectors that are no UTF-8."),
-        flags.DEFINE_integer("extra_words", how.extra_words, "Of --vectors, known beside the words trained on."),
-        flags.DEFINE_enum("embedding", how.embedding, EMBEDDINGS, "What becomes of --vectors."),
+        flags.DEFINE_enum("invalid", how.invalid, POLICIES, "What happens to words of --vectors that are no UTF-8."),
+        flags.DEFINE_integer(
+            "extra_words",
+            how.extra_words,
+            "Words of --vectors, the first, that are known beside those of the training texts.",
+        ),
+        flags.DEFINE_enum("embedding", how.embedding, EMBEDDINGS, "How --vectors are used."),
         flags.DEFINE_integer("word_dim", net.model_dim, "Width of words, where --vectors does not set it."),
         flags.DEFINE_integer("min_count", how.min_count, "Rarer words without a vector are unknown."),
-        flags.DEFINE_integer("max_length", how.max_length, "Words read of a text at most."),
-        flags.DEFINE_integer("epochs", how.epochs, "Times through the texts."),
-        flags.DEFINE_integer("batch_size", how.batch_size, "Texts a step."),
-        flags.DEFINE_float("learning_rate", how.learning_rate, "Of Adam."),
-        flags.DEFINE_integer("seed", how.seed, "Of parameters, order and dropout."),
-        flags.DEFINE_float("dropout", net.dropout, "Before the classifier."),
-        flags.DEFINE_float("max_norm", net.max_norm, "Of the classifier's weights of each class; 0 is no bound."),
-        flags.DEFINE_float("input_dropout", net.input_dropout, "On words."),
-        flags.DEFINE_integer("hidden_dim", net.hidden_dim, "Cells in each direction."),
-        flags.DEFINE_integer("num_layers", net.num_layers, "Of LSTMs."),
-        flags.DEFINE_enum("pooling", net.pooling, POOLINGS, "How words' states become one."),
-        flags.DEFINE_list("widths", [str(w) for w in net.widths], "Of filters, words."),
-        flags.DEFINE_integer("filters", net.filters, "As many of every width."),
+        flags.DEFINE_integer("max_length", how.max_length, "Words of a text that are read, at most."),
+        flags.DEFINE_integer("epochs", how.epochs, "Passes over the texts."),
+        flags.DEFINE_integer("batch_size", how.batch_size, "Texts in a batch."),
+        flags.DEFINE_float("learning_rate", how.learning_rate, "Adam's learning rate."),
+        flags.DEFINE_integer("seed", how.seed, "Seed of parameters, order and dropout."),
+        flags.DEFINE_float("dropout", net.dropout, "Dropout before the classifier."),
+        flags.DEFINE_float("max_norm", net.max_norm, "Bound on the length of each class's weights; 0 is none."),
+        flags.DEFINE_float("input_dropout", net.input_dropout, "Dropout on words."),
+        flags.DEFINE_integer("hidden_dim", net.hidden_dim, "LSTM cells in each direction."),
+        flags.DEFINE_integer("num_layers", net.num_layers, "Number of LSTM layers."),
+        flags.DEFINE_enum("pooling", net.pooling, POOLINGS, "How the states of words become one."),
+        flags.DEFINE_list("widths", [str(w) for w in net.widths], "Widths of filters, in words."),
+        flags.DEFINE_integer("filters", net.filters, "Filters of every width."),
     ]
     return {flag.name: flag for flag in made}
 
 
 def taken_by(given: Flags, kind: str) -> list[flags.FlagHolder[Any]]:
-    """Those of a kind of model."""
+    """The flags that a kind of model takes."""
     others = CNN if kind == "lstm" else LSTM
     return [flag for name, flag in given.items() if name not in others]
 

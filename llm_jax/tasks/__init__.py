@@ -1,1 +1,1 @@
-"""What people do with models: runs of classic ones, sets of labelled texts, reports."""
+"""What people do with models: classify, translate, compare, begin from word vectors, report; runs of classic models."""

@@ -25,12 +25,12 @@ class TextConfig:
       batch_size: texts a step.
       learning_rate: of Adam, the same all the time.
       seed: of initialisation, order and dropout.
-      tokenize: one of `classic.terms.TOKENIZERS`.
+      tokenize: one of `classic.text.document_terms.TOKENIZERS`.
       min_count: words that are rarer in the training texts and have no vector are unknown.
       max_length: words of a text at most; of longer ones the beginning is read.
       vectors: file of pre-trained word vectors, None for none.
       extra_words: so many words of that file, the first ones, are known beside those of the training texts.
-      invalid: what becomes of its words that are no UTF-8, see `interop.vectors.read`.
+      invalid: what becomes of its words that are no UTF-8, see `interop.word_vectors.files.read`.
       embedding: what becomes of the vectors: `trained` further, `frozen`, `projected`: frozen under a linear layer that
         is trained, or `both` of the first two, side by side (Kim's two channels).
     """
@@ -65,8 +65,8 @@ class TextConfig:
             raise ValueError(f"embedding={self.embedding!r} is of pre-trained vectors: give vectors")
 
 
-class Known(NamedTuple):
-    """Words of a run.
+class WordTable(NamedTuple):
+    """Words of a run as rows of a table.
 
     Attributes:
       words: the vocabulary.
@@ -87,7 +87,7 @@ class Known(NamedTuple):
         return f"{line}; {found}, {self.coverage.occurrences:.1%} of the text"
 
 
-def know(texts: Sequence[str], config: TextConfig) -> Known:
+def word_table(texts: Sequence[str], config: TextConfig) -> WordTable:
     """The vocabulary of training texts, and their vectors; an unknown word begins as the mean of all.
 
     Raises:
@@ -96,8 +96,11 @@ def know(texts: Sequence[str], config: TextConfig) -> Known:
     counts = count(texts, config.tokenize)
     often = [w for w, n in counts.most_common() if n >= config.min_count]
     if config.vectors is None:
-        return Known(Words(often, config.tokenize), None, None)
-    read = lambda **which: dict(zip(*files.read(config.vectors, **which, invalid=config.invalid), strict=True))
+        return WordTable(Words(often, config.tokenize), None, None)
+
+    def read(**which: Any) -> dict[str, np.ndarray]:
+        return dict(zip(*files.read(config.vectors, **which, invalid=config.invalid), strict=True))
+
     found = read(keep={x for w in counts for x in (w, w.lower())})
     rest = read(limit=config.extra_words) if config.extra_words else {}
     if not found:
@@ -106,12 +109,12 @@ def know(texts: Sequence[str], config: TextConfig) -> Known:
     given = WordVectors(list(both), np.stack(list(both.values())))
     words = Words([*often, *(w for w in counts if w in found), *rest], config.tokenize)
     rng = np.random.default_rng(config.seed)
-    own = list(counts)
-    _, coverage = embed(own, given, rng, [counts[w] for w in own])
+    seen = list(counts)
+    _, coverage = embed(seen, given, rng, [counts[w] for w in seen])
     table, _ = embed(words.words[len(SPECIAL) :], given, rng)
     special = np.zeros((len(SPECIAL), table.shape[1]), np.float32)
     special[UNKNOWN] = table.mean(0)
-    return Known(words, np.concatenate([special, table]), coverage)
+    return WordTable(words, np.concatenate([special, table]), coverage)
 
 
 class Texts:

@@ -31,8 +31,8 @@ def xz_bits_per_byte(source: str, share: float, **read_as: Any) -> float | None:
       **read_as: how the files are read, see `corpora.documents`.
     """
     documents = corpora.documents(source, **read_as)
-    held = [d.text for d in documents if d.text and corpora.split_of(d, share) == "validation"]
-    data = "".join(held).encode("utf-8", "surrogatepass")
+    held_out = [d.text for d in documents if d.text and corpora.split_of(d, share) == "validation"]
+    data = "".join(held_out).encode("utf-8", "surrogatepass")
     return 8 * len(lzma.compress(data, preset=9)) / len(data) if data else None
 
 
@@ -65,8 +65,8 @@ def _beginnings(config: RunConfig, count: int) -> list[str]:
     for document in corpora.documents(config.data.source, **config.data.read_as):
         if len(found) == count:
             break
-        held = corpora.split_of(document, config.data.validation_share) == "validation"
-        if document.text and (held or not config.data.validation_share or config.data.split == "tail"):
+        held_out = corpora.split_of(document, config.data.validation_share) == "validation"
+        if document.text and (held_out or not config.data.validation_share or config.data.split == "tail"):
             found.append(_beginning(document.text))
     return found
 
@@ -85,13 +85,14 @@ def samples(trained: Trained, count: int, config: RunConfig) -> list[str]:
 
 def answers(trained: Trained, count: int, config: RunConfig) -> list[str]:
     """Held-out sources, what the model makes of them (greedily), and what stands there."""
-    tokenizer: Any = trained.tokenizer
+    tokenizer = trained.tokenizer
+    assert tokenizer is not None
     data, length = config.data, config.training.sequence_length
     if not data.fields:
         return []
     read = corpora.documents(data.source, **data.read_as)
-    held = (d for d in read if corpora.split_of(d, data.validation_share) == "validation")
-    found = (pairs.both(d, data.fields) for d in held)
+    held_out = (d for d in read if corpora.split_of(d, data.validation_share) == "validation")
+    found = (pairs.both(d, data.fields) for d in held_out)
     texts = list(itertools.islice((p for p in found if p is not None and len(tokenizer.encode(p[0])) < length), count))
     if not texts:
         return []
@@ -104,7 +105,8 @@ def answers(trained: Trained, count: int, config: RunConfig) -> list[str]:
 
 def fillings(trained: Trained, count: int, config: RunConfig, length: int = 48) -> list[str]:
     """Held-out text with every eighth piece hidden: the model's guess, and behind a slash the truth where it erred."""
-    tokenizer: Any = trained.tokenizer
+    tokenizer = trained.tokenizer
+    assert tokenizer is not None
     objective: Any = config.objective.for_run(1, config.model, tokenizer.role("mask"))
     length = min(length, trained.model.config.context_length - 2)
     out = []
@@ -129,7 +131,8 @@ def continuations(trained: Trained, count: int, config: RunConfig, length: int =
 
     What is sampled is bold on a terminal, and behind a triangle elsewhere.
     """
-    tokenizer: Any = trained.tokenizer
+    tokenizer = trained.tokenizer
+    assert tokenizer is not None
     prompts = _beginnings(config, count)
     if not prompts:
         return []

@@ -134,8 +134,8 @@ def read(
     try:
         return _read(data, dev, test, fields, layout=layout, encoding=encoding)
     except CorpusError as e:
-        known = f"; or give one of {', '.join(NAMES)}" if "/" not in data and "." not in data else ""
-        raise CorpusError(f"{e}{known}") from None
+        hint = f"; or give one of {', '.join(NAMES)}" if "/" not in data and "." not in data else ""
+        raise CorpusError(f"{e}{hint}") from None
 
 
 def numbered(examples: Sequence[Example], names: Sequence[str]) -> tuple[list[str], np.ndarray]:
@@ -152,7 +152,10 @@ def numbered(examples: Sequence[Example], names: Sequence[str]) -> tuple[list[st
 
 def quality(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> dict[str, float]:
     """Accuracy, and the mean over classes of F1 = 2 TP / (2 TP + FP + FN), which is 0 where a class is not there."""
-    sizes = lambda x: np.bincount(x, minlength=num_classes)
+
+    def sizes(x: np.ndarray) -> np.ndarray:
+        return np.bincount(x, minlength=num_classes)
+
     right = sizes(labels[labels == predicted])
     f1 = 2 * right / np.maximum(sizes(labels) + sizes(predicted), 1)
     return {"accuracy": float((labels == predicted).mean()), "macro_f1": float(f1.mean()), "texts": len(labels)}

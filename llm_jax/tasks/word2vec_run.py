@@ -2,9 +2,10 @@
 
 import dataclasses
 import logging
+import statistics
 import zlib
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,13 @@ from llm_jax.classic.text import sentences
 from llm_jax.classic.text.sentences import Reader
 from llm_jax.classic.vectors import noise, word2vec
 from llm_jax.classic.vectors.windows import Windows
-from llm_jax.classic.vectors.word2vec import Known, Word2VecConfig
+from llm_jax.classic.vectors.word2vec import Lookup, Word2VecConfig
+from llm_jax.nn.protocols import Batch
 from llm_jax.parallel.mesh import make_mesh
 from llm_jax.storage.checkpoints import Checkpoints
 from llm_jax.training import metrics
-from llm_jax.training.loop import LoopConfig, run_loop
+from llm_jax.training.hooks import Evaluation, Report, Saves
+from llm_jax.training.loop import LoopConfig, hooks_of, run_loop
 from llm_jax.training.state import TrainState
 from llm_jax.training.workdir import Workdir
 
@@ -29,8 +32,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
-    """How long and how fast.
+class Word2VecSchedule:
+    """How long and how fast word2vec learns.
 
     Attributes:
       epochs: times through the text.
@@ -55,7 +58,7 @@ class Schedule:
 
 
 class Text(NamedTuple):
-    """Known words of a text.
+    """A text by the numbers of its words, without rare ones.
 
     Attributes:
       words: int32 `[T]`.
@@ -77,15 +80,17 @@ def read(reader: Reader, min_count: int = 5, max_size: int | None = None) -> tup
       TextError: see `sentences.read`.
     """
     vocabulary, marked = sentences.read(reader, min_count=min_count, max_size=max_size)
-    first, known = len(sentences.SPECIAL), marked >= len(sentences.SPECIAL)
-    of = np.cumsum(marked == sentences.BEGIN, dtype=np.int32)[known]
-    words = marked[known] - np.int32(first)
+    first, is_word = len(sentences.SPECIAL), marked >= len(sentences.SPECIAL)
+    of = np.cumsum(marked == sentences.BEGIN, dtype=np.int32)[is_word]
+    words = marked[is_word] - np.int32(first)
     total = int(len(marked) - 2 * np.count_nonzero(marked == sentences.BEGIN))
     return vocabulary.words[first:], Text(words, of, np.bincount(words, minlength=len(vocabulary) - first), total)
 
 
-def make_step(config: Word2VecConfig, schedule: Schedule, steps: int, words: float) -> Any:
-    """Builds `step(state, batch, known) -> (state, metrics)`; a step whose loss is not finite changes nothing.
+def make_step(
+    config: Word2VecConfig, schedule: Word2VecSchedule, steps: int, words: float
+) -> Callable[[TrainState, Batch, Lookup], tuple[TrainState, dict[str, jax.Array]]]:
+    """Builds `step(state, batch, lookup) -> (state, metrics)`; a step whose loss is not finite changes nothing.
 
     Args:
       config: of the model.
@@ -94,11 +99,11 @@ def make_step(config: Word2VecConfig, schedule: Schedule, steps: int, words: flo
       words: of the text, that a step stands for.
     """
 
-    def step(state: TrainState, batch: Any, known: Known) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(state: TrainState, batch: Batch, lookup: Lookup) -> tuple[TrainState, dict[str, jax.Array]]:
         done = (state.step + jnp.arange(config.blocks) / config.blocks) / steps
         rates = schedule.rate + (schedule.last_rate - schedule.rate) * done
         key = jax.random.fold_in(state.key, state.step)
-        tables, value = word2vec.run_blocks(config, state.params, batch, key, known, rates)
+        tables, value = word2vec.run_blocks(config, dict(state.params), batch, key, lookup, rates)
         sums = [jnp.sum(x) for x in tables.values()]
         finite = jnp.isfinite(value + sums[0] + sums[1])
         bad = jnp.where(finite, 0, state.bad_steps + 1)
@@ -109,21 +114,29 @@ def make_step(config: Word2VecConfig, schedule: Schedule, steps: int, words: flo
     return step
 
 
-def first_state(config: Word2VecConfig, schedule: Schedule, size: int) -> TrainState:
+def first_state(config: Word2VecConfig, schedule: Word2VecSchedule, size: int) -> TrainState:
     """Before the first step, of a vocabulary of `size` words."""
     init_key, key = jax.random.split(jax.random.key(schedule.seed))
     params = word2vec.init(config, size, init_key)
     return TrainState(jnp.int32(0), params, (), None, None, None, key, None, jnp.int32(0))
 
 
+def words_per_second(workdir: epath.PathLike) -> float | None:
+    """The median of what a run's metrics say of its speed, None where they say nothing yet."""
+    rows = metrics.read_metrics(workdir)
+    rates = [r["train/tokens_per_second"] for r in rows if "train/tokens_per_second" in r]
+    return statistics.median(rates) if rates else None
+
+
 def train(
     config: Word2VecConfig,
-    schedule: Schedule,
+    schedule: Word2VecSchedule,
     text: Text,
     workdir: epath.PathLike,
-    devices: Sequence[Any] | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    last_step: int | None = None,
 ) -> np.ndarray:
-    """Trains, or goes on with what `workdir` holds.
+    """Trains, or resumes what `workdir` holds.
 
     Args:
       config: of the model.
@@ -131,6 +144,7 @@ def train(
       text: see `read`.
       workdir: of this run.
       devices: the tiles of a block are divided over these; all by default.
+      last_step: where this start ends; the last of all epochs by default.
 
     Returns:
       Vectors, float32 `[V, D]`.
@@ -163,19 +177,20 @@ def train(
             log.info("resuming from step %d", restored.step)
         words = text.total * schedule.epochs / windows.steps
         step = jax.jit(make_step(config, schedule, windows.steps, words), donate_argnums=0, out_shardings=(whole, None))
-        known = jax.device_put(word2vec.known(config, text.counts), whole)
+        lookup = jax.device_put(word2vec.make_lookup(config, text.counts), whole)
         writer = metrics.MetricsWriter(workdir, int(state.step))
-        lines, saves = (max(1, windows.steps // n) for n in (100, 10))
-        loop = LoopConfig(windows.steps, log_every=lines, checkpoint_every=saves, max_bad_steps=1)
-        put = lambda batch: jax.device_put(batch, divided)
+        lines, save_every = (max(1, windows.steps // n) for n in (100, 10))
+        steps = windows.steps if last_step is None else last_step
+        loop = LoopConfig(steps, log_every=lines, checkpoint_every=save_every, max_bad_steps=1)
+        report = Report(writer, int(state.step), steps)
+        evaluation = Evaluation(lambda _: {}, report)
+        checkpointing = Saves(checkpoints, {"config": settings}, windows.state)
+        batches = (jax.device_put(batch, divided) for batch in windows)
+        hooks = hooks_of(loop, report, evaluation, checkpointing)
         try:
-            state, _ = run_loop(
-                *(state, lambda s, b: step(s, b, known), windows, put, checkpoints, writer, loop),
-                *(lambda _: {}, {"config": settings}),
-                workdir=workdir,
-            )
+            state = run_loop(state, lambda s, b: step(s, b, lookup), batches, steps, checkpointing, hooks)
         finally:
-            writer.close()
+            report.close()
             checkpoints.close()
         metrics.plot_loss(workdir, "loss (nats per pair)")
     return np.asarray(state.params["context"])

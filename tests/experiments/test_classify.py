@@ -185,6 +185,8 @@ def test_a_run_goes_on_with_the_same_texts_labels_and_vectors_only(folder, cnn, 
         f"--vectors={path}",
         "--filters=3",
         "--widths=1,2",
+        "--batch_size=15",
+        "--learning_rate=0.05",
         f"--data={data}",
         f"--out={tmp_path}/run",
     ]
@@ -207,7 +209,8 @@ def test_a_run_goes_on_with_the_same_texts_labels_and_vectors_only(folder, cnn, 
 def test_errors_and_warnings_name_what_classify_has(folder, tmp_path, caplog):
     (tmp_path / "twice.txt").write_text("good 1 2\nfilm 1 0\ngood 3 4\n")
     (tmp_path / "latin.txt").write_bytes("good 1 2\ncaf\xe9 3 4\n".encode("latin-1"))
-    run = ("classify", "train", f"--data={folder}/train.tsv", "--model=cnn", "--filters=2", "--widths=1", "--epochs=1")
+    run = ("classify", "train", f"--data={folder}/train.tsv", "--model=cnn", "--filters=2", "--widths=1", "--epochs=1",
+           "--batch_size=15")  # fmt: skip
     with pytest.raises(ValueError, match="is not UTF-8.*invalid=skip"):
         call(*run, f"--out={tmp_path}/a", f"--vectors={tmp_path}/latin.txt")
     with pytest.raises(

@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def tuned(folder, tmp_path_factory):
+def tuned(folder, tmp_path_factory, one_device):
     work = tmp_path_factory.mktemp("work")
     values = {
         "data.source": folder / "rows.tsv", "data.validation": folder / "rows.tsv", "data.fields": "('s','y')",

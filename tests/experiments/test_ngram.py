@@ -5,8 +5,6 @@ import gzip
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -238,9 +236,3 @@ def test_errors_of_commands(arguments, words, capsys):
     with binary("ngram", *arguments) as module, pytest.raises(SystemExit):
         cli._command([a for a in arguments if not a.startswith("--")], module.COMMANDS)
     assert words in capsys.readouterr().err
-
-
-def test_errors_are_one_line():
-    command = [sys.executable, "-m", "experiments.ngram", "next"]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (run.returncode, run.stderr) == (1, "error: --model is missing\n")

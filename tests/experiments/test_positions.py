@@ -11,7 +11,7 @@ SIZES = dict(vocab_size=300, context_length=16, model_dim=16, num_layers=1, num_
 STEPS = dict(steps=2, batch_size=8, sequence_length=16, eval_every=2, eval_batches=1, checkpoint_every=2, log_every=1)
 
 
-def test_learned_positions_end_and_others_go_on(tmp_path, capsys):
+def test_learned_positions_end_and_others_go_on(tmp_path, capsys, one_device):
     words = np.random.default_rng(0).choice(
         ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "more"], (20, 300)
     )
@@ -21,6 +21,7 @@ def test_learned_positions_end_and_others_go_on(tmp_path, capsys):
     sizes = [f"--config.model.{k}={v}" for k, v in SIZES.items()] + [
         f"--config.training.{k}={v}" for k, v in STEPS.items()
     ]
+    fast = ["--config.optimizer.name=adam", "--config.optimizer.weight_decay=0.0"]  # quicker to compile than Muon
     data = ["--config.data.validation_share=0.3", f"--config.data.source={tmp_path / 'texts'}"]
     config = f"--config={ROOT}/experiments/configs/positions.py"
     call(
@@ -28,6 +29,7 @@ def test_learned_positions_end_and_others_go_on(tmp_path, capsys):
         config,
         *sizes,
         *data,
+        *fast,
         f"--workdir={tmp_path / 'runs'}",
         "--kinds=learned,alibi",
         "--factor=3",

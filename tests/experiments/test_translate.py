@@ -22,7 +22,7 @@ def test_model_1_finds_what_stands_for_what():
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
+def workdir(tmp_path_factory, one_device):
     path = tmp_path_factory.mktemp("translate")
     words = {"one": "uno", "two": "dos", "red": "rojo", "cat": "gato"}
     rows = []
@@ -37,7 +37,7 @@ def workdir(tmp_path_factory):
         data=run.DataConfig(str(path / "pairs.tsv"), validation_share=0.2, fields=("en", "es")),
         objective=Seq2Seq(),
         optimizer=OptimizerConfig("adam", 1e-3, weight_decay=0.0),
-        training=LoopConfig(4, 8, 16, checkpoint_every=2, keep_last=2),
+        training=LoopConfig(4, 8, 16, checkpoint_every=2, keep_last=2, eval_every=0),
     )
     run.train(config, path / "run")
     return path

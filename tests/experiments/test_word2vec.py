@@ -17,7 +17,7 @@ TOPICS = (["red", "green", "blue", "black", "white"], ["cat", "dog", "cow", "hor
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, one_device):
     path = tmp_path_factory.mktemp("word2vec")
     rng = np.random.default_rng(0)
     lines = [" ".join(rng.choice(TOPICS[i % 2], 8)) for i in range(200)]

@@ -7,7 +7,7 @@ probability, its words, and the log10 of its back-off, which is 0 where it is mi
 import gzip
 import io
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from etils import epath
@@ -28,13 +28,14 @@ class ArpaError(ValueError):
     """A file that is no ARPA file; one line with its name and where."""
 
 
-def write(model: Model, path: epath.PathLike, progress: bool = False) -> None:
+def write(model: Model, path: epath.PathLike, progress: bool = False, chunk: int = CHUNK) -> None:
     """Writes a model; `.gz` is compressed; what is not finished goes.
 
     Args:
       model: a table of back-offs.
       path: of the file.
       progress: shows a bar.
+      chunk: n-grams that are written at once.
 
     Raises:
       ArpaError: for a model that is no table of back-offs.
@@ -46,19 +47,19 @@ def write(model: Model, path: epath.PathLike, progress: bool = False) -> None:
     part = path.with_name(path.name + ".part")
     try:
         with part.open("wb") as raw, _packed(raw, path, "wb") as packed, io.TextIOWrapper(packed, "utf-8") as file:
-            _write(model, file, _bar(sum(map(len, model.keys)), progress, "writing"))
+            _write(model, file, _bar(sum(map(len, model.keys)), progress, "writing"), chunk)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def _write(model: BackoffModel, file: Any, bar: Any) -> None:
+def _write(model: BackoffModel, file: TextIO, bar: Any, chunk: int) -> None:
     file.write("\\data\\\n" + "".join(f"ngram {n}={len(k)}\n" for n, k in enumerate(model.keys, start=1)))
     spelled = np.array(model.vocabulary.words, object)
     for n, words in enumerate(counting.words_of(model.keys, len(model.vocabulary)), start=1):
         file.write(f"\n\\{n}-grams:\n")
-        for i in range(0, len(words), CHUNK):
-            here = slice(i, i + CHUNK)
+        for i in range(0, len(words), chunk):
+            here = slice(i, i + chunk)
             log_probs = np.maximum(model.log_probs[n - 1][here], NEVER).tolist()
             rows = map(" ".join, spelled[words[here]].tolist())
             if n == model.order:
@@ -145,11 +146,11 @@ class _Lines:
             words, p, b, line = self.section(n, count, n < len(sizes))
             if n == 1:
                 words = ["<unk>" if w == "<UNK>" else w for w in words]  # SRILM's and KenLM's other name of it
-                known = set(words)
-                if len(known) < len(words):
+                listed = set(words)
+                if len(listed) < len(words):
                     raise ArpaError(f"{self.path}:{begin}: a word stands twice among the 1-grams")
                 vocabulary = Vocabulary(w for w in words if w not in SPECIAL)
-                missing = [i for i, w in enumerate(SPECIAL) if w not in known]
+                missing = [i for i, w in enumerate(SPECIAL) if w not in listed]
                 key = np.array([*(vocabulary.index[w] for w in words), *missing], np.int64)
                 p = np.concatenate([p, [UNSEEN_UNKNOWN if i == 0 else -np.inf for i in missing]])
                 b = np.concatenate([b, np.zeros(len(missing))])
@@ -209,11 +210,11 @@ class _Lines:
         if (numbers < 0).any():
             row = int(np.argmax((numbers < 0).any(axis=1)))
             raise ArpaError(f"{self.path}:{begin}: a word of {n}-gram {row + 1} is not among the 1-grams")
-        places = numbers[:, 0]
+        positions = numbers[:, 0]
         for k in range(1, n - 1):
-            places = counting.find(keys[k], places * len(vocabulary) + numbers[:, k])
-        if (places < 0).any():
-            row = int(np.argmax(places < 0))
+            positions = counting.find(keys[k], positions * len(vocabulary) + numbers[:, k])
+        if (positions < 0).any():
+            row = int(np.argmax(positions < 0))
             text = f"the first {n - 1} words of {n}-gram {row + 1} are not among the {n - 1}-grams"
             raise ArpaError(f"{self.path}:{begin}: {text}")
-        return places * len(vocabulary) + numbers[:, -1]
+        return positions * len(vocabulary) + numbers[:, -1]

@@ -36,10 +36,10 @@ def rank(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     order = np.argsort(keys)
     ordered = keys[order]
     first = np.append(True, ordered[1:] != ordered[:-1])[: len(keys)]
-    places = np.empty(len(keys), np.int64)
-    places[order] = np.cumsum(first) - 1
+    positions = np.empty(len(keys), np.int64)
+    positions[order] = np.cumsum(first) - 1
     begins = np.flatnonzero(first)
-    return ordered[begins], np.diff(np.append(begins, len(keys))), places
+    return ordered[begins], np.diff(np.append(begins, len(keys))), positions
 
 
 def find(table: np.ndarray, keys: np.ndarray) -> np.ndarray:
@@ -52,29 +52,29 @@ def find(table: np.ndarray, keys: np.ndarray) -> np.ndarray:
     at = np.searchsorted(table, wanted)
     there = at < len(table)
     there[there] = table[at[there]] == wanted[there]
-    places = np.empty(len(keys), np.int64)
-    places[order] = np.where(there, at, ABSENT)
-    return places
+    positions = np.empty(len(keys), np.int64)
+    positions[order] = np.where(there, at, ABSENT)
+    return positions
 
 
-def take(values: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Values at places, float64; 0 where a place is `ABSENT`."""
-    out, there = np.zeros(len(places)), places >= 0
-    out[there] = values[places[there]]
+def take(values: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Values at positions, float64; 0 where a place is `ABSENT`."""
+    out, there = np.zeros(len(positions)), positions >= 0
+    out[there] = values[positions[there]]
     return out
 
 
-def extend(places: np.ndarray, text: np.ndarray, size: int) -> np.ndarray:
+def extend(positions: np.ndarray, text: np.ndarray, size: int) -> np.ndarray:
     """Keys of one order more, of the n-grams that end at each word; `ABSENT` where the sentence began later.
 
     Args:
-      places: of the (n - 1)-grams that end at each word, `[T]`, `ABSENT` where there is none.
+      positions: of the (n - 1)-grams that end at each word, `[T]`, `ABSENT` where there is none.
       text: words, `[T]`.
       size: V.
     """
     keys = np.full(len(text), ABSENT, np.int64)
-    keys[1:] = places[:-1] * size + text[1:]
-    keys[1:][(places[:-1] < 0) | (text[1:] == BEGIN)] = ABSENT
+    keys[1:] = positions[:-1] * size + text[1:]
+    keys[1:][(positions[:-1] < 0) | (text[1:] == BEGIN)] = ABSENT
     return keys
 
 
@@ -107,14 +107,14 @@ def count(text: np.ndarray, size: int, order: int, progress: bool = False) -> Co
     single = np.bincount(text, minlength=size)
     single[BEGIN] = 0
     out = Counts(size, [np.arange(size)], [single], [np.zeros(size, np.int64)])
-    places = text.astype(np.int64)
+    positions = text.astype(np.int64)
     for n in tqdm(range(1, order), unit="order", disable=not progress, desc="counting"):
         check_keys(out.keys[-1], n, size)
-        shorter, now = places, extend(places, text, size)
+        shorter, now = positions, extend(positions, text, size)
         inside = now >= 0
         found, often, there = rank(now[inside])
-        places = np.full(len(text), ABSENT, np.int64)
-        places[inside] = there
+        positions = np.full(len(text), ABSENT, np.int64)
+        positions[inside] = there
         suffix = np.empty(len(found), np.int64)
         suffix[there] = shorter[inside]  # both end at the same word
         out.keys.append(found)
@@ -123,7 +123,7 @@ def count(text: np.ndarray, size: int, order: int, progress: bool = False) -> Co
     return out
 
 
-def places(keys: Sequence[np.ndarray], size: int, text: np.ndarray) -> list[np.ndarray]:
+def positions(keys: Sequence[np.ndarray], size: int, text: np.ndarray) -> list[np.ndarray]:
     """Of every order, the place of the n-gram that ends at each word of numbered sentences, or `ABSENT`; each `[T]`."""
     out = [text.astype(np.int64)]
     for table in keys[1:]:

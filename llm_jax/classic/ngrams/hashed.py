@@ -26,7 +26,7 @@ from llm_jax.classic.text.numbering import BASE, SPREAD
 from llm_jax.classic.text.sentences import BEGIN
 
 PIECE = 1 << 20  # words between two steps of a bar
-BLOCK = 1 << 15  # words at once
+BLOCK = 1 << 15  # words that are looked up at once
 FREE = np.uint64(2**64 - 1)  # the key of slots that hold nothing
 NOWHERE = np.uint64(1)  # the hash of windows that cross sentences
 
@@ -54,7 +54,7 @@ class _Order:
         self.rows = rows.reshape(-1)
 
     def find(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(places of those hashes that are there, the begins of their rows)."""
+        """(positions of those hashes that are there, the begins of their rows)."""
         keys = hashes * SPREAD
         at = (keys >> self.shift).view(np.int64)
         at *= self.width
@@ -96,14 +96,14 @@ class HashedModel:
 
     @property
     def nbytes(self) -> int:
-        """Of all tables."""
+        """Bytes of all tables."""
         tables = sum(table.rows.nbytes for table in self.orders)
         return self.words.nbytes + self.log_probs.nbytes + self.backoffs.nbytes + tables
 
-    def log_prob(self, text: np.ndarray) -> np.ndarray:
-        """See `ngram.Model`."""
+    def log_prob(self, text: np.ndarray, block: int = BLOCK) -> np.ndarray:
+        """See `ngram.Model`; about `block` words are looked up at once."""
         out = np.empty(len(text))
-        for begin, end in blocks(text, BLOCK):
+        for begin, end in blocks(text, block):
             out[begin:end] = self._block(text[begin:end])
         return out
 

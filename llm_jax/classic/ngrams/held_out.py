@@ -21,12 +21,12 @@ def known_before(
     """
     counts = np.bincount(text[:cut], minlength=len(vocabulary))
     counts[: len(SPECIAL)] = 0
-    known = np.argsort(-counts, kind="stable")
-    known = known[counts[known] >= max(min_count, 1)]
+    frequent = np.argsort(-counts, kind="stable")
+    frequent = frequent[counts[frequent] >= max(min_count, 1)]
     new = np.arange(len(vocabulary), dtype=text.dtype)
     new[len(SPECIAL) :] = UNKNOWN
-    new[known] = np.arange(len(known)) + len(SPECIAL)
-    return Vocabulary(vocabulary.words[i] for i in known), new[text]
+    new[frequent] = np.arange(len(frequent)) + len(SPECIAL)
+    return Vocabulary(vocabulary.words[i] for i in frequent), new[text]
 
 
 def last_tenth(text: np.ndarray) -> tuple[int, int]:

@@ -79,18 +79,18 @@ class BackoffModel(Model):
 
     @property
     def nbytes(self) -> int:
-        """Of all arrays."""
+        """Bytes of all arrays."""
         return sum(x.nbytes for x in (*self.keys, *self.log_probs, *self.backoffs))
 
     def log_prob(self, text: np.ndarray) -> np.ndarray:
         """See `Model`."""
-        places = counting.places(self.keys, len(self.vocabulary), text)
-        out = self.log_probs[0][places[0]].astype(np.float64)
+        positions = counting.positions(self.keys, len(self.vocabulary), text)
+        out = self.log_probs[0][positions[0]].astype(np.float64)
         for n in range(1, self.order):  # the longest that was seen, or what its history pays for one word less
-            seen, before = places[n] >= 0, np.append(ABSENT, places[n - 1][:-1])
+            seen, before = positions[n] >= 0, np.append(ABSENT, positions[n - 1][:-1])
             pays = (before >= 0) & ~seen & (text != BEGIN)
             out[pays] += self.backoffs[n - 1][before[pays]]
-            out[seen] = self.log_probs[n][places[n][seen]]
+            out[seen] = self.log_probs[n][positions[n][seen]]
         return np.where(text == BEGIN, 0.0, out)
 
     def next(self, words: Sequence[int]) -> np.ndarray:
@@ -130,14 +130,14 @@ class AddKModel(Model):
     def log_prob(self, text: np.ndarray) -> np.ndarray:
         """See `Model`."""
         size = len(self.vocabulary)
-        places = counting.places(self.keys, size, text)
+        positions = counting.positions(self.keys, size, text)
         since = np.arange(len(text)) - np.maximum.accumulate(np.where(text == BEGIN, np.arange(len(text)), 0))
         out, more = np.zeros(len(text)), self._more()
         for n in range(self.order):  # words at which the history has n
             here = (since == n) if n < self.order - 1 else (since >= n)
             here &= text != BEGIN
-            before = np.append(ABSENT, places[n - 1][:-1])[here] if n else np.zeros(here.sum(), np.int64)
-            often, total = counting.take(self.counts[n], places[n][here]), counting.take(self._totals(n), before)
+            before = np.append(ABSENT, positions[n - 1][:-1])[here] if n else np.zeros(here.sum(), np.int64)
+            often, total = counting.take(self.counts[n], positions[n][here]), counting.take(self._totals(n), before)
             with np.errstate(divide="ignore"):
                 out[here] = np.log10((often + more[text[here]]) / (total + more.sum()))
         return out

@@ -195,10 +195,10 @@ def _held_out(
     text: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(relative frequency, probability by the orders so far) of held-out words whose history was seen."""
-    places, n = counting.places(keys, len(model.vocabulary), text), len(keys) - 1
-    before = np.append(ABSENT, places[n - 1][:-1]) if n else np.zeros(len(text), np.int64)
+    positions, n = counting.positions(keys, len(model.vocabulary), text), len(keys) - 1
+    before = np.append(ABSENT, positions[n - 1][:-1]) if n else np.zeros(len(text), np.int64)
     here = (before >= 0) & (text != BEGIN)
     here[here] = total[before[here]] > 0
     lower = 10.0 ** model.log_prob(text)[here] if n else uniform[text[here]]
-    seen = places[n][here]
+    seen = positions[n][here]
     return np.where(seen >= 0, ratio[seen], 0.0), lower

@@ -18,7 +18,7 @@ import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -32,8 +32,18 @@ from llm_jax.classic.text.sentences import BEGIN, END, Reader, Vocabulary
 from llm_jax.storage import digests, locks
 
 WRITTEN = "written.json"  # stands where the text is whole
-RANGE = 1 << 22  # keys that are merged at once
-SAMPLE = 1 << 10  # of so many sorted keys one is a candidate for the end of a range
+
+
+class Merge(NamedTuple):
+    """How sorted runs are merged.
+
+    Attributes:
+      keys: about so many are merged at once.
+      every: of so many sorted keys one is a candidate for the end of a range.
+    """
+
+    keys: int = 1 << 22
+    every: int = 1 << 10
 
 
 @contextlib.contextmanager
@@ -138,8 +148,8 @@ def _sort(folder: epath.Path, n: int, size: int, block: tuple[int, int, int]) ->
     if run.exists():
         return
     text = np.asarray(_map(folder, "text", np.int32)[begin:end])
-    places = text.astype(np.int64) if n == 1 else np.asarray(_map(folder, f"places_{n - 1}", np.int64)[begin:end])
-    keys = counting.extend(places, text, size)
+    positions = text.astype(np.int64) if n == 1 else np.asarray(_map(folder, f"places_{n - 1}", np.int64)[begin:end])
+    keys = counting.extend(positions, text, size)
     found, often = np.unique(keys[keys >= 0], return_counts=True)
     part = folder / f"part_{i}"
     np.concatenate([found, often]).astype(np.int64).tofile(part)
@@ -147,23 +157,27 @@ def _sort(folder: epath.Path, n: int, size: int, block: tuple[int, int, int]) ->
 
 
 def _place(folder: epath.Path, n: int, size: int, block: tuple[int, int, int]) -> None:
-    """The places of a block's n-grams of order n + 1, and of their suffixes."""
+    """The positions of a block's n-grams of order n + 1, and of their suffixes."""
     _, begin, end = block
     text = np.asarray(_map(folder, "text", np.int32)[begin:end])
     shorter = text.astype(np.int64) if n == 1 else np.asarray(_map(folder, f"places_{n - 1}", np.int64)[begin:end])
     keys = counting.extend(shorter, text, size)
     inside = keys >= 0
-    places = np.full(len(text), ABSENT, np.int64)
-    places[inside] = counting.find(_map(folder, f"keys_{n}", np.int64), keys[inside])
-    _map(folder, "placing", np.int64, "r+")[begin:end] = places
+    positions = np.full(len(text), ABSENT, np.int64)
+    positions[inside] = counting.find(_map(folder, f"keys_{n}", np.int64), keys[inside])
+    _map(folder, "placing", np.int64, "r+")[begin:end] = positions
     if inside.any():
-        _map(folder, f"suffixes_{n}", np.int64, "r+")[places[inside]] = shorter[inside]
+        _map(folder, f"suffixes_{n}", np.int64, "r+")[positions[inside]] = shorter[inside]
 
 
-def merge(runs: Sequence[tuple[np.ndarray, np.ndarray]], write: Callable[[np.ndarray, np.ndarray], None]) -> None:
+def merge(
+    runs: Sequence[tuple[np.ndarray, np.ndarray]],
+    write: Callable[[np.ndarray, np.ndarray], None],
+    ranges: Merge = Merge(),
+) -> None:
     """Merges sorted runs of (keys, counts), equal keys into one, and writes them range by range."""
-    candidates = np.sort(np.concatenate([keys[::SAMPLE] for keys, _ in runs]))
-    step = max(RANGE // SAMPLE, 1)
+    candidates = np.sort(np.concatenate([keys[:: ranges.every] for keys, _ in runs]))
+    step = max(ranges.keys // ranges.every, 1)
     bounds = [*np.unique(candidates[step::step]), np.iinfo(np.int64).max]
     begins = [0] * len(runs)
     for bound in bounds:
@@ -179,7 +193,13 @@ def merge(runs: Sequence[tuple[np.ndarray, np.ndarray]], write: Callable[[np.nda
 
 
 def count(
-    folder: epath.PathLike, size: int, order: int, ends: Sequence[int], workers: int = 1, progress: bool = False
+    folder: epath.PathLike,
+    size: int,
+    order: int,
+    ends: Sequence[int],
+    workers: int = 1,
+    progress: bool = False,
+    ranges: Merge = Merge(),
 ) -> Counts:
     """Counts of all orders up to `order` of what `write_text` wrote, as mapped files; equal to `counting.count`.
 
@@ -190,6 +210,7 @@ def count(
       ends: of blocks.
       workers: processes.
       progress: shows a bar.
+      ranges: see `Merge`.
 
     Raises:
       ValueError: for orders below 1.
@@ -213,7 +234,7 @@ def count(
             counting.check_keys(out.keys[-1], n, size)
             for step in (_sort, _place) if n > done else ():
                 if step is _place:
-                    _merge_runs(folder, n, len(blocks), ends[-1])
+                    _merge_runs(folder, n, len(blocks), ends[-1], ranges)
                 work: Iterable[None] = run.map(functools.partial(step, folder, n, size), blocks)
                 for _ in work:
                     bar.update()
@@ -244,8 +265,8 @@ def _finish(folder: epath.Path, n: int, count: int) -> None:
         (folder / f"run_{n}_{i}").unlink()
 
 
-def _merge_runs(folder: epath.Path, n: int, count: int, words: int) -> None:
-    """Runs to `keys_n` and `counts_n`, and room for `suffixes_n` and places."""
+def _merge_runs(folder: epath.Path, n: int, count: int, words: int, ranges: Merge) -> None:
+    """Runs to `keys_n` and `counts_n`, and room for `suffixes_n` and positions."""
     runs = []
     for i in range(count):
         run = _map(folder, f"run_{n}_{i}", np.int64)
@@ -256,7 +277,7 @@ def _merge_runs(folder: epath.Path, n: int, count: int, words: int) -> None:
             k.write(keys.tobytes())
             c.write(counts.tobytes())
 
-        merge(runs, write)
+        merge(runs, write, ranges)
         size = k.tell()
     with (folder / f"suffixes_{n}").open("wb") as s, (folder / "placing").open("wb") as p:
         s.truncate(size)

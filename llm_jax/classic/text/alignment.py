@@ -28,11 +28,11 @@ def learn(pairs: Iterable[tuple[str, str]], rounds: int = 5, kept: int = 20) -> 
     for _ in range(rounds):
         counts: dict[str, dict[str, float]] = collections.defaultdict(lambda: collections.defaultdict(float))
         for source, target in both:
-            known = [(s, table.get(s)) for s in source]
+            probabilities = [(s, table.get(s)) for s in source]
             for t in target:
-                shares = [1.0 if row is None else row.get(t, 1e-6) for _, row in known]
+                shares = [1.0 if row is None else row.get(t, 1e-6) for _, row in probabilities]
                 total = sum(shares)
-                for (s, _), share in zip(known, shares, strict=True):
+                for (s, _), share in zip(probabilities, shares, strict=True):
                     counts[s][t] += share / total
         table = {}
         for s, row in counts.items():

@@ -80,8 +80,8 @@ def cutter(tokenize: str, token_pattern: str | None = None, accents: str = "none
         return TOKENIZERS[tokenize]
     if token_pattern is None and tokenize == "blanks":
         return lambda text: strip_accents(text, accents).split()
-    own = {"words": _WORD, "treebank": _TREEBANK}
-    find = (own[tokenize] if token_pattern is None else pattern(token_pattern)).findall
+    patterns = {"words": _WORD, "treebank": _TREEBANK}
+    find = (patterns[tokenize] if token_pattern is None else pattern(token_pattern)).findall
     return lambda text: find(strip_accents(text.lower(), accents))
 
 
@@ -129,22 +129,22 @@ def count(
         raise TermsError(f"the word {wrong!r} holds a blank, which stands between the words of an n-gram")
     document = np.repeat(np.arange(len(split)), lengths)
     if stop_words:
-        kept = np.array([w not in stop_words for w in spelled], bool)[text]
-        text, document = text[kept], document[kept]
+        wanted = np.array([w not in stop_words for w in spelled], bool)[text]
+        text, document = text[wanted], document[wanted]
     terms: list[str] = []
     columns, rows = [], []
-    grams, places, ends = spelled, text, np.arange(len(text))
+    grams, positions, ends = spelled, text, np.arange(len(text))
     for n in range(1, ngrams[1] + 1):
         if n > 1:  # numbers of the grams that end at each word: of the one before, and the word
             ends = ends[ends >= n - 1]
             ends = ends[document[ends] == document[ends - n + 1]]
-            found, _, ranks = counting.rank(places[ends - 1] * len(spelled) + text[ends])
+            found, _, ranks = counting.rank(positions[ends - 1] * len(spelled) + text[ends])
             before, last = np.divmod(found, len(spelled))
             grams = [f"{grams[a]}{between}{spelled[b]}" for a, b in zip(before.tolist(), last.tolist(), strict=True)]
-            places = np.full(len(text), counting.ABSENT)
-            places[ends] = ranks
+            positions = np.full(len(text), counting.ABSENT)
+            positions[ends] = ranks
         if n >= ngrams[0]:
-            columns.append(places[ends] + len(terms))
+            columns.append(positions[ends] + len(terms))
             rows.append(document[ends])
             terms += grams
     where = np.concatenate(rows), np.concatenate(columns)

@@ -15,7 +15,7 @@ LINE_END = b"\0"  # stands for it among words; in texts it is a blank
 LINE_FEED = 10
 NO_WORD = -1
 CUTS = (b"\n", b" ")
-PIECE = 1 << 18  # bytes at once, cut behind one of these; what they take fits the cache
+PIECE = 1 << 18  # bytes at once; what they take fits the cache
 LONGEST = 64  # bytes; longer words are looked up one by one
 BLANK = np.isin(np.arange(33), list(b"\0 \t\n\r\v\f"))
 FIRST = np.array([2 ** (8 * n) - 1 for n in range(9)], np.uint64)  # masks of so many bytes
@@ -33,9 +33,9 @@ class Numbers:
       grows: new words get numbers; else they have `NO_WORD`.
     """
 
-    def __init__(self) -> None:
-        """Knows no word."""
-        self.words, self.grows = [LINE_END], True
+    def __init__(self, piece: int = PIECE) -> None:
+        """Knows no word; `piece` bytes of a text are read at once, cut behind one of `CUTS`."""
+        self.words, self.grows, self._size = [LINE_END], True, piece
         self._numbers = np.full(1 << 10, NO_WORD, np.int32)  # of states
         self._states = 1  # 0 is none
         self._rows = np.zeros((1 << 12, 2), np.uint64)  # eight bytes (0: free); the state before, and below it the next
@@ -50,7 +50,7 @@ class Numbers:
         padded = np.frombuffer(lines + bytes(8), np.uint8)
         out, begin = [np.zeros(0, np.int32)], 0
         while begin < len(lines):
-            end = 1 + max(lines.rfind(blank, begin, begin + PIECE) for blank in CUTS)
+            end = 1 + max(lines.rfind(blank, begin, begin + self._size) for blank in CUTS)
             if not end:  # a word is longer than a piece
                 end = 1 + min(i for i in (lines.find(blank, begin) for blank in CUTS) if i >= 0)
             out.append(self._piece(lines, padded, begin, end))
@@ -109,11 +109,11 @@ class Numbers:
         if len(missing) and self._make_room(len(missing)):
             at[missing], _ = self._find(before[missing], eight[missing], self._slots(before[missing], eight[missing]))
         while len(missing):  # all write where they found room; the last one there stays, and its equals have its state
-            slots, key, own = at[missing], eight[missing], before[missing] << HALF
-            claims = own | np.arange(len(missing), dtype=np.uint64)
+            slots, key, upper = at[missing], eight[missing], before[missing] << HALF
+            claims = upper | np.arange(len(missing), dtype=np.uint64)
             self._rows[slots] = np.stack([key, claims], axis=1)
             won = np.flatnonzero(self._rows[slots, 1] == claims)
-            self._rows[slots[won], 1] = own[won] | np.arange(self._states, self._states + len(won), dtype=np.uint64)
+            self._rows[slots[won], 1] = upper[won] | np.arange(self._states, self._states + len(won), dtype=np.uint64)
             self._states += len(won)
             at[missing], states[missing] = self._find(before[missing], key, slots)
             missing = missing[states[missing] == 0]

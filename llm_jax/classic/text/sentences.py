@@ -32,18 +32,20 @@ class Reader:
       invalid: lines so far that were no UTF-8.
     """
 
-    def __init__(self, paths: Sequence[epath.PathLike], policy: str = "strict") -> None:
+    def __init__(self, paths: Sequence[epath.PathLike], policy: str = "strict", block: int = BLOCK) -> None:
         """Checks the files.
 
         Args:
           paths: of text files.
           policy: what becomes of lines that are no UTF-8: `strict` is an error, `skip` drops them, `replace` puts
-            U+FFFD in the place of what is wrong.
+            U+FFFD instead of what is wrong.
+          block: bytes read at once.
 
         Raises:
           TextError: for a missing file, no file at all, or an unknown policy.
         """
         self.paths, self.policy, self.invalid = [epath.Path(p) for p in paths], policy, 0
+        self._block = block
         if policy not in POLICIES:
             raise TextError(f"invalid={policy!r} is none of {', '.join(POLICIES)}")
         if not self.paths:
@@ -56,7 +58,7 @@ class Reader:
         for path in self.paths:
             line = 1
             try:
-                for block in _lines(TextFile(path).blocks(BLOCK)):
+                for block in _lines(TextFile(path).blocks(self._block)):
                     yield self._valid(block, path, line)
                     line += block.count(b"\n")
             except TextFileError as e:
@@ -135,12 +137,12 @@ class Vocabulary:
 
     def number(self, lines: bytes) -> np.ndarray:
         """Numbers of words between blanks, int32 `[T]`, with END for each of the line feeds, of which one ends it."""
-        numbers, own = self._of_bytes
-        return own.take(numbers.read(lines), mode="wrap")
+        numbers, words = self._of_bytes
+        return words.take(numbers.read(lines), mode="wrap")
 
     @functools.cached_property
     def _of_bytes(self) -> tuple[Numbers, np.ndarray]:
-        """(what numbers bytes, our number of each of its numbers)."""
+        """(what numbers bytes, the vocabulary's number of each of its numbers)."""
         spelled = [w.encode(errors="surrogatepass") for w in self.words]
         single = [i for i, w in enumerate(spelled) if i >= len(SPECIAL) and w.replace(LINE_END, b" ").split() == [w]]
         numbers = Numbers()
@@ -195,13 +197,13 @@ def vocabulary_of(
     new[0] = END
     counts = counts.copy()
     counts[[i for i, w in enumerate(spelled) if i == 0 or w in SPECIAL]] = 0
-    known = np.argsort(-counts, kind="stable")[: max_size if max_size is not None else len(counts)]
-    known = known[counts[known] >= max(min_count, 1)]
-    if not len(known):
+    frequent = np.argsort(-counts, kind="stable")[: max_size if max_size is not None else len(counts)]
+    frequent = frequent[counts[frequent] >= max(min_count, 1)]
+    if not len(frequent):
         less = ": take a smaller min_count" if min_count > 1 else "; special words are none"
         raise TextError(f"no word occurs min_count={min_count} times{less}")
-    new[known] = np.arange(len(known)) + len(SPECIAL)
-    return Vocabulary(spelled[i] for i in known), new
+    new[frequent] = np.arange(len(frequent)) + len(SPECIAL)
+    return Vocabulary(spelled[i] for i in frequent), new
 
 
 def check_options(vocabulary: Vocabulary | None, options: dict[str, Any]) -> None:
@@ -211,7 +213,7 @@ def check_options(vocabulary: Vocabulary | None, options: dict[str, Any]) -> Non
 
 
 def no_word(reader: Reader) -> TextError:
-    """What to raise for an empty text."""
+    """The error of a text without a word."""
     return TextError(f"{', '.join(str(p) for p in reader.paths[:3])}: no word in the corpus")
 
 

@@ -37,7 +37,7 @@ class TfIdfError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a term is, which are kept, and what a document's row says of them.
+    """What a term is, which are chosen, and what a document's row says of them.
 
     Attributes:
       tokenize: how a string becomes words: one of `TOKENIZERS`, or a function (which is not saved).
@@ -45,15 +45,15 @@ class Options:
       stop_words: taken out before n-grams are made.
       min_df: terms in fewer documents are dropped; an integer is a count, a float a share of the documents.
       max_df: terms in more documents are dropped; likewise.
-      max_features: how many terms are kept, the most frequent; among equals the first in the alphabet.
+      max_features: how many terms are chosen, the most frequent; among equals the first in the alphabet.
       binary: a term counts once a document.
-      sublinear_tf: 1 + ln(count) in the place of the count.
+      sublinear_tf: 1 + ln(count) instead of the count.
       use_idf: times ln(N / df) + 1 for N documents, of which df hold the term.
-      smooth_idf: ln((1 + N) / (1 + df)) + 1 in its place, as if one more document held every term.
+      smooth_idf: ln((1 + N) / (1 + df)) + 1 instead, as if one more document held every term.
       norm: what is one of every row, the sum of its entries (l1) or of their squares (l2), or none.
-      analyzer: what n-grams are of: `word`, or characters: `char`, `char_wb`, see `terms.count_characters`.
-      token_pattern: a regular expression in the place of `tokenize`, of lower case, see `terms.pattern`.
-      accents: what becomes of letters' marks, see `terms.strip_accents`.
+      analyzer: what n-grams are of: `word`, or characters: `char`, `char_wb`, see `document_terms.count_characters`.
+      token_pattern: a regular expression instead of `tokenize`, of lower case, see `document_terms.pattern`.
+      accents: what becomes of letters' marks, see `document_terms.strip_accents`.
     """
 
     tokenize: str | Callable[[str], Sequence[str]] = "words"
@@ -105,11 +105,11 @@ class Options:
 
 
 def _select(counts: scipy.sparse.csr_matrix, new: np.ndarray, width: int) -> scipy.sparse.csr_matrix:
-    """Columns in their new places, in order in every row; those whose place is `ABSENT` are left out."""
-    places = new[counts.indices]
-    kept = places >= 0
-    begins = np.append(0, np.cumsum(kept))[counts.indptr]
-    out = scipy.sparse.csr_matrix((counts.data[kept], places[kept], begins), (counts.shape[0], width))
+    """Counts with their columns renumbered by `new`, sorted in every row, without those that become `ABSENT`."""
+    columns = new[counts.indices]
+    chosen = columns >= 0
+    begins = np.append(0, np.cumsum(chosen))[counts.indptr]
+    out = scipy.sparse.csr_matrix((counts.data[chosen], columns[chosen], begins), (counts.shape[0], width))
     out.sort_indices()
     return out
 
@@ -127,7 +127,7 @@ def _count(documents: Iterable[Document], options: Options) -> tuple[list[str], 
 
 
 def _chosen(terms: list[str], counts: scipy.sparse.csr_matrix, options: Options) -> np.ndarray:
-    """Columns of the terms that are kept, in the alphabet's order.
+    """Columns of the terms that are chosen, in the alphabet's order.
 
     Raises:
       TfIdfError: where there is no document, no word, or no term within the limits.
@@ -137,16 +137,16 @@ def _chosen(terms: list[str], counts: scipy.sparse.csr_matrix, options: Options)
         raise TfIdfError(f"no term in {size} documents" if size else "no document")
     df = np.bincount(counts.indices, minlength=len(terms))
     least, most = (x if isinstance(x, int) else x * size for x in (options.min_df, options.max_df))
-    kept = np.flatnonzero((df >= max(least, 1)) & (df <= most))
-    kept = np.array(sorted(kept.tolist(), key=terms.__getitem__), np.int64)
+    chosen = np.flatnonzero((df >= max(least, 1)) & (df <= most))
+    chosen = np.array(sorted(chosen.tolist(), key=terms.__getitem__), np.int64)
     if options.max_features is not None:
-        often = np.bincount(counts.indices, counts.data, len(terms))[kept]
-        kept = kept[np.sort(np.argsort(-often, kind="stable")[: options.max_features])]
-    if not len(kept):
+        often = np.bincount(counts.indices, counts.data, len(terms))[chosen]
+        chosen = chosen[np.sort(np.argsort(-often, kind="stable")[: options.max_features])]
+    if not len(chosen):
         raise TfIdfError(
             f"no term is in min_df={options.min_df} to max_df={options.max_df} of {size} documents: widen the limits"
         )
-    return kept
+    return chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +179,7 @@ class TfIdf:
           options: see there.
 
         Raises:
-          TermsError: see `terms.count`.
+          TermsError: see `document_terms.count`.
           TfIdfError: where there is no document, no word, or no term within the limits.
         """
         model, counts = cls._fit(documents, options)
@@ -188,15 +188,15 @@ class TfIdf:
     @classmethod
     def _fit(cls, documents: Iterable[Document], options: Options) -> tuple["TfIdf", scipy.sparse.csr_matrix]:
         terms, counts = _count(documents, options)
-        kept = _chosen(terms, counts, options)
+        chosen = _chosen(terms, counts, options)
         new = np.full(len(terms), counting.ABSENT)
-        new[kept] = np.arange(len(kept))
-        counts = _select(counts, new, len(kept))
-        idf = np.ones(len(kept))
+        new[chosen] = np.arange(len(chosen))
+        counts = _select(counts, new, len(chosen))
+        idf = np.ones(len(chosen))
         if options.use_idf:
             more = int(options.smooth_idf)
-            idf += np.log((counts.shape[0] + more) / (np.bincount(counts.indices, minlength=len(kept)) + more))
-        return cls(options, [terms[i] for i in kept], idf), counts
+            idf += np.log((counts.shape[0] + more) / (np.bincount(counts.indices, minlength=len(chosen)) + more))
+        return cls(options, [terms[i] for i in chosen], idf), counts
 
     @functools.cached_property
     def _index(self) -> dict[str, int]:

@@ -33,11 +33,11 @@ class Words:
         """
         if tokenize not in TOKENIZERS:
             raise WordsError(f"tokenize={tokenize!r} is none of {', '.join(TOKENIZERS)}")
-        self.tokenize, known = tokenize, dict.fromkeys(w for w in words if w not in SPECIAL)
-        if not known:
+        self.tokenize, distinct = tokenize, dict.fromkeys(w for w in words if w not in SPECIAL)
+        if not distinct:
             raise WordsError("a vocabulary of no word: the texts hold none, or none often enough (min_count)")
-        self.words = [*SPECIAL, *known]
-        self.index = {w: i for i, w in enumerate(known, len(SPECIAL))}
+        self.words = [*SPECIAL, *distinct]
+        self.index = {w: i for i, w in enumerate(distinct, len(SPECIAL))}
 
     def __len__(self) -> int:
         return len(self.words)
@@ -56,8 +56,8 @@ class Words:
         longest = max(map(len, split), default=0)
         ids = np.full((len(texts), max(1, min(longest, limit))), PAD, np.int32)
         for row, found in zip(ids, split, strict=True):
-            kept = [self.index.get(w, UNKNOWN) for w in found[:limit]]
-            row[: len(kept)] = kept
+            rows = [self.index.get(w, UNKNOWN) for w in found[:limit]]
+            row[: len(rows)] = rows
         return ids, sum(len(found) > limit for found in split)
 
 

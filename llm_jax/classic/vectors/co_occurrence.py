@@ -1,6 +1,6 @@
 """Words as rows of numbers: one-hot, counts of the words around them, PPMI and SVD of those.
 
-A word's context vector is its row of `cooccurrences`. Counts of texts beyond memory are in `streamed_counts`.
+A word's context vector is its row of `cooccurrences`. Counts of texts beyond memory are in `streamed_co_occurrence`.
 
 Sources: Church and Hanks 1990 (PMI); Levy, Goldberg and Dagan 2015, "Improving Distributional Similarity with Lessons
 Learned from Word Embeddings", https://aclanthology.org/Q15-1016 (shift, smoothing, exponent).
@@ -53,12 +53,12 @@ class Window:
 
     @property
     def bits(self) -> int:
-        """Of a word's number."""
+        """Bits of a word's number."""
         return (self.size - 1).bit_length()
 
     @property
     def distance_bits(self) -> int:
-        """Of a distance."""
+        """Bits of a distance in a pair's key."""
         return 0 if self.weighting == "flat" else self.width.bit_length()
 
     def keys(self, text: np.ndarray, symmetric: bool) -> Iterator[np.ndarray]:
@@ -72,10 +72,10 @@ class Window:
         if text.min() < 0 or text.max() >= self.size:
             raise CountsError(f"words {text.min()} to {text.max()} are not all in the vocabulary of size={self.size}")
         at = np.arange(len(text), dtype=np.int32 if len(text) < 2**31 else np.int64)
-        known = text >= len(SPECIAL)
-        since = np.where(known, at - np.maximum.accumulate(np.where(text == BEGIN, at, 0)), 0)  # words since <s>
+        is_word = text >= len(SPECIAL)
+        since = np.where(is_word, at - np.maximum.accumulate(np.where(text == BEGIN, at, 0)), 0)  # words since <s>
         for distance in range(1, min(self.width, int(since.max()) - 1) + 1):
-            here = (since[distance:] > distance) & known[:-distance]
+            here = (since[distance:] > distance) & is_word[:-distance]
             row, column = text[:-distance][here], text[distance:][here]
             if symmetric:
                 row, column = np.minimum(row, column), np.maximum(row, column)

@@ -16,7 +16,9 @@ from etils import epath
 from llm_jax.classic.vectors.word_vectors import EPSILON, VectorsError, WordVectors, combine
 from llm_jax.storage.text_files import TextFile, TextFileError
 
-ROWS, QUESTIONS = 4096, 64  # of scores at once: 1 MiB, which a cache holds
+BLOCK = (4096, 64)  # words and questions whose scores are computed at once: 1 MiB, which a cache holds
+
+SIMILARITY_SETS = {"wordsim353": "wordsim353.tsv", "simlex999": "simlex999.txt"}
 
 Pair = tuple[str, str, float]
 Question = tuple[str, str, str, str]
@@ -166,14 +168,16 @@ def evaluate_similarity(
       VectorsError: for a `limit` below 1.
     """
     rows, spell = _rows_by_spelling(vectors, limit, ignore_case), _spelling(ignore_case)
-    known = [(rows[spell(a)][0], rows[spell(b)][0], s) for a, b, s in pairs if spell(a) in rows and spell(b) in rows]
-    missing = len(pairs) - len(known)
-    if len(known) < 2:
-        return Likeness(math.nan, math.nan, len(known), missing)
-    a, b, scores = (np.array(x) for x in zip(*known, strict=True))
+    asked_rows = [
+        (rows[spell(a)][0], rows[spell(b)][0], s) for a, b, s in pairs if spell(a) in rows and spell(b) in rows
+    ]
+    missing = len(pairs) - len(asked_rows)
+    if len(asked_rows) < 2:
+        return Likeness(math.nan, math.nan, len(asked_rows), missing)
+    a, b, scores = (np.array(x) for x in zip(*asked_rows, strict=True))
     cosines = (vectors.unit[a].astype(float) * vectors.unit[b]).sum(1)
     ranks = [scipy.stats.rankdata(x) for x in (cosines, scores)]
-    return Likeness(_correlation(*ranks), _correlation(cosines, scores), len(known), missing)
+    return Likeness(_correlation(*ranks), _correlation(cosines, scores), len(asked_rows), missing)
 
 
 def evaluate_analogies(
@@ -183,6 +187,7 @@ def evaluate_analogies(
     limit: int | None = None,
     ignore_case: bool = True,
     epsilon: float = EPSILON,
+    block: tuple[int, int] = BLOCK,
 ) -> Analogies:
     """Counts the analogies whose fourth word scores highest, the other three set aside.
 
@@ -193,20 +198,21 @@ def evaluate_analogies(
       limit: only so many words are known and may be answers, the first.
       ignore_case: words that differ in case are one.
       epsilon: of 3CosMul.
+      block: words and questions whose scores are computed at once.
 
     Raises:
       VectorsError: for an unknown method, or a `limit` below 1.
     """
     rows, spell = _rows_by_spelling(vectors, limit, ignore_case), _spelling(ignore_case)
-    known: list[list[list[int]]] = []  # of each question, of its words: rows
+    asked_rows: list[list[list[int]]] = []  # of each question, of its words: rows
     names: list[str] = []
     for name, questions in sections.items():
         found = [[rows[spell(w)] for w in q] for q in questions if all(spell(w) in rows for w in q)]
-        known += found
+        asked_rows += found
         names += [name] * len(found)
-    answers = _answers(vectors.unit[:limit], known, method, epsilon)
+    answers = _answers(vectors.unit[:limit], asked_rows, method, epsilon, block)
     correct, asked = collections.Counter[str](), collections.Counter(names)
-    for name, question, answer in zip(names, known, answers.tolist(), strict=True):
+    for name, question, answer in zip(names, asked_rows, answers.tolist(), strict=True):
         correct[name] += answer in question[3]
     counted = {name: Accuracy(correct[name], asked[name], len(sections[name]) - asked[name]) for name in sections}
 
@@ -217,23 +223,71 @@ def evaluate_analogies(
     return Analogies(total(lambda _: True), total(lambda x: not is_syntactic(x)), total(is_syntactic), counted)
 
 
-def _answers(unit: np.ndarray, known: Sequence[Sequence[list[int]]], method: str, epsilon: float) -> np.ndarray:
+class Quality(NamedTuple):
+    """How good vectors are on the sets of a folder.
+
+    Attributes:
+      similarity: by the name of the set.
+      analogies: of questions-words.txt.
+    """
+
+    similarity: dict[str, Likeness]
+    analogies: Analogies
+
+    def to_dict(self) -> dict[str, float | None]:
+        """JSON-ready: Spearman's correlations and the share of analogies, None where there is none."""
+        numbers = {name: like.spearman for name, like in self.similarity.items()}
+        numbers["analogies"] = self.analogies.total.share
+        return {name: None if math.isnan(x) else x for name, x in numbers.items()}
+
+
+def evaluate(
+    vectors: WordVectors, folder: epath.PathLike, method: str = "3cosadd", limit: int | None = None
+) -> Quality:
+    """Measures vectors on the files of `SIMILARITY_SETS` and on questions-words.txt.
+
+    Args:
+      vectors: of the words.
+      folder: of the files.
+      method: see `WordVectors.analogy`.
+      limit: words that may be answers of analogies, the first.
+
+    Raises:
+      VectorsError: for missing files, and what `evaluate_analogies` refuses.
+    """
+    folder = epath.Path(folder)
+    pairs = {name: read_pairs(folder / file) for name, file in SIMILARITY_SETS.items()}
+    similarity = {name: evaluate_similarity(vectors, p) for name, p in pairs.items()}
+    questions = read_questions(folder / "questions-words.txt")
+    return Quality(similarity, evaluate_analogies(vectors, questions, method, limit))
+
+
+def _answers(
+    unit: np.ndarray,
+    asked_rows: Sequence[Sequence[list[int]]],
+    method: str,
+    epsilon: float,
+    block: tuple[int, int],
+) -> np.ndarray:
     """The row of the best answer to each question, `[Q]`.
 
     Few words are asked about again and again, so that cosines are computed once per word and not per question.
     """
-    asked = np.array([[rows[0] for rows in q[:3]] for q in known], int).reshape(-1, 3)
-    words, places = np.unique(asked, return_inverse=True)
-    places = places.reshape(asked.shape)
-    barred = np.array([(i, row) for i, q in enumerate(known) for rows in q[:3] for row in rows], int).reshape(-1, 2)
-    best, best_scores = np.zeros(len(known), int), np.full(len(known), -np.inf, np.float32)
-    for first in range(0, len(unit), ROWS):
-        cosines = unit[words] @ unit[first : first + ROWS].T
-        inside = barred[(barred[:, 1] >= first) & (barred[:, 1] < first + ROWS)]
-        for begin in range(0, len(known), QUESTIONS):
-            now = slice(begin, begin + QUESTIONS)
-            scores = combine(*(cosines[places[now, k]] for k in range(3)), method, epsilon)
-            lo, hi = np.searchsorted(inside[:, 0], (begin, begin + QUESTIONS))
+    asked = np.array([[rows[0] for rows in q[:3]] for q in asked_rows], int).reshape(-1, 3)
+    words, positions = np.unique(asked, return_inverse=True)
+    positions = positions.reshape(asked.shape)
+    barred = np.array([(i, row) for i, q in enumerate(asked_rows) for rows in q[:3] for row in rows], int).reshape(
+        -1, 2
+    )
+    rows_at_once, questions_at_once = block
+    best, best_scores = np.zeros(len(asked_rows), int), np.full(len(asked_rows), -np.inf, np.float32)
+    for first in range(0, len(unit), rows_at_once):
+        cosines = unit[words] @ unit[first : first + rows_at_once].T
+        inside = barred[(barred[:, 1] >= first) & (barred[:, 1] < first + rows_at_once)]
+        for begin in range(0, len(asked_rows), questions_at_once):
+            now = slice(begin, begin + questions_at_once)
+            scores = combine(*(cosines[positions[now, k]] for k in range(3)), method, epsilon)
+            lo, hi = np.searchsorted(inside[:, 0], (begin, begin + questions_at_once))
             scores[inside[lo:hi, 0] - begin, inside[lo:hi, 1] - first] = -np.inf
             top = scores.argmax(1)
             top_scores = scores[np.arange(len(top)), top]

@@ -41,7 +41,7 @@ def shares(counts: np.ndarray, exponent: float = 0.75) -> np.ndarray:
 
 
 def cumulative(counts: np.ndarray, exponent: float = 0.75) -> np.ndarray:
-    """Its sums, scaled to end at 2**31 - 1: int32 `[V]`."""
+    """Sums of the noise distribution, scaled to end at 2**31 - 1: int32 `[V]`."""
     return np.round(np.cumsum(shares(counts, exponent)) * TOP).astype(np.int32)
 
 

@@ -30,7 +30,7 @@ class Coverage(NamedTuple):
 
     @property
     def share(self) -> float:
-        """Of the words."""
+        """Share of the words that have a vector."""
         return self.found / self.words
 
 

@@ -38,12 +38,12 @@ def band(sentences: jax.Array, windows: jax.Array) -> jax.Array:
     reach = (width - length) // 2
     distance = jnp.abs(jnp.arange(length)[:, None] + reach - jnp.arange(width)[None, :])
     near = (distance > 0) & (distance <= windows[:, None])
-    own = sentences[reach : reach + length, None]
-    return (near & (own == sentences[None, :]) & (own >= 0)).astype(jnp.float32)
+    centre = sentences[reach : reach + length, None]
+    return (near & (centre == sentences[None, :]) & (centre >= 0)).astype(jnp.float32)
 
 
 def draw_windows(key: jax.Array, shape: tuple[int, ...], reach: int, dynamic: bool) -> jax.Array:
-    """Of every centre, int32: from 1 to `reach` alike where they are dynamic, so that near words count more."""
+    """Windows of centres, int32: from 1 to `reach` alike where they are dynamic, so that near words count more."""
     if not dynamic:
         return jnp.full(shape, reach, jnp.int32)
     return jax.random.randint(key, shape, 1, reach + 1, jnp.int32)

@@ -13,8 +13,6 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from llm_jax.classic.vectors.word2vec import Word2VecConfig
 
-PIECE = 1 << 20  # words whose fate is drawn together
-
 
 class Windows:
     """An iterator over the batches of `word2vec.run_blocks`.
@@ -25,7 +23,14 @@ class Windows:
     """
 
     def __init__(
-        self, config: Word2VecConfig, text: np.ndarray, sentences: np.ndarray, keep: np.ndarray, epochs: int, seed: int
+        self,
+        config: Word2VecConfig,
+        text: np.ndarray,
+        sentences: np.ndarray,
+        keep: np.ndarray,
+        epochs: int,
+        seed: int,
+        piece_size: int = 1 << 20,
     ) -> None:
         """Draws once through all epochs, to count what stays.
 
@@ -36,12 +41,13 @@ class Windows:
           keep: probability of each word to stay, `[V]`.
           epochs: times through the text.
           seed: of what stays.
+          piece_size: words whose fate is drawn together.
 
         Raises:
           ValueError: where no word stays, or no sentence has two words.
         """
         self.config, self.text, self.sentences, self.keep, self.seed = config, text, sentences, keep, seed
-        self.pieces = -(-len(text) // PIECE)
+        self.piece_size, self.pieces = piece_size, -(-len(text) // piece_size)
         if not len(text):
             raise ValueError("no word of the text is in the vocabulary: take a smaller min_count")
         edges = np.flatnonzero(np.diff(sentences)) + 1
@@ -62,8 +68,8 @@ class Windows:
         self._next: tuple[int, Future[dict[str, np.ndarray]]] | None = None
 
     def _ids(self, piece: int) -> tuple[np.ndarray, slice]:
-        begin = piece % self.pieces * PIECE
-        part = slice(begin, begin + PIECE)
+        begin = piece % self.pieces * self.piece_size
+        part = slice(begin, begin + self.piece_size)
         return self.text[part], part
 
     def _stays(self, piece: int) -> np.ndarray:
@@ -95,7 +101,7 @@ class Windows:
         return words, sentences
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        """Itself."""
+        """The iterator itself."""
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:

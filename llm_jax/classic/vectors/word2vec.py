@@ -12,6 +12,7 @@ et al. 2016, https://arxiv.org/abs/1604.04661.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,8 @@ import numpy as np
 
 from llm_jax.classic.vectors import huffman, noise
 from llm_jax.classic.vectors.tiles import Tiles, band, draw_windows
+from llm_jax.nn.output import choice_loss, logistic_loss
+from llm_jax.nn.protocols import Batch
 
 ARCHITECTURES = ("skip_gram", "cbow")
 LOSSES = ("negative_sampling", "hierarchical", "sampled", "full")
@@ -84,21 +87,21 @@ class Word2VecConfig:
 
     @property
     def length(self) -> int:
-        """L."""
+        """L, centre words of a tile."""
         return self.tile or min(8 if self.loss == "hierarchical" else 32, self.block)
 
     @property
     def draws(self) -> int:
-        """S."""
+        """S, words drawn for a tile."""
         return self.shared or (32 if self.architecture == "cbow" else 64)
 
     @property
     def tiles(self) -> int:
-        """B, of a block."""
+        """B, tiles of a block."""
         return self.block // self.length
 
 
-class Known(NamedTuple):
+class Lookup(NamedTuple):
     """What the vocabulary's counts tell, on the device.
 
     Attributes:
@@ -114,16 +117,16 @@ class Known(NamedTuple):
     signs: Any = None
 
 
-def known(config: Word2VecConfig, counts: np.ndarray) -> Known:
-    """For a vocabulary of `counts`, `[V]`."""
+def make_lookup(config: Word2VecConfig, counts: np.ndarray) -> Lookup:
+    """Tables for a vocabulary whose words occur `counts` times, `[V]`."""
     if config.loss == "hierarchical":
         tree = huffman.paths(counts)
-        return Known(nodes=jnp.asarray(tree.nodes), signs=jnp.asarray(tree.signs))
+        return Lookup(nodes=jnp.asarray(tree.nodes), signs=jnp.asarray(tree.signs))
     if config.loss == "full":
-        return Known(log_expected=jnp.zeros(len(counts)))
+        return Lookup(log_expected=jnp.zeros(len(counts)))
     q, drawn = noise.shares(counts, config.exponent), jnp.asarray(noise.cumulative(counts, config.exponent))
     expected = jnp.asarray(np.log(config.draws * q), jnp.float32) if config.loss == "sampled" else None
-    return Known(drawn, expected)
+    return Lookup(drawn, expected)
 
 
 def init(config: Word2VecConfig, size: int, key: jax.Array) -> dict[str, jax.Array]:
@@ -147,23 +150,25 @@ class Touched(NamedTuple):
     drawn: Any
 
 
-def touched(config: Word2VecConfig, tiles: Tiles, drawn: Any, known: Known) -> Touched:
-    """Finds them; `drawn` as there, of full found too."""
+def touched(config: Word2VecConfig, tiles: Tiles, drawn: Any, lookup: Lookup) -> Touched:
+    """The rows that tiles touch; `drawn` are the words drawn for them, but for `full`, which draws all words."""
     of_tree = config.loss == "hierarchical"
     if config.loss == "full":
-        drawn = jnp.arange(len(known.log_expected))
-    return Touched(tiles.words, known.nodes[tiles.centres] if of_tree else tiles.centres, drawn)
+        drawn = jnp.arange(len(lookup.log_expected))
+    return Touched(tiles.words, lookup.nodes[tiles.centres] if of_tree else tiles.centres, drawn)
 
 
 class _Scores(NamedTuple):
-    """Products of a tile's rows, K predictors a centre: all contexts of the tile (skip-gram), or (K = 1) its own mean.
+    """Products of a tile's rows.
+
+    A centre has K predictors: all contexts of the tile (skip-gram), or one, the mean of its contexts (CBOW).
 
     Attributes:
-      own: of centres `[L, K]`, or of their nodes `[L, P, K]`, with their predictors.
+      centre: of centres `[L, K]`, or of their nodes `[L, P, K]`, with their predictors.
       drawn: of predictors with drawn words: `[K, S]`, of means `[L, S]`; None without.
     """
 
-    own: jax.Array
+    centre: jax.Array
     drawn: Any
 
 
@@ -187,28 +192,19 @@ def _predictors(config: Word2VecConfig, context_MD: jax.Array, band_LM: jax.Arra
 def _scores(config: Word2VecConfig, h: jax.Array, rows: Touched) -> _Scores:
     x = rows.predicted
     if not _is_mean(config):
-        own = (x.reshape(-1, config.size) @ h.T).reshape(*x.shape[:-1], len(h))
+        centre = (x.reshape(-1, config.size) @ h.T).reshape(*x.shape[:-1], len(h))
     elif config.loss == "hierarchical":
-        own = jnp.sum(x * h[:, None, :], axis=-1, keepdims=True)
+        centre = jnp.sum(x * h[:, None, :], axis=-1, keepdims=True)
     else:
-        own = jnp.sum(x * h, axis=-1, keepdims=True)
-    return _Scores(own, None if rows.drawn is None else h @ rows.drawn.T)
-
-
-@jax.custom_jvp
-def _softplus(x: jax.Array) -> jax.Array:
-    """With a slope of one exponential, where JAX's takes the softplus itself."""
-    return jax.nn.softplus(x)
-
-
-_softplus.defjvps(lambda dx, _, x: jax.nn.sigmoid(x) * dx)
+        centre = jnp.sum(x * h, axis=-1, keepdims=True)
+    return _Scores(centre, None if rows.drawn is None else h @ rows.drawn.T)
 
 
 def _logistic(config: Word2VecConfig, scores: _Scores, weights_LK: jax.Array, against_LS: jax.Array) -> jax.Array:
     """Negative sampling; a drawn word stands for `negatives` / S of each pair that it is not the centre of."""
     counts = weights_LK * against_LS if _is_mean(config) else _turned(weights_LK) @ against_LS
-    against = config.negatives / config.draws * jnp.sum(counts * _softplus(scores.drawn))
-    return jnp.sum(weights_LK * _softplus(-scores.own)) + against
+    against = config.negatives / config.draws * jnp.sum(counts * logistic_loss(-scores.drawn))
+    return jnp.sum(weights_LK * logistic_loss(scores.centre)) + against
 
 
 def _softmax(
@@ -216,7 +212,7 @@ def _softmax(
     scores: _Scores,
     weights_LK: jax.Array,
     against_LS: jax.Array,
-    own_q_L: jax.Array,
+    centre_q_L: jax.Array,
     drawn_q_S: jax.Array,
 ) -> jax.Array:
     """Softmax of a centre among itself and the drawn words that it is not."""
@@ -229,29 +225,29 @@ def _softmax(
         others_LK, top_LK = _turned(powers @ against_LS.T), top.T
     alone = others_LK <= 0  # no drawn word but itself
     rest = jnp.where(alone, -jnp.inf, jnp.log(jnp.where(alone, 1, others_LK)) + top_LK)
-    own = scores.own - own_q_L[:, None]
-    return jnp.sum(jnp.where(weights_LK > 0, jnp.logaddexp(own, rest) - own, 0))
+    centre = scores.centre - centre_q_L[:, None]
+    return jnp.sum(jnp.where(weights_LK > 0, choice_loss(centre, rest), 0))
 
 
 def _tree(scores: _Scores, weights_LK: jax.Array, signs_LP: jax.Array) -> jax.Array:
     """One logistic decision a node."""
     signs = signs_LP[:, :, None]
-    return jnp.sum(weights_LK[:, None, :] * jnp.abs(signs) * _softplus(-signs * scores.own))
+    return jnp.sum(weights_LK[:, None, :] * jnp.abs(signs) * logistic_loss(signs * scores.centre))
 
 
 def _loss(
-    config: Word2VecConfig, scores: _Scores, weights_LK: jax.Array, centres_L: jax.Array, drawn_S: Any, known: Known
+    config: Word2VecConfig, scores: _Scores, weights_LK: jax.Array, centres_L: jax.Array, drawn_S: Any, lookup: Lookup
 ) -> jax.Array:
     if config.loss == "hierarchical":
-        return _tree(scores, weights_LK, known.signs[centres_L])
+        return _tree(scores, weights_LK, lookup.signs[centres_L])
     against_LS = (drawn_S[None, :] != centres_L[:, None]).astype(jnp.float32)
     if config.loss == "negative_sampling":
         return _logistic(config, scores, weights_LK, against_LS)
-    own_q, drawn_q = known.log_expected[centres_L], known.log_expected[drawn_S]
+    own_q, drawn_q = lookup.log_expected[centres_L], lookup.log_expected[drawn_S]
     return _softmax(config, scores, weights_LK, against_LS, own_q, drawn_q)
 
 
-def loss(config: Word2VecConfig, rows: Touched, tile: Tiles, drawn_S: Any, known: Known) -> jax.Array:
+def loss(config: Word2VecConfig, rows: Touched, tile: Tiles, drawn_S: Any, lookup: Lookup) -> jax.Array:
     """Sum over all pairs of one tile.
 
     Args:
@@ -259,54 +255,56 @@ def loss(config: Word2VecConfig, rows: Touched, tile: Tiles, drawn_S: Any, known
       rows: vectors of what it touches: `[M, D]`; `[L, D]` or `[L, P, D]`; `[S, D]`.
       tile: words `[M]`, near `[L, M]`.
       drawn_S: which words were drawn.
-      known: see `Known`.
+      lookup: see `Lookup`.
     """
     h, weights_LK = _predictors(config, rows.context, tile.near)
-    return _loss(config, _scores(config, h, rows), weights_LK, tile.centres, drawn_S, known)
+    return _loss(config, _scores(config, h, rows), weights_LK, tile.centres, drawn_S, lookup)
 
 
-def gradient(config: Word2VecConfig, rows: Touched, tile: Tiles, drawn_S: Any, known: Known) -> Touched:
-    """Of `loss`, by rows; but that of a mean goes undivided to its words, as the program and gensim have it.
+def gradient(config: Word2VecConfig, rows: Touched, tile: Tiles, drawn_S: Any, lookup: Lookup) -> Touched:
+    """The gradient of `loss`, by rows; that of a mean goes undivided to its words, as the program and gensim have it.
 
     Only the slopes of scores are left to autodiff, whose products of rows have their first factor across (`_turned`).
     """
     h, weights_LK = _predictors(config, rows.context, tile.near)
     scores = _scores(config, h, rows)
-    slopes = jax.grad(lambda s: _loss(config, s, weights_LK, tile.centres, drawn_S, known))(scores)
+    slopes = jax.grad(lambda s: _loss(config, s, weights_LK, tile.centres, drawn_S, lookup))(scores)
     x = rows.predicted
     if not _is_mean(config):
-        own = slopes.own.reshape(-1, len(h))
-        d_x, d_h = (own @ h).reshape(x.shape), _turned(own) @ x.reshape(-1, config.size)
+        centre = slopes.centre.reshape(-1, len(h))
+        d_x, d_h = (centre @ h).reshape(x.shape), _turned(centre) @ x.reshape(-1, config.size)
     elif config.loss == "hierarchical":
-        d_x, d_h = slopes.own * h[:, None, :], jnp.sum(slopes.own * x, axis=1)
+        d_x, d_h = slopes.centre * h[:, None, :], jnp.sum(slopes.centre * x, axis=1)
     else:
-        d_x, d_h = slopes.own * h, slopes.own * x
+        d_x, d_h = slopes.centre * h, slopes.centre * x
     d_drawn = None
     if rows.drawn is not None:
         d_h, d_drawn = d_h + slopes.drawn @ rows.drawn, _turned(slopes.drawn) @ h
     return Touched(_turned(tile.near) @ d_h if _is_mean(config) else d_h, d_x, d_drawn)
 
 
-def terms(config: Word2VecConfig, tile: Tiles, drawn_S: Any, known: Known) -> Touched:
+def terms(config: Word2VecConfig, tile: Tiles, drawn_S: Any, lookup: Lookup) -> Touched:
     """How many terms of a tile's loss each row stands in: `[M]`; `[L]` or `[L, P]`; `[S]`; a share of a mean as one."""
     near_LM, pairs_L = tile.near, jnp.sum(tile.near, axis=-1)
     if _is_mean(config):
         near_LM, pairs_L = near_LM / jnp.maximum(pairs_L, 1)[:, None], jnp.minimum(pairs_L, 1)
     if config.loss == "hierarchical":
-        steps_LP = jnp.abs(known.signs[tile.centres])
+        steps_LP = jnp.abs(lookup.signs[tile.centres])
         return Touched(jnp.sum(steps_LP, axis=-1) @ near_LM, steps_LP * pairs_L[:, None], None)
     logistic = config.loss == "negative_sampling"
     each = 1 + config.negatives if logistic else 2  # of a softmax: its label, and the rest
     drawn = jnp.sum(pairs_L) * (config.negatives if logistic else 1) / len(drawn_S)
-    own_L = pairs_L if logistic else 2 * pairs_L
-    return Touched(each * jnp.sum(near_LM, axis=0), own_L, jnp.full(len(drawn_S), drawn))
+    centre_L = pairs_L if logistic else 2 * pairs_L
+    return Touched(each * jnp.sum(near_LM, axis=0), centre_L, jnp.full(len(drawn_S), drawn))
 
 
-def over_tiles(function: Any, config: Word2VecConfig, rows: Touched, tiles: Tiles, at: Touched, known: Known) -> Any:
+def over_tiles(
+    function: Callable[..., Any], config: Word2VecConfig, rows: Touched, tiles: Tiles, at: Touched, lookup: Lookup
+) -> Any:
     """`loss` or `gradient` of every tile of a block, `[B, ...]` each."""
     drawn_axis = 0 if at.drawn is not None and at.drawn.ndim == 2 else None
     row_axes = jax.tree.map(lambda _: 0, rows)._replace(drawn=drawn_axis)
-    each = lambda rows, tile, drawn: function(config, rows, tile, drawn, known)
+    each = lambda rows, tile, drawn: function(config, rows, tile, drawn, lookup)
     return jax.vmap(each, (row_axes, 0, drawn_axis))(rows, tiles, at.drawn)
 
 
@@ -317,13 +315,13 @@ def rows_of(tables: dict[str, jax.Array], at: Touched) -> Touched:
 
 
 def update(
-    config: Word2VecConfig, tables: dict[str, jax.Array], tiles: Tiles, at: Touched, known: Known, rate: jax.Array
+    config: Word2VecConfig, tables: dict[str, jax.Array], tiles: Tiles, at: Touched, lookup: Lookup, rate: jax.Array
 ) -> dict[str, jax.Array]:
     """A step of gradient descent on the rows that a block touches."""
     context, predicted = tables["context"], tables["predicted"]
     rows = rows_of(tables, at)
     counted = lambda config, rows, *tile: terms(config, *tile)
-    grads, counts = (over_tiles(f, config, rows, tiles, at, known) for f in (gradient, counted))
+    grads, counts = (over_tiles(f, config, rows, tiles, at, lookup) for f in (gradient, counted))
     if config.loss == "full":  # all tiles drew the same words
         grads, counts = (x._replace(drawn=jnp.sum(x.drawn, axis=0)) for x in (grads, counts))
 
@@ -341,7 +339,7 @@ def update(
     return {"context": context, "predicted": descend(predicted, *chosen)}
 
 
-def draw(config: Word2VecConfig, key: jax.Array, known: Known, shape: tuple[int, ...]) -> tuple[jax.Array, Any]:
+def draw(config: Word2VecConfig, key: jax.Array, lookup: Lookup, shape: tuple[int, ...]) -> tuple[jax.Array, Any]:
     """(windows of centres, int32 `[..., L]`; words for tiles, `[..., S]`, if any are drawn) for tiles of `shape`.
 
     All of a step's at once: a device draws few numbers in as much time as many.
@@ -350,17 +348,19 @@ def draw(config: Word2VecConfig, key: jax.Array, known: Known, shape: tuple[int,
     windows = draw_windows(window_key, (*shape, config.length), config.window, config.dynamic)
     if config.loss in ("hierarchical", "full"):
         return windows, None
-    return windows, noise.draw(draw_key, known.cumulative, (*shape, config.draws))
+    return windows, noise.draw(draw_key, lookup.cumulative, (*shape, config.draws))
 
 
-def mean_loss(config: Word2VecConfig, tables: dict[str, jax.Array], tiles: Tiles, at: Touched, known: Known) -> Any:
-    """Of a pair."""
+def mean_loss(
+    config: Word2VecConfig, tables: dict[str, jax.Array], tiles: Tiles, at: Touched, lookup: Lookup
+) -> jax.Array:
+    """The mean loss of a pair over the tiles of a block."""
     pairs = jnp.sum(jnp.any(tiles.near > 0, axis=-1) if _is_mean(config) else tiles.near)
-    return jnp.sum(over_tiles(loss, config, rows_of(tables, at), tiles, at, known)) / jnp.maximum(pairs, 1)
+    return jnp.sum(over_tiles(loss, config, rows_of(tables, at), tiles, at, lookup)) / jnp.maximum(pairs, 1)
 
 
 def run_blocks(
-    config: Word2VecConfig, tables: dict[str, jax.Array], batch: Any, key: jax.Array, known: Known, rates: jax.Array
+    config: Word2VecConfig, tables: dict[str, jax.Array], batch: Batch, key: jax.Array, lookup: Lookup, rates: jax.Array
 ) -> tuple[dict[str, jax.Array], jax.Array]:
     """A step: its blocks one after the other.
 
@@ -369,19 +369,19 @@ def run_blocks(
       tables: see `init`.
       batch: `words` and `sentences`, int32 `[blocks, B, M]`; M may be less than L + 2 W where sentences are short.
       key: of what is drawn.
-      known: see `Known`.
+      lookup: see `Lookup`.
       rates: learning rate of each block.
 
     Returns:
       (new tables; mean loss of a pair of the first block, before its step).
     """
-    windows, drawn = draw(config, key, known, batch["words"].shape[:2])
+    windows, drawn = draw(config, key, lookup, batch["words"].shape[:2])
 
     def block(words, sentences, windows, drawn):
         tiles = Tiles(words, jax.lax.optimization_barrier(band(sentences, windows)))
-        return tiles, touched(config, tiles, drawn, known)
+        return tiles, touched(config, tiles, drawn, lookup)
 
     xs = batch["words"], batch["sentences"], windows, drawn
-    value = mean_loss(config, tables, *block(*jax.tree.map(lambda x: x[0], xs)), known)
-    step = lambda tables, x: (update(config, tables, *block(*x[0]), known, x[1]), None)
+    value = mean_loss(config, tables, *block(*jax.tree.map(lambda x: x[0], xs)), lookup)
+    step = lambda tables, x: (update(config, tables, *block(*x[0]), lookup, x[1]), None)
     return jax.lax.scan(step, tables, (xs, rates))[0], value

@@ -11,7 +11,7 @@ import numpy as np
 
 METHODS = ("3cosadd", "3cosmul")
 EPSILON = 1e-3  # of the paper; gensim has 1e-6
-SCORES = 1 << 24  # at most so many at once
+SCORES = 1 << 24  # that are computed at once
 
 
 class VectorsError(ValueError):
@@ -93,7 +93,11 @@ class WordVectors:
         return self.search(np.asarray(query)[None], top, [exclude])[0]
 
     def search(
-        self, queries: np.ndarray, top: int = 10, exclude: Sequence[Collection[str]] | None = None
+        self,
+        queries: np.ndarray,
+        top: int = 10,
+        exclude: Sequence[Collection[str]] | None = None,
+        max_scores: int = SCORES,
     ) -> list[list[tuple[str, float]]]:
         """`nearest` of many vectors at once.
 
@@ -101,6 +105,7 @@ class WordVectors:
           queries: `[Q, D]`.
           top: how many at most, each.
           exclude: words that are not wanted, for each query.
+          max_scores: computed at once.
 
         Raises:
           VectorsError: for queries of another width or not finite, or `top` below 1.
@@ -110,7 +115,7 @@ class WordVectors:
             raise VectorsError(f"queries {queries.shape}: expected finite vectors of {self.matrix.shape[1]} numbers")
         norms = np.linalg.norm(queries, axis=1, keepdims=True)
         queries = queries / np.where(norms > 0, norms, 1)
-        found, step = [], max(SCORES // len(self), 1)
+        found, step = [], max(max_scores // len(self), 1)
         for begin in range(0, len(queries), step):
             scores = queries[begin : begin + step] @ self.unit.T
             for i, row in enumerate(scores, start=begin):

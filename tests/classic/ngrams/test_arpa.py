@@ -167,10 +167,9 @@ def test_an_interrupted_file_leaves_the_one_before(model, tmp_path, monkeypatch)
     assert [p.name for p in tmp_path.iterdir() if "model" in p.name] == ["model.arpa"] and path.read_bytes() == before
 
 
-def test_files_in_chunks_are_the_same(model, tmp_path, monkeypatch):
+def test_files_in_chunks_are_the_same(model, tmp_path):
     arpa.write(model[0], tmp_path / "whole.arpa")
-    monkeypatch.setattr(arpa, "CHUNK", 3)
-    arpa.write(model[0], tmp_path / "chunks.arpa", progress=True)
+    arpa.write(model[0], tmp_path / "chunks.arpa", progress=True, chunk=3)
     assert (tmp_path / "chunks.arpa").read_bytes() == (tmp_path / "whole.arpa").read_bytes()
     again = arpa.read(tmp_path / "chunks.arpa", progress=True)
     assert [len(k) for k in again.keys] == [len(k) for k in model[0].keys]

@@ -13,17 +13,14 @@ from llm_jax.storage import digests
 
 
 @pytest.mark.parametrize("block, span, workers", [(40, 2, 1), (40, 1 << 22, 1), (1 << 23, 8, 1), (40, 4, 2)])
-def test_equals_counting_in_memory(tmp_path, monkeypatch, block, span, workers):
-    monkeypatch.setattr(sentences, "BLOCK", block)
-    monkeypatch.setattr(streaming, "RANGE", span)
-    monkeypatch.setattr(streaming, "SAMPLE", 2)
+def test_equals_counting_in_memory(tmp_path, block, span, workers):
     (tmp_path / "text.txt").write_text("\n" + TEXT * 3)
-    reader = sentences.Reader([tmp_path / "text.txt"])
+    reader = sentences.Reader([tmp_path / "text.txt"], block=block)
     vocabulary, text = sentences.read(reader, min_count=4)
     want = counting.count(text, len(vocabulary), 4)
     again, ends = streaming.write_text(reader, tmp_path, min_count=4)
     assert again.words == vocabulary.words and (len(ends) > 2) == (block == 40)
-    got = streaming.count(tmp_path, len(vocabulary), 4, ends, workers)
+    got = streaming.count(tmp_path, len(vocabulary), 4, ends, workers, ranges=streaming.Merge(span, 2))
     for name in ("keys", "counts", "suffixes"):
         for a, b in zip(getattr(got, name), getattr(want, name), strict=True):
             np.testing.assert_array_equal(a, b)
@@ -31,10 +28,9 @@ def test_equals_counting_in_memory(tmp_path, monkeypatch, block, span, workers):
     np.testing.assert_array_equal(ours.log_prob(text), theirs.log_prob(text))
 
 
-def test_a_given_vocabulary(tmp_path, monkeypatch):
-    monkeypatch.setattr(sentences, "BLOCK", 40)
+def test_a_given_vocabulary(tmp_path):
     (tmp_path / "text.txt").write_text("\n" + TEXT * 3 + "unheard of")
-    reader, vocabulary = sentences.Reader([tmp_path / "text.txt"]), sentences.Vocabulary([*"zyxabcde", "of"])
+    reader, vocabulary = sentences.Reader([tmp_path / "text.txt"], block=40), sentences.Vocabulary([*"zyxabcde", "of"])
     text = sentences.read(reader, vocabulary)[1]
     again, ends = streaming.write_text(reader, tmp_path, vocabulary)
     assert again is vocabulary and len(ends) > 2
@@ -60,9 +56,8 @@ def test_orders_without_n_grams(tmp_path):
 
 def test_what_was_done_is_taken_again(tmp_path, monkeypatch):
     """Stopped at every step in turn, with runs cut short; and a longer order goes on from a shorter one."""
-    monkeypatch.setattr(sentences, "BLOCK", 40)
     (tmp_path / "text.txt").write_text(TEXT * 3)
-    reader = sentences.Reader([tmp_path / "text.txt"])
+    reader = sentences.Reader([tmp_path / "text.txt"], block=40)
     vocabulary, text = sentences.read(reader)
     want = counting.count(text, len(vocabulary), 4)
     steps = {name: getattr(streaming, name) for name in ("_sort", "_place", "_merge_runs", "_finish")}

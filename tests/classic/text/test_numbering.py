@@ -32,11 +32,10 @@ def drawn(seed, count, kinds, longest):
 
 @pytest.mark.parametrize(("kinds", "longest"), [(30, 8), (5000, 9), (20000, 30), (300, 200)])
 @pytest.mark.parametrize("piece", [100, numbering.PIECE])
-def test_equal_to_a_dictionary_block_after_block(kinds, longest, piece, monkeypatch):
-    monkeypatch.setattr(numbering, "PIECE", piece)
-    numbers, reference = Numbers(), {LINE_END: 0}
+def test_equal_to_a_dictionary_block_after_block(kinds, longest, piece):
+    numbers, reference = Numbers(piece), {LINE_END: 0}
     for seed in range(3):
-        lines = drawn(seed, 4000, kinds, longest)
+        lines = drawn(seed, 4000 if piece > 100 else 800, kinds, longest)
         assert numbers.read(lines).tolist() == by_dictionary(lines, reference)
         assert numbers.words == list(reference)
 
@@ -83,8 +82,7 @@ def test_words_of_a_vocabulary_among_others(longest):
     assert numbers.read(b" ".join(asked) + b"\n").tolist() == [*expected, 0]
 
 
-def test_no_text_and_a_line_beyond_a_piece(monkeypatch):
-    monkeypatch.setattr(numbering, "PIECE", 10)
-    numbers = Numbers()
+def test_no_text_and_a_line_beyond_a_piece():
+    numbers = Numbers(10)
     assert numbers.read(b"").tolist() == []
     assert numbers.read(b"\n" + b"word " * 30 + b"\na\n").tolist() == [0, *[1] * 30, 0, 2, 0]

@@ -64,11 +64,10 @@ def test_thresholds(file):
     assert read(Reader([path]), max_size=1)[0].words[3:] == ["a"]
 
 
-def test_compressed_and_in_pieces(file, monkeypatch):
+def test_compressed_and_in_pieces(file):
     lines = "".join(f"w{i} x{i % 7}\n" for i in range(1000))
     whole = read(Reader([file(lines)]))
-    monkeypatch.setattr(sentences, "BLOCK", 100)
-    packed = read(Reader([file(gzip.compress(lines.encode()), "text.gz")]))
+    packed = read(Reader([file(gzip.compress(lines.encode()), "text.gz")], block=100))
     assert packed[0].words == whole[0].words
     np.testing.assert_array_equal(packed[1], whole[1])
 

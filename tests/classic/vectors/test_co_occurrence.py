@@ -79,14 +79,19 @@ def test_sides():
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("weighting", WEIGHTS)
 @pytest.mark.parametrize("block, pairs, span", [(40, 20, 2), (40, 1 << 24, 1 << 22), (1 << 23, 7, 8)])
-def test_files_equal_memory(letters, tmp_path, monkeypatch, block, pairs, span, weighting, symmetric):
-    monkeypatch.setattr(sentences, "BLOCK", block)
-    monkeypatch.setattr(streamed_co_occurrence, "PAIRS", pairs)
-    monkeypatch.setattr(streaming, "RANGE", span)
-    monkeypatch.setattr(streaming, "SAMPLE", 2)
+def test_files_equal_memory(letters, tmp_path, block, pairs, span, weighting, symmetric):
     vocabulary, text = sentences.read(letters, min_count=4)
     want = cooccurrences(text, len(vocabulary), 3, weighting, symmetric)
-    again, got = streamed_co_occurrence.cooccurrences(letters, tmp_path, 3, weighting, symmetric, min_count=4)
+    again, got = streamed_co_occurrence.cooccurrences(
+        Reader(letters.paths, block=block),
+        tmp_path,
+        3,
+        weighting,
+        symmetric,
+        pairs,
+        streaming.Merge(span, 2),
+        min_count=4,
+    )
     assert again.words == vocabulary.words and got.dtype == want.dtype
     np.testing.assert_array_equal(got.indptr, want.indptr)
     np.testing.assert_array_equal(got.indices, want.indices)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from llm_jax.classic.vectors import evaluation
 from llm_jax.classic.vectors.evaluation import (
     Accuracy,
     evaluate_analogies,
@@ -54,7 +53,7 @@ def test_analogies_by_hand(method):
 
 
 @pytest.mark.parametrize("method", ["3cosadd", "3cosmul"])
-def test_analogies_one_by_one(method, monkeypatch):
+def test_analogies_one_by_one(method):
     """In small blocks, the same as asked one by one."""
     rng = np.random.default_rng(0)
     words = [f"w{i}" for i in range(60)]
@@ -64,9 +63,7 @@ def test_analogies_one_by_one(method, monkeypatch):
     sections = {"right": [(*q, a) for q, a in zip(questions, answers, strict=True)]}
     sections["wrong"] = [(*q, words[words.index(a) - 1]) for q, a in zip(questions, answers, strict=True)]
     for rows, at_once in ((8192, 512), (7, 11)):
-        monkeypatch.setattr(evaluation, "ROWS", rows)
-        monkeypatch.setattr(evaluation, "QUESTIONS", at_once)
-        got = evaluate_analogies(vectors, sections, method).sections
+        got = evaluate_analogies(vectors, sections, method, block=(rows, at_once)).sections
         assert got == {"right": Accuracy(50, 50, 0), "wrong": Accuracy(0, 50, 0)}
 
 

@@ -1,6 +1,7 @@
 """Tiles of a sub-sampled text."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -18,9 +19,7 @@ def text():
     return rng.integers(0, 50, 1000).astype(np.int32), np.sort(rng.integers(0, 90, 1000)).astype(np.int32)
 
 
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch):
-    monkeypatch.setattr(windows, "PIECE", 130)
+Windows = functools.partial(windows.Windows, piece_size=130)  # several pieces of these texts
 
 
 def seen(batches, config=CONFIG):
@@ -31,7 +30,7 @@ def seen(batches, config=CONFIG):
 
 def test_every_word_is_a_centre_once_an_epoch(text):
     words, sentences = text
-    loader = windows.Windows(CONFIG, words, sentences, np.ones(50, np.float32), 2, seed=3)
+    loader = Windows(CONFIG, words, sentences, np.ones(50, np.float32), 2, seed=3)
     assert loader.steps == -(-2000 // 24)
     got, of = seen([next(loader) for _ in range(loader.steps)])
     np.testing.assert_array_equal(got[:2000], np.tile(words, 2))
@@ -41,7 +40,7 @@ def test_every_word_is_a_centre_once_an_epoch(text):
 
 def test_surroundings_go_over_the_ends_of_tiles_and_pieces(text):
     words, sentences = text
-    loader = windows.Windows(CONFIG, words, sentences, np.ones(50, np.float32), 1, seed=3)
+    loader = Windows(CONFIG, words, sentences, np.ones(50, np.float32), 1, seed=3)
     batches = [next(loader) for _ in range(loader.steps)]
     rows = np.concatenate([b["words"].reshape(-1, 8) for b in batches])
     padded = np.pad(words, (2, 200))
@@ -53,7 +52,7 @@ def test_surroundings_go_over_the_ends_of_tiles_and_pieces(text):
 def test_what_stays_is_drawn_anew_every_epoch(text):
     words, sentences = text
     keep = np.linspace(0.1, 1, 50).astype(np.float32)
-    loader = windows.Windows(CONFIG, words, sentences, keep, 20, seed=3)
+    loader = Windows(CONFIG, words, sentences, keep, 20, seed=3)
     got, of = seen([next(loader) for _ in range(loader.steps)])
     stayed = np.bincount(got[of >= 0], minlength=50)
     total = 20 * np.bincount(words, minlength=50)
@@ -67,7 +66,7 @@ def test_what_stays_is_drawn_anew_every_epoch(text):
 
 
 def test_goes_on_from_a_saved_position(text):
-    make = lambda: windows.Windows(CONFIG, *text, np.full(50, 0.5, np.float32), 3, seed=1)
+    make = lambda: Windows(CONFIG, *text, np.full(50, 0.5, np.float32), 3, seed=1)
     one, two = make(), make()
     for _ in range(7):
         next(one)
@@ -81,18 +80,18 @@ def test_goes_on_from_a_saved_position(text):
 def test_nothing_to_see(text):
     empty = np.zeros(0, np.int32)
     with pytest.raises(ValueError, match="no word of the text is in the vocabulary"):
-        windows.Windows(CONFIG, empty, empty, np.ones(3, np.float32), 1, seed=0)
+        Windows(CONFIG, empty, empty, np.ones(3, np.float32), 1, seed=0)
     with pytest.raises(ValueError, match="leaves no word of the text: take a larger one, or 0"):
-        windows.Windows(CONFIG, *text, np.zeros(50, np.float32), 1, seed=0)
+        Windows(CONFIG, *text, np.zeros(50, np.float32), 1, seed=0)
     with pytest.raises(ValueError, match="no sentence of the text has two words"):
-        windows.Windows(CONFIG, text[0], np.arange(1000, dtype=np.int32), np.ones(50, np.float32), 1, seed=0)
+        Windows(CONFIG, text[0], np.arange(1000, dtype=np.int32), np.ones(50, np.float32), 1, seed=0)
 
 
 def test_no_tile_is_wider_than_sentences(text):
     """A window beyond all of them sees them whole."""
     words, sentences = text[0], np.repeat(np.arange(250, dtype=np.int32), 4)
     config = dataclasses.replace(CONFIG, window=10**6)
-    loader = windows.Windows(config, words, sentences, np.ones(50, np.float32), 1, seed=3)
+    loader = Windows(config, words, sentences, np.ones(50, np.float32), 1, seed=3)
     batch = next(loader)
     assert loader.reach == 3 and batch["words"].shape == (3, 2, 4 + 2 * 3)
     near = tiles.band(batch["sentences"], np.full((3, 2, 4), 10**6))

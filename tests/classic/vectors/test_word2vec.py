@@ -1,7 +1,6 @@
 """word2vec on tiles, held to loops over pairs."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,6 @@ from llm_jax.classic.vectors import huffman, noise, word2vec
 from llm_jax.classic.vectors.tiles import Tiles, band
 from llm_jax.classic.vectors.word2vec import Word2VecConfig
 from llm_jax.nn import output
-from llm_jax.nn.output import Head
 
 V, D, W, L, B, S = 11, 6, 2, 4, 3, 5
 COUNTS = np.arange(2 * V, V, -1) ** 2
@@ -58,9 +56,9 @@ def one_loss(loss, h, centre, drawn, tree):
     return np.logaddexp.reduce([scores[centre], *(scores[d] for d in drawn if d != centre)]) - scores[centre]
 
 
-def touched(config, known):
+def touched(config, lookup):
     drawn = DRAWN if config.loss in ("negative_sampling", "sampled") else None
-    return word2vec.touched(config, TILES, drawn, known)
+    return word2vec.touched(config, TILES, drawn, lookup)
 
 
 def undivided(config, context_MD, band_LM, predictors=word2vec._predictors):
@@ -82,16 +80,16 @@ def test_a_block_is_the_sum_over_its_pairs(architecture, loss):
     for tile, centre, near in pairs():
         inputs = context[near] if architecture == "skip_gram" else [context[near].mean(0)]
         expected += sum(one_loss(loss, h, centre, DRAWN[tile], tree) for h in inputs)
-    known = word2vec.known(config, COUNTS)
-    at = touched(config, known)
+    lookup = word2vec.make_lookup(config, COUNTS)
+    at = touched(config, lookup)
     tables = {"context": TABLES["context"], "predicted": TABLES["predicted"][: V - 1 if tree else V]}
 
     def whole(tables):
-        return jnp.sum(word2vec.over_tiles(word2vec.loss, config, word2vec.rows_of(tables, at), TILES, at, known))
+        return jnp.sum(word2vec.over_tiles(word2vec.loss, config, word2vec.rows_of(tables, at), TILES, at, lookup))
 
     @jax.jit
     def both(tables):
-        return jax.value_and_grad(whole)(tables), word2vec.update(config, tables, TILES, at, known, 0.1)
+        return jax.value_and_grad(whole)(tables), word2vec.update(config, tables, TILES, at, lookup, 0.1)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(word2vec, "_predictors", undivided)
@@ -103,10 +101,10 @@ def test_a_block_is_the_sum_over_its_pairs(architecture, loss):
 
 def test_only_touched_rows_move():
     config = config_of("skip_gram", "negative_sampling")
-    known = word2vec.known(config, np.full(1000, 7))
+    lookup = word2vec.make_lookup(config, np.full(1000, 7))
     tables = {n: np.asarray(RNG.normal(size=(1000, D)), np.float32) for n in TABLES}
-    at = touched(config, known)
-    moved = jax.jit(lambda t: word2vec.update(config, t, TILES, at, known, 0.1))(tables)
+    at = touched(config, lookup)
+    moved = jax.jit(lambda t: word2vec.update(config, t, TILES, at, lookup, 0.1))(tables)
     near = np.unique(TEXT[SENTENCES >= 0])
     assert set(np.flatnonzero((moved["context"] != tables["context"]).any(1))) <= set(near)
     assert set(np.flatnonzero((moved["predicted"] != tables["predicted"]).any(1))) <= {*near, *DRAWN.ravel()}
@@ -115,35 +113,37 @@ def test_only_touched_rows_move():
 @pytest.mark.parametrize("architecture", word2vec.ARCHITECTURES)
 def test_sampling_the_whole_vocabulary_is_the_full_softmax(architecture):
     full, sampled = config_of(architecture, "full"), dataclasses.replace(config_of(architecture, "sampled"), shared=V)
-    known = word2vec.known(full, COUNTS)  # whose correction is zero
-    at = touched(full, known)
+    lookup = word2vec.make_lookup(full, COUNTS)  # whose correction is zero
+    at = touched(full, lookup)
     all_words = at._replace(drawn=jnp.tile(jnp.arange(V), (B, 1)))
 
     @jax.jit
     def both(context, predicted):
         tables = {"context": context, "predicted": predicted}
-        tile_losses = lambda c, a: word2vec.over_tiles(word2vec.loss, c, word2vec.rows_of(tables, a), TILES, a, known)
+        tile_losses = lambda c, a: word2vec.over_tiles(word2vec.loss, c, word2vec.rows_of(tables, a), TILES, a, lookup)
         return tile_losses(full, at), tile_losses(sampled, all_words)
 
     a, b = both(*map(jnp.asarray, TABLES.values()))
     np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
-def test_the_output_layers_of_language_models_say_the_same():
-    """One centre a row of hidden states."""
+def test_the_losses_of_scores_say_the_same():
+    """`nn.output`'s, which the tiles sum: one centre a row of hidden states."""
     h, labels = RNG.normal(size=(4, D)).astype(np.float32), np.array([0, 3, 10, 3])
-    head, tree = Head(TABLES["predicted"], None, V, True), huffman.paths(COUNTS)
-    got = output.negative_sampling(h, head, labels, DRAWN[0])
+    tree = huffman.paths(COUNTS)
+    scores = h @ TABLES["predicted"].T
+    against = np.where(DRAWN[0] == labels[:, None], 0, output.logistic_loss(-scores[:, DRAWN[0]]))
+    got = output.logistic_loss(scores[np.arange(4), labels]) + against.sum(1)
     expected = [one_loss("negative_sampling", x, y, DRAWN[0], None) for x, y in zip(h, labels, strict=True)]
     np.testing.assert_allclose(got, expected, rtol=1e-5)
-    way = functools.partial(output.hierarchical_softmax, nodes_ND=jnp.asarray(TABLES["predicted"]))
-    got = way(h, path_TP=tree.nodes[labels], signs_TP=tree.signs[labels])
+
+    def path_loss(scores, words):
+        signs, nodes = tree.signs[words], tree.nodes[words]
+        return jnp.sum(np.abs(signs) * output.logistic_loss(signs * np.take_along_axis(scores, nodes, 1)), 1)
+
     expected = [one_loss("hierarchical", x, y, None, tree) for x, y in zip(h, labels, strict=True)]
-    np.testing.assert_allclose(got, expected, rtol=1e-5)
-    every = np.arange(V)
-    sums = [
-        float(jnp.exp(-way(np.tile(x, (V, 1)), path_TP=tree.nodes[every], signs_TP=tree.signs[every])).sum()) for x in h
-    ]
+    np.testing.assert_allclose(path_loss(scores, labels), expected, rtol=1e-5)
+    sums = [float(jnp.exp(-path_loss(np.tile(row, (V, 1)), np.arange(V))).sum()) for row in scores]
     np.testing.assert_allclose(sums, 1, rtol=1e-6)
 
 
@@ -152,8 +152,8 @@ def test_rows_of_many_terms_move_by_their_mean(architecture, loss):
     """Counted by loops over pairs."""
     config = config_of(architecture, loss)
     tree = huffman.paths(COUNTS) if loss == "hierarchical" else None
-    known = word2vec.known(config, COUNTS)
-    at = touched(config, known)
+    lookup = word2vec.make_lookup(config, COUNTS)
+    at = touched(config, lookup)
     total = {n: np.zeros(V) for n in TABLES}
     for tile, centre, near in pairs():
         count, share = (len(near), 1) if architecture == "skip_gram" else (1, 1 / len(near))
@@ -170,7 +170,7 @@ def test_rows_of_many_terms_move_by_their_mean(architecture, loss):
     few = dataclasses.replace(config, row_rate=0.1)
     free, bounded = jax.jit(
         lambda t: [
-            word2vec.update(c, t, TILES, at, known, 0.1) for c in (dataclasses.replace(config, row_rate=1e6), few)
+            word2vec.update(c, t, TILES, at, lookup, 0.1) for c in (dataclasses.replace(config, row_rate=1e6), few)
         ]
     )(tables)
     for name, table in tables.items():
@@ -182,17 +182,17 @@ def test_rows_of_many_terms_move_by_their_mean(architecture, loss):
 def test_what_is_drawn():
     """Windows alike from 1 to W, words by their noise, for every tile anew; all words of a full softmax."""
     config = config_of("skip_gram", "sampled")
-    windows, drawn = word2vec.draw(config, jax.random.key(0), word2vec.known(config, COUNTS), (200, B))
+    windows, drawn = word2vec.draw(config, jax.random.key(0), word2vec.make_lookup(config, COUNTS), (200, B))
     assert windows.shape == (200, B, L) and drawn.shape == (200, B, S)
     np.testing.assert_allclose(np.mean(np.asarray(windows) == 1), 1 / W, atol=0.03)
     share = np.bincount(np.ravel(drawn), minlength=V) / drawn.size
     np.testing.assert_allclose(share, noise.shares(COUNTS), atol=0.03)
     assert len(np.unique(np.asarray(drawn).reshape(-1, S), axis=0)) > 500
     config = dataclasses.replace(config, dynamic=False, loss="full")
-    known = word2vec.known(config, COUNTS)
-    windows, drawn = word2vec.draw(config, jax.random.key(0), known, (2, B))
+    lookup = word2vec.make_lookup(config, COUNTS)
+    windows, drawn = word2vec.draw(config, jax.random.key(0), lookup, (2, B))
     assert (windows == W).all() and drawn is None
-    drawn = word2vec.touched(config, TILES, drawn, known).drawn
+    drawn = word2vec.touched(config, TILES, drawn, lookup).drawn
     assert (drawn == np.arange(V)).all() and drawn.shape == (V,)
 
 

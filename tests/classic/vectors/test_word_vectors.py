@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from llm_jax.classic.vectors import word_vectors as vectors_module
 from llm_jax.classic.vectors.word_vectors import VectorsError, WordVectors, combine
 
 WORDS = [f"w{i}" for i in range(40)]
@@ -37,11 +36,10 @@ def test_all_words_at_most(vectors):
     assert vectors.nearest("w3", exclude=WORDS) == []
 
 
-def test_search_in_blocks(vectors, monkeypatch):
+def test_search_in_blocks(vectors):
     queries = np.random.default_rng(1).normal(size=(9, 6))
     whole = vectors.search(queries, 4, [[w] for w in WORDS[:9]])
-    monkeypatch.setattr(vectors_module, "SCORES", 100)
-    parts = vectors.search(queries, 4, [[w] for w in WORDS[:9]])
+    parts = vectors.search(queries, 4, [[w] for w in WORDS[:9]], max_scores=100)
     assert [[w for w, _ in row] for row in parts] == [[w for w, _ in row] for row in whole]
     for i, row in enumerate(whole):
         assert WORDS[i] not in dict(row)

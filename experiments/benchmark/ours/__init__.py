@@ -1,0 +1,1 @@
+"""Our side: programs that measure this library."""
