@@ -9,6 +9,7 @@ os.environ.setdefault("NPROC", "64")  # threads: collectives that wait must not 
 import jax
 import pytest
 
+LONGEST = ("parallel", "training", "experiments", "launch", "decoding", "objectives", "nn")  # folders, by their files
 DATA = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -24,8 +25,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Files of long tests first: what comes last runs while other workers idle."""
-    items.sort(key=lambda item: item.path.parent.name not in ("training", "parallel", "launch", "experiments"))
+    """Folders of long files first: what comes last runs while other workers idle."""
+    tests, last = pathlib.Path(__file__).parent, len(LONGEST)
+    folder = lambda item: item.path.relative_to(tests).parts[0]
+    items.sort(key=lambda item: LONGEST.index(folder(item)) if folder(item) in LONGEST else last)
 
 
 @pytest.fixture

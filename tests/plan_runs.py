@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from tiny_models import ENCODER_DECODERS, ENCODERS, MODELS, V, model_params
 
+from llm_jax.delta import lora
 from llm_jax.models.xlnet import XLNetConfig
 from llm_jax.nn import paths
 from llm_jax.objectives.causal_lm import CausalLM
@@ -60,6 +61,10 @@ MODELS_HERE = {  # sizes that 8 devices divide, but for what a row is about
         vocab_size=V, model_dim=16, num_layers=2, num_heads=4, hidden_dim=24, dropout=0.1, vocab_pad_multiple=8
     ),
 }  # fmt: skip
+LORA = lora.LoraConfig(rank=8, targets=("attention/*/kernel", "mlp/*/kernel"))
+MODELS_HERE["lora"] = MODELS_HERE["deep_tied"]  # with LoRA over a frozen base
+MODELS_HERE["shared"] = MODELS_HERE["still"]  # its keys are its queries
+TIES = {"shared": ("decoder/layers/attention/key=decoder/layers/attention/query",)}
 RNG = np.random.default_rng(0)
 BATCHES = [
     {
@@ -105,6 +110,7 @@ TASKS = {  # objective and batches, where they are not a decoder's
 }
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, schedule="constant", eps=1e-3)  # ARCHITECTURE.md says why 1e-3
 TX = make_optimizer(OPTIMIZER, STEPS)
+lora_trains = paths.matcher(lora.TRAINABLE)
 
 
 def task(name):
@@ -115,8 +121,21 @@ def task(name):
 def program(plan_config, name, accumulation=1, devices=None, dtype="float32"):
     """(plan, what a run of it compiles)."""
     model = MODELS_HERE[name]
-    training = LoopConfig(batch_size=ROWS, sequence_length=T, steps=STEPS, accumulation=accumulation)
-    config = RunConfig(model, objective=task(name)[0], optimizer=OPTIMIZER, plan=plan_config, training=training)
+    training = LoopConfig(
+        batch_size=ROWS,
+        sequence_length=T,
+        steps=STEPS,
+        accumulation=accumulation,
+        trainable=lora.TRAINABLE if name == "lora" else None,
+    )
+    config = RunConfig(
+        model,
+        objective=task(name)[0],
+        optimizer=OPTIMIZER,
+        plan=plan_config,
+        training=training,
+        ties=TIES.get(name, ()),
+    )
     plan = Plan(plan_config, model, devices)
     given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), first_params(name, dtype))
     return plan, build(config, plan, 3, given)
@@ -124,7 +143,13 @@ def program(plan_config, name, accumulation=1, devices=None, dtype="float32"):
 
 @functools.cache
 def first_params(name, dtype="float32"):
-    return model_params(MODELS_HERE[name], std=0.1, dtype=dtype)
+    params = model_params(MODELS_HERE[name], std=0.1, dtype=dtype)
+    if name != "lora":
+        return params
+    attached = jax.device_get(lora.attach(params, LORA, jax.random.key(0)))
+    rng = np.random.default_rng(1)
+    draw = lambda path, x: rng.normal(size=x.shape).astype(x.dtype) * 0.1 if path.endswith("/b") else x
+    return paths.map_with_path(draw, attached)
 
 
 @functools.cache
@@ -134,13 +159,22 @@ def start(name, dtype="float32"):
     return jax.device_get(made.init(jax.random.key(3), first_params(name, dtype)).replace(key=None))
 
 
+@functools.lru_cache(maxsize=12)  # as many as a file reads again: a process cannot map the code of hundreds
+def compiled(plan_config, name, accumulation=1, devices=None, dtype="float32"):
+    """(plan, program, its compiled step); `devices` is a tuple."""
+    plan, made = program(plan_config, name, accumulation, devices, dtype)
+    described = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    batch = {k: described(x, plan.batch_sharding()) for k, x in task(name)[1][0].items()}
+    return plan, made, made.step.lower(jax.tree.map(described, made.shapes, made.shardings), batch).compile()
+
+
 def run_steps(plan_config, name, accumulation=1, devices=None, dtype="float32"):
     """The state after `STEPS` steps, and the metrics of each."""
-    plan, made = program(plan_config, name, accumulation, devices, dtype)
+    plan, made, step = compiled(plan_config, name, accumulation, devices and tuple(devices), dtype)
     state = jax.device_put(start(name, dtype).replace(key=jax.random.key(3)), made.shardings)
     metrics = []
     for batch in task(name)[1]:
-        state, values = made.step(state, jax.device_put(batch, plan.batch_sharding()))
+        state, values = step(state, jax.device_put(batch, plan.batch_sharding()))
         metrics.append(jax.device_get(values))
     same = lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) and x.sharding.memory_kind == s.memory_kind
     assert jax.tree.all(jax.tree.map(same, state, made.shardings))
@@ -154,7 +188,10 @@ def one_device(name, accumulation=1, dtype="float32"):
 
 
 def assert_equals_one_device(state, metrics, name, accumulation=1, dtype="float32"):
-    """Parameters, moments, losses and norms of a run equal those on one device, no leaf left out."""
+    """Parameters, moments, losses and norms of a run equal those on one device, no leaf left out.
+
+    What trains did learn, and what is frozen stayed as it was.
+    """
     rtol, atol = {"float32": (1e-5, 1e-6), "float64": (1e-11, 1e-12)}[dtype]
     want, want_metrics = one_device(name, accumulation, dtype)
     got = jax.device_get(state.replace(key=None))
@@ -162,7 +199,8 @@ def assert_equals_one_device(state, metrics, name, accumulation=1, dtype="float3
     for (path, a), b in zip(paths.flatten(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=atol, err_msg=path)
         if path.startswith("params/") and not path.endswith("key/bias"):  # whose gradient is zero in theory
-            assert not np.array_equal(b, before[path.removeprefix("params/")]), path  # it did learn
+            trains = name != "lora" or lora_trains(path)
+            assert np.array_equal(b, before[path.removeprefix("params/")]) != trains, path
     for a, b in zip(metrics, want_metrics, strict=True):
         assert a.keys() == b.keys()
         for key in a:

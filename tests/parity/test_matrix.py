@@ -16,7 +16,7 @@ from plan_runs import assert_equals_one_device, run_steps
 
 from llm_jax.parallel.plan import PlanConfig
 
-MODELS = ("gpt", "llama", "bert", "albert", "t5", "xlnet", "transformer")
+MODELS = ("gpt", "llama", "bert", "albert", "t5", "xlnet", "transformer", "lora")
 PLANS = {  # name: (plan, accumulation)
     "data 8": (PlanConfig(data=8), 1),
     "zero 1": (PlanConfig(data=8, zero=1), 1),
@@ -45,6 +45,14 @@ DEEPER = {"gpt": "deep_even", "llama": "deep_tied", "xlnet": "xlnet_alone"}  # i
 STILL = {"gpt": "still"}  # explicit ZeRO draws other dropout
 EXACT = [("llama", "zero 3"), ("gpt", "tensor 4"), ("llama", "sequence 4"), ("llama", "sequence 2, tensor 2, zero 3")]
 
+SHARED = (
+    "tensor 2, zero 3",
+    "sequence 2, tensor 2, zero 3",
+    "explicit zero 3",
+    "1f1b 2, zero 2",
+    "update on the host, zero 2",
+)
+
 
 def impossible(model, plan):
     """Words of the error that refuses a cell; None where it runs."""
@@ -69,6 +77,13 @@ def test_equals_one_device(model, plan):
         return
     micros = config.make_schedule().micros if config.pipe > 1 else accumulation
     assert_equals_one_device(*run_steps(config, name, accumulation), name, micros)
+
+
+@pytest.mark.parametrize("plan", SHARED)
+def test_shared_parameters_equal_one_device(plan):
+    """Of a model whose keys are its queries (`RunConfig.ties`)."""
+    config, accumulation = PLANS[plan]
+    assert_equals_one_device(*run_steps(config, "shared", accumulation), "shared")
 
 
 @pytest.mark.parametrize("model, plan", EXACT)

@@ -1,25 +1,15 @@
 """Jobs of several processes: where one dies the others end and say why; others resume, with what rows remember."""
 
-import importlib.util
 import os
-import pathlib
 import shutil
 import signal
 import subprocess
 import time
 
+import borrowed
 import pytest
 
-
-def load(name):
-    file = pathlib.Path(__file__).parents[1] / "training" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-jobs, corpus = load("test_processes"), load("conftest").corpus
+jobs, corpus = borrowed.module("parity/test_processes.py"), borrowed.module("training/conftest.py").corpus
 FLAGS = ("--config.optimizer.schedule=constant", "--config.training.checkpoint_every=1", "--samples=0")
 
 

@@ -9,8 +9,8 @@ from transformers import DebertaConfig
 from transformers.models.deberta.modeling_deberta import DisentangledSelfAttention
 
 from llm_jax.nn.attend import Mask
-from llm_jax.nn.attention import Attention, AttentionConfig
-from llm_jax.nn.relative_scores import RelativeConfig
+from llm_jax.nn.attention import Attention, AttentionConfig, View
+from llm_jax.nn.relative_scores import Deberta, Distances
 
 B, T, N, H, M = 2, 7, 2, 4, 3
 D = N * H
@@ -23,11 +23,10 @@ def test_disentangled_attention(dtype, monkeypatch):
     if dtype == "float64":  # their scale is hard-wired to float32
         monkeypatch.setattr(torch, "float", torch.float64)
     x, table, draw = (RNG.normal(size=s).astype(dtype) for s in ((B, T, D), (2 * M, D), (B, T, D)))
-    attention = Attention(AttentionConfig(D, N, N, H, relative=RelativeConfig("deberta", M)))
+    attention = Attention(AttentionConfig(D, N, N, H, positions=Deberta(M)))
     at = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
     mask = Mask(at, at)
-    rest = (None, None, None, False, False, None, None)
-    params = random_params(attention, x, mask, *rest, table, dtype=dtype)
+    params = random_params(attention, x, View(mask, positions=Distances(table)), dtype=dtype)
     params["out"]["kernel"] = np.eye(D, dtype=dtype)  # theirs ends before it
 
     theirs = DisentangledSelfAttention(
@@ -51,8 +50,8 @@ def test_disentangled_attention(dtype, monkeypatch):
     (out * torch.from_numpy(draw)).sum().backward()
 
     def loss(params, x, table):
-        y, _, shown = attention.apply({"params": params}, x, mask.replace(causal=False), None, None, None, False, True,
-                                      distances_PD=table)  # fmt: skip
+        view = View(mask.replace(causal=False), positions=Distances(table))
+        y, _, shown = attention.apply({"params": params}, x, view, output_attentions=True)
         return jax.numpy.sum(y * draw), (y, shown)
 
     with jax.enable_x64(dtype == "float64"):

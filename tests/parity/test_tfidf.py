@@ -6,7 +6,7 @@ import sysconfig
 import numpy as np
 import pytest
 
-from experiments.benchmark import naive_bayes as benchmark
+from experiments.benchmark.ours import naive_bayes as benchmark
 from llm_jax.classic.text import naive_bayes
 from llm_jax.classic.text.tfidf import Options, TfIdf
 
@@ -147,5 +147,7 @@ def test_naive_bayes(corpus, features, alpha, kind, ours, reference):
 @pytest.mark.parametrize("ngrams", [1, 2])
 def test_the_benchmark_measures_the_same_model(ngrams):
     spec = {"part": "predict", "ngrams": ngrams, "tiny": True}
-    ours, theirs = (benchmark.measure({"what": what, **spec}) for what in ("ours", "scikit-learn"))
+    from experiments.benchmark.peers import sklearn as peer
+
+    ours, theirs = benchmark.measure(spec), peer.measure(spec)
     assert ours["accuracy"] == theirs["accuracy"] > 0.6 and min(ours["value"], theirs["value"]) > 0

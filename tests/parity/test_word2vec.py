@@ -112,7 +112,7 @@ def test_every_step_of_a_run(architecture, loss):
     config = Word2VecConfig(
         architecture, loss, D, window=1, negatives=S, shared=S, sample=0, tile=1, block=1, row_rate=1e6
     )
-    known = word2vec.known(config, counts)
+    known = word2vec.make_lookup(config, counts)
     if of_tree:  # ties of counts are broken in other ways
         width = max(map(len, points))
         padded = lambda rows, kind: jnp.asarray([[*r, *[0] * (width - len(r))] for r in rows], kind)
