@@ -169,18 +169,18 @@ class Stage:
             chunk = at[f"{name}_chunk"]
             return Work(at[f"{name}_micro"], chunk, chunk * p + device)
 
-        y, state = self._forward(state, at, work("F"))
-        dy, state = self._end(state, at, work("B"))
-        dx, state = self._backward(state, at, work("B"), dy)
+        y, state = self.forward(state, at, work("F"))
+        dy, state = self.end(state, at, work("B"))
+        dx, state = self.backward(state, at, work("B"), dy)
         if self.schedule.splits:
-            state = self._weights(state, at, work("W"))
+            state = self.weights(state, at, work("W"))
         onward = [(i, (i + 1) % p) for i in range(p)]
         y, dx = send(by_rows(y), onward), send(by_rows(dx), [(to, sender) for sender, to in onward])
         inputs = _store(state.inputs, y, work("get"), at["get"], self._slots.inputs)
         back = _store(state.back, dx, work("back"), at["back"], self._slots.back)
         return state._replace(inputs=inputs, back=back), None
 
-    def _forward(self, state: State, at: Row, work: Work) -> tuple[Tree, State]:
+    def forward(self, state: State, at: Row, work: Work) -> tuple[Tree, State]:
         """F: what flows out of a piece; keeps what flows into its layers."""
         context, slot = pick(self.micros.contexts, work.micro), work.slot(self._slots.layers)
         sent, first = pick(state.inputs, *work.slot(self._slots.inputs)), work.piece == 0
@@ -195,7 +195,7 @@ class Stage:
         back = _store(state.back, by_rows(y), work, at["top"], self._slots.back)
         return y, state._replace(layers=layers, back=back)
 
-    def _end(self, state: State, at: Row, work: Work) -> tuple[Tree, State]:
+    def end(self, state: State, at: Row, work: Work) -> tuple[Tree, State]:
         """The gradient that B begins with; of the last piece the head and the objective give it, forward and back."""
         dy, batch = by_rows(pick(state.back, *work.slot(self._slots.back))), pick(self.micros.batches, work.micro)
         outer_f, outer_of = divide(self.outer)
@@ -212,7 +212,7 @@ class Stage:
         dy, d_outer, scored = _once("end", at["end"], head, (dy, state.d_outer, state.scored))
         return dy, state._replace(d_outer=d_outer, scored=scored)
 
-    def _backward(self, state: State, at: Row, work: Work, dy: Tree) -> tuple[Tree, State]:
+    def backward(self, state: State, at: Row, work: Work, dy: Tree) -> tuple[Tree, State]:
         """B: the gradient of what flowed into a piece; adds those of parameters, or keeps what W needs."""
         context_f, context_of = divide(pick(self.micros.contexts, work.micro))
         slot, to = work.slot(self._slots.layers), work.slot(self._slots.split)
@@ -243,7 +243,7 @@ class Stage:
         d_contexts = add(state.d_contexts, d_context)
         return dx, state._replace(**{name: buffer}, d_inputs=d_inputs, d_contexts=d_contexts)
 
-    def _weights(self, state: State, at: Row, work: Work) -> State:
+    def weights(self, state: State, at: Row, work: Work) -> State:
         """W: adds the gradients of a piece's parameters, from what B has kept."""
         context = pick(self.micros.contexts, work.micro)
         slot, kept_at = work.slot(self._slots.layers), work.slot(self._slots.split)
