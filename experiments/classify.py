@@ -87,15 +87,15 @@ def _check_model() -> None:
     for flag in [*COUNTS.values(), *WORDS.values()]:
         takers = [name for name, taken in OF_MODELS.items() if flag.name in {f.name for f in taken}]
         if flag.present and MODEL.value not in takers:
-            raise ValueError(f"--{flag.name} is of --model={' and '.join(takers)}, not of {MODEL.value}")
+            raise ValueError(f"--{flag.name} needs --model={' or '.join(takers)}, not {MODEL.value}")
 
 
 def _sets() -> text_sets.TextSets:
     for flag in (DEV, TEST, FIELDS, LAYOUT, ENCODING):
         if flag.present and DATA.value in text_sets.NAMES:
-            raise ValueError(f"--{flag.name} is of --data that is files, not of {DATA.value}")
+            raise ValueError(f"--{flag.name} needs --data to name files, not {DATA.value}")
     if SOURCE.value and DATA.value != "20newsgroups":
-        raise ValueError(f"--source is of --data=20newsgroups, not of {DATA.value}")
+        raise ValueError(f"--source needs --data=20newsgroups, not {DATA.value}")
     return text_sets.read(
         DATA.value, dev=DEV.value, test=TEST.value, fields=tuple(FIELDS.value), layout=LAYOUT.value,
         source=SOURCE.value, encoding=ENCODING.value,

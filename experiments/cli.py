@@ -190,7 +190,7 @@ def _command(given: Sequence[str], commands: Mapping[str, Sequence[flags.FlagHol
             takers.setdefault(flag.name, []).append(command)
     for name, takes in takers.items():
         if flags.FLAGS[name].present and given[0] not in takes:
-            _fail(f"--{name} is of {', '.join(takes)}, not of {given[0]}", 2)
+            _fail(f"--{name} belongs to {', '.join(takes)}, not to {given[0]}", 2)
     return given[0]
 
 

@@ -22,7 +22,7 @@ from llm_jax.interop.word_vectors import files
 
 CORPUS: flags.FlagHolder[Any] = flags.DEFINE_string("corpus", None, "Files to learn from; a pattern.", required=True)
 OUT: flags.FlagHolder[Any] = flags.DEFINE_string("out", None, "File of vectors.", required=True)
-INVALID = flags.DEFINE_enum("invalid", "strict", sentences.POLICIES, "What becomes of lines that are no UTF-8.")
+INVALID = flags.DEFINE_enum("invalid", "strict", sentences.POLICIES, "What becomes of lines that are not UTF-8.")
 MIN_COUNT = flags.DEFINE_integer("min_count", 5, "Rarer words are left out.", lower_bound=1)
 MAX_SIZE = flags.DEFINE_integer("max_vocabulary", None, "Keep so many words, the most frequent.", lower_bound=2)
 SCRATCH: flags.FlagHolder[Any] = flags.DEFINE_string("scratch", None, "Count through files in this folder.")
@@ -56,7 +56,7 @@ def main() -> None:
     is_glove = METHOD.value == "glove"
     for name, flag in (OF_SVD if is_glove else OF_GLOVE).items():
         if flag.present:
-            raise ValueError(f"--{name} is of --method={'svd' if is_glove else 'glove'}, not of {METHOD.value}")
+            raise ValueError(f"--{name} needs --method={'svd' if is_glove else 'glove'}, not {METHOD.value}")
     reader = sentences.Reader(sorted(glob.glob(CORPUS.value)) or [CORPUS.value], INVALID.value)
     kept: dict[str, Any] = dict(min_count=MIN_COUNT.value, max_size=MAX_SIZE.value)
     how = (WINDOW.value, WEIGHTING.value or ("harmonic" if is_glove else "linear"))

@@ -42,7 +42,7 @@ VOCABULARY = flags.DEFINE_string("vocabulary", None, "File of words, one a line,
 CLOSED = flags.DEFINE_bool("closed", False, "No word is ever unknown.")
 SCRATCH = flags.DEFINE_string("scratch", None, "Count through files in this folder: beyond memory, resumable.")
 WORKERS = flags.DEFINE_integer("workers", 1, "Processes that count, with --scratch.", lower_bound=1)
-INVALID = flags.DEFINE_enum("invalid", "strict", sentences.POLICIES, "What happens to lines that are no UTF-8.")
+INVALID = flags.DEFINE_enum("invalid", "strict", sentences.POLICIES, "What happens to lines that are not UTF-8.")
 OUT = flags.DEFINE_string("out", None, "ARPA file (.arpa, .lm, with .gz compressed), or a folder of arrays.")
 MODEL = flags.DEFINE_string("model", None, "Model that train wrote, or any ARPA file.")
 TEXT = flags.DEFINE_string("text", None, "Files to score, a sentence a line; a pattern.")
@@ -102,10 +102,12 @@ def _check_training() -> None:
     """Refuses flags that are missing, or have no effect beside others."""
     cli.need(CORPUS, OUT)
     if SMOOTHING.value == "add_k" and stored.is_arpa(OUT.value):
-        raise ValueError("--smoothing=add_k is no table of back-offs, as an ARPA file is: give --out a folder's name")
+        raise ValueError(
+            "--smoothing=add_k makes no back-off table, so it fits no ARPA file: give --out a folder's name"
+        )
     for flag, method in ((K, "add_k"), (BACKOFF, "stupid_backoff"), (HELD_OUT, "interpolated")):
         if flag.present and SMOOTHING.value != method:
-            raise ValueError(f"--{flag.name} is of --smoothing={method}, not of {SMOOTHING.value}")
+            raise ValueError(f"--{flag.name} needs --smoothing={method}, not {SMOOTHING.value}")
     for threshold in (MIN_COUNT, MAX_SIZE):
         if threshold.present and VOCABULARY.value:
             raise ValueError(f"--{threshold.name} and --vocabulary exclude each other")

@@ -29,7 +29,7 @@ from llm_jax.tasks import word2vec_run
 DEFAULT = Word2VecConfig()
 CORPUS: flags.FlagHolder[Any] = flags.DEFINE_string("corpus", None, "Files to learn from; a pattern.")
 INVALID = flags.DEFINE_enum(
-    "invalid", "strict", sentences.POLICIES, "What happens to lines, or words, that are no UTF-8."
+    "invalid", "strict", sentences.POLICIES, "What happens to lines, or words, that are not UTF-8."
 )
 MIN_COUNT = flags.DEFINE_integer("min_count", 5, "Words that occur less often are left out.", lower_bound=1)
 MAX_SIZE = flags.DEFINE_integer("max_vocabulary", None, "Number of words kept, the most frequent.", lower_bound=2)
@@ -87,7 +87,7 @@ def _config() -> Word2VecConfig:
     loss = values["loss"].value
     for name, losses in OF_LOSSES.items():
         if values[name].present and loss not in losses:
-            raise ValueError(f"--{name} is of --loss={' and '.join(losses)}, not of {loss}")
+            raise ValueError(f"--{name} needs --loss={' or '.join(losses)}, not {loss}")
     if values["subsampling"].present and not values["sample"].value:
         raise ValueError("--subsampling has no effect with --sample=0")
     return Word2VecConfig(**{name: flag.value for name, flag in values.items()})

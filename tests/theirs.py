@@ -38,7 +38,7 @@ def gradients(model, folder):
 
 
 def check_gradients(grads, model, folder, bound, without=()):
-    """Ours equal theirs after a backward pass, path by path, but for `without`, which are no parameters of theirs."""
+    """Ours equal theirs after a backward pass, path by path, but for `without`, which are not parameters of theirs."""
     expected, got = gradients(model, folder), dict(paths.flatten(grads))
     assert got.keys() == expected.keys()
     for path in got.keys() - set(without):

@@ -61,7 +61,7 @@ VARIANTS = {
 def get_config(variant: str = "bert") -> ConfigDict:
     """One of the four."""
     if variant not in VARIANTS:
-        raise ValueError(f"variant {variant!r} is none of {', '.join(VARIANTS)}")
+        raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS)}")
     model, data, objective = VARIANTS[variant]
     data = DataConfig(**{**vars(data), "tokenizer_kind": "wordpiece", "validation_share": 0.05})
     return cli.as_config_dict(

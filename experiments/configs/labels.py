@@ -82,7 +82,7 @@ WAYS: dict[str, dict[str, Any]] = {
 def get_config(variant: str = "sst2") -> ConfigDict:
     """One of the tasks, tuned whole, with LoRA, by its biases (BitFit), or (ELMo) by the mix of its layers only."""
     if variant not in TASKS:
-        raise ValueError(f"variant {variant!r} is none of {', '.join(TASKS)}")
+        raise ValueError(f"variant {variant!r} is not one of {', '.join(TASKS)}")
     task, way = TASKS[variant], WAYS.get(variant, {})
     files = task.files
     train, held_out = f"{FOLDER}/{files.train}", f"{FOLDER}/{files.held_out}"

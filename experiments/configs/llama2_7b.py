@@ -77,6 +77,6 @@ VARIANTS: dict[str, tuple[PlanConfig, int, int]] = {  # plan, rows, tokens a row
 def get_config(variant: str = "v5e") -> ConfigDict:
     """A row of 2,048 tokens a chip of v5e:16x16, or 4 of 4,096 a chip of v5p:4x4x4."""
     if variant not in VARIANTS:
-        raise ValueError(f"variant {variant!r} is none of {', '.join(VARIANTS)}")
+        raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS)}")
     model = LlamaConfig(**SIZES, model_dim=4096, num_layers=32, num_heads=32, num_kv_heads=32, hidden_dim=11008)
     return pretraining(model, 3e-4, *VARIANTS[variant])

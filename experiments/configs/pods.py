@@ -72,7 +72,7 @@ VARIANTS: dict[str, tuple[Any, Any, PlanConfig, int, int]] = {  # model, objecti
 def get_config(variant: str = "llama3_8b") -> ConfigDict:
     """One of the five."""
     if variant not in VARIANTS:
-        raise ValueError(f"variant {variant!r} is none of {', '.join(VARIANTS)}")
+        raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS)}")
     model, objective, plan, rows, length = VARIANTS[variant]
     return cli.as_config_dict(
         RunConfig(

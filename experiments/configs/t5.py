@@ -37,7 +37,7 @@ VARIANTS = {
 def get_config(variant: str = "1.0") -> ConfigDict:
     """One of the three, on the standard library's sources."""
     if variant not in VARIANTS:
-        raise ValueError(f"variant {variant!r} is none of {', '.join(VARIANTS)}")
+        raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS)}")
     model, objective = VARIANTS[variant]
     return cli.as_config_dict(
         RunConfig(

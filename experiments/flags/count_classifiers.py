@@ -18,7 +18,7 @@ def define() -> Flags:
         flags.DEFINE_enum("features", "counts", ["counts", "tfidf"], "What a text becomes."),
         flags.DEFINE_string("token_pattern", o.token_pattern, "A regular expression that finds words, of lower case."),
         flags.DEFINE_enum(
-            "accents", o.accents, document_terms.ACCENTS, "What drops letters' marks, or all that is no ASCII."
+            "accents", o.accents, document_terms.ACCENTS, "What drops letters' marks, or all that is not ASCII."
         ),
         flags.DEFINE_enum(
             "analyzer", o.analyzer, document_terms.ANALYZERS, "N-grams of words, characters, those inside words."
@@ -47,7 +47,7 @@ def _number(flag: flags.FlagHolder[Any]) -> int | float:
     try:
         return int(flag.value) if flag.value.isdecimal() else float(flag.value)
     except ValueError:
-        raise ValueError(f"--{flag.name}={flag.value} is no number") from None
+        raise ValueError(f"--{flag.name}={flag.value} is not a number") from None
 
 
 def options(given: Flags, tokenize: str | None) -> tfidf.Options:
@@ -60,9 +60,9 @@ def options(given: Flags, tokenize: str | None) -> tfidf.Options:
     weighed = value["features"] == "tfidf"
     for name in WEIGHED:
         if given[name].present and not weighed:
-            raise ValueError(f"--{name} is of --features=tfidf, not of {value['features']}")
+            raise ValueError(f"--{name} needs --features=tfidf, not {value['features']}")
     if given["smooth_idf"].present and not value["use_idf"]:
-        raise ValueError("--smooth_idf is of --use_idf, which is off")
+        raise ValueError("--smooth_idf needs --use_idf")
     lengths = value["ngrams"]
     if len(lengths) not in (1, 2) or not all(n.strip().isdecimal() for n in lengths):
         raise ValueError(f"--ngrams={','.join(lengths)} must be a length, or the shortest and the longest")

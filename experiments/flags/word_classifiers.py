@@ -18,7 +18,7 @@ def define() -> Flags:
     how, net = TextConfig(), TextClassifierConfig()
     made: list[flags.FlagHolder[Any]] = [
         flags.DEFINE_string("vectors", how.vectors, "File of word vectors, see llm_jax/interop/word_vectors/files.py."),
-        flags.DEFINE_enum("invalid", how.invalid, POLICIES, "What happens to words of --vectors that are no UTF-8."),
+        flags.DEFINE_enum("invalid", how.invalid, POLICIES, "What happens to words of --vectors that are not UTF-8."),
         flags.DEFINE_integer(
             "extra_words",
             how.extra_words,
@@ -62,7 +62,7 @@ def configs(
     vectors, projected = value["vectors"] is not None, value["embedding"] == "projected"
     for name in ("extra_words", "invalid"):
         if given[name].present and not vectors:
-            raise ValueError(f"--{name} is of --vectors, which is missing")
+            raise ValueError(f"--{name} needs --vectors")
     if given["word_dim"].present and vectors and not projected:
         raise ValueError("--word_dim is the width of --vectors: leave it, or take --embedding=projected")
     if not all(w.strip().isdecimal() for w in value["widths"]):

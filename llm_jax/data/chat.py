@@ -40,7 +40,7 @@ class _Generation(jinja2.ext.Extension):
     tags = {"generation"}
 
     def parse(self, parser: Any) -> Any:
-        """The statements up to `{% endgeneration %}`."""
+        """Parses the statements up to `{% endgeneration %}`."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.Scope(body).set_lineno(line)
@@ -124,7 +124,7 @@ def as_messages(record: Mapping[str, Any]) -> list[dict[str, Any]] | None:
 
 
 class _NoChat(ValueError):
-    """Why a row is no chat."""
+    """Why a row is not a chat."""
 
 
 def _messages(record: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -163,7 +163,7 @@ def _check_turn(turn: Any, where: str) -> None:
       _NoChat: that says why.
     """
     if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
-        raise _NoChat(f"{where} is no object with a role")
+        raise _NoChat(f"{where} is not an object with a role")
     content = turn.get("content")
     if content is None and turn.get("tool_calls"):
         return
@@ -177,11 +177,11 @@ def _check_turn(turn: Any, where: str) -> None:
 
 
 def _parsed(value: Any, name: str) -> Any:
-    """A field that a table keeps as JSON text."""
+    """Parses a field that a table stores as JSON text."""
     try:
         return json.loads(value) if isinstance(value, str) and value.strip() else value
     except ValueError as e:
-        raise _NoChat(f"{name} is no JSON: {e}") from e
+        raise _NoChat(f"{name} is not JSON: {e}") from e
 
 
 def _objects(record: Mapping[str, Any], name: str) -> list[dict[str, Any]] | None:
@@ -190,7 +190,7 @@ def _objects(record: Mapping[str, Any], name: str) -> list[dict[str, Any]] | Non
     if not value:
         return None
     if not isinstance(value, list) or not all(isinstance(x, dict) for x in value):
-        raise _NoChat(f"{name} is no list of objects")
+        raise _NoChat(f"{name} is not a list of objects")
     return value
 
 
@@ -230,7 +230,7 @@ def encode_chat(
 def chats(tokenizer: Tokenizer) -> Encode:
     """Encodes JSON rows of chats and instructions; the loss falls on the assistant's turns only.
 
-    A row that is no chat, or that the template refuses, is a bad row.
+    A row that is not a chat, or that the template refuses, is a bad row.
     """
 
     def encode(batch: Sequence[Document], bad: BadRows) -> Iterator[EncodedDocument]:

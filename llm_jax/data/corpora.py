@@ -37,7 +37,7 @@ def find_files(source: str, layout: str | None = None) -> list[epath.Path]:
 
 
 def _find(source: str, layout: str | None) -> tuple[list[epath.Path], list[epath.Path]]:
-    """(files, what folders hold beside them)."""
+    """(files to read, other files of the folders)."""
     files: list[epath.Path] = []
     others: list[epath.Path] = []
     for part in source.split(","):
@@ -116,10 +116,10 @@ def documents(
         try:
             named = re.compile(layout).groupindex
         except re.error as e:
-            raise CorpusError(f"data.layout={layout!r} is no regular expression: {e}") from e
+            raise CorpusError(f"data.layout={layout!r} is not a regular expression: {e}") from e
         if not named:
             raise CorpusError(
-                f"data.layout={layout!r} is none of {', '.join(LAYOUTS)} and has no named group (?P<...>)"
+                f"data.layout={layout!r} is not one of {', '.join(LAYOUTS)} and has no named group (?P<...>)"
             )
     bad = BadRows() if bad is None else bad
     found = False

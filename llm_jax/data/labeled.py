@@ -86,7 +86,7 @@ def _parse(record: Mapping[str, Any], kind: str, fields: Sequence[str]) -> tuple
         inputs += [_text(x, field) for x in several]
     if kind == "regression":
         if not math.isfinite(float(label)):
-            raise ValueError(f"{label!r} is no finite number")
+            raise ValueError(f"{label!r} is not a finite number")
         return tuple(inputs), float(label)
     return tuple(inputs), _name(label, fields[-1])
 

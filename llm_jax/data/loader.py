@@ -76,7 +76,7 @@ class Loader:
         self._iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        """Itself."""
+        """Returns this loader, which is its own iterator."""
         return self
 
     def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -88,11 +88,11 @@ class Loader:
         return next(self._iterator)
 
     def state(self) -> dict[str, Any]:
-        """JSON-ready position."""
+        """Position in the data as a JSON-ready value, for checkpoints."""
         return dict(self._iterator.get_state())
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continues from a saved position."""
+        """Continues from a position that `state` returned."""
         self._iterator.set_state(state)
 
 

@@ -1,8 +1,8 @@
-"""Documents of one file, by the kind that its name's ending says: text, JSON, JSON lines, tables, CoNLL, Parquet.
+"""Reads the documents of one file; its extension names the kind: text, JSON, JSON lines, tables, CoNLL, Parquet.
 
-Every kind with fields (JSON, tables, Parquet) gives records of one shape, so what can be made of one can be made of
-all. A row that cannot be read is counted and reported, and the other rows are read. Files with a row a line and
-Parquet are read a piece at a time; plain text and `.json` as a whole.
+Every kind with fields (JSON, tables, Parquet) gives records of the same shape, so whatever reads one kind reads all.
+A row that cannot be read is counted and reported, and the other rows are read. Parquet and files with one row per line
+are read in pieces; plain text and `.json` as a whole.
 """
 
 import csv
@@ -30,8 +30,8 @@ ENDINGS = {
 }
 CONLLU = ("ID", "FORM", "LEMMA", "UPOS", "XPOS", "FEATS", "HEAD", "DEPREL", "DEPS", "MISC")
 NOT_WORDS = re.compile(r"\d+[-.]\d+")  # IDs of CoNLL-U's multiword tokens and empty nodes
-DOCUMENTS = ("#begin document", "#end document")  # of CoNLL 2011 and 2012
-ROWS = 256  # of a Parquet file, read at once
+DOCUMENTS = ("#begin document", "#end document")  # lines of CoNLL 2011 and 2012
+ROWS = 256  # rows of a Parquet file that are read at a time
 
 
 class CorpusError(ValueError):
@@ -59,28 +59,28 @@ class BadRows:
     """Counts rows that had to be skipped; the first few are logged.
 
     Attributes:
-      count: how many.
-      first: the first one and what is wrong with it.
+      count: number of bad rows.
+      first: name of the first bad row and what is wrong with it.
     """
 
     def __init__(self) -> None:
-        """Starts at zero."""
+        """Starts without bad rows."""
         self.count, self.first = 0, ""
 
     def add(self, name: str, why: str) -> None:
-        """Counts one."""
+        """Counts one bad row; `why` says what is wrong with it."""
         self.count += 1
         self.first = self.first or f"{name}: {why}"
         if self.count <= 3:
             log.warning("skipping bad row %s: %s", name, why)
 
     def __str__(self) -> str:
-        """How many, and the first one."""
+        """The number of bad rows, and the first one with its reason."""
         return f"({self.count} bad rows)" + (f"; the first is {self.first}" if self.first else "")
 
 
 def kind_of(path: epath.Path) -> str | None:
-    """One of `READERS` by the ending of a file's name (before `.gz` or `.zst`); None if it is unknown."""
+    """The key of `READERS` for a file's extension (before `.gz` or `.zst`); None if it is unknown."""
     return ENDINGS.get(_ending(path))
 
 
@@ -91,13 +91,13 @@ def _ending(path: epath.Path) -> str:
 def read_file(
     path: epath.Path, bad: BadRows, text_field: str = "text", layout: str | None = None, encoding: str | None = None
 ) -> Iterator[Document]:
-    """Documents of one file.
+    """Yields the documents of one file.
 
     Args:
-      path: of the file.
-      bad: counts what is skipped.
+      path: the file.
+      bad: counts rows that are skipped.
       text_field: field of records that holds the text.
-      layout: see `corpora.documents`; the file's ending says it by default.
+      layout: see `corpora.documents`; by default the extension decides.
       encoding: see `storage.text_files.check_encoding`.
 
     Raises:
@@ -123,7 +123,7 @@ def _record(name: str, row: Any, bad: BadRows, text_field: str) -> Iterator[Docu
 
 
 def _text(path: epath.Path, file: TextFile, bad: BadRows, text_field: str) -> Iterator[Document]:
-    """One document; sources of Python may name their encoding themselves (PEP 263)."""
+    """Yields the whole text as one document. Python sources may declare their encoding (PEP 263)."""
     data, declared = b"".join(file.blocks()), None
     if _ending(path) == ".py" and file.encoding is None:
         try:
@@ -139,7 +139,7 @@ def _text(path: epath.Path, file: TextFile, bad: BadRows, text_field: str) -> It
 
 
 def _jsonl(path: epath.Path, file: TextFile, bad: BadRows, text_field: str) -> Iterator[Document]:
-    """A JSON object a line; a line that is not UTF-8 is no JSON."""
+    """Reads one JSON object per line; a line that is not UTF-8 is a bad row."""
     for number, line in file.byte_lines():
         if line.strip():
             yield from _json_line(f"{path}:{number}", file, line, bad, text_field)
@@ -160,7 +160,7 @@ def _escapes_surrogates(source: str) -> bool:
 
 
 def _json_row(name: str, row: Any, escapes: bool, bad: BadRows, text_field: str) -> Iterator[Document]:
-    """A parsed row; JSON can escape half a surrogate pair, which is no character and breaks every tokenizer."""
+    """Checks a parsed row: JSON can escape half a surrogate pair, which is not a character and breaks tokenizers."""
     if escapes:
         try:
             json.dumps(row, ensure_ascii=False).encode()
@@ -171,7 +171,7 @@ def _json_row(name: str, row: Any, escapes: bool, bad: BadRows, text_field: str)
 
 
 def _json(path: epath.Path, file: TextFile, bad: BadRows, text_field: str) -> Iterator[Document]:
-    """A list of objects, alone or as the field `data` of an object; one object; or JSON lines by another name.
+    """Reads a list of objects, an object whose field `data` is such a list, a single object, or JSON lines.
 
     A record's name ends in its number.
     """
@@ -182,7 +182,7 @@ def _json(path: epath.Path, file: TextFile, bad: BadRows, text_field: str) -> It
     try:
         alone = json.loads(file.decode(first))
     except (ValueError, RecursionError):
-        alone = None  # its first line is not all of it
+        alone = None  # the value spans several lines
     second = next(lines, None)
     lines = itertools.chain([] if second is None else [second], lines)
     if isinstance(alone, dict) and (second is not None or not isinstance(alone.get("data"), list)):
@@ -199,14 +199,14 @@ def _json(path: epath.Path, file: TextFile, bad: BadRows, text_field: str) -> It
     if isinstance(value, dict):
         value = value["data"] if isinstance(value.get("data"), list) else [value]
     if not isinstance(value, list):
-        raise CorpusError(f"{path} holds a JSON {type(value).__name__}, no list of records")
+        raise CorpusError(f"{path} holds a JSON {type(value).__name__} instead of a list of records")
     escapes = _escapes_surrogates(text)  # of the whole file, once
     for number, row in enumerate(value, 1):
         yield from _json_row(f"{path}:{number}", row, escapes, bad, text_field)
 
 
 def _names(path: epath.Path, names: list[str]) -> list[str]:
-    """The fields that a table's first line names."""
+    """Checks the field names of a table's first line."""
     if twice := [name for name in names if names.count(name) > 1]:
         raise CorpusError(f"{path}: the first line names {twice[0]!r} twice")
     return names
@@ -220,7 +220,7 @@ def _row(name: str, names: list[str], values: list[str], bad: BadRows, text_fiel
 
 
 def _tsv(path: epath.Path, file: TextFile, bad: BadRows, text_field: str) -> Iterator[Document]:
-    """A table with tabs whose first line names the fields; nothing is quoted."""
+    """Reads a table with tabs whose first line names the fields; there is no quoting."""
     lines = file.lines()
     names = _names(path, next(lines, (1, ""))[1].split("\t"))
     for number, line in lines:
@@ -229,7 +229,7 @@ def _tsv(path: epath.Path, file: TextFile, bad: BadRows, text_field: str) -> Ite
 
 
 def _csv(path: epath.Path, file: TextFile, bad: BadRows, text_field: str) -> Iterator[Document]:
-    """A table with commas whose first line names the fields; a quoted field may hold commas, quotes and line ends."""
+    """Reads a table with commas whose first line names the fields; quoted fields hold commas, quotes, line ends."""
     csv.field_size_limit(sys.maxsize)  # for the whole process; documents are longer than the 128 kB that it allows
     rows = csv.reader((f"{line}\n" for _, line in file.lines()), strict=True)
     names: list[str] | None = None
@@ -251,7 +251,7 @@ def _csv(path: epath.Path, file: TextFile, bad: BadRows, text_field: str) -> Ite
 
 
 def _matches(path: epath.Path, file: TextFile, bad: BadRows, text_field: str, pattern: str) -> Iterator[Document]:
-    """Lines that a regular expression takes apart into named groups."""
+    """Reads lines that match a regular expression; its named groups are the fields."""
     for number, line in file.lines():
         match = re.fullmatch(pattern, line)
         if match is not None:
@@ -261,11 +261,11 @@ def _matches(path: epath.Path, file: TextFile, bad: BadRows, text_field: str, pa
 
 
 def _conll(path: epath.Path, file: TextFile, bad: BadRows, universal: bool = False) -> Iterator[Document]:
-    """Sentences, a word a line and a blank line between; columns stand between tabs, or blanks where there is no tab.
+    """Reads sentences: one word per line, a blank line between sentences, columns separated by tabs or else by blanks.
 
-    Lines that begin a document end a sentence and are no words. The record holds a list a column: by its name in
-    CoNLL-U (whose comments, multiword tokens and empty nodes are left out), else by its number, from "1". The text is
-    the words with blanks between.
+    Lines that begin a document end a sentence and are not words. The record holds one list per column, under the
+    column's name in CoNLL-U (whose comments, multiword tokens and empty nodes are left out), else under its number,
+    from "1". The text is the words joined by blanks.
     """
     rows: list[list[str]] = []
     first = 1
@@ -286,7 +286,7 @@ def _conll(path: epath.Path, file: TextFile, bad: BadRows, universal: bool = Fal
             bad.add(name, f"lines of {' and '.join(map(str, sorted(widths)))} columns in one sentence")
             continue
         if universal and (wrong := next((row[0] for row in sentence if not row[0].isdecimal()), None)) is not None:
-            bad.add(name, f"the ID {wrong!r} is no number")
+            bad.add(name, f"the ID {wrong!r} is not a number")
             continue
         names = CONLLU if universal else [str(i + 1) for i in range(widths.pop())]
         record = dict(zip(names, map(list, zip(*sentence, strict=True)), strict=True))
@@ -294,27 +294,27 @@ def _conll(path: epath.Path, file: TextFile, bad: BadRows, universal: bool = Fal
 
 
 def _without_nulls(value: Any) -> Any:
-    """A nested value without the members that are null: a column of objects has all members of all its rows."""
+    """Removes null members: a column of objects gives every row the members of all rows."""
     if isinstance(value, dict):
         return {k: _without_nulls(v) for k, v in value.items() if v is not None}
     return [_without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 def _parquet(path: epath.Path, file: TextFile, bad: BadRows, text_field: str) -> Iterator[Document]:
-    """A record a row; nested columns are lists and objects, as in JSON."""
+    """Yields one record per row; nested columns are lists and objects, as in JSON."""
     try:
         import pyarrow.parquet as pq
     except ImportError as e:
         raise CorpusError(f"{path}: Parquet needs pyarrow: pip install 'llm_jax[parquet]'") from e
     try:
         with path.open("rb") as f:
-            table = pq.ParquetFile(f, buffer_size=BLOCK, pre_buffer=False)  # else a row group is held as a whole
+            table = pq.ParquetFile(f, buffer_size=BLOCK, pre_buffer=False)  # else a row group stays in memory
             batches = (batch.to_pylist() for batch in table.iter_batches(ROWS))
             rows = ({k: _without_nulls(v) for k, v in row.items()} for batch in batches for row in batch)
             for number, row in enumerate(rows, 1):
                 yield from _record(f"{path}:{number}", row, bad, text_field)
     except Exception as e:
-        raise CorpusError(f"{path} is no readable Parquet file: {' '.join(str(e).split())}") from e
+        raise CorpusError(f"{path} is not a readable Parquet file: {' '.join(str(e).split())}") from e
 
 
 READERS: dict[str, Callable[[epath.Path, TextFile, BadRows, str], Iterator[Document]]] = {

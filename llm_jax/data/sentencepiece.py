@@ -1,11 +1,11 @@
-"""SentencePiece models as Marian, T5, ALBERT and XLNet keep them, behind the calls of a `tokenizers.Tokenizer`.
+"""The SentencePiece models of Marian, T5, ALBERT and XLNet, with the interface of a `tokenizers.Tokenizer`.
 
-Texts are cut by the `sentencepiece` library, so ids are those that the models were trained on. A Unigram model of
-`tokenizers` built from the same pieces comes close, not all the way: its map of characters drops a mark behind a letter
+The `sentencepiece` library cuts the texts, so the ids are those that the models were trained on. A Unigram model of
+`tokenizers` built from the same pieces differs in two cases: its character map drops a combining mark after a letter
 that it replaces, and transformers builds it without the byte pieces of mT5.
 
-Sources: Kudo and Richardson 2018, https://arxiv.org/abs/1808.06226; what surrounds a text follows transformers'
-tokenizers; how XLNet and ALBERT prepare theirs, their authors' `prepro_utils.py` and `tokenization.py`.
+Sources: Kudo and Richardson 2018, https://arxiv.org/abs/1808.06226; special tokens follow transformers' tokenizers; the
+preparation of text for XLNet and ALBERT follows their authors' `prepro_utils.py` and `tokenization.py`.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import tokenizers
 from etils import epath
 
-BLANK = "\u2581"  # how pieces spell it
-FILE = "tokenizer.json"  # of the other library
+BLANK = "\u2581"  # stands for a blank in pieces
+FILE = "tokenizer.json"  # the file of the `tokenizers` library
 SPIECE = "spiece.model"
 MARIAN = ("source.spm", "target.spm", "vocab.json")
 ADDED = "added_tokens.json"
@@ -31,19 +31,19 @@ class TokenizerError(ValueError):
 
 
 class Family(NamedTuple):
-    """What stands around the texts of a family.
+    """Special tokens and text preparation of a model family.
 
     Attributes:
-      name: transformers' class.
-      end: behind each text, `</s>` and its like.
-      front: before the first text.
-      last: behind everything, with a type of its own.
-      eos: what ends a text where the settings name nothing.
-      special: entries that stand for no text, beside the model's control symbols.
-      typed: whether second texts have type 1.
-      prepared: whether texts lose accents and doubled blanks, and numbers their commas.
-      lower: whether they lose their capitals too, where the settings say nothing.
-      extra: sentinels behind the model's pieces, where the settings say nothing.
+      name: transformers' tokenizer class.
+      end: entry after each text, such as `</s>`.
+      front: entry before the first text.
+      last: entry after all texts, with a token type of its own.
+      eos: the end-of-sequence token if the settings name none.
+      special: entries that stand for no text, in addition to the model's control symbols.
+      typed: whether the second text has token type 1.
+      prepared: whether accents, doubled blanks and the commas in numbers are removed from texts.
+      lower: whether texts are lower-cased if the settings do not say.
+      extra: number of sentinels after the model's pieces if the settings do not say.
     """
 
     name: str
@@ -76,33 +76,33 @@ KINDS |= {kind: kind for kind in FAMILIES}  # as config.json names models
 
 
 class Encoding(NamedTuple):
-    """An encoded text, or two."""
+    """Ids and token types of an encoded text or pair of texts."""
 
     ids: list[int]
     type_ids: list[int]
 
     @property
     def offsets(self) -> list[tuple[int, int]]:
-        """Which characters a token stands for.
+        """Character spans of the tokens, which SentencePiece does not report.
 
         Raises:
           TokenizerError: always.
         """
-        raise TokenizerError("a SentencePiece model does not say where its tokens stand; chats need a tokenizer.json")
+        raise TokenizerError("a SentencePiece model does not report character offsets; chats need a tokenizer.json")
 
 
 @dataclasses.dataclass
 class SentencePiece:
-    """Answers what `Tokenizer` asks of its backend.
+    """The backend of a `Tokenizer` that reads SentencePiece files.
 
     Attributes:
-      family: what surrounds texts.
-      model: the library's processor that cuts them.
-      decoder: the one that puts pieces together; Marian's is its target's.
+      family: special tokens and preparation.
+      model: the library's processor that cuts texts.
+      decoder: the processor that joins pieces; for Marian, that of the target language.
       vocab: entry -> id.
-      special: entries found in texts before these are cut -> whether they stand for no text.
-      settings: of `tokenizer_config.json`.
-      files: what `save` writes, by name.
+      special: entries that are found in a text before it is cut -> whether they stand for no text.
+      settings: fields of `tokenizer_config.json`.
+      files: file name -> bytes, which `save` writes.
     """
 
     family: Family
@@ -114,7 +114,7 @@ class SentencePiece:
     files: dict[str, bytes]
 
     def __post_init__(self) -> None:
-        """Refuses a vocabulary without the entries that surround texts."""
+        """Refuses a vocabulary that lacks the family's special tokens."""
         family = self.family
         needed = [entry for entry in (family.front, family.end, family.last, "<unk>") if entry is not None]
         missing = [entry for entry in needed if entry not in self.vocab]
@@ -127,14 +127,14 @@ class SentencePiece:
 
     @property
     def around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Ids in front of a text and behind it."""
+        """Ids of the special tokens (before, after) a text."""
         family = self.family
         front, behind = [family.front], [family.end, family.last]
         ids = lambda entries: tuple(self.vocab[entry] for entry in entries if entry is not None)
         return ids(front), ids(behind)
 
     def encode(self, text: str, pair: str | None = None, add_special_tokens: bool = True) -> Encoding:
-        """Ids of a text, or of two."""
+        """Ids and token types of a text, or of a pair of texts."""
         texts = [self._ids(t) for t in (text, pair) if t is not None]
         if not add_special_tokens:
             return Encoding(sum(texts, []), [i for i, ids in enumerate(texts) for _ in ids])
@@ -150,7 +150,7 @@ class SentencePiece:
         return Encoding(ids + last, types + [2] * len(last))
 
     def encode_batch(self, texts: Sequence[Any], add_special_tokens: bool = True) -> list[Encoding]:
-        """Ids of texts, or of pairs of them."""
+        """`encode` for each text or pair of texts."""
         each = ((text,) if isinstance(text, str) else text for text in texts)
         return [self.encode(*text, add_special_tokens=add_special_tokens) for text in each]
 
@@ -161,7 +161,7 @@ class SentencePiece:
         return [self.vocab.get(piece, unknown) for piece in self.pieces(text)]
 
     def pieces(self, text: str) -> list[str]:
-        """What a text is cut into; unknown pieces as they stand in it."""
+        """The pieces of a text; unknown pieces are spelled as in the text."""
         out: list[str] = []
         for i, part in enumerate(self._special.split(text)):
             if i % 2:
@@ -192,12 +192,12 @@ class SentencePiece:
         return out
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Text of ids; those without an entry have none."""
+        """Text of ids; ids without an entry are left out."""
         text: list[str] = []
         run: list[str] = []
 
         def flush() -> None:
-            if run:  # behind something, the blank before the first piece counts
+            if run:  # after other text, the blank before the first piece is kept
                 text.append(self.decoder.decode_pieces(["|", *run])[1:] if text else self.decoder.decode_pieces(run))
                 run.clear()
 
@@ -211,41 +211,41 @@ class SentencePiece:
                 run.append(entry)
         flush()
         joined = "".join(text)
-        if self.family is FAMILIES["marian"]:  # pieces of the source alone come out as they are spelled
+        if self.family is FAMILIES["marian"]:  # the target's model leaves pieces of the source as they are
             joined = joined.replace(BLANK, " ").strip()
         return joined
 
     def enable_truncation(self, length: int, strategy: str = "longest_first") -> None:
-        """Encodes at most so many tokens from now on; the longer text loses its end first."""
+        """Limits later encodings to `length` tokens; the end of the longer text is cut first."""
         del strategy
         self._length = length
 
     def no_truncation(self) -> None:
-        """Encodes everything again."""
+        """Removes the limit of `enable_truncation`."""
         self._length = None
 
     def id_to_token(self, index: int) -> str | None:
-        """The entry of an id."""
+        """The entry of an id, None if there is none."""
         return self.entries.get(index)
 
     def token_to_id(self, entry: str) -> int | None:
-        """The id of an entry."""
+        """The id of an entry, None if there is none."""
         return self.vocab.get(entry)
 
     def get_vocab(self) -> dict[str, int]:
-        """Entry -> id."""
+        """All entries: entry -> id."""
         return dict(self.vocab)
 
     def get_vocab_size(self) -> int:
-        """Entries."""
+        """Number of entries."""
         return len(self.vocab)
 
     def get_added_tokens_decoder(self) -> dict[int, tokenizers.AddedToken]:
-        """The entries that are found before a text is cut."""
+        """The entries that are found in a text before it is cut, by id."""
         return {self.vocab[e]: tokenizers.AddedToken(e, special=special) for e, special in self.special.items()}
 
     def to_str(self) -> str:
-        """What tells this vocabulary from others, as JSON."""
+        """JSON that is equal for equal tokenizers: digests of the files and the settings that matter."""
         digests = {name: hashlib.sha256(data).hexdigest() for name, data in self.files.items()}
         added = {entry: (self.vocab[entry], special) for entry, special in self.special.items()}
         prepared = {name: self.settings.get(name) for name in ("keep_accents", "do_lower_case")}
@@ -253,14 +253,14 @@ class SentencePiece:
         return json.dumps({"model": model, "added_tokens": added, **prepared}, sort_keys=True)
 
     def save(self, folder: epath.Path) -> None:
-        """Writes the files that it was read from."""
+        """Writes the files that this tokenizer was read from."""
         (folder / FILE).unlink(missing_ok=True)  # an older one would be read instead
         for name, data in self.files.items():
             (folder / name).write_bytes(data)
 
 
 def _shortened(texts: list[list[int]], room: int) -> list[list[int]]:
-    """At most `room` ids in all: the longest loses its end, until none is longer than the others."""
+    """Cuts texts to `room` ids in total: the longer loses its end until both are equally long, then both."""
     if len(texts) == 1:
         return [texts[0][: max(room, 0)]]
     short, long = sorted(map(len, texts))
@@ -272,20 +272,20 @@ def _shortened(texts: list[list[int]], room: int) -> list[list[int]]:
 
 
 def exists(folder: epath.Path) -> bool:
-    """Whether a folder holds Marian's models, or one that no `tokenizer.json` stands for."""
+    """Whether a folder holds Marian's models, or a SentencePiece model without a `tokenizer.json`."""
     return (folder / MARIAN[0]).exists() or ((folder / SPIECE).exists() and not (folder / FILE).exists())
 
 
 def read_json(file: epath.Path) -> dict[str, Any]:
-    """The object in a file.
+    """Reads a file that holds a JSON object.
 
     Raises:
-      TokenizerError: if there is none.
+      TokenizerError: if it holds anything else.
     """
     try:
         values = json.loads(file.read_text("utf-8-sig"))
     except ValueError as e:
-        raise TokenizerError(f"{file} is no JSON: {e}") from e
+        raise TokenizerError(f"{file} is not JSON: {e}") from e
     if not isinstance(values, dict):
         raise TokenizerError(f"{file} holds no JSON object")
     return values
@@ -295,11 +295,11 @@ def read(folder: epath.Path, settings: Mapping[str, Any]) -> tuple[SentencePiece
     """Reads Marian's `source.spm`, `target.spm`, `vocab.json`, or the `spiece.model` of the others.
 
     Args:
-      folder: where.
-      settings: of its `tokenizer_config.json`.
+      folder: holds the files.
+      settings: fields of its `tokenizer_config.json`.
 
     Returns:
-      What cuts sources, and what cuts targets; the same but for Marian.
+      The tokenizer of sources and that of targets; only Marian's differ.
 
     Raises:
       TokenizerError: if the library or a file is missing, a file is damaged, or no family is named.
@@ -361,18 +361,18 @@ def _processor(file: epath.Path, data: bytes) -> Any:
     except ImportError as e:
         raise TokenizerError(f"{file} needs SentencePiece: pip install 'llm_jax[sentencepiece]'") from e
     try:
-        if not data:  # which the library takes, and complains about at every call
+        if not data:  # the library accepts it, and fails at every call
             raise ValueError("empty")
         return sentencepiece.SentencePieceProcessor(model_proto=data)
     except (RuntimeError, ValueError) as e:
-        raise TokenizerError(f"{file} is no SentencePiece model") from e
+        raise TokenizerError(f"{file} is not a SentencePiece model") from e
 
 
 def read_entries(file: epath.Path) -> dict[str, int]:
-    """A file of entries with their ids.
+    """Reads a JSON file that maps entries to ids.
 
     Raises:
-      TokenizerError: if it is none, or an id is no number.
+      TokenizerError: if it holds anything else, or an id is not a number.
     """
     values = read_json(file)
     wrong = next((entry for entry, index in values.items() if not isinstance(index, int) or index < 0), None)

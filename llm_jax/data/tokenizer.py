@@ -104,7 +104,7 @@ def _whole_characters() -> Iterator[None]:
     try:
         yield
     except (TypeError, UnicodeEncodeError) as e:
-        raise TokenizerError(f"the text holds half a surrogate pair, which is no character ({e})") from e
+        raise TokenizerError(f"the text holds half a surrogate pair, which is not a character ({e})") from e
 
 
 class Tokenizer:
@@ -136,7 +136,7 @@ class Tokenizer:
         chat_template: str | None = None,
         named: Mapping[str, str] | None = None,
     ) -> None:
-        """Wraps a backend."""
+        """Wraps a backend: a `tokenizers.Tokenizer` or a `SentencePiece`."""
         self.backend = backend
         self.bos_id = bos_id
         self.eos_ids = tuple(eos_ids)
@@ -148,7 +148,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Entries, added tokens included."""
+        """Number of entries, added tokens included."""
         return max(self.backend.get_vocab_size(), 1 + max(self.backend.get_vocab().values(), default=-1))
 
     @property
@@ -158,12 +158,12 @@ class Tokenizer:
 
     @property
     def eos_id(self) -> int | None:
-        """The separator of packed documents."""
+        """Id of the token between packed documents."""
         return self.eos_ids[0] if self.eos_ids else None
 
     @property
     def rule(self) -> Rule:
-        """What the tokenizer puts around a plain text."""
+        """Special tokens that the tokenizer puts around a text."""
         return rule_of(self.backend)
 
     @property
@@ -188,7 +188,7 @@ class Tokenizer:
         """The library's encoding of a text, without special tokens: ids, and where in the text each comes from.
 
         Raises:
-          TokenizerError: for half a surrogate pair, which is no character.
+          TokenizerError: for half a surrogate pair, which is not a character.
         """
         with _whole_characters():
             return self.backend.encode(text, add_special_tokens=False)
@@ -276,7 +276,7 @@ class Tokenizer:
         return text.split() if before is None else [word for word, _ in before.pre_tokenize_str(text)]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Text of ids."""
+        """Decodes ids to text."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
     def settled(self, ids: Sequence[int]) -> int:
@@ -290,7 +290,7 @@ class Tokenizer:
         return end
 
     def token(self, index: int) -> str:
-        """The vocabulary entry of an id."""
+        """Vocabulary entry of an id."""
         entry = self.backend.id_to_token(index)
         return f"<{index}>" if entry is None else entry
 

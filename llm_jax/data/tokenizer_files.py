@@ -90,7 +90,7 @@ def _parsed(file: epath.Path) -> tokenizers.Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_str(file.read_text())
     except Exception as e:
-        raise TokenizerError(f"{file} is no tokenizer.json: {e}") from e
+        raise TokenizerError(f"{file} is not a tokenizer.json: {e}") from e
     backend.no_padding()
     backend.no_truncation()
     return backend
@@ -112,7 +112,7 @@ def _named(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     values |= extra if isinstance(extra, dict) else {}
     for name, value in values.items():
         if name in NAMES and not (value is None or isinstance(value, (str, Mapping))):
-            raise TokenizerError(f"{name}={value!r} is no token: give its text, or null")
+            raise TokenizerError(f"{name}={value!r} is not a token: give its text, or null")
         entry = spelling(value)
         if entry is not None:
             yield name, entry
@@ -134,7 +134,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: epath.Path, settings: Map
     for index, value in (settings.get("added_tokens_decoder") or {}).items():
         if not index.isdecimal() or spelling(value) is None or not isinstance(value, Mapping):
             raise TokenizerError(
-                f"{folder}: added_tokens_decoder has {index!r}: {value!r}, which is no id with a token"
+                f"{folder}: added_tokens_decoder has {index!r}: {value!r}, which is not an id with a token"
             )
         placed[int(index)] = _token(value, special=bool(value.get("special", False)))
     if "added_tokens_decoder" not in settings:
@@ -183,7 +183,7 @@ def _templates(folder: epath.Path, settings: Mapping[str, Any]) -> dict[str, str
     templates = dict(found) if isinstance(found, Mapping) else {} if found is None else {"default": found}
     wrong = next((template for template in templates.values() if not isinstance(template, str)), None)
     if wrong is not None:
-        raise TokenizerError(f"{folder}: chat_template={wrong!r} is no text")
+        raise TokenizerError(f"{folder}: chat_template={wrong!r} is not text")
     if templates and "default" not in templates:
         log.warning("%s: of the chat templates %s none is the default one", folder, ", ".join(map(str, templates)))
     return templates

@@ -43,7 +43,7 @@ def train(
       TokenizerError: on an unknown kind or a size below the base vocabulary.
     """
     if kind not in KINDS:
-        raise TokenizerError(f"tokenizer kind={kind!r} is none of {', '.join(KINDS)}")
+        raise TokenizerError(f"tokenizer kind={kind!r} is not one of {', '.join(KINDS)}")
     vocab_size -= sentinels
     common: dict[str, Any] = {"vocab_size": vocab_size, "special_tokens": list(special), "show_progress": False}
     if kind == "bpe":
@@ -109,7 +109,7 @@ def replay_merges(tokenizer: Tokenizer, words: Mapping[str, int]) -> list[Merge]
     each word is cut afterwards. Merges that touch none of the words are left out.
 
     Raises:
-      TokenizerError: if the tokenizer is no BPE.
+      TokenizerError: if the tokenizer is not BPE.
     """
     model = json.loads(tokenizer.backend.to_str())["model"]
     if model["type"] != "BPE":

@@ -250,7 +250,7 @@ def part_of(document: Document, split: str, share: float) -> Document:
 
 
 class _Writer:
-    """Streams one split to disk."""
+    """Writes one split to disk as it is read."""
 
     def __init__(self, folder: epath.Path, split: str, dtype: Any) -> None:
         self.folder, self.split, self.dtype = folder, split, dtype

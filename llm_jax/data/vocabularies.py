@@ -179,7 +179,7 @@ def _merging(folder: epath.Path, kind: str, settings: Mapping[str, Any]) -> toke
         first, _, second = line.rstrip(" \r").partition(" ")
         if first and not line.startswith("#version"):
             if not second or " " in second:
-                raise ValueError(f"{MERGED[1]}:{number} is no pair of entries: {line[:50]!r}")
+                raise ValueError(f"{MERGED[1]}:{number} is not a pair of entries: {line[:50]!r}")
             merges.append((first, second))
     if kind == "openai":
         model = models.BPE(vocab, merges, unk_token=spelling(settings["unk_token"]), end_of_word_suffix="</w>")

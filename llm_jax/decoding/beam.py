@@ -61,9 +61,9 @@ class BeamConfig:
         if self.beams < 1:
             raise ValueError(f"beams={self.beams} must be at least 1")
         if self.penalty not in PENALTIES:
-            raise ValueError(f"penalty={self.penalty!r} is none of {', '.join(PENALTIES)}")
+            raise ValueError(f"penalty={self.penalty!r} is not one of {', '.join(PENALTIES)}")
         if self.early_stopping not in (True, False, "never"):
-            raise ValueError(f"early_stopping={self.early_stopping!r} is none of True, False, 'never'")
+            raise ValueError(f"early_stopping={self.early_stopping!r} is not one of True, False, 'never'")
         if self.min_new_tokens < 0:
             raise ValueError(f"min_new_tokens={self.min_new_tokens} must not be negative")
 
@@ -138,7 +138,7 @@ class BeamSearch(Serving):
         """Prepares; compiles on first use. Arguments are those of `Serving`, and `config`.
 
         Raises:
-          ValueError: as `Serving`, and if a stop, forced or banned token is no entry of the vocabulary.
+          ValueError: as `Serving`, and if a stop, forced or banned token is not an entry of the vocabulary.
         """
         forced = [t for t in (config.first_token, config.last_token) if t is not None]
         super().__init__(model, params, stop_tokens, context_length, cache_dtype)

@@ -58,7 +58,7 @@ def beginning(tokenizer: Tokenizer) -> list[int]:
 
 
 def bucket(size: int, smallest: int = 16) -> int:
-    """The next power of two from `smallest` on."""
+    """`size` rounded up to `smallest` times a power of two."""
     while smallest < size:
         smallest *= 2
     return smallest
@@ -136,7 +136,7 @@ def lay_out(
             "model; a sliding window needs rotary positions"
         )
     width = min(bucket(longest), context_length)
-    # the slots of an output alone are no bucket: a beam search has them once a beam
+    # the slots of an output alone are not a bucket: a beam search has them once a beam
     slots = min(-(-total // 8) * 8 if has_source else bucket(max(total, width)), context_length)
     ids, mask = np.zeros((len(prompts), width), np.int32), np.zeros((len(prompts), width), bool)
     for row, prompt in enumerate(prompts):
@@ -185,5 +185,5 @@ def entries(size: int, ids: Sequence[int]) -> np.ndarray:
 
 
 def ban(logits_BV: jax.Array, ids: Sequence[int]) -> jax.Array:
-    """Logits where some entries cannot be chosen."""
+    """Sets the logits of the entries `ids` to -inf."""
     return jnp.where(entries(logits_BV.shape[-1], ids), -jnp.inf, logits_BV) if ids else logits_BV

@@ -86,7 +86,7 @@ def _of_text(model: Model, params: Params, tokenizer: Tokenizer, text: str) -> n
     if config.reads == "source":
         source, bar, target = text.partition("|||")
         if not bar or not source.strip() or not target.strip():
-            raise ValueError(f"{text!r} is no 'SOURCE ||| TARGET', which an encoder-decoder scores")
+            raise ValueError(f"{text!r} is not of the form 'SOURCE ||| TARGET', which an encoder-decoder scores")
         source_ids = tokenizer.encode_source(source.strip())
         target_ids = tokenizer.target.encode_source(target.strip())
         check_ids([*source_ids, *target_ids], config.vocab_size, tokenizer)

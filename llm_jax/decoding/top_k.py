@@ -1,4 +1,4 @@
-"""The largest entries of long columns."""
+"""Top-k of long columns, such as logits over a vocabulary."""
 
 import jax
 import jax.numpy as jnp

@@ -55,7 +55,7 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """The factor on A B."""
+        """Factor of the product A B."""
         return self.alpha / (math.sqrt(self.rank) if self.rs else self.rank)
 
 
@@ -78,11 +78,11 @@ class Lora(Weight):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the base."""
+        """Shape of the base matrix."""
         return weights.shape_of(self.base)
 
     def dense(self) -> jax.Array:
-        """The merged matrix."""
+        """The merged matrix, base plus update."""
         base = weights.dense(self.base)
         return base + weights.scaled(self.a @ self.b, self.scale).astype(base.dtype)
 
@@ -129,7 +129,7 @@ def attach(params: Params, config: LoraConfig, key: jax.Array) -> Params:
     """Puts LoRA on every kernel that matches; A is uniform as in the paper's code (Kaiming, a = sqrt(5)), B zero.
 
     Raises:
-      ValueError: if a pattern matches nothing, a target is no matrix, or it carries LoRA already.
+      ValueError: if a pattern matches nothing, a target is not a matrix, or it carries LoRA already.
     """
     names = [p for p, _ in paths.flatten(params, weights.is_node)]
     index = {p: i for i, p in enumerate(names)}
@@ -139,7 +139,7 @@ def attach(params: Params, config: LoraConfig, key: jax.Array) -> Params:
             raise ValueError(f"{path} carries LoRA already; merge or detach it first")
         shape = weights.shape_of(w)
         if not weights.is_matrix(path, w):
-            raise ValueError(f"{path} has shape {shape} and is no matrix; LoRA goes on kernels")
+            raise ValueError(f"{path} has shape {shape} and is not a matrix; LoRA goes on kernels")
         *lead, fan_in, fan_out = shape
         a, b = _fresh(key, index[path], (*lead, fan_in, config.rank), (*lead, config.rank, fan_out))
         return Lora(w, a, b, config.scale, config.dropout)

@@ -36,7 +36,7 @@ def load(folder: epath.PathLike) -> LogProbs:
     """
     file = epath.Path(folder) / FILE
     if not file.is_file():
-        raise ValueError(f"{folder} holds no {FILE}: it is no text classifier, or its training was cut short")
+        raise ValueError(f"{folder} holds no {FILE}: it is not a text classifier, or its training was cut short")
     try:
         about = json.loads(file.read_text())
         model = configs.from_dict(TextClassifierConfig, about["model"])

@@ -47,7 +47,7 @@ HEAD = ("mix/weights", "mix/gamma", "classifier/kernel", "classifier/bias")
 
 
 def find(folder: epath.Path) -> tuple[epath.Path, epath.Path] | None:
-    """(options, weights) of a folder, None where it is no ELMo."""
+    """(options, weights) of a folder, None where it is not an ELMo."""
     found = [sorted(folder.glob(pattern)) for pattern in (OPTIONS, WEIGHTS)]
     return (found[0][0], found[1][0]) if all(found) else None
 

@@ -20,7 +20,7 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
 
 def _check_kind(metadata: Mapping[str, Any]) -> None:
-    """Refuses files that are no model of a supported architecture.
+    """Refuses files that are not a model of a supported architecture.
 
     Raises:
       InteropError: naming what the file holds instead.
@@ -175,5 +175,5 @@ def rules(config: LlamaConfig, architecture: str) -> list[Rule]:
 
 
 def ignored(name: str) -> bool:
-    """Their tensors without a counterpart."""
+    """Whether a tensor of the file has no counterpart here."""
     return name in ("rope_freqs.weight",)

@@ -51,7 +51,7 @@ class Rule:
 
     @property
     def is_stacked(self) -> bool:
-        """Whether they have a tensor a layer."""
+        """Whether the file has one tensor per layer."""
         return "{l}" in self.theirs
 
     def at(self, layer: int | None) -> str:

@@ -47,10 +47,10 @@ class Family(Protocol):
         """The prefix of their names in classes with a head."""
 
     def rules(self, config: Any, /) -> list[Rule]:
-        """Where each of our parameters is."""
+        """Rules that give the checkpoint's tensor for each of our parameters."""
 
     def ignored(self, config: Any, name: str, /) -> bool:
-        """Whether their tensor has no counterpart here."""
+        """Whether the tensor `name` of a checkpoint has no counterpart here."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -151,12 +151,12 @@ def load(
     """
     found = sources.find(path)
     if found.is_file() and found.suffix in (*sources.PICKLES, ".safetensors", ".json"):
-        raise InteropError(f"{found} is no model: give its folder with config.json and *.safetensors, or a .gguf file")
+        raise InteropError(f"{found} is not a model: give the folder of config.json and *.safetensors, or a .gguf file")
     is_ours = work_directory.is_in(found)
     if average and not is_ours:
-        raise InteropError(f"{path} is no work directory of ours and holds no moving average")
+        raise InteropError(f"{path} is not a work directory of ours and holds no moving average")
     if (head is not None or labels) and (found.is_file() or is_ours):
-        raise InteropError(f"{path} is no Hugging Face folder: only those take another head (experiments.convert)")
+        raise InteropError(f"{path} is not a Hugging Face folder: only those take another head (experiments.convert)")
     if stream and is_ours:
         raise InteropError(
             f"{path} is a work directory of ours, which cannot stream: experiments.convert writes a folder"
@@ -262,7 +262,7 @@ def _config(path: epath.Path) -> tuple[str, Any]:
         if "bad_words_ids" not in raw and generation.exists():
             raw["bad_words_ids"] = json.loads(generation.read_text()).get("bad_words_ids")
     except (ValueError, KeyError, TypeError) as e:
-        raise InteropError(f"{file} is no model config: {type(e).__name__}: {e}") from e
+        raise InteropError(f"{file} is not a model config: {type(e).__name__}: {e}") from e
     if kind not in FAMILIES:
         raise InteropError(f"{file}: model_type {kind!r} is not supported; there are {', '.join(FAMILIES)}")
     try:

@@ -38,7 +38,7 @@ def find(path: epath.PathLike) -> epath.Path:
                 break
         return folder
     except Exception as e:
-        raise InteropError(f"{path} is no local folder and could not be fetched from the hub: {e}") from e
+        raise InteropError(f"{path} is not a local folder and could not be fetched from the hub: {e}") from e
 
 
 def tensors_of(path: epath.Path) -> Mapping[str, np.ndarray]:

@@ -41,7 +41,7 @@ def load(
         run = json.loads((path / "config.json").read_text())
         config, ties = registry.from_dict(run["model"]), parse(run.get("ties", ()))
     except (OSError, ValueError, KeyError) as e:
-        raise InteropError(f"{path} is no work directory of ours: {e}") from e
+        raise InteropError(f"{path} is not a work directory of ours: {e}") from e
     model = config.make(execution)
     _, axes = parameters.declared(config)
     checkpoints = Checkpoints(path / CHECKPOINTS, read_only=True)

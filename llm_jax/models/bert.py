@@ -91,7 +91,7 @@ class BertConfig:
         """Checks sizes and names."""
         heads.check(self.head, heads.HEADS)
         if self.pooler is not None and self.pooler not in POOLERS:
-            raise ValueError(f"pooler={self.pooler!r} is none of {', '.join(POOLERS)}, None")
+            raise ValueError(f"pooler={self.pooler!r} is not one of {', '.join(POOLERS)}, None")
         if self.head in heads.POOLED and self.pooler is None:
             raise ValueError(f"head={self.head!r} needs a pooler")
         if self.causal and self.head not in ("none", "masked_lm"):
@@ -109,17 +109,17 @@ class BertConfig:
 
     @property
     def reads(self) -> str:
-        """What a token sees of a text."""
+        """Which tokens a token can see: all, or only earlier ones."""
         return "causal" if self.causal else "both_sides"
 
     @property
     def num_labels(self) -> int:
-        """How many classes the head tells apart."""
+        """Number of classes of the head."""
         return len(self.labels)
 
     @property
     def block(self) -> BlockConfig:
-        """The layers, with the norm after each sum."""
+        """Config of the layers, whose norms follow each sum."""
         return BlockConfig(
             attention=AttentionConfig.with_biases(
                 self.model_dim,
@@ -136,7 +136,7 @@ class BertConfig:
         )
 
     def make(self, execution: Execution = Execution()) -> "Bert":
-        """The model of this config."""
+        """Builds the model of this config."""
         return Bert(self, execution)
 
     def init_cache(self, batch: int, size: int, dtype: Any = "float32") -> Cache:
@@ -180,7 +180,7 @@ class Bert(nn.Module):
         """
         c, dtype = self.config, self.execution.dtype
         if cache is not None and not c.causal:
-            raise ValueError("this Bert is no decoder and takes no cache")
+            raise ValueError("this Bert is not a decoder and takes no cache")
         rows = input_ids.shape[:-1]
         if c.head == "choice":
             flat: Any = lambda x: None if x is None else x.reshape(-1, x.shape[-1])

@@ -35,7 +35,7 @@ class ElmoConfig:
 
     Attributes:
       vocab_size: V, words of the output layer; 0 leaves it away (features only).
-      num_characters: rows of the character table; 0 is no token.
+      num_characters: rows of the character table; 0 is not a token.
       max_characters: M, of a word.
       character_dim: of the table.
       widths: of the filters, characters.
@@ -83,9 +83,9 @@ class ElmoConfig:
     def __post_init__(self) -> None:
         """Checks sizes and names."""
         if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation={self.activation!r} is none of {', '.join(ACTIVATIONS)}")
+            raise ValueError(f"activation={self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
         if self.head not in HEADS:
-            raise ValueError(f"head={self.head!r} is none of {', '.join(HEADS)}")
+            raise ValueError(f"head={self.head!r} is not one of {', '.join(HEADS)}")
         if self.head != "none" and self.vocab_size:
             raise ValueError(f"head={self.head!r} takes the place of the words' output layer: set vocab_size=0")
         if len(self.widths) != len(self.filters) or not self.widths:
@@ -95,15 +95,15 @@ class ElmoConfig:
 
     @property
     def num_labels(self) -> int:
-        """How many classes the head tells apart."""
+        """Number of classes of the head."""
         return len(self.labels)
 
     def make(self, execution: Execution = Execution()) -> "Elmo":
-        """The model of this config."""
+        """Builds the model of this config."""
         return Elmo(self, execution)
 
     def init_carry(self, batch: int, dtype: Any = "float32") -> "ElmoState":
-        """The states before a text."""
+        """States at the beginning of a text."""
         zeros = functools.partial(LstmState.zeros, batch, self.hidden_dim, self.model_dim, jnp.dtype(dtype))
         forward, backward = (tuple(zeros() for _ in range(self.num_layers)) for _ in DIRECTIONS)
         return ElmoState(forward, backward)
@@ -122,14 +122,14 @@ def _characters(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
 
 
 class _Words(nn.Module):
-    """Character ids to word vectors."""
+    """Maps character ids to word vectors."""
 
     config: ElmoConfig
     dtype: Any
 
     @nn.compact
     def __call__(self, ids_BTM: jax.Array) -> jax.Array:
-        """`[B, T, P]`."""
+        """Maps character ids to word vectors `[B, T, P]`."""
         c, init = self.config, nn.initializers.lecun_normal()
         table = Embedding(
             c.num_characters,

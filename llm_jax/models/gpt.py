@@ -96,13 +96,13 @@ class GPTConfig:
     def __post_init__(self) -> None:
         """Checks sizes and mode strings."""
         if self.positions not in POSITIONS:
-            raise ValueError(f"positions={self.positions!r} is none of {', '.join(POSITIONS)}")
+            raise ValueError(f"positions={self.positions!r} is not one of {', '.join(POSITIONS)}")
         heads.check(self.head, heads.DECODER_HEADS)
         _ = self.block
 
     @property
     def num_labels(self) -> int:
-        """How many classes the head tells apart."""
+        """Number of classes of the head."""
         return len(self.labels)
 
     @property
@@ -126,7 +126,7 @@ class GPTConfig:
         )
 
     def make(self, execution: Execution = Execution()) -> "GPT":
-        """The model of this config."""
+        """Builds the model of this config."""
         return GPT(self, execution)
 
     def init_cache(self, batch: int, size: int, dtype: Any = "float32") -> Cache:
@@ -138,7 +138,7 @@ class GPTConfig:
 
 
 class GPT(nn.Module):
-    """A decoder."""
+    """The GPT decoder: a causal Transformer with a choice of position encodings."""
 
     config: GPTConfig
     execution: Execution = Execution()

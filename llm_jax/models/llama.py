@@ -96,7 +96,7 @@ class LlamaConfig:
 
     @property
     def num_labels(self) -> int:
-        """How many classes the head tells apart."""
+        """Number of classes of the head."""
         return len(self.labels)
 
     @property
@@ -118,7 +118,7 @@ class LlamaConfig:
 
     @property
     def block(self) -> BlockConfig:
-        """The layers."""
+        """Config of the layers."""
         return BlockConfig(
             attention=self.attention,
             hidden_dim=self.hidden_dim,
@@ -130,7 +130,7 @@ class LlamaConfig:
         )
 
     def make(self, execution: Execution = Execution()) -> "Llama":
-        """The model of this config."""
+        """Builds the model of this config."""
         return Llama(self, execution)
 
     def init_cache(self, batch: int, size: int, dtype: Any = "float32") -> Cache:
@@ -139,7 +139,7 @@ class LlamaConfig:
 
 
 class Llama(nn.Module):
-    """A decoder with rotary positions."""
+    """The Llama decoder: rotary positions, RMS norms, gated feed-forward."""
 
     config: LlamaConfig
     execution: Execution = Execution()

@@ -51,6 +51,6 @@ def from_dict(values: dict[str, Any]) -> Any:
     rest = dict(values)
     name = rest.pop("family", None)
     if name not in FAMILIES:
-        raise configs.ConfigError(f"model.family={name!r} is none of {', '.join(FAMILIES)}")
+        raise configs.ConfigError(f"model.family={name!r} is not one of {', '.join(FAMILIES)}")
     rest = {k: v for k, v in rest.items() if k not in DROPPED.get(name, ())}
     return configs.from_dict(FAMILIES[name], rest, "model")

@@ -103,18 +103,18 @@ class T5Config:
 
     @property
     def num_labels(self) -> int:
-        """How many classes the head tells apart."""
+        """Number of classes of the head."""
         return len(self.labels)
 
     @property
     def depth(self) -> tuple[int, int]:
-        """Layers of encoder and decoder."""
+        """Numbers of layers: (encoder, decoder)."""
         decoder = self.num_decoder_layers
         return self.num_layers, self.num_layers if decoder is None else decoder
 
     @property
     def block(self) -> BlockConfig:
-        """The encoder's layers."""
+        """Config of the encoder's layers."""
         return self._block(bidirectional=True)
 
     @property
@@ -152,7 +152,7 @@ class T5Config:
         )
 
     def make(self, execution: Execution = Execution()) -> "T5":
-        """The model of this config."""
+        """Builds the model of this config."""
         return T5(self, execution)
 
     def init_cache(self, batch: int, size: int, dtype: Any = "float32") -> Cache:
@@ -161,7 +161,7 @@ class T5Config:
 
 
 class T5(nn.Module):
-    """An encoder-decoder with relative positions."""
+    """T5: an encoder-decoder with relative position buckets."""
 
     config: T5Config
     execution: Execution = Execution()

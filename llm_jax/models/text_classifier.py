@@ -74,9 +74,9 @@ class TextClassifierConfig:
     def __post_init__(self) -> None:
         """Checks names and ranges."""
         if self.kind not in KINDS:
-            raise ValueError(f"kind={self.kind!r} is none of {', '.join(KINDS)}")
+            raise ValueError(f"kind={self.kind!r} is not one of {', '.join(KINDS)}")
         if self.pooling not in POOLINGS:
-            raise ValueError(f"pooling={self.pooling!r} is none of {', '.join(POOLINGS)}")
+            raise ValueError(f"pooling={self.pooling!r} is not one of {', '.join(POOLINGS)}")
         sizes = ("vocab_size", "model_dim", "hidden_dim", "num_layers", "filters")
         for name in (*sizes, *([] if self.embedding_dim is None else ["embedding_dim"])):
             if getattr(self, name) < 1:
@@ -93,11 +93,11 @@ class TextClassifierConfig:
 
     @property
     def num_labels(self) -> int:
-        """C, classes."""
+        """C, number of classes."""
         return len(self.labels)
 
     def make(self, execution: Execution = Execution()) -> "TextClassifier":
-        """The model of this config."""
+        """Builds the model of this config."""
         return TextClassifier(self, execution)
 
 
@@ -196,7 +196,7 @@ class Classifier(nn.Module):
 
 
 class TextClassifier(nn.Module):
-    """Classes of texts from word vectors."""
+    """Classifies texts by an LSTM or a CNN over word vectors."""
 
     config: TextClassifierConfig
     execution: Execution = Execution()

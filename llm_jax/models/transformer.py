@@ -85,7 +85,7 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         """Checks sizes and names."""
         if self.sinusoids not in SINUSOIDS:
-            raise ValueError(f"sinusoids={self.sinusoids!r} is none of {', '.join(SINUSOIDS)}")
+            raise ValueError(f"sinusoids={self.sinusoids!r} is not one of {', '.join(SINUSOIDS)}")
         if self.model_dim % 2:
             raise ValueError(f"model_dim={self.model_dim} must be even for sines and cosines")
         if not 0 <= self.start_id < self.vocab_size:
@@ -94,13 +94,13 @@ class TransformerConfig:
 
     @property
     def depth(self) -> tuple[int, int]:
-        """Layers of encoder and decoder."""
+        """Numbers of layers: (encoder, decoder)."""
         decoder = self.num_decoder_layers
         return self.num_layers, self.num_layers if decoder is None else decoder
 
     @property
     def block(self) -> BlockConfig:
-        """The encoder's layers."""
+        """Config of the encoder's layers."""
         return self._block(self.num_heads, self.hidden_dim)
 
     @property
@@ -126,7 +126,7 @@ class TransformerConfig:
         )
 
     def make(self, execution: Execution = Execution()) -> "Transformer":
-        """The model of this config."""
+        """Builds the model of this config."""
         return Transformer(self, execution)
 
     def init_cache(self, batch: int, size: int, dtype: Any = "float32") -> Cache:
@@ -138,7 +138,7 @@ class TransformerConfig:
 
 
 class Transformer(nn.Module):
-    """An encoder-decoder."""
+    """The Transformer of 2017: an encoder and a decoder with cross-attention."""
 
     config: TransformerConfig
     execution: Execution = Execution()

@@ -89,7 +89,7 @@ class XLNetConfig:
 
     @property
     def num_labels(self) -> int:
-        """How many classes the head tells apart."""
+        """Number of classes of the head."""
         return len(self.labels)
 
     @property
@@ -107,7 +107,7 @@ class XLNetConfig:
         )
 
     def make(self, execution: Execution = Execution()) -> "XLNet":
-        """The model of this config."""
+        """Builds the model of this config."""
         return XLNet(self, execution)
 
     def init_cache(self, batch: int, size: int, dtype: Any = "float32") -> "Reading":
@@ -135,7 +135,7 @@ class Memories(struct.PyTreeNode):
 
 
 class Reading(Cache):
-    """What reading from left to right remembers."""
+    """Cache of decoding from left to right."""
 
     layers: tuple[PlacedCache, ...]  # type: ignore[assignment]
 
@@ -150,7 +150,7 @@ class Reading(Cache):
 
 
 class XLNet(nn.Module):
-    """Two streams over a text and its memory."""
+    """XLNet: two streams over a text and its memory."""
 
     config: XLNetConfig
     execution: Execution = Execution()

@@ -1,4 +1,4 @@
-"""Who looks where, and softmax attention behind one function with three implementations.
+"""Attention masks, and softmax attention: one function with three implementations.
 
 Sources: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; Ainslie et al. 2023 (grouped queries),
 https://arxiv.org/abs/2305.13245; Rabe and Staats 2021 (attention in chunks, linear memory),
@@ -14,23 +14,24 @@ from flax import struct
 
 from llm_jax.nn import weights
 
-FEW_QUERIES = 16  # so many to one head of many keys are the second operand of their product on a CPU
-LOWEST = -1e30  # scores of hidden keys; finite, so that a fully hidden row gives zeros and no NaN
+FEW_QUERIES = 16  # up to this many queries per key head, a CPU computes the product with its operands swapped
+LOWEST = -1e30  # scores of hidden keys; finite, so that a fully hidden row gives zeros instead of NaN
 
 
 class Mask(struct.PyTreeNode):
-    """Who may look where, from positions and segments, so that no [T, S] array need exist.
+    """Which keys a query sees, as rules on positions and segments, so that no [T, S] array need exist.
 
     Attributes:
       q_positions_BT: positions of the queries.
-      k_positions_BS: positions of the keys; a negative one is hidden from everybody (padding, empty cache slots).
-      q_segments_BT: document of each query; None where there is one document.
+      k_positions_BS: positions of the keys; negative ones are hidden from every query (padding, empty cache slots).
+      q_segments_BT: document of each query; None if a row holds one document.
       k_segments_BS: document of each key.
       causal: a query sees positions up to its own.
       window: a query sees only the last `window` positions, its own included.
-      ordered: queries and keys of every row are at 0, 1, 2, ... in one document, so that `causal` and `window` say
-        everything and the arrays are not read; whoever replaces positions clears it, as `slice` does.
-      allowed_BTS: bool, hides where False: for what no rule says (XLNet's orders). Alone here it is a whole array.
+      ordered: queries and keys of every row are at 0, 1, 2, ... in one document. Then `causal` and `window` describe
+        the mask, and the arrays are not read. Code that replaces positions must clear it, as `slice` does.
+      allowed_BTS: bool, hides where False. For masks that no rule describes, such as XLNet's permutations; the only
+        field of size T x S.
     """
 
     q_positions_BT: jax.Array
@@ -43,7 +44,7 @@ class Mask(struct.PyTreeNode):
     allowed_BTS: jax.Array | None = None
 
     def dense(self) -> jax.Array:
-        """`[B, T, S]` bool."""
+        """The mask as an array: `[B, T, S]` bool, True where a query sees a key."""
         q, k = self.q_positions_BT[:, :, None], self.k_positions_BS[:, None, :]
         shape = jnp.broadcast_shapes(q.shape, k.shape)
         q, k = jnp.broadcast_to(q, shape), jnp.broadcast_to(k, shape)
@@ -73,10 +74,10 @@ class Mask(struct.PyTreeNode):
 
 
 class Kernel(Protocol):
-    """Attention by a kernel that takes some calls only: `parallel.splash.Splash`, `parallel.ring.Ring`."""
+    """An attention kernel that supports some calls only: `parallel.splash.Splash`, `parallel.ring.Ring`."""
 
     def fits(self, q_BTNH: jax.Array, k_BSKH: jax.Array, mask: Mask | None, sloped: bool, biased: bool) -> bool:
-        """Whether the kernel takes these sizes, this mask, and slopes or a bias where the scores have them."""
+        """Whether the kernel supports these sizes, this mask, and (if set) ALiBi slopes or a bias."""
         ...
 
     def __call__(
@@ -88,17 +89,17 @@ class Kernel(Protocol):
         slopes_N: jax.Array | None,
         scale: float,
     ) -> jax.Array:
-        """Attention `[B, T, N, H]` of whole arrays; see `attend` for the arguments."""
+        """Attention of unsharded arrays, `[B, T, N, H]`; see `attend` for the arguments."""
         ...
 
 
 def is_ordered(mask: Mask | None) -> bool:
-    """Whether `causal` and `window` alone say who sees whom, in a form that kernels take."""
+    """Whether `causal` and `window` alone describe the mask, in a combination that kernels support."""
     return mask is None or (mask.ordered and (mask.causal or mask.window is None))
 
 
 class _Plain:
-    """The two products of attention as XLA likes them."""
+    """The two products of attention, in the layout that XLA prefers."""
 
     @staticmethod
     def scores(q_BTKGH, k_BSKH, dtype):
@@ -112,7 +113,7 @@ class _Plain:
 
 
 class _Few:
-    """The same for few queries on a CPU: its products rewrite one operand first, and here that is the small one."""
+    """The two products for few queries on a CPU, which repacks one operand of every product: here the small one."""
 
     @staticmethod
     def scores(q_BTKGH, k_BSKH, dtype):
@@ -131,7 +132,7 @@ class _Few:
 
 
 def scores(q_BTNH, k_BSKH, mask, slopes_N, bias_BNTS, scale, products=_Plain):
-    """Float32 scores `[B, K, N/K, T, S]`, hidden ones at LOWEST, and the dense mask."""
+    """Float32 scores `[B, K, N/K, T, S]`, with hidden keys at LOWEST, and the dense mask."""
     b, t, n, h = q_BTNH.shape
     k = k_BSKH.shape[2]
     q_BTKGH = weights.scaled(q_BTNH, scale).reshape(b, t, k, n // k, h)
@@ -148,7 +149,7 @@ def scores(q_BTNH, k_BSKH, mask, slopes_N, bias_BNTS, scale, products=_Plain):
 
 
 def drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
-    """`x` with a share `rate` set to zero and the rest divided by 1 - rate."""
+    """Dropout: sets a share `rate` of `x` to zero and divides the rest by 1 - rate."""
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(keep, weights.wide(x) / (1 - rate), 0).astype(x.dtype)
 
@@ -173,7 +174,7 @@ def _cudnn_runs() -> bool:
 
 
 def _ordered(q_BTNH, k_BSKH, v_BSKH, mask, scale):
-    """Attention whose mask is `causal` and `window` alone; cuDNN's kernel, which keeps no scores, where it runs."""
+    """Attention under an ordered mask; uses cuDNN's kernel, which stores no scores, where it runs."""
     causal = mask is not None and mask.causal
     window = (mask.window - 1, 0) if causal and mask.window is not None else None
     attend = functools.partial(jax.nn.dot_product_attention, scale=scale, is_causal=causal, local_window_size=window)
@@ -200,7 +201,7 @@ def _dense(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale):
 
 
 def _fused(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale):
-    """Keeps queries, keys and values for the backward pass (kernels the output too), and no scores."""
+    """Saves queries, keys and values for the backward pass (kernels save the output too), but no scores."""
     if is_ordered(mask) and slopes_N is None and bias_BNTS is None:
         return _ordered(q_BTNH, k_BSKH, v_BSKH, mask, scale)
     return _dense(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale)
@@ -290,37 +291,37 @@ def attend(
       q_BTNH: queries.
       k_BSKH: keys; K divides N, query head n reads key head n // (N / K).
       v_BSKH: values.
-      mask: who may look where; None means everywhere. A fully hidden row returns zeros.
+      mask: which keys a query sees; None means all. A fully hidden row returns zeros.
       scale: usually H ** -0.5.
       implementation: `reference` (einsum, [T, S] scores), `fused` (`jax.nn.dot_product_attention`, no dropout),
         `chunked` (online softmax, memory linear in T and S), `auto` (fused unless dropout is on or the inputs are
-        float64). With an ordered mask in half precision on CUDA, fused is cuDNN's kernel, which has no second
-        derivative and takes no `vmap` over some operands only; `chunked` and `reference` have and do.
+        float64). With an ordered mask in half precision on CUDA, `fused` runs cuDNN's kernel, which has no second
+        derivative and cannot be mapped (`vmap`) over some operands only; `chunked` and `reference` have no such limit.
       slopes_N: ALiBi slopes; needs a mask, whose positions give the distances.
       bias_BNTS: added to the scores, B or 1 rows.
       dropout_rate: share of attention weights dropped where `dropout_key` is given.
       dropout_key: turns dropout on.
       q_chunk: queries per chunk (chunked).
       k_chunk: keys per chunk (chunked).
-      kernel: what `auto` and `fused` run where it fits and dropout is off (`splash.Splash`, `ring.Ring`).
+      kernel: runs instead of `auto` and `fused` where it fits and dropout is off (`splash.Splash`, `ring.Ring`).
 
     Returns:
       `[B, T, N, H]` in the dtype of `q_BTNH`.
 
     Raises:
-      ValueError: if N is no multiple of K, `fused` is asked for with dropout, or slopes come without a mask.
+      ValueError: if N is not a multiple of K, `fused` is asked for with dropout, or slopes come without a mask.
     """
     if slopes_N is not None and mask is None:
         raise ValueError("slopes_N needs a mask, whose positions give the distances")
     if q_BTNH.shape[2] % k_BSKH.shape[2]:
-        raise ValueError(f"{q_BTNH.shape[2]} query heads are no multiple of {k_BSKH.shape[2]} key heads")
+        raise ValueError(f"{q_BTNH.shape[2]} query heads are not a multiple of {k_BSKH.shape[2]} key heads")
     if dropout_rate == 0:
         dropout_key = None
     plain = implementation in ("auto", "fused") and dropout_key is None
     if plain and kernel is not None and kernel.fits(q_BTNH, k_BSKH, mask, slopes_N is not None, bias_BNTS is not None):
         return kernel(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, scale)
     if implementation == "auto":
-        fused = dropout_key is None and q_BTNH.dtype != jnp.float64  # whose softmax is float32 at most
+        fused = dropout_key is None and q_BTNH.dtype != jnp.float64  # the fused softmax is float32 at most
         implementation = "fused" if fused else "reference"
     args = (q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, bias_BNTS, scale)
     if implementation == "reference":
@@ -328,7 +329,7 @@ def attend(
     if implementation == "chunked":
         return _chunked(*args, dropout_rate, dropout_key, q_chunk, k_chunk)
     if implementation != "fused":
-        raise ValueError(f"implementation={implementation!r} is none of auto, reference, fused, chunked")
+        raise ValueError(f"implementation={implementation!r} is not one of auto, reference, fused, chunked")
     if dropout_key is not None:
         raise ValueError("fused attention has no dropout; use reference or chunked, or dropout_rate=0")
     if q_BTNH.dtype == jnp.float16:  # XLA:CPU has no such product

@@ -165,7 +165,7 @@ class AttentionConfig:
         """Heads of D / N each, as many keys as queries, biases on all four kernels: GPT's and BERT's.
 
         Raises:
-          ValueError: if D is no multiple of N.
+          ValueError: if D is not a multiple of N.
         """
         if model_dim % num_heads:
             raise ValueError(f"model_dim={model_dim} is not a multiple of num_heads={num_heads}")
@@ -191,7 +191,7 @@ class AttentionConfig:
 
     @property
     def scale(self) -> float:
-        """What scores are multiplied by."""
+        """Factor of the scores."""
         return 1 / math.sqrt(self.positions.score_parts * self.head_dim) if self.scaled else 1.0
 
 

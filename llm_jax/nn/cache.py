@@ -78,12 +78,12 @@ class Cache(struct.PyTreeNode):
 
     @property
     def num_beams(self) -> int:
-        """W, 1 without beams."""
+        """Number of beams per row; 1 without a beam search."""
         return 1 if self.beams_BWS is None else self.beams_BWS.shape[1]
 
     @property
     def size(self) -> int:
-        """S, slots per row or beam."""
+        """S, number of slots per row or beam."""
         return self.content[0].k_BKSH.shape[2] // self.num_beams
 
     def widen(self, beams: int) -> "Cache":

@@ -80,9 +80,9 @@ class Execution:
         kind, _, rest = self.remat.partition(":")
         valid = {"none": not rest, "dots": not rest, "full": not rest, "names": bool(rest), "offload": bool(rest)}
         if not (valid.get(kind, False) or (kind == "every" and rest.isdigit() and int(rest) > 0)):
-            raise ValueError(f"remat={self.remat!r} is none of {', '.join(REMAT)}")
+            raise ValueError(f"remat={self.remat!r} is not one of {', '.join(REMAT)}")
         if self.attention not in ATTENTION:
-            raise ValueError(f"attention={self.attention!r} is none of {', '.join(ATTENTION)}")
+            raise ValueError(f"attention={self.attention!r} is not one of {', '.join(ATTENTION)}")
 
     def remat_every(self) -> int:
         """How many blocks share one checkpoint; 0 without rematerialisation."""

@@ -16,7 +16,7 @@ def add_last(x: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def scale_last(x: jax.Array, v: jax.Array) -> jax.Array:
-    """`x[..., D] * v[D]`."""
+    """The product `x[..., D] * v[D]`, with the broadcast written out."""
     return x * jnp.broadcast_to(v, x.shape)
 
 
@@ -43,7 +43,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, *inputs: jax.Array) -> jax.Array:
-        """`[..., in]` to `[..., features]`."""
+        """Maps `[..., in]` to `[..., features]`."""
         x = inputs[0]
         dtype = self.dtype or x.dtype
         kernel: Any = weights.parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.axes)

@@ -48,7 +48,7 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., D]` to `[..., D]`, same dtype."""
+        """Normalizes the last axis of `[..., D]`; the dtype stays."""
         scale = weights.parameter(self, "scale", nn.initializers.ones, x.shape[-1:], ("norm",))
         bias = None
         if self.use_bias:
@@ -63,7 +63,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., D]` to `[..., D]`, same dtype."""
+        """Normalizes the last axis of `[..., D]`; the dtype stays."""
         scale = weights.parameter(self, "scale", nn.initializers.ones, x.shape[-1:], ("norm",))
         return _rms_norm(x, scale, self.eps)
 

@@ -44,7 +44,7 @@ class Head(struct.PyTreeNode):
 
     @property
     def padded_size(self) -> int:
-        """Columns that `logits` returns."""
+        """Number of columns of `logits`."""
         return weights.shape_of(self.weight)[0 if self.transposed else 1]
 
     def logits(self, h: jax.Array, wide: bool = True) -> jax.Array:

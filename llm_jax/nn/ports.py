@@ -42,7 +42,7 @@ def read(module: Any, name: str) -> Any:
 
 
 def sequential(module: Any, name: str, y: jax.Array) -> jax.Array:
-    """`node(y)`, or `y` while the port is empty."""
+    """`node(y)` if the port holds a node, else `y`."""
     node = read(module, name)
     return y if node is None else node(y)
 

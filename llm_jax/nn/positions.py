@@ -64,7 +64,7 @@ class RotaryScaling:
     def __post_init__(self) -> None:
         """Checks the kind."""
         if self.kind not in ("linear", "llama3", "yarn"):
-            raise ValueError(f"rotary scaling kind={self.kind!r} is none of linear, llama3, yarn")
+            raise ValueError(f"rotary scaling kind={self.kind!r} is not one of linear, llama3, yarn")
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: RotaryScaling | None = None) -> tuple[np.ndarray, float]:

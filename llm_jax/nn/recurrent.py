@@ -32,7 +32,7 @@ class LstmState(struct.PyTreeNode):
 
     @classmethod
     def zeros(cls, batch: int, hidden: int, features: int, dtype: jnp.dtype = jnp.float32) -> "LstmState":
-        """The state before a text."""
+        """State at the beginning of a text."""
         return cls(jnp.zeros((batch, hidden), dtype), jnp.zeros((batch, features), dtype))
 
 
@@ -109,7 +109,7 @@ class Highway(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., D]` to `[..., D]`."""
+        """One highway layer: maps `[..., D]` to `[..., D]`."""
         layer = functools.partial(Linear, x.shape[-1], ("embed", "embed"), kernel_init=self.kernel_init)
         closed = nn.initializers.constant(-2.0)  # a new highway passes its input on
         gate = jax.nn.sigmoid(layer(name="carry", bias_init=closed)(x))

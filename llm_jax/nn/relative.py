@@ -71,7 +71,7 @@ class RelativeBias(nn.Module):
 
 
 class Bias(struct.PyTreeNode):
-    """What `Buckets` share among layers."""
+    """The bias that all layers of a stack share, computed once."""
 
     bias_BNTS: jax.Array
 

@@ -132,7 +132,7 @@ class TwoStreamAttention(nn.Module):
 
 
 def plus(q_BTNH: jax.Array, bias_NH: jax.Array) -> jax.Array:
-    """Queries with a vector a head added."""
+    """Adds one vector per head to the queries."""
     return q_BTNH + jnp.broadcast_to(bias_NH, q_BTNH.shape)
 
 

@@ -1,12 +1,11 @@
 """Weights: anything that can multiply.
 
-A kernel is a matrix `[in, out]`. A plain array is a weight; so is every `Weight`, a pytree node that stands
-in the parameter tree where an array stood (a low-rank update, a quantized matrix, ...). `nn.Linear` and
-`nn.Embedding` ask for nothing but the functions of this module, so a model runs any of them unchanged, and
-they nest.
+A kernel is a matrix `[in, out]`. A plain array is a weight. So is every `Weight`: a pytree node that replaces an
+array in the parameter tree (a low-rank update, a quantized matrix, ...). `nn.Linear` and `nn.Embedding` use only
+the functions of this module, so a model runs with any weight unchanged, and weights nest.
 
-Source: this library's own design; the hand-written gradient of the plain product is there because autodiff's
-lands in the transposed layout, which XLA:CPU then copies.
+Source: this library's own design. The gradient of the plain product is written by hand because autodiff's arrives
+in the transposed layout, which XLA:CPU then copies.
 """
 
 import dataclasses
@@ -24,7 +23,7 @@ from jax import lax
 
 from llm_jax.nn import paths
 
-Axes = jax.sharding.PartitionSpec  # logical axis names of one leaf; PartitionSpec because it is no pytree node
+Axes = jax.sharding.PartitionSpec  # logical axis names of one leaf; PartitionSpec because it is not a pytree node
 
 
 class Node(struct.PyTreeNode):
@@ -42,10 +41,10 @@ class Node(struct.PyTreeNode):
 
 
 class Weight(Node):
-    """A structured matrix. Subclasses define `dense` and `shape`; the rest has defaults in terms of them."""
+    """A structured matrix. Subclasses define `dense` and `shape`; all other methods have defaults built on these."""
 
     def dense(self) -> jax.Array:
-        """The matrix itself, `[in, out]`."""
+        """The matrix as a plain array, `[in, out]`."""
         raise TypeError(f"{type(self).__name__} does not say what its matrix is: define dense()")
 
     @property
@@ -63,11 +62,11 @@ class Weight(Node):
         return matmul_t(x, self.dense())
 
     def take(self, ids: jax.Array) -> jax.Array:
-        """Rows of the matrix."""
+        """Rows `ids` of the matrix, `[*ids.shape, out]`."""
         return take(self.dense(), ids)
 
     def axes(self, base: Axes) -> "Weight":
-        """Logical axes of the leaves, in a node of the same type, from those of the plain matrix."""
+        """Logical axes of every leaf, in a node of the same type; `base` are the axes of the plain matrix."""
         return jax.tree.map(lambda leaf: Axes(*base[: leaf.ndim]), self)
 
     def cast(self, dtype: jnp.dtype) -> "Weight":
@@ -76,12 +75,12 @@ class Weight(Node):
 
 
 class Transposed(Weight):
-    """A matrix stored as its transpose `[out, in]`, which serves few rows faster on a CPU."""
+    """A matrix stored as its transpose `[out, in]`: on a CPU, products with few rows are faster so."""
 
     transpose: jax.Array
 
     def dense(self) -> jax.Array:
-        """The matrix itself."""
+        """The matrix as a plain array."""
         return self.transpose.T
 
     @property
@@ -104,7 +103,7 @@ class Transposed(Weight):
 
 
 def is_node(x: Any) -> bool:
-    """True for structured entries of a parameter tree."""
+    """Whether `x` is a structured entry of a parameter tree."""
     return isinstance(x, Node)
 
 
@@ -113,14 +112,14 @@ def _cast_leaf(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def wide(x: jax.Array) -> jax.Array:
-    """`x` in float32, or in float64 where it is that."""
+    """`x` in float32; float64 stays float64."""
     return x.astype(jnp.promote_types(jnp.float32, x.dtype))
 
 
 def scaled(x: jax.Array, factor: jax.Array | float) -> jax.Array:
     """`x * factor` in the dtype of `x`, multiplied in float32 and rounded once.
 
-    A factor that is itself rounded to bfloat16 first is wrong by up to 0.4 %, and by the same share everywhere.
+    Rounding the factor to bfloat16 first would be an error of up to 0.4 %, the same in every entry.
 
     Args:
       x: any shape.
@@ -132,7 +131,7 @@ def scaled(x: jax.Array, factor: jax.Array | float) -> jax.Array:
 
 
 def wide_half(x: jax.Array, wide: bool) -> Any:
-    """Float32 where `wide` is set and `x` is float16, whose range ends at 65504; else the dtype of `x`."""
+    """Float32 if `wide` is set and `x` is float16, whose range ends at 65504; else the dtype of `x`."""
     return jnp.dtype(jnp.float32) if wide and x.dtype == jnp.float16 else x.dtype
 
 
@@ -152,8 +151,8 @@ def _contract(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
 def _few_rows(x: jax.Array, w: jax.Array) -> jax.Array:
     """`x[..., in] @ w[out, in].T` as `(w @ x.T).T`.
 
-    XLA:CPU rewrites its second operand into tiles before every product. Here that is the few rows of `x`, not all
-    of `w`; the barrier keeps the compiler from swapping them back.
+    XLA:CPU repacks the second operand into tiles before every product. Here that is the few rows of `x` instead of
+    all of `w`; the barrier keeps the compiler from swapping the operands back.
     """
     rows = x.reshape(-1, x.shape[-1])
     y = lax.optimization_barrier(lax.dot_general(w, rows, (((1,), (1,)), ((), ()))))
@@ -179,7 +178,7 @@ def _product_bwd(transposed, saved, dy):
     x, w = saved
     if isinstance(dy, jax.custom_derivatives.SymbolicZero):
         return None, None
-    # two products read it, and a TPU would compute what made it for each of them
+    # two products read dy; without the barrier a TPU computes dy twice
     dy = lax.optimization_barrier(dy)
     dx = None if w is None else _contract(dy, w, 0 if transposed else 1)
     if x is None:
@@ -200,7 +199,7 @@ def _rows_fwd(w, ids):
 
 
 def _rows_bwd(saved, dy):
-    like, ids = saved  # a row's gradient sums over the batch: in float32, since bfloat16 stands still at 256 ones
+    like, ids = saved  # summed over the batch in float32: a bfloat16 sum of ones stops growing at 256
     dy = wide(dy)
     total = jnp.zeros((like.shape[0], dy.shape[-1]), dy.dtype).at[ids].add(dy, mode="drop")
     return total.astype(like.dtype), None
@@ -246,15 +245,15 @@ def take(w: Any, ids: jax.Array) -> jax.Array:
 
 
 def dense(w: Any) -> jax.Array:
-    """The matrix itself."""
+    """The matrix as a plain array."""
     return w.dense() if isinstance(w, Weight) else w
 
 
-materialize = jax.jit(dense)  # for use outside a program: one compilation a type and shape, not one an operation
+materialize = jax.jit(dense)  # for use outside jit: one compilation per type and shape instead of one per operation
 
 
 def cast(tree: Any, dtype: Any) -> Any:
-    """Casts floating leaves of a parameter tree; quantization scales keep their own dtype. None is a no-op."""
+    """Casts floating leaves of a parameter tree; quantization scales keep their dtype. None casts nothing."""
     if dtype is None:
         return tree
     leaf = lambda w: w.cast(dtype) if isinstance(w, Weight) else jax.tree.map(lambda x: _cast_leaf(x, dtype), w)
@@ -262,16 +261,16 @@ def cast(tree: Any, dtype: Any) -> Any:
 
 
 def shape_of(w: Any) -> tuple[int, ...]:
-    """The shape of the plain matrix."""
+    """Shape of the plain matrix that `w` stands for."""
     return tuple(w.shape)
 
 
-# every kernel of self-attention, cross-attention and feed-forwards, and none of embeddings, poolers and heads
+# every kernel of self-attention, cross-attention and feed-forward layers; no embedding, pooler or head
 LAYER_KERNELS = ("*attention/*/kernel", "mlp/*/kernel")
 
 
 def is_matrix(path: str, w: Any) -> bool:
-    """Whether `w` is a matrix, stacked or not; a stacked vector `[L, D]` is none."""
+    """Whether `w` is a matrix, stacked over layers or not; a stacked vector `[L, D]` is not a matrix."""
     return len(shape_of(w)) - paths.is_stacked(path) == 2
 
 
@@ -281,12 +280,12 @@ def axes_of(w: Any, base: Axes) -> Any:
 
 
 def count(tree: Any) -> int:
-    """Number of stored numbers."""
+    """Number of stored scalars in a tree."""
     return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
 
 
 def bytes_of(tree: Any) -> int:
-    """Bytes of all leaves; works on abstract trees too."""
+    """Total bytes of all leaves; works on abstract trees too."""
     return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
 
 
@@ -304,7 +303,7 @@ class Boxed(struct.PyTreeNode, meta.AxisMetadata):
         return self.value
 
     def replace_boxed(self, val: Any) -> "Boxed":
-        """Another value in a box of the same axes."""
+        """A box of the same axes around another value."""
         return self.replace(value=val)
 
     def add_axis(self, index: int, params: dict[str, Any]) -> "Boxed":
@@ -328,8 +327,8 @@ def parameter(
 ) -> Any:
     """Reads parameter `name` of a Linen module, or initialises it (float32, boxed with its logical axes).
 
-    Linen's own `param` compares the stored value with the initialiser's shape and so rejects structured
-    weights; here only the protocol's shape is compared.
+    Linen's own `param` compares the stored value with the initialiser's shape and so rejects structured weights; here
+    only the shape of the plain matrix is compared.
 
     Raises:
       ValueError: if the stored weight has another shape.
@@ -362,7 +361,7 @@ def replace(tree: Any, patterns: str | Iterable[str], fn: Callable[[str, Any], A
     return paths.map_with_path(lambda p, w: fn(p, w) if p in chosen else w, tree, is_leaf=is_node)
 
 
-# Structure: what an array file cannot hold ---------------------------------------------------------------
+# Structure: what a file of arrays cannot express ---------------------------------------------------------------
 
 
 def structure(tree: Any) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class BidirectionalLM:
         """Fills in what is left open.
 
         Raises:
-          ValueError: if the model is no ELMo with an output layer.
+          ValueError: if the model is not an ELMo with an output layer.
         """
         del devices, mask_id
         if model.reads != "characters" or not model.vocab_size:
@@ -109,7 +109,7 @@ class BidirectionalLM:
         return Prepared({"input_ids": characters}, targets, {**totals, "tokens": jnp.sum(real[:, 1:])})
 
     def score(self, output: Any, targets: Targets) -> dict[str, jax.Array]:
-        """Sums of both terms."""
+        """Sums of the losses of both directions."""
         halves = jnp.split(output.last_hidden_state, 2, axis=-1)
         scores = {}
         for name, h_BTP, labels, weights in zip(DIRECTIONS, halves, targets.labels, targets.weights, strict=True):

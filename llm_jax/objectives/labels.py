@@ -39,7 +39,7 @@ class Labels:
     def __post_init__(self) -> None:
         """Checks the kind and the range."""
         if self.kind not in KINDS:
-            raise ValueError(f"kind={self.kind!r} is none of {', '.join(KINDS)}")
+            raise ValueError(f"kind={self.kind!r} is not one of {', '.join(KINDS)}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing={self.label_smoothing} must lie in [0, 1)")
         if self.label_smoothing and self.kind in ("span", "regression", "multi_label"):
@@ -71,7 +71,7 @@ class Labels:
 
     @property
     def loss_unit(self) -> str:
-        """What the loss is, for plots."""
+        """Name of the loss, as plots label it."""
         return "squared error" if self.kind == "regression" else "cross-entropy (nats per label)"
 
     @property

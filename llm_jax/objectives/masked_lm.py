@@ -72,7 +72,7 @@ class MaskedLM:
     def __post_init__(self) -> None:
         """Checks names and ranges."""
         if self.unit not in UNITS:
-            raise ValueError(f"unit={self.unit!r} is none of {', '.join(UNITS)}")
+            raise ValueError(f"unit={self.unit!r} is not one of {', '.join(UNITS)}")
         if not 0 < self.rate < 1:
             raise ValueError(f"rate={self.rate} must lie in (0, 1)")
         if self.mask < 0 or self.random < 0 or self.mask + self.random > 1:

@@ -48,7 +48,7 @@ class Objective(Protocol):
 
     @property
     def loss_unit(self) -> str:
-        """What the loss is, as plots label it."""
+        """Name of the loss, as plots label it."""
         ...
 
     @property
@@ -74,7 +74,7 @@ class Objective(Protocol):
         ...
 
     def prepare(self, batch: Batch, key: jax.Array) -> Prepared:
-        """Masks, corrupts, permutes or shifts; pure."""
+        """Masks, corrupts, permutes or shifts a batch; a pure function."""
         ...
 
     def score(self, output: Any, targets: Any) -> dict[str, jax.Array]:

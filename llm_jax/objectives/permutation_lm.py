@@ -63,7 +63,7 @@ class PermutationLM:
     def __post_init__(self) -> None:
         """Checks names and ranges."""
         if self.unit not in UNITS:
-            raise ValueError(f"unit={self.unit!r} is none of {', '.join(UNITS)}")
+            raise ValueError(f"unit={self.unit!r} is not one of {', '.join(UNITS)}")
         if not 0 < self.rate < 1 or self.longest < 1:
             raise ValueError(f"rate={self.rate} must lie in (0, 1), longest={self.longest} be at least 1")
 
@@ -71,7 +71,7 @@ class PermutationLM:
         """Checks the model.
 
         Raises:
-          ValueError: if the model is no XLNet with a language-model head, or lacks the memory that is carried.
+          ValueError: if the model is not an XLNet with a language-model head, or lacks the memory that is carried.
         """
         del devices, mask_id
         if model.reads != "any_order" or model.head != "lm":
@@ -86,7 +86,7 @@ class PermutationLM:
 
     @property
     def coefficients(self) -> dict[str, float]:
-        """Coefficient of the only term."""
+        """Coefficient of the only loss term."""
         return {"permuted_token": 1.0}
 
     def _choose(self, key: jax.Array, real_T: jax.Array) -> tuple[jax.Array, jax.Array]:

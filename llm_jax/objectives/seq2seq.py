@@ -55,7 +55,7 @@ class Seq2Seq:
     def __post_init__(self) -> None:
         """Checks names and ranges."""
         if self.task not in TASKS:
-            raise ValueError(f"task={self.task!r} is none of {', '.join(TASKS)}")
+            raise ValueError(f"task={self.task!r} is not one of {', '.join(TASKS)}")
         if not 0 < self.noise_density < 1 or self.mean_span < 1:
             raise ValueError(
                 f"noise_density={self.noise_density} must lie in (0, 1), mean_span={self.mean_span} be at least 1"
@@ -69,7 +69,7 @@ class Seq2Seq:
         """Fills in what is left open.
 
         Raises:
-          ValueError: if the model is no encoder-decoder, or has another head.
+          ValueError: if the model is not an encoder-decoder, or has another head.
         """
         del mask_id
         if model.reads != "source" or not getattr(model, "decoder", True):
@@ -92,7 +92,7 @@ class Seq2Seq:
         return {"next_token": 1.0, **({"z_loss": self.z_loss} if self.z_loss else {})}
 
     def _pair(self, batch: Batch, key: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
-        """(source, labels)."""
+        """Corrupts a text into (source, labels)."""
         ids = batch["input_ids"]
         if self.task == "pairs":
             return {k: batch[k] for k in ("input_ids", "attention_mask") if k in batch}, batch["labels"]

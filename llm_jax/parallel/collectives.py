@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 
 def _from_root(axis: str, root: int) -> tuple[int, jax.Array]:
-    """(N, this device's distance from the root)."""
+    """(number of devices, this device's distance from the root)."""
     n = jax.lax.axis_size(axis)
     return n, (jax.lax.axis_index(axis) - root) % n
 
@@ -37,7 +37,7 @@ def _rounds(n: int, root: int) -> list[tuple[int, list[tuple[int, int]]]]:
 
 
 def broadcast(x: jax.Array, axis: str, root: int = 0) -> jax.Array:
-    """Everyone has the root's `x`."""
+    """Broadcast: every device gets the root's `x`."""
     n, distance = _from_root(axis, root)
     for d, pairs in _rounds(n, root):
         got = jax.lax.ppermute(x, axis, pairs)
@@ -46,7 +46,7 @@ def broadcast(x: jax.Array, axis: str, root: int = 0) -> jax.Array:
 
 
 def reduce(x: jax.Array, axis: str, root: int = 0) -> jax.Array:
-    """The root has the sum, the others zeros."""
+    """Reduce: the root gets the sum, the other devices zeros."""
     n, distance = _from_root(axis, root)
     for _, pairs in reversed(_rounds(n, root)):
         x = x + jax.lax.ppermute(x, axis, [(to, frm) for frm, to in pairs])
@@ -54,12 +54,12 @@ def reduce(x: jax.Array, axis: str, root: int = 0) -> jax.Array:
 
 
 def all_reduce(x: jax.Array, axis: str) -> jax.Array:
-    """Everyone has the sum."""
+    """All-reduce: every device gets the sum."""
     return jax.lax.psum(x, axis)
 
 
 def reduce_scatter(x: jax.Array, axis: str) -> jax.Array:
-    """Device i has block i of the sum."""
+    """Reduce-scatter: device i gets block i of the sum."""
     return jax.lax.psum_scatter(x, axis, tiled=True)
 
 
@@ -69,7 +69,7 @@ def all_gather(x: jax.Array, axis: str) -> jax.Array:
 
 
 def all_to_all(x: jax.Array, axis: str) -> jax.Array:
-    """Device i has everyone's block i."""
+    """All-to-all: device i gets block i of every device."""
     return jax.lax.all_to_all(x, axis, 0, 0, tiled=True)
 
 
@@ -143,7 +143,7 @@ def traffic(name: str, size: float, n: int) -> Traffic:
         "pull": Traffic(size * (n - 1), link, size * (n - 1)),
     }
     if name not in rooted:
-        raise ValueError(f"collective={name!r} is none of {', '.join((*alike, *rooted))}")
+        raise ValueError(f"collective={name!r} is not one of {', '.join((*alike, *rooted))}")
     return rooted[name]
 
 

@@ -157,7 +157,7 @@ def kernels(names: Tree) -> Tree:
     """Which parameters are plain matrices of layers, a bool for every array: layers can gather their transposes.
 
     Args:
-      names: logical axes of every parameter; arrays of structured weights are no plain ones.
+      names: logical axes of every parameter; arrays of structured weights are not plain ones.
     """
 
     def of(names: Tree) -> Tree:
@@ -245,7 +245,7 @@ def _whole(
     """One layer's parameter, gathered along the dimension that ZeRO divides; None where it divides none."""
     if dimension is None:
         return x
-    if is_kernel and dimension == x.ndim - 1:  # a few columns are no whole lanes, but they are rows
+    if is_kernel and dimension == x.ndim - 1:  # a few columns are not whole lanes, but they are rows
         return weights.Transposed(gather(x.T, 0, scatter))
     return gather(x, dimension, scatter)
 

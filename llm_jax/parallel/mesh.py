@@ -1,4 +1,4 @@
-"""Makes meshes; nothing else does."""
+"""Builds meshes, for the whole library."""
 
 import math
 from collections.abc import Sequence

@@ -75,7 +75,7 @@ class PlanConfig:
     def __post_init__(self) -> None:
         """Checks ranges."""
         if self.zero not in (0, 1, 2, 3):
-            raise ValueError(f"zero={self.zero} is none of 0, 1, 2, 3")
+            raise ValueError(f"zero={self.zero} is not one of 0, 1, 2, 3")
         for name in ("replica", "pipe", "chunks", "seq", "model"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -84,7 +84,7 @@ class PlanConfig:
         if self.explicit and self.remat.startswith(("none", "every")):
             raise ValueError(f"plan.explicit would keep gathered layers with plan.remat={self.remat}: set full or dots")
         if unknown := set(self.offload) - set(offload.KINDS):
-            raise ValueError(f"offload={', '.join(sorted(unknown))} is none of {', '.join(offload.KINDS)}")
+            raise ValueError(f"offload={', '.join(sorted(unknown))} is not one of {', '.join(offload.KINDS)}")
         if "disk" in self.offload and len(self.offload) > 1:
             raise ValueError("plan.offload=disk stands alone: what lies on disk lies not in host memory")
         if "parameters" in self.offload:
@@ -102,7 +102,7 @@ class PlanConfig:
         if wrong := [option for option in self.compiler if not option.partition("=")[2]]:
             raise ValueError(f"plan.compiler holds {wrong[0]!r}, which is not of the form name=value")
         if self.schedule not in schedules.NAMES:
-            raise ValueError(f"schedule={self.schedule!r} is none of {', '.join(schedules.NAMES)}")
+            raise ValueError(f"schedule={self.schedule!r} is not one of {', '.join(schedules.NAMES)}")
         if self.pipe > 1:
             self.make_schedule()
             if self.remat.startswith("every:"):
@@ -181,7 +181,7 @@ class Plan:
 
     @property
     def offloads(self) -> bool:
-        """Whether state lies in host memory."""
+        """Whether any state is stored in host memory."""
         return bool(set(self.config.offload) - {"disk"})
 
     @property
@@ -283,7 +283,7 @@ class Plan:
         return offload.layers_to_host(named, params) if self.keeps_parameters_on_host else named
 
     def batch_sharding(self) -> NamedSharding:
-        """Rows over replicas and data."""
+        """Sharding of batches: rows over the replica and data axes."""
         return NamedSharding(self.mesh, P(("replica", "data")))
 
     def specs(self, params: Any, axes: Any, divided: bool) -> Any:
@@ -310,7 +310,7 @@ class Plan:
         return jax.tree.map(between, names, whole, stored, is_leaf=lambda x: isinstance(x, P))
 
     def param_shardings(self, params: Any, axes: Any) -> Any:
-        """Shardings that parameters are stored in."""
+        """Shardings in which parameters are stored."""
         return self._stored(self.specs(params, axes, self.config.zero >= 3), params)
 
     def grad_shardings(self, params: Any, axes: Any) -> Any:

@@ -143,13 +143,13 @@ def _look_back(grads, q_BTNH, keys, mask, slopes_N, scale, chunk, log_total, del
 
 
 def _pass_on(tree: Tree, axis: str) -> Tree:
-    """Every device's `tree` to the next one."""
+    """Passes every device's `tree` to the next device of the ring."""
     size = jax.lax.axis_size(axis)
     return jax.tree.map(lambda x: jax.lax.ppermute(x, axis, [(d, (d + 1) % size) for d in range(size)]), tree)
 
 
 def _by_heads(x_BTNH: jax.Array, groups: int) -> jax.Array:
-    """`[B, K, G, T, H]`."""
+    """Groups query heads by key head: `[B, K, G, T, H]`."""
     b, t, n, h = x_BTNH.shape
     return x_BTNH.reshape(b, t, groups, n // groups, h).transpose(0, 2, 3, 1, 4)
 
@@ -217,7 +217,7 @@ def _forward_here(q_BTNH, k_BSKH, v_BSKH, mask, slopes_N, *, scale, axis, chunk)
 
 
 def _backward_here(saved, dout_BTNH, *, scale, axis, chunk):
-    """One device's part of the backward pass."""
+    """The backward pass on one device."""
     balanced = _is_balanced(saved[3])
     grads = _backward(*saved, _exchange(dout_BTNH, axis) if balanced else dout_BTNH, scale, axis, chunk)
     return tuple(_exchange(g, axis, back=True) for g in grads) if balanced else grads
@@ -273,7 +273,7 @@ class Ring(MeshKernel):
         return P(rows, along, heads, None), P(rows, along), P(heads), P(rows, heads, None, along)
 
     def forward(self, operands: Operands, scale: float) -> tuple[jax.Array, Saved]:
-        """(output, what the backward pass needs)."""
+        """Forward pass: (output, residuals of the backward pass)."""
         # as one: a scan over layers would compute the masks of all chunks, which need no states, ahead and keep them
         operands = jax.lax.optimization_barrier(operands)
         states, ids, slopes, sums = self._specs()

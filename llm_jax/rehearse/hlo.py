@@ -49,7 +49,7 @@ class Instruction:
 
     @functools.cached_property
     def callees(self) -> tuple[str, ...]:
-        """Computations that it runs (or sums with)."""
+        """Names of the computations that this instruction calls."""
         found = [a or b for a, b in _CALLEES.findall(self.attributes)]
         return tuple(name.strip().lstrip("%") for text in found for name in text.split(","))
 

@@ -1,4 +1,4 @@
-"""What a rehearsal found, as text to read."""
+"""Formats the findings of a rehearsal as text."""
 
 from collections.abc import Mapping
 from typing import Any

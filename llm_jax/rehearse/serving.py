@@ -25,7 +25,7 @@ from llm_jax.training.run_config import RunConfig
 
 
 def _bytes_per_device(tree: Tree) -> int:
-    """Bytes of a tree on one device."""
+    """Bytes that a tree takes on one device."""
     shard = lambda x: jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
     return weights.bytes_of(jax.tree.map(shard, tree))
 

@@ -73,7 +73,7 @@ def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
 
 
 class Checkpoints:
-    """The checkpoints of one run."""
+    """Reads and writes the checkpoints of one run."""
 
     def __init__(
         self,
@@ -165,7 +165,7 @@ class Checkpoints:
             raise CheckpointError(f"a checkpoint could not be written to {self.folder}: {_line(e)}") from e
 
     def close(self) -> None:
-        """Waits and closes."""
+        """Waits for checkpoints that are being written, and closes."""
         self.wait()
         self._manager.close()
 

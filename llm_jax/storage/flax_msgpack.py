@@ -72,6 +72,6 @@ def _read(folder: epath.Path, name: str) -> dict[str, np.ndarray]:
     out = {}
     for key, array in flat.items():
         if not isinstance(array, np.ndarray) or not all(isinstance(k, str) for k in key):
-            raise StorageError(f"{file} is damaged: {key} is no array")
+            raise StorageError(f"{file} is damaged: {key} is not an array")
         out[_rename(key)] = array.T if key[-1] == "kernel" else array
     return out

@@ -52,7 +52,7 @@ def _check_header(path: str) -> None:
                 raise StorageError(f"{path} is damaged: value type {kind}")
 
         if f.read(4) != b"GGUF":
-            raise StorageError(f"{path} is no GGUF file")
+            raise StorageError(f"{path} is not a GGUF file")
         version, tensors, entries = take("<I"), take("<Q"), take("<Q")
         if version not in (2, 3):
             raise StorageError(f"{path} has GGUF version {version}; 2 and 3 are supported (little-endian)")

@@ -15,7 +15,7 @@ class LazyTensors(Mapping[str, np.ndarray]):
     _entries: dict[str, Any]
 
     def __contains__(self, name: object) -> bool:
-        """Whether there is such a tensor."""
+        """Whether a tensor of this name exists."""
         return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
@@ -23,5 +23,5 @@ class LazyTensors(Mapping[str, np.ndarray]):
         return iter(self._entries)
 
     def __len__(self) -> int:
-        """Number of tensors."""
+        """Number of tensors in the file."""
         return len(self._entries)

@@ -112,5 +112,5 @@ class MappedArrays(LazyTensors):
         return npy.open_memmap(self.file(name), "r+")
 
     def remove(self) -> None:
-        """Removes the folder."""
+        """Removes the folder of files."""
         shutil.rmtree(self.folder, ignore_errors=True)

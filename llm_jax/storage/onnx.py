@@ -52,7 +52,7 @@ class OnnxFile(LazyTensors):
         try:
             graph = onnx.load(str(path)).graph
         except Exception as e:
-            raise StorageError(f"{path} is no ONNX model: {type(e).__name__}: {str(e)[:200]}") from e
+            raise StorageError(f"{path} is not an ONNX model: {type(e).__name__}: {str(e)[:200]}") from e
         self._array = onnx.numpy_helper.to_array
         self._tensors = {t.name: t for t in graph.initializer}
         walk = _Graph(graph.node, self._tensors)
@@ -70,7 +70,7 @@ class OnnxFile(LazyTensors):
                 self._entries[node.output[0]] = self._entries[node.input[0]]
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """The weight."""
+        """The weight as an array."""
         entry = self._entries[name]
         array = self._array(self._tensors[entry.tensor])
         if entry.scale is not None:

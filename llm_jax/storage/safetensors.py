@@ -104,7 +104,7 @@ class TensorFolder(LazyTensors):
                 self._entries[name], owner[name] = entry, file.name
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """A view."""
+        """A view of the tensor's bytes in the mapped file."""
         file, dtype, shape, offset = self._entries[name]
         if 0 in shape:  # which cannot be mapped
             return np.zeros(shape, dtype)
@@ -126,7 +126,7 @@ def _read(file: str, owner: object) -> Iterator[tuple[str, Entry]]:
         size = int.from_bytes(data.read(8), "little")
         header = json.loads(data.read(size))
     except (safetensors.SafetensorError, OSError, ValueError, OverflowError) as e:
-        raise StorageError(f"{file} is no readable safetensors file: {e}") from e
+        raise StorageError(f"{file} is not a readable safetensors file: {e}") from e
     for name in names:
         entry = header[name]
         if entry["dtype"] not in DTYPES:

@@ -41,7 +41,7 @@ def check_encoding(encoding: str | None) -> None:
         with U+FFFD where the bytes are none.
 
     Raises:
-      TextFileError: if it is none of these.
+      TextFileError: if it is not one of these.
     """
     if encoding in (None, REPLACE):
         return
@@ -49,7 +49,7 @@ def check_encoding(encoding: str | None) -> None:
         "".encode(encoding)
     except LookupError:
         raise TextFileError(
-            f"encoding={encoding!r} is no encoding that Python knows (utf-8, latin-1, cp1252, utf-16-le, ...), "
+            f"encoding={encoding!r} is not an encoding that Python knows (utf-8, latin-1, cp1252, utf-16-le, ...), "
             f"nor {REPLACE!r}"
         ) from None
 
@@ -198,7 +198,7 @@ class TextFile:
           line: its number.
 
         Raises:
-          TextFileError: if they are no UTF-8 and nothing is replaced; or, where no encoding was named, if they hold a
+          TextFileError: if they are not UTF-8 and nothing is replaced; or, where no encoding was named, if they hold a
             zero byte: text has none, but UTF-16 without a mark is full of them.
         """
         if self.encoding == REPLACE:

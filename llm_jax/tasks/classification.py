@@ -127,7 +127,7 @@ def _rows(part: tuple[Sequence[str], np.ndarray], words: Words, limit: int) -> T
 
 
 def _first(model: TextClassifierConfig, table: np.ndarray, seed: int) -> Params:
-    """Fresh parameters with this table."""
+    """Initial parameters with a given embedding table."""
     module = model.make()
     fresh = jax.jit(lambda key: module.init(key, np.ones((1, 1), np.int32))["params"])(jax.random.key(seed))
     params = weights.split_axes(fresh)[0]

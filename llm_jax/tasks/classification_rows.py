@@ -30,7 +30,7 @@ class TextConfig:
       max_length: words of a text at most; of longer ones the beginning is read.
       vectors: file of pre-trained word vectors, None for none.
       extra_words: so many words of that file, the first ones, are known beside those of the training texts.
-      invalid: what becomes of its words that are no UTF-8, see `interop.word_vectors.files.read`.
+      invalid: what becomes of its words that are not UTF-8, see `interop.word_vectors.files.read`.
       embedding: what becomes of the vectors: `trained` further, `frozen`, `projected`: frozen under a linear layer that
         is trained, or `both` of the first two, side by side (Kim's two channels).
     """
@@ -58,9 +58,9 @@ class TextConfig:
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate={self.learning_rate} must be a positive number")
         if self.invalid not in POLICIES:
-            raise ValueError(f"invalid={self.invalid!r} is none of {', '.join(POLICIES)}")
+            raise ValueError(f"invalid={self.invalid!r} is not one of {', '.join(POLICIES)}")
         if self.embedding not in EMBEDDINGS:
-            raise ValueError(f"embedding={self.embedding!r} is none of {', '.join(EMBEDDINGS)}")
+            raise ValueError(f"embedding={self.embedding!r} is not one of {', '.join(EMBEDDINGS)}")
         if self.embedding != "trained" and self.vectors is None:
             raise ValueError(f"embedding={self.embedding!r} is of pre-trained vectors: give vectors")
 

@@ -37,7 +37,7 @@ def xz_bits_per_byte(source: str, share: float, **read_as: Any) -> float | None:
 
 
 def numbers(trained: Trained, workdir: str) -> str:
-    """One line of results, and where they are."""
+    """Results on one line, and the path of their files."""
     parts = [f"step {int(trained.state.step)}"]
     parts += [f"{k.removeprefix('eval/')} {v:.3f}" for k, v in trained.evaluation.items()]
     return f"{', '.join(parts)}\nresults in {workdir}: loss.png, metrics.jsonl, checkpoints/, tokenizer.json"

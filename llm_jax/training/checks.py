@@ -40,21 +40,21 @@ def _unmasked(data: "DataConfig") -> None:
 
 
 def causal(objective: Objective, config: "RunConfig") -> None:
-    """Text, packed and cut in any way."""
+    """Refuses options that do not fit text which is packed and may be cut anywhere."""
     del objective
     _text(config.data)
     _unmasked(config.data)
 
 
 def stream(objective: Objective, config: "RunConfig") -> None:
-    """Text as one stream."""
+    """Refuses options that do not fit text read as one stream."""
     causal(objective, config)
     message = "ELMo and XLNet read a stream of text: leave data.packing and data.segments"
     _leave(config.data, ("packing", "segments"), message)
 
 
 def seq2seq(objective: Seq2Seq, config: "RunConfig") -> None:
-    """Pairs, or text that is made into pairs."""
+    """Refuses options that do not fit pairs, or text from which pairs are made."""
     paired = objective.task == "pairs"
     _text(config.data, paired)
     message = "encoder-decoders read pairs or full rows: leave data.packing and data.segments"

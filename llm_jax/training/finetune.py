@@ -81,7 +81,7 @@ class Finetuned:
     bytes: dict[str, int]
 
     def describe(self) -> str:
-        """One line of sizes."""
+        """Sizes on one line."""
         return ", ".join(f"{k} {v:,} bytes" for k, v in self.bytes.items())
 
 

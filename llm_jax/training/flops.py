@@ -38,7 +38,7 @@ class Flops(NamedTuple):
         return self.total - 0.5 * self.attention * causal
 
     def plus(self, other: "Flops", times: int = 1) -> "Flops":
-        """The sum with `times` of another."""
+        """Adds `times` times another count."""
         return Flops(*(a + times * b for a, b in zip(self, other, strict=True)))
 
 
@@ -125,7 +125,7 @@ def _product(eqn: Any, origins: Sequence[Origin]) -> Flops:
 
 
 def _inner(eqn: Any) -> list[Any]:
-    """The programs inside of an equation."""
+    """The programs nested in an equation."""
     found = [x for value in eqn.params.values() for x in (value if isinstance(value, (tuple, list)) else [value])]
     opened = [x.jaxpr if isinstance(x, core.ClosedJaxpr) else x for x in found]
     return [x for x in opened if isinstance(x, core.Jaxpr)]

@@ -57,7 +57,7 @@ class Every:
     first: bool = False
 
     def __call__(self, moment: Moment) -> None:
-        """Runs the hook where it is due."""
+        """Runs the hook if it is due after this step."""
         due = self.steps and moment.step % self.steps == 0
         if moment.last or due or (self.first and moment.step == 1):
             self.run(moment)
@@ -103,7 +103,7 @@ class Report:
         )  # fmt: skip
 
     def count(self, moment: Moment) -> None:
-        """Counts a step; a hook for every one."""
+        """Advances the bar by one step; call after every step."""
         self._seconds += moment.seconds
         self._tokens += float(moment.metrics["tokens"])
         self._steps += 1

@@ -65,9 +65,9 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         """Checks names and ranges."""
         if self.name not in NAMES:
-            raise ValueError(f"optimizer name={self.name!r} is none of {', '.join(NAMES)}")
+            raise ValueError(f"optimizer name={self.name!r} is not one of {', '.join(NAMES)}")
         if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule={self.schedule!r} is none of {', '.join(SCHEDULES)}")
+            raise ValueError(f"schedule={self.schedule!r} is not one of {', '.join(SCHEDULES)}")
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate={self.learning_rate} must be positive")
         if self.name == "adam" and self.weight_decay:

@@ -64,7 +64,7 @@ class _Parts:
         return lambda p, i, x, context: call.layer(p, i, x, None, context)[0], layers, group_of
 
     def finish(self, outer: Any, results: Sequence[Any], micro: Micro) -> Scored:
-        """The loss behind the last stack."""
+        """The loss after the last stack."""
         return self.loss_of(self._apply(outer, micro, results), micro[0])
 
 
@@ -73,7 +73,7 @@ def _leaves(specs: Any) -> list[P]:
 
 
 def _of_layer(specs: Any, path: tuple[str, ...]) -> list[P]:
-    """Mesh axes of one layer, by leaves."""
+    """Mesh axes of every leaf of one layer."""
     return [P(*spec[1:]) for spec in _leaves(interpreter.stacks(specs)[path])]
 
 

@@ -39,9 +39,9 @@ class Precision:
     def __post_init__(self) -> None:
         """Checks the names."""
         if self.compute not in DTYPES:
-            raise ValueError(f"precision={self.compute!r} is none of {', '.join(DTYPES)}")
+            raise ValueError(f"precision={self.compute!r} is not one of {', '.join(DTYPES)}")
         if self.master not in MASTERS:
-            raise ValueError(f"master={self.master!r} is none of {', '.join(MASTERS)}")
+            raise ValueError(f"master={self.master!r} is not one of {', '.join(MASTERS)}")
         if self.rounds and self.compute != "bf16":
             raise ValueError(f"master=none needs precision=bf16, not {self.compute}: its updates are rounded at random")
 

@@ -58,7 +58,7 @@ class Program(NamedTuple):
 
 
 def options_of(given: Sequence[str]) -> dict[str, Any] | None:
-    """Options of the compiler from `name=value`, where true and false are no words; None without any."""
+    """Options of the compiler from `name=value`, where true and false are not words; None without any."""
     words = {"true": True, "false": False}
     pairs = (option.split("=", 1) for option in given)
     return {name: words.get(value.lower(), value) for name, value in pairs} or None

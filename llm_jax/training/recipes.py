@@ -194,7 +194,7 @@ class Corpus:
 
 
 def no_sentinels(objective: Objective) -> int:
-    """No entries are kept free."""
+    """Reserves no special tokens."""
     del objective
     return 0
 
@@ -257,5 +257,5 @@ def from_dict(values: Mapping[str, Any]) -> Objective:
     by_tag = {objective.tag: objective for objective in RECIPES}
     name = tag_of(values)
     if name not in by_tag:
-        raise configs.ConfigError(f"objective.name={name!r} is none of {', '.join(by_tag)}")
+        raise configs.ConfigError(f"objective.name={name!r} is not one of {', '.join(by_tag)}")
     return configs.from_dict(by_tag[name], {k: v for k, v in values.items() if k != "name"}, "objective")

@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What a finished run hands on."""
+    """Result of a finished run."""
 
     state: TrainState
     model: Model
@@ -310,7 +310,7 @@ def _describe(program: Program, config: RunConfig, plan: Plan, workdir: epath.Pa
 
 
 def _begin(program: Program, seed: int, params: Params | None) -> TrainState:
-    """The first state; takes `params` over."""
+    """Builds the first state; `params` are donated to it."""
     if _is_gone(params):
         raise ValueError("an earlier run took these parameters over; load the model again")
     placed = None if params is None else jax.device_put(params, program.given_placement)

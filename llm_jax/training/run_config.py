@@ -69,7 +69,7 @@ class DataConfig:
         if self.packing not in ("stream", "whole"):
             raise ValueError(f"packing={self.packing!r} is neither stream nor whole")
         if self.pairs not in ("none", *PAIRS):
-            raise ValueError(f"pairs={self.pairs!r} is none of none, {', '.join(PAIRS)}")
+            raise ValueError(f"pairs={self.pairs!r} is not one of none, {', '.join(PAIRS)}")
         if self.mask_copies < 0:
             raise ValueError(f"mask_copies={self.mask_copies} must not be negative")
         if not 0 <= self.validation_share < 1:

@@ -79,11 +79,11 @@ class Workdir:
             raise WorkdirError(f"{self.path} is in use by a live run; wait for it or choose another --workdir") from e
 
     def __enter__(self) -> "Workdir":
-        """Itself."""
+        """Enters the folder, which is locked since it was made."""
         return self
 
     def __exit__(self, *_: Any) -> None:
-        """Gives the folder back."""
+        """Releases the lock on the folder."""
         if self._lock is not None:
             self._lock.close()
 

@@ -194,8 +194,8 @@ def test_rows_that_cannot_be_written_are_named(make, caplog):
         ({"messages": [{**U, "content": "no"}, A]}, "TemplateError: not this"),
         ({"messages": [image, A]}, "the content of message 1 has a part of type 'image'"),
         ({"messages": [U, {"role": "assistant"}]}, "the content of message 2 is neither text nor"),
-        ({"messages": [U, A], "tools": "add"}, "tools is no JSON"),
-        ({"messages": [U, A], "tools": {"name": "add"}}, "tools is no list of objects"),
+        ({"messages": [U, A], "tools": "add"}, "tools is not JSON"),
+        ({"messages": [U, A], "tools": {"name": "add"}}, "tools is not a list of objects"),
         ({"messages": []}, "no message"),
         ({"messages": [U, A], "tools": '[{"name": "add"}]', "documents": "[]"}, None),
     ]

@@ -58,7 +58,7 @@ def test_sources_of_files(tmp_path, caplog):
         (tmp_path / name).write_text(text)
     (tmp_path / "z.txt.gz").write_bytes(gzip.compress(b"Z"))
     read = lambda source: [d.text for d in documents(source)]
-    assert read(str(tmp_path)) == ["B", "A", "Z"]  # sorted by path; the picture and the blank file are no text
+    assert read(str(tmp_path)) == ["B", "A", "Z"]  # sorted by path; the picture and the blank file are not text
     assert "files of unknown kinds left out" in caplog.text and "1 (c.png)" in caplog.text
     assert read(f"{tmp_path}/**/*.md") == ["A"]
     assert read(f"{tmp_path}/sub,{tmp_path}/b.txt,{tmp_path}/b.txt") == ["B", "A"]

@@ -83,7 +83,7 @@ BAD = {
     "no text": ("t\ty\n \t1\n", "classification", ("t", "y"), "a.tsv:2: field 't' holds no text"),
     "no label": ("t\ty\nx\t \n", "classification", ("t", "y"), "a.tsv:2: field 'y' holds no label"),
     "no number": ("t\ty\nx\tmuch\n", "regression", ("t", "y"), "could not convert string to float: 'much'"),
-    "no finite number": ("t\ty\nx\tnan\n", "regression", ("t", "y"), "'nan' is no finite number"),
+    "no finite number": ("t\ty\nx\tnan\n", "regression", ("t", "y"), "'nan' is not a finite number"),
     "words in a text": ("t\ty\nx\ta\n", "tokens", ("t", "y"), "0 words and 0 tags"),
     "a wrong offset": ("c\tq\ta\ts\nAnn\twho\tAnn\t1\n", "span", tuple("cqas"), "'Ann' does not stand at character 1"),
     "a negative offset": ("c\tq\ta\ts\nAnn\twho\tn\t-1\n", "span", tuple("cqas"), "does not stand at character -1"),
@@ -133,7 +133,7 @@ def test_parts(tmp_path):
         ("classification", ("t",), None, r"data.fields=\('t',\) must name a text, perhaps a second one, and the label"),
         ("span", ("a", "b"), None, "must name the context, the question, the answer and where it starts"),
         ("multi_label", ("a", "b"), None, "kind='multi_label' cannot be read from files, only classification"),
-        ("tokens", ("1", "2"), "(", "data.layout='\\(' is no regular expression"),
+        ("tokens", ("1", "2"), "(", "data.layout='\\(' is not a regular expression"),
         ("tokens", ("1", "2"), "xls", "data.layout='xls' is none of text, jsonl, .*, parquet and has no named group"),
     ],
 )

@@ -150,7 +150,8 @@ def test_words_may_be_blanks_of_other_alphabets(tmp_path):
     assert [r["1"] for r in records(tmp_path)] == [["\u3000", "a\xa0b", "c\x85d"], ["\u2003"]]
     (tmp_path / "a.conllu").write_text("x" + "\t_" * 9 + "\n\n1" + "\t_" * 9 + "\n")
     bad = BadRows()
-    assert len(records(tmp_path / "a.conllu", bad)) == 1 and bad.first.endswith("a.conllu:1: the ID 'x' is no number")
+    assert len(records(tmp_path / "a.conllu", bad)) == 1
+    assert bad.first.endswith("a.conllu:1: the ID 'x' is not a number")
 
 
 HALF = "\ud83d"
@@ -208,7 +209,7 @@ def test_sources_of_python_say_their_encoding(tmp_path):
 
 WRONG = {
     "a.json": ('[{"text": "a"}', "a.json is neither a JSON list of records nor JSON lines: "),
-    "b.json": ('"a text"', "b.json holds a JSON str, no list of records"),
+    "b.json": ('"a text"', "b.json holds a JSON str instead of a list of records"),
     "c.json": ('["a", 1]', r"holds no text \(2 bad rows\); the first is .*c.json:1: no JSON object"),
     "a.csv": ('id,text\n1,"a\nb\n2,c\n', "a.csv:2: a quote is opened there that is never closed"),
     "b.csv": ("text,id,text\na,1,b\n", "b.csv: the first line names 'text' twice"),

@@ -225,10 +225,10 @@ def test_token_caches_tell_models_apart(tmp_path):
 @pytest.mark.parametrize(
     "name, change, words",
     [
-        ("t5", lambda f: (f / "spiece.model").write_bytes(b"no model"), "spiece.model is no SentencePiece model"),
-        ("t5", lambda f: (f / "spiece.model").write_bytes(b""), "spiece.model is no SentencePiece model"),
+        ("t5", lambda f: (f / "spiece.model").write_bytes(b"no model"), "spiece.model is not a SentencePiece model"),
+        ("t5", lambda f: (f / "spiece.model").write_bytes(b""), "spiece.model is not a SentencePiece model"),
         ("t5", lambda f: (f / "config.json").unlink(), "may be of any family: name it in config.json's model_type"),
-        ("t5", lambda f: (f / "config.json").write_text("{"), "config.json is no JSON"),
+        ("t5", lambda f: (f / "config.json").write_text("{"), "config.json is not JSON"),
         ("t5", lambda f: (f / "config.json").write_text('{"model_type": "xlnet"}'), "hold no <sep>, <cls>, which"),
         ("t5", lambda f: (f / "added_tokens.json").write_text('{"a": "b"}'), "added_tokens.json: 'a' has the id 'b'"),
         ("albert", lambda f: (f / "tokenizer_config.json").write_text('{"add_prefix_space": false}'),

@@ -89,10 +89,10 @@ def test_entries_beside_the_vocabulary(files, want, folder):
 @pytest.mark.parametrize(
     "files, message",
     [
-        (dict(tokenizer_config={"eos_token": ["</s>"]}), r"eos_token=\['</s>'\] is no token"),
+        (dict(tokenizer_config={"eos_token": ["</s>"]}), r"eos_token=\['</s>'\] is not a token"),
         (dict(tokenizer_config={"added_tokens_decoder": {"10": "<x>"}}), "added_tokens_decoder has '10': '<x>'"),
         (dict(tokenizer_config={"added_tokens_decoder": {"ten": OBJECT}}), "added_tokens_decoder has 'ten'"),
-        (dict(tokenizer_config={"chat_template": 3}), "chat_template=3 is no text"),
+        (dict(tokenizer_config={"chat_template": 3}), "chat_template=3 is not text"),
         (dict(tokenizer_config={"additional_special_tokens": "<x>"}), "additional_special_tokens='<x>' must be a list"),
         (dict(tokenizer_config={"eos_token_ids": ["x"]}), r"eos_token_id=\['x'\] is neither an id nor a list"),
         (dict(added_tokens={"<x>": "10"}), "added_tokens.json: '<x>' has the id '10'"),
@@ -154,7 +154,7 @@ def test_vocabularies_alone(kind, settings, text, ids, rule, tmp_path):
         ({"config": {"model_type": "bert"}}, "which may be of any family: name it"),
         ({"tokenizer_config": {"tokenizer_class": "CTRLTokenizer"}}, "there are GPT2Tokenizer, RobertaTokenizer"),
         ({"config": {"model_type": "gpt2"}, "vocab": {"h": 0}}, "cannot be read"),
-        ({"config": {"model_type": "gpt2"}, "merges": "h i\nhi\n"}, "merges.txt:2 is no pair of entries: 'hi'"),
+        ({"config": {"model_type": "gpt2"}, "merges": "h i\nhi\n"}, "merges.txt:2 is not a pair of entries: 'hi'"),
     ],
 )
 def test_a_vocabulary_of_no_known_family_is_refused(files, message, tmp_path):

@@ -121,8 +121,8 @@ def test_errors_are_one_line(trained, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     rows = [
         (lambda: tokenizers.load(tmp_path / "none"), "no tokenizer at"),
-        (lambda: tokenizers.load(tmp_path), "is no tokenizer.json"),
-        (lambda: tokenizers.load(tmp_path / "config"), "tokenizer_config.json is no JSON"),
+        (lambda: tokenizers.load(tmp_path), "is not a tokenizer.json"),
+        (lambda: tokenizers.load(tmp_path / "config"), "tokenizer_config.json is not JSON"),
         (lambda: tokenizers.load(tmp_path / "list"), "holds no JSON object"),
         (lambda: tokenizers.train(TEXTS, "letters", 10), "none of bpe, wordpiece, unigram, char, word"),
         (lambda: tokenizers.train(TEXTS, "bpe", 256), "below the 256 bytes and 1 special"),

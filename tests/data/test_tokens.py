@@ -269,5 +269,5 @@ def test_what_cannot_be_tokenized_leaves_nothing_behind(source, tokenizer, tmp_p
 
 def test_half_a_character_is_said(tokenizer):
     for encode in (tokenizer.encode, tokenizer.encode_prompt, lambda t: tokenizer.encode_batch([t])):
-        with pytest.raises(TokenizerError, match="the text holds half a surrogate pair, which is no character"):
+        with pytest.raises(TokenizerError, match="the text holds half a surrogate pair, which is not a character"):
             encode("\ud83d hello")

@@ -108,7 +108,7 @@ def test_options():
     [
         (lambda: BeamConfig(beams=0), "beams=0 must be at least 1"),
         (lambda: BeamConfig(penalty="wu"), "penalty='wu' is none of length, gnmt"),
-        (lambda: BeamConfig(early_stopping="soon"), "early_stopping='soon' is none of True, False"),
+        (lambda: BeamConfig(early_stopping="soon"), "early_stopping='soon' is not one of True, False"),
         (lambda: BeamConfig(min_new_tokens=-1), "min_new_tokens=-1 must not be negative"),
         (lambda: found_by("gpt2", BeamConfig(banned=(V,))), "token 5 lies outside of the vocabulary of 5"),
         (lambda: found_by("gpt2", BeamConfig(beams=2), 3), r"num_return=3 must lie in 1..beams=2"),

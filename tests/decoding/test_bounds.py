@@ -1,4 +1,4 @@
-"""Ids outside of a table are refused by name wherever they meet one; numbers that are not finite are no result."""
+"""Ids outside of a table are refused by name wherever they meet one; numbers that are not finite are not a result."""
 
 import logging
 

@@ -85,7 +85,7 @@ def test_a_text_is_the_product_of_its_tokens(name):
         ("gpt", "", "has too few tokens"),
         ("elmo", "", "has too few tokens"),
         ("bert", "", "has too few tokens"),
-        ("t5", "a dog", "is no 'SOURCE"),
+        ("t5", "a dog", "is not of the form 'SOURCE"),
     ],
 )
 def test_what_says_nothing(name, text, words_):

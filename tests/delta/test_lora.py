@@ -230,9 +230,9 @@ def test_cast_reaches_the_base():
 
 ERRORS = [
     (lambda: attached(LLAMA, targets=("attention/*/kernal",)), "'attention/*/kernal' matches no parameter"),
-    (lambda: attached(LLAMA, targets=("final_norm/scale",)), "final_norm/scale has shape (24,) and is no matrix"),
-    (lambda: attached(LLAMA, targets=("attention_norm/scale",)), "is no matrix"),
-    (lambda: attached(GPT, targets=("query/bias",)), "is no matrix"),
+    (lambda: attached(LLAMA, targets=("final_norm/scale",)), "final_norm/scale has shape (24,) and is not a matrix"),
+    (lambda: attached(LLAMA, targets=("attention_norm/scale",)), "is not a matrix"),
+    (lambda: attached(GPT, targets=("query/bias",)), "is not a matrix"),
     (lambda: lora.attach(attached(LLAMA), LoraConfig(), jax.random.key(0)), "carries LoRA already"),
     (lambda: lora.merge(base(LLAMA)), "there is no LoRA"),
     (lambda: lora.detach(base(LLAMA)), "there is no LoRA"),

@@ -55,8 +55,8 @@ def test_glove(corpus, tmp_path, capsys, monkeypatch):
 
 
 BAD = [
-    (("--method=glove", "--shift=2"), ValueError, "--shift is of --method=svd, not of glove"),
-    (("--epochs=2",), ValueError, "--epochs is of --method=glove, not of svd"),
+    (("--method=glove", "--shift=2"), ValueError, "--shift needs --method=svd, not glove"),
+    (("--epochs=2",), ValueError, "--epochs needs --method=glove, not svd"),
     (("--window=0",), CountsError, "window=0 must be at least 1 word"),
     (("--size=10",), CountsError, "dim=10 must be at least 1 and below both sides"),
     (("--min_count=9999",), sentences.TextError, "no word occurs min_count=9999 times"),

@@ -126,7 +126,10 @@ def test_evaluate_a_pair(translator, capsys):
     logits = jax.jit(lambda p: loaded.model.apply({"params": p}, source, first).logits)(loaded.params)
     logp = np.asarray(jax.nn.log_softmax(logits))[0, np.arange(4), target[0]].sum()
     assert f"log p = {logp:.3f} (4 tokens" in capsys.readouterr().out
-    for flag, words in (("--sentence=abc", "is no 'SOURCE ||| TARGET'"), ("--next=abc", "is an encoder-decoder: give")):
+    for flag, words in (
+        ("--sentence=abc", "not of the form 'SOURCE ||| TARGET'"),
+        ("--next=abc", "is an encoder-decoder: give"),
+    ):
         with pytest.raises(ValueError, match=words):
             call("evaluate", f"--model={translator}", flag)
 

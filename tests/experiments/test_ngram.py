@@ -209,10 +209,10 @@ def test_many_words_are_scored_by_hash_tables(folder):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (("--corpus=gone.txt", "--out=x.arpa"), "gone.txt is no file"),
+        (("--corpus=gone.txt", "--out=x.arpa"), "gone.txt is not a file"),
         (("--corpus=gone.txt",), "--out is missing"),
         (("--corpus=gone.txt", "--out=x.arpa", "--smoothing=add_k"), "give --out a folder's name"),
-        (("--corpus=gone.txt", "--out=x.arpa", "--k=2"), "--k is of --smoothing=add_k"),
+        (("--corpus=gone.txt", "--out=x.arpa", "--k=2"), "--k needs --smoothing=add_k"),
         (("--corpus=gone.txt", "--out=x.arpa", "--workers=2"), "set --scratch to a folder"),
         (("--corpus=x", "--out=x.arpa", "--scratch=x", "--smoothing=interpolated"), "with --scratch needs --held_out"),
         (("--corpus=x", "--out=x.arpa", "--vocabulary=x", "--min_count=2"), "exclude each other"),
@@ -228,7 +228,7 @@ def test_errors_of_training(arguments, words):
     [
         ((), "expected one of train, score, next, sample"),
         (("count",), "expected one of train, score, next, sample, not 'count'"),
-        (("score", "--order=3"), "--order is of train, not of score"),
+        (("score", "--order=3"), "--order belongs to train, not to score"),
         (("train", "more"), "unexpected argument 'more'"),
     ],
 )

@@ -94,7 +94,7 @@ def test_answers(folder, capsys):
 
 BAD = [
     (("train", "--out=x"), ValueError, "--corpus is missing"),
-    (("train", "--corpus=none.txt", "--out=x"), TextError, "none.txt is no file"),
+    (("train", "--corpus=none.txt", "--out=x"), TextError, "none.txt is not a file"),
     (("train", "--corpus={}/0.txt", "--out=x", "--min_count=999"), TextError, "no word occurs min_count=999 times"),
     (
         ("train", "--corpus={}/0.txt", "--out=x", "--learning_rate=nan"),
@@ -104,12 +104,12 @@ BAD = [
     (
         ("train", "--corpus={}/0.txt", "--out=x", "--loss=sampled", "--negatives=3"),
         ValueError,
-        "--negatives is of --loss=negative_sampling, not of sampled",
+        "--negatives needs --loss=negative_sampling, not sampled",
     ),
     (
         ("train", "--corpus={}/0.txt", "--out=x", "--loss=full", "--exponent=0.5"),
         ValueError,
-        "--exponent is of --loss=negative_sampling and sampled, not of full",
+        "--exponent needs --loss=negative_sampling or sampled, not full",
     ),
     (
         ("train", "--corpus={}/0.txt", "--out=x", "--subsampling=paper", "--sample=0"),
@@ -121,7 +121,7 @@ BAD = [
     (("nearest", "--vectors={}/vectors.txt", "--word=Cat"), VectorsError, "'Cat' is not among .* 'cat' is"),
     (("nearest", "--vectors={}/vectors.txt"), ValueError, "--word is missing"),
     (("analogy", "--vectors={}/vectors.txt", "--words=cat,dog"), ValueError, "must be three words"),
-    (("evaluate", "--vectors={}/vectors.txt", "--tests=none"), VectorsError, "none/wordsim353.tsv is no file"),
+    (("evaluate", "--vectors={}/vectors.txt", "--tests=none"), VectorsError, "none/wordsim353.tsv is not a file"),
 ]
 
 
@@ -143,4 +143,4 @@ def test_flags_of_another_command(capsys):
         from experiments import cli
 
         cli._command(["nearest"], module.COMMANDS)
-    assert "--epochs is of train, not of nearest" in capsys.readouterr().err
+    assert "--epochs belongs to train, not to nearest" in capsys.readouterr().err

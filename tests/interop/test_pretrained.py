@@ -233,9 +233,9 @@ def damaged(tmp_path, **changes):
 FOLDERS = [
     (lambda d: d / "none" / "here" / "at all", InteropError, "no model at"),
     (lambda d: d, InteropError, "holds no model: config.json is missing"),
-    (lambda d: (d / "config.json").write_text("{") and d, InteropError, "is no model config"),
-    (lambda d: (d / "config.json").write_text("[1]") and d, InteropError, "is no model config"),
-    (lambda d: (d / "config.json").write_text("{}") and d, InteropError, "is no model config: KeyError: 'model_type'"),
+    (lambda d: (d / "config.json").write_text("{") and d, InteropError, "is not a model config"),
+    (lambda d: (d / "config.json").write_text("[1]") and d, InteropError, "is not a model config"),
+    (lambda d: (d / "config.json").write_text("{}") and d, InteropError, "not a model config: KeyError: 'model_type'"),
     (lambda d: (d / "adapter_config.json").write_text("{}") and d, InteropError, "holds a PEFT adapter: load its base"),
     (lambda d: damaged(d, model_type="mamba"), InteropError, "model_type 'mamba' is not supported; there are gpt2"),
     (lambda d: damaged(d, vocab_size=None), InteropError, "misstates vocab_size takes int, not None"),
@@ -267,7 +267,7 @@ def test_pickles_are_refused_unread(tmp_path):
     one_line(InteropError, "holds pickles only (pytorch_model.bin)", lambda: interop.load(tmp_path))
     one_line(
         InteropError,
-        "pytorch_model.bin is no model: give its folder",
+        "pytorch_model.bin is not a model: give the folder",
         lambda: interop.load(tmp_path / "pytorch_model.bin"),
     )
     assert not (tmp_path / "exploded").exists()
@@ -305,9 +305,9 @@ def test_onnx_folders(form, tmp_path):
 
 def test_wrong_work_directories(workdir):
     (workdir / "config.json").write_text('{"model": {"family": "rnn"}}')
-    one_line(InteropError, "is no work directory of ours: model.family='rnn'", lambda: interop.load(workdir))
+    one_line(InteropError, "is not a work directory of ours: model.family='rnn'", lambda: interop.load(workdir))
     (workdir / "config.json").unlink()
-    one_line(InteropError, "is no work directory of ours", lambda: interop.load(workdir))
+    one_line(InteropError, "is not a work directory of ours", lambda: interop.load(workdir))
 
 
 def test_the_hub_is_asked_for_repositories_only(monkeypatch, tmp_path):

@@ -178,7 +178,7 @@ def test_dropout_needs_a_key_and_changes_the_output():
         ({"num_token_types": 0}, dict(token_type_ids=TYPES), "has no token types"),
         ({}, dict(attention_mask=REAL[0]), r"attention_mask must be \[B, T\] like input_ids \[2, 7\], got \[7\]"),
         ({}, dict(attention_mask=REAL[:, None]), r"got \[2, 1, 7\]"),
-        ({}, dict(cache=1), "is no decoder and takes no cache"),
+        ({}, dict(cache=1), "is not a decoder and takes no cache"),
         ({}, dict(train=True), "train=True needs a dropout key"),
         (
             {},
@@ -197,7 +197,7 @@ def test_calls_refused(changes, call, words):
     "fields, words",
     [
         ({"num_heads": 5}, "model_dim=12 is not a multiple of num_heads=5"),
-        ({"head": "next"}, "head='next' is none of none, masked_lm"),
+        ({"head": "next"}, "head='next' is not one of none, masked_lm"),
         ({"pooler": "gelu"}, "pooler='gelu' is none of tanh, relu, None"),
         ({"pooler": None}, "head='pretraining' needs a pooler"),
         ({"num_groups": 4}, r"num_groups=4 must lie in 1..num_layers=3"),

@@ -191,7 +191,7 @@ def test_calls_refused(call, words):
     "fields, words",
     [
         ({"activation": "gelu"}, "activation='gelu' is none of relu, tanh"),
-        ({"head": "span"}, "head='span' is none of none, classification, tokens"),
+        ({"head": "span"}, "head='span' is not one of none, classification, tokens"),
         ({"head": "tokens"}, "takes the place of the words' output layer: set vocab_size=0"),
         ({"widths": (1, 2)}, "must name as many"),
         ({"max_characters": 3}, "exceed max_characters=3"),
@@ -218,7 +218,7 @@ def test_files_that_are_broken_or_unknown(tmp_path):
     assert tagger.config.labels == ("x", "y", "z") and tagger.params["classifier"]["kernel"].shape == (12, 3)
     np.testing.assert_array_equal(tagger.params["mix"]["weights"], np.zeros(4))
     np.testing.assert_array_equal(tagger.params["words"]["projection"]["bias"], params["words"]["projection"]["bias"])
-    with pytest.raises(interop.InteropError, match="ELMo: head='span' is none of none, classification, tokens"):
+    with pytest.raises(interop.InteropError, match="ELMo: head='span' is not one of none, classification, tokens"):
         interop.load(tmp_path, head="span")
     options = tmp_path / "options.json"
     contents = json.loads(options.read_text())

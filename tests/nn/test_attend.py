@@ -266,7 +266,7 @@ def test_memory_of_chunks_is_linear_in_the_length():
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"k": 3}, "4 query heads are no multiple of 3 key heads"),
+        ({"k": 3}, "4 query heads are not a multiple of 3 key heads"),
         ({"implementation": "flash"}, "implementation='flash' is none of"),
         ({"implementation": "fused", "dropout_rate": 0.1, "dropout_key": jax.random.key(0)}, "no dropout"),
         ({"slopes_N": np.ones(4, np.float32), "implementation": "chunked"}, "slopes_N needs a mask"),

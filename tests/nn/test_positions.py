@@ -111,5 +111,5 @@ def test_alibi_slopes():
 def test_errors():
     with pytest.raises(ValueError, match="even head_dim, got 7"):
         rotary_frequencies(7, 1e4)
-    with pytest.raises(ValueError, match="kind='ntk' is none of linear, llama3, yarn"):
+    with pytest.raises(ValueError, match="kind='ntk' is not one of linear, llama3, yarn"):
         RotaryScaling("ntk", 2.0)

@@ -167,7 +167,7 @@ def test_every_optimizers_state_is_divided(name):
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: PlanConfig(zero=4), "zero=4 is none of 0, 1, 2, 3"),
+        (lambda: PlanConfig(zero=4), "zero=4 is not one of 0, 1, 2, 3"),
         (lambda: PlanConfig(model=0), "model=0 must be at least 1"),
         (lambda: PlanConfig(replica=-1), "replica=-1 must be at least 1"),
         (lambda: PlanConfig(remat="some"), "remat='some'"),

@@ -32,7 +32,7 @@ def test_divide(spec, shape, avoid, want):
 @pytest.mark.parametrize(
     "shape, want",
     [
-        ((48, 64), P(None, "data")),  # 12 rows are no whole tile, 16 columns are
+        ((48, 64), P(None, "data")),  # 12 rows are not a whole tile, 16 columns are
         ((64, 64), P("data", None)),
         ((48, 40), P("data", None)),  # neither: rows
         ((12, 6), P("data", None)),

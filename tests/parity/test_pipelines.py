@@ -1,4 +1,4 @@
-"""More rows of `tests/parallel/pipeline/test_interpreter.py`: other families, layers that are no multiple of stages."""
+"""More rows of `tests/parallel/pipeline/test_interpreter.py`: other families, layers that stages do not divide."""
 
 import pytest
 from plan_runs import assert_equals_one_device, run_steps

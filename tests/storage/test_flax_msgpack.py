@@ -77,7 +77,7 @@ def test_damaged_files_are_one_line(tmp_path):
         except StorageError as e:
             assert "\n" not in str(e) and str(file) in str(e)
     file.write_bytes(serialization.msgpack_serialize({"a": "text"}))
-    with pytest.raises(StorageError, match="is no array"):
+    with pytest.raises(StorageError, match="is not an array"):
         flax_msgpack.read(tmp_path)
 
 

@@ -93,7 +93,7 @@ def test_what_cannot_be_read_is_named(build, words, tmp_path):
 def test_errors_are_one_line(tmp_path, monkeypatch):
     (tmp_path / "bad.onnx").write_bytes(b"no graph at all")
     for file in ("bad.onnx", "none.onnx"):
-        with pytest.raises(StorageError, match=f"{file} is no ONNX model") as error:
+        with pytest.raises(StorageError, match=f"{file} is not an ONNX model") as error:
             OnnxFile(tmp_path / file)
         assert "\n" not in str(error.value)
     monkeypatch.setitem(sys.modules, "onnx", None)

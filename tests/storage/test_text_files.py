@@ -43,8 +43,8 @@ REFUSED = {
     "half a pair": (b"\xff\xfea\0\0\xd8a\0", None, r"a.txt is not utf-16-le \(illegal UTF-16 surrogate at byte 4\)"),
     "half a character": (b"\xff\xfea\0b", None, r"a.txt is not utf-16-le \(truncated data at byte 4\)"),
     "another encoding": (b"ab\x81", "cp1252", r"a.txt is not cp1252 \(character maps to <undefined> at byte 2\)"),
-    "no encoding": (b"ab", "latin-one", "encoding='latin-one' is no encoding that Python knows"),
-    "no text encoding": (b"ab", "base64", "encoding='base64' is no encoding that Python knows"),
+    "no encoding": (b"ab", "latin-one", "encoding='latin-one' is not an encoding that Python knows"),
+    "no text encoding": (b"ab", "base64", "encoding='base64' is not an encoding that Python knows"),
 }
 
 

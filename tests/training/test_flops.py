@@ -94,7 +94,7 @@ def test_xlnet_by_hand():
     asked, distances = T, 2 * T  # so short a row has room for all that may be asked
     mlp = 2 * D * config.hidden_dim
     numbers = L * (T * (4 * D * D + mlp) + asked * (2 * D * D + mlp)) + asked * V * D
-    by_distance = L * 2 * (T + asked) * distances * D  # with the encodings, which are no activations
+    by_distance = L * 2 * (T + asked) * distances * D  # with the encodings, which are not activations
     attention = L * 2 * (2 * (T + asked) * T * D)
     encoded = L * 2 * distances * D * D
     forward = ROWS * (2 * numbers + by_distance + attention)

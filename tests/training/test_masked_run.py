@@ -63,7 +63,7 @@ def test_full_sentences_with_dynamic_span_masks(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "plot_loss", lambda _, unit: units.append(unit))
     model = BertConfig(**SIZES, num_token_types=1, position_offset=2, head="masked_lm", pooler=None)
     trained = run.train(config_of(corpus, model, {}, MaskedLM(unit="spans", pair=0.0), steps=3), tmp_path)
-    assert units == [NATS_PER_TOKEN]  # what is masked at once is no unit of the loss
+    assert units == [NATS_PER_TOKEN]  # what is masked at once is not a unit of the loss
     assert np.isfinite(trained.evaluation["eval/loss"]) and "eval/pair" not in trained.evaluation
 
 
@@ -115,7 +115,7 @@ def test_a_held_out_part_too_small_for_pairs_is_not_evaluated(tmp_path):
 
 
 def test_data_fields_are_checked():
-    with pytest.raises(ValueError, match="pairs='both' is none of none, next, order"):
+    with pytest.raises(ValueError, match="pairs='both' is not one of none, next, order"):
         run.DataConfig(pairs="both")
     with pytest.raises(ValueError, match="mask_copies=-1 must not be negative"):
         dataclasses.replace(run.DataConfig(), mask_copies=-1)

@@ -25,7 +25,7 @@ UNSEEN_UNKNOWN = -100.0  # of `<unk>` where a file has none
 
 
 class ArpaError(ValueError):
-    """A file that is no ARPA file; one line with its name and where."""
+    """A file that is not an ARPA file; one line with its name and where."""
 
 
 def write(model: Model, path: epath.PathLike, progress: bool = False, chunk: int = CHUNK) -> None:
@@ -38,10 +38,10 @@ def write(model: Model, path: epath.PathLike, progress: bool = False, chunk: int
       chunk: n-grams that are written at once.
 
     Raises:
-      ArpaError: for a model that is no table of back-offs.
+      ArpaError: for a model that is not a table of back-offs.
     """
     if not isinstance(model, BackoffModel):
-        raise ArpaError("smoothing=add_k is no table of back-offs, which is all that ARPA files hold: keep its counts")
+        raise ArpaError("ARPA files hold back-off tables, and smoothing=add_k makes none: store its counts in a folder")
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -92,12 +92,12 @@ def read(path: epath.PathLike, progress: bool = False) -> BackoffModel:
     """
     path = epath.Path(path)
     if not path.is_file():
-        raise ArpaError(f"{path} is no file")
+        raise ArpaError(f"{path} is not a file")
     return _Lines(path, progress).model()
 
 
 class _Lines:
-    """A file line by line."""
+    """Reads an ARPA file line by line."""
 
     def __init__(self, path: epath.Path, progress: bool) -> None:
         self.path, self.number, self.progress = path, 0, progress

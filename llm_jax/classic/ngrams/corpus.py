@@ -36,7 +36,7 @@ class Corpus(NamedTuple):
 
     @property
     def unknown(self) -> int:
-        """How many of these words are unknown."""
+        """Number of unknown words."""
         return int(self.counts.counts[0][UNKNOWN])
 
 

@@ -30,7 +30,7 @@ class Model(abc.ABC):
 
     @property
     def order(self) -> int:
-        """The longest n-grams have so many words."""
+        """Number of words in the longest n-grams."""
         return len(self.keys)
 
     @abc.abstractmethod

@@ -1,4 +1,4 @@
-"""How probable a model finds lines of text."""
+"""Log-probabilities and perplexity of text under an n-gram model."""
 
 import dataclasses
 from typing import Any

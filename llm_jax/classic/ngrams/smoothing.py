@@ -1,19 +1,19 @@
-"""Probabilities from counts: what n-grams that were seen give up, and who gets it.
+"""Smoothing: probabilities from counts, with some mass moved from seen n-grams to unseen ones.
 
 With c(h w) counts, c(h) their sum over w, t(h) the number of different words after h, n_i the number of n-grams seen i
-times, and p' the model of one word less:
+times, and p' the model of the next lower order:
 
-    mle                  c(h w) / c(h); nothing else after h
+    mle                  c(h w) / c(h); zero for words not seen after h
     add_k                (c(h w) + k) / (c(h) + k V), V without <s>
-    stupid_backoff       as mle, and 0.4 p' for other words: scores, which do not sum to one; an h that was not seen
-                         pays nothing, as in ARPA files (in the paper it pays too)
+    stupid_backoff       as mle, and 0.4 p' for words not seen after h: scores, which do not sum to one. An unseen h
+                         costs no factor, as in ARPA files (in the paper it does)
     interpolated         l_n c(h w) / c(h) + (1 - l_n) p', with l_n by EM on held-out text
     witten_bell          (c(h w) + t(h) p') / (c(h) + t(h))
     absolute             (c(h w) - d) / c(h) + d t(h) / c(h) p', d = n_1 / (n_1 + 2 n_2)
-    kneser_ney           the same, where shorter n-grams count in how many words they follow
-    modified_kneser_ney  with three discounts, of n-grams seen once, twice, and more often
+    kneser_ney           as absolute, but lower orders count how many different words an n-gram follows
+    modified_kneser_ney  as kneser_ney, with three discounts: for n-grams seen once, twice, and more often
 
-Below single words stands the uniform distribution. All but add_k fill the tables of a back-off model.
+The order below single words is the uniform distribution. All methods but add_k give a back-off model.
 
 Sources: Chen and Goodman 1999, https://doi.org/10.1006/csla.1999.0128; Heafield et al. 2013 (adjusted counts, ends of
 sentences, unknown words), https://aclanthology.org/P13-2121; Brants et al. 2007 (stupid back-off),
@@ -41,13 +41,13 @@ METHODS = (
     "kneser_ney",
     "modified_kneser_ney",
 )
-FALLBACK = (0.5, 1.0, 1.5)  # discounts where a corpus gives none
+FALLBACK = (0.5, 1.0, 1.5)  # discounts if they cannot be estimated
 
 
 def adjusted(counts: Counts) -> list[np.ndarray]:
-    """Kneser-Ney's counts: of n-grams below the last order, how many different words they follow.
+    """Kneser-Ney's adjusted counts: below the highest order, how many different words an n-gram follows.
 
-    N-grams that begin a sentence follow nothing and keep their counts.
+    N-grams that begin a sentence follow no word and keep their counts.
     """
     out, begins = [], counts.keys[0] == BEGIN
     for n in range(len(counts.keys) - 1):
@@ -59,10 +59,10 @@ def adjusted(counts: Counts) -> list[np.ndarray]:
 
 
 def discounts(counts: np.ndarray, modified: bool = True) -> tuple[float, ...]:
-    """What n-grams seen once, twice, and more often give up.
+    """Discounts of n-grams seen once, twice, and more often.
 
-    Where a corpus has no n-grams seen once, twice or three times, or what comes out is negative or above the count,
-    `FALLBACK` takes their place, with a warning.
+    If a corpus lacks n-grams seen once, twice or three times, or a discount is negative or above the count, the result
+    is `FALLBACK`, with a warning.
     """
     n1, n2, n3, n4 = (int(np.sum(counts == i)) for i in (1, 2, 3, 4))
     y = n1 / (n1 + 2 * n2) if n1 and n2 else 0.0
@@ -71,7 +71,7 @@ def discounts(counts: np.ndarray, modified: bool = True) -> tuple[float, ...]:
         found = (1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3) if n1 and n2 and n3 else (0.0,) * 3
     if not all(0 < d <= i for i, d in enumerate(found, start=1)):
         warnings.warn(
-            f"no discounts from {n1}, {n2}, {n3}, {n4} n-grams seen 1, 2, 3, 4 times: taking {FALLBACK}", stacklevel=2
+            f"{n1}, {n2}, {n3}, {n4} n-grams seen 1, 2, 3, 4 times give no discounts; using {FALLBACK}", stacklevel=2
         )
         found = FALLBACK if modified else FALLBACK[:1] * 3
     return found
@@ -81,9 +81,9 @@ class _Order(NamedTuple):
     """N-grams of one order.
 
     Attributes:
-      counts: of each.
-      history: place of each one's history.
-      total: c(h) by place of h.
+      counts: count of every n-gram.
+      history: index of every n-gram's history.
+      total: c(h) by the index of h.
     """
 
     counts: np.ndarray
@@ -92,7 +92,7 @@ class _Order(NamedTuple):
 
 
 def _shares(method: str, now: _Order, backoff: float) -> tuple[np.ndarray, np.ndarray]:
-    """(what every n-gram keeps, what its history has left for p')."""
+    """(probability of every n-gram before p' is added, weight of p' by history)."""
     c, total = now.counts, np.maximum(now.total, 1e-300)
     if method in ("mle", "stupid_backoff"):
         left = 0.0 if method == "mle" else backoff
@@ -106,7 +106,7 @@ def _shares(method: str, now: _Order, backoff: float) -> tuple[np.ndarray, np.nd
 
 def _weight(ratio: np.ndarray, lower: np.ndarray) -> float:
     """The best weight of `ratio` against `lower`, probabilities of the same held-out words, by EM."""
-    possible = (ratio > 0) | (lower > 0)  # what neither allows says nothing of the two
+    possible = (ratio > 0) | (lower > 0)  # a word that both exclude does not depend on the weight
     ratio, lower, weight = ratio[possible], lower[possible], 0.5
     for _ in range(100):
         share = weight * ratio / np.maximum(weight * ratio + (1 - weight) * lower, 1e-300)
@@ -129,21 +129,21 @@ def estimate(
     """Builds a model from counts.
 
     Args:
-      counts: of all orders.
-      vocabulary: their words.
-      method: see above.
-      held_out: numbered sentences for `interpolated`.
-      closed: nothing is ever unknown, so `<unk>` has no share.
-      k: of `add_k`.
-      backoff: of `stupid_backoff`.
-      progress: shows a bar.
+      counts: counts of all orders.
+      vocabulary: words by number.
+      method: one of `METHODS`; see the module.
+      held_out: numbered sentences, from which `interpolated` estimates its weights.
+      closed: whether every word is in the vocabulary, so that `<unk>` has probability 0.
+      k: added to every count by `add_k`.
+      backoff: factor of the lower order in `stupid_backoff`.
+      progress: whether to show a progress bar.
 
     Raises:
       ValueError: for an unknown method, `interpolated` without held-out text, `k` or `backoff` out of range, or a
         closed vocabulary with unknown words.
     """
     if method not in METHODS:
-        raise ValueError(f"smoothing={method!r} is none of {', '.join(METHODS)}")
+        raise ValueError(f"smoothing={method!r} is not one of {', '.join(METHODS)}")
     if method == "interpolated" and (held_out is None or not len(held_out)):
         raise ValueError("smoothing=interpolated needs held-out text for its weights")
     if method == "add_k" and not 0 < k < float("inf"):
@@ -152,7 +152,7 @@ def estimate(
         raise ValueError(f"backoff={backoff} must lie in (0, 1]")
     unknown = int(counts.counts[0][UNKNOWN]) + (0 if held_out is None else int(np.sum(held_out == UNKNOWN)))
     if closed and unknown:
-        raise ValueError(f"a closed vocabulary, but {unknown:,} words are not in it")
+        raise ValueError(f"the vocabulary is closed, but {unknown:,} words of the text are not in it")
     if method == "add_k":
         return AddKModel(vocabulary, counts.keys, counts.counts, k, closed)
     table = adjusted(counts) if method.endswith("kneser_ney") else counts.counts
@@ -173,7 +173,7 @@ def estimate(
             seen, left = weight * ratio, np.full(len(total), 1 - weight)
         else:
             seen, left = _shares(method, now, backoff)
-        left = np.where(total > 0, left, 1.0)  # nothing was seen after h: all is p'
+        left = np.where(total > 0, left, 1.0)  # nothing was seen after h: p' has all the weight
         mixed = method not in ("mle", "stupid_backoff")
         probs = seen + left[history] * lower if mixed else seen
         with np.errstate(divide="ignore"):

@@ -17,7 +17,7 @@ ARRAYS = {"backoff": ("keys", "log_probs", "backoffs"), "add_k": ("keys", "count
 
 
 class StoredError(ValueError):
-    """A folder that is no model; one line that says why."""
+    """A folder that is not a model; one line that says why."""
 
 
 def is_arpa(path: epath.PathLike) -> bool:
@@ -42,7 +42,7 @@ def save(model: Model, path: epath.PathLike, progress: bool = False) -> None:
     about: dict[str, Any] = {"kind": kind, "order": model.order}
     if isinstance(model, AddKModel):
         about |= {"k": model.k, "closed": model.closed}
-    (folder / "model.json").write_text(json.dumps(about))  # the last: a folder without it is no model
+    (folder / "model.json").write_text(json.dumps(about))  # the last: a folder without it is not a model
 
 
 def load(path: epath.PathLike, progress: bool = False) -> Model:
@@ -50,13 +50,13 @@ def load(path: epath.PathLike, progress: bool = False) -> Model:
 
     Raises:
       ArpaError: see `arpa.read`.
-      StoredError: for a folder that is no model, or whose arrays do not fit together.
+      StoredError: for a folder that is not a model, or whose arrays do not fit together.
     """
     folder = epath.Path(path)
     if not folder.is_dir():
         return arpa.read(path, progress)
     if not (folder / "model.json").is_file():
-        raise StoredError(f"{folder} holds no model.json: it is no n-gram model, or writing it was cut short")
+        raise StoredError(f"{folder} holds no model.json: it is not an n-gram model, or writing it was cut short")
     try:
         about = json.loads((folder / "model.json").read_text())
         kind, order = about["kind"], int(about["order"])

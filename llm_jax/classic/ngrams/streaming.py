@@ -246,7 +246,7 @@ def count(
 
 
 class _Same:
-    """Runs here what a pool would run elsewhere."""
+    """An executor that runs every task in this process, immediately."""
 
     map = staticmethod(map)
 

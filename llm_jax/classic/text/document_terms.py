@@ -49,7 +49,7 @@ def strip_accents(text: str, how: str) -> str:
 
     Args:
       text: of a document.
-      how: one of `ACCENTS`: `none` leaves it, `unicode` drops combining marks of NFKD, `ascii` all that is no ASCII.
+      how: one of `ACCENTS`: `none` leaves it, `unicode` drops combining marks of NFKD, `ascii` all that is not ASCII.
     """
     if how == "none" or text.isascii():
         return text
@@ -68,7 +68,7 @@ def pattern(text: str) -> re.Pattern[str]:
     try:
         found = re.compile(text)
     except re.error as e:
-        raise TermsError(f"token_pattern={text!r} is no regular expression: {e}") from None
+        raise TermsError(f"token_pattern={text!r} is not a regular expression: {e}") from None
     if found.groups > 1:
         raise TermsError(f"token_pattern={text!r} has {found.groups} groups: one at most is what becomes a word")
     return found
@@ -115,7 +115,7 @@ def count(
       The different terms, V, in no order (stop words among them, which nothing holds), and int64 counts `[N, V]`.
 
     Raises:
-      TermsError: where something is no document or no word.
+      TermsError: where something is not a document or not a word.
     """
     split = _split(documents, tokenize)
     lengths = np.fromiter(map(len, split), np.int64, len(split))
@@ -124,7 +124,7 @@ def count(
     text = np.fromiter(map(numbers.__getitem__, itertools.chain.from_iterable(split)), np.int64, lengths.sum())
     spelled = list(numbers)
     if (wrong := next((w for w in spelled if not isinstance(w, str)), None)) is not None:
-        raise TermsError(f"{wrong!r} among the words of the documents is no string")
+        raise TermsError(f"{wrong!r} among the words of the documents is not a string")
     if between and ngrams[1] > 1 and (wrong := next((w for w in spelled if between in w), None)) is not None:
         raise TermsError(f"the word {wrong!r} holds a blank, which stands between the words of an n-gram")
     document = np.repeat(np.arange(len(split)), lengths)
@@ -167,7 +167,7 @@ def count_characters(
       As `count`.
 
     Raises:
-      TermsError: where something is no string.
+      TermsError: where something is not a string.
     """
 
     def prepare(document: Document) -> str:

@@ -33,7 +33,7 @@ def reading(
     """
     folder = epath.Path(path)
     if not (folder / f"{name}.json").is_file():
-        raise StoredError(f"{folder} holds no {name}.json: it is no {what}, or writing it was cut short")
+        raise StoredError(f"{folder} holds no {name}.json: it is not a {what}, or writing it was cut short")
 
     def arrays() -> dict[str, Any]:
         with (folder / f"{name}.npz").open("rb") as f:

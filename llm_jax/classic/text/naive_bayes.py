@@ -59,7 +59,7 @@ def _checked(counts_NV: Counts, num_terms: int | None = None) -> scipy.sparse.cs
 
 
 def _one_hot(labels_N: np.ndarray, num_classes: int, num_documents: int) -> scipy.sparse.csr_matrix:
-    """`[C, N]`."""
+    """One-hot labels, `[C, N]`: 1 where document n has class c."""
     labels = np.asarray(labels_N)
     if labels.shape != (num_documents,) or labels.dtype.kind not in "iu":
         raise NaiveBayesError(
@@ -72,7 +72,7 @@ def _one_hot(labels_N: np.ndarray, num_classes: int, num_documents: int) -> scip
         raise NaiveBayesError("no document")
     if labels.min() < 0 or labels.max() >= num_classes:
         wrong = labels[(labels < 0) | (labels >= num_classes)][0]
-        raise NaiveBayesError(f"label {wrong} is none of 0 to {num_classes - 1}")
+        raise NaiveBayesError(f"label {wrong} is not one of 0 to {num_classes - 1}")
     if len(empty := np.flatnonzero(np.bincount(labels, minlength=num_classes) == 0)):
         raise NaiveBayesError(f"class {empty[0]} of {num_classes} has no document: leave it out, or give it some")
     return scipy.sparse.csr_matrix((np.ones(len(labels)), (labels, np.arange(len(labels)))), (num_classes, len(labels)))
@@ -116,11 +116,11 @@ def fit(
         positive, or options of another kind.
     """
     if kind not in KINDS:
-        raise NaiveBayesError(f"kind={kind!r} is none of {', '.join(KINDS)}")
+        raise NaiveBayesError(f"kind={kind!r} is not one of {', '.join(KINDS)}")
     if not (alpha > 0 and math.isfinite(alpha)):
         raise NaiveBayesError(f"alpha={alpha} must be positive: without it one unseen word rules out a class")
     if norm and kind != "complement":
-        raise NaiveBayesError(f"norm is of kind='complement', not of {kind!r}")
+        raise NaiveBayesError(f"norm needs kind='complement', not {kind!r}")
     if kind == "complement" and not (isinstance(priors, str) and priors == "fitted"):
         raise NaiveBayesError(f"priors={priors!r} have no effect with kind='complement', which has none")
     counts = _checked(counts_NV)
@@ -143,7 +143,7 @@ def fit(
 
 
 def _held(counts: scipy.sparse.csr_matrix) -> scipy.sparse.csr_matrix:
-    """One where a document holds a term."""
+    """Binary counts: 1 where a document holds a term."""
     return (counts > 0).astype(np.float64)
 
 
@@ -183,5 +183,5 @@ def load(path: epath.PathLike) -> NaiveBayes:
         kind, arrays = about["kind"], read()
         weights, bias = arrays["weights"], arrays["bias"]
     if kind not in KINDS or weights.ndim != 2 or bias.shape != weights.shape[:1]:
-        raise StoredError(f"{path}: kind {kind!r} with weights {weights.shape} and biases {bias.shape} is no model")
+        raise StoredError(f"{path}: kind {kind!r} with weights {weights.shape} and biases {bias.shape} is not a model")
     return NaiveBayes(kind, weights, bias)

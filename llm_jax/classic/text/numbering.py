@@ -73,7 +73,7 @@ class Numbers:
         return out
 
     def _number(self, lines: bytes, padded: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Numbers of the words that begin there."""
+        """Numbers of the words that begin at the given offsets."""
         eights = np.ndarray(len(padded) - 7, "<u8", padded, 0, (1,))  # from each byte on
         states = self._after(np.zeros(len(begins), np.uint64), eights[begins] & FIRST.take(np.minimum(lengths, 8)))
         read, more = 8, np.flatnonzero((lengths > 8) & (lengths <= LONGEST) & (states != 0))

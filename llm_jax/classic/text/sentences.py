@@ -37,7 +37,7 @@ class Reader:
 
         Args:
           paths: of text files.
-          policy: what becomes of lines that are no UTF-8: `strict` is an error, `skip` drops them, `replace` puts
+          policy: what becomes of lines that are not UTF-8: `strict` is an error, `skip` drops them, `replace` puts
             U+FFFD instead of what is wrong.
           block: bytes read at once.
 
@@ -47,11 +47,11 @@ class Reader:
         self.paths, self.policy, self.invalid = [epath.Path(p) for p in paths], policy, 0
         self._block = block
         if policy not in POLICIES:
-            raise TextError(f"invalid={policy!r} is none of {', '.join(POLICIES)}")
+            raise TextError(f"invalid={policy!r} is not one of {', '.join(POLICIES)}")
         if not self.paths:
             raise TextError("no file: the pattern of the corpus matches nothing")
         if missing := [p for p in self.paths if not p.is_file()]:
-            raise TextError(f"{missing[0]} is no file")
+            raise TextError(f"{missing[0]} is not a file")
 
     def blocks(self) -> Iterator[bytes]:
         """Whole lines of valid UTF-8, each ended by a line feed."""
@@ -109,7 +109,7 @@ class Vocabulary:
     """
 
     def __init__(self, words: Iterable[str]) -> None:
-        """Words without the special ones."""
+        """Numbers the words in order, after the special ones."""
         self.words = [*SPECIAL, *words]
         self.index = {w: i for i, w in enumerate(self.words)}
         if len(self.index) != len(self.words):
@@ -159,7 +159,7 @@ def read_vocabulary(path: epath.PathLike) -> Vocabulary:
     """
     path = epath.Path(path)
     if not path.is_file():
-        raise TextError(f"{path} is no file")
+        raise TextError(f"{path} is not a file")
     words = []
     for number, line in TextFile(path).byte_lines():
         parts = line.split()

@@ -73,10 +73,10 @@ class Options:
 
     def __post_init__(self) -> None:
         if isinstance(self.tokenize, str) and self.tokenize not in TOKENIZERS:
-            raise TfIdfError(f"tokenize={self.tokenize!r} is none of {', '.join(TOKENIZERS)}, and no function")
+            raise TfIdfError(f"tokenize={self.tokenize!r} is not one of {', '.join(TOKENIZERS)}, and no function")
         for name, known in (("accents", ACCENTS), ("analyzer", ANALYZERS), ("norm", NORMS)):
             if getattr(self, name) not in known:
-                raise TfIdfError(f"{name}={getattr(self, name)!r} is none of {', '.join(known)}")
+                raise TfIdfError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
         self._check_words()
         if len(self.ngrams) != 2 or not 1 <= self.ngrams[0] <= self.ngrams[1]:
             raise TfIdfError(f"ngrams={self.ngrams} must be the shortest and the longest length, from 1 on")
@@ -85,7 +85,7 @@ class Options:
             if not (value >= 1 if isinstance(value, int) else 0.0 <= value <= 1.0):
                 raise TfIdfError(f"{name}={value} must be a whole number from 1 on, or a share from 0.0 to 1.0")
         if isinstance(self.stop_words, str):
-            raise TfIdfError(f"stop_words={self.stop_words!r} is no set of words, and no list is built in")
+            raise TfIdfError(f"stop_words={self.stop_words!r} is not a set of words, and no list is built in")
         if self.max_features is not None and self.max_features < 1:
             raise TfIdfError(f"max_features={self.max_features} must be at least 1, or None")
 

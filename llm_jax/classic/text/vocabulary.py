@@ -32,7 +32,7 @@ class Words:
           WordsError: for no word, or an unknown tokenizer.
         """
         if tokenize not in TOKENIZERS:
-            raise WordsError(f"tokenize={tokenize!r} is none of {', '.join(TOKENIZERS)}")
+            raise WordsError(f"tokenize={tokenize!r} is not one of {', '.join(TOKENIZERS)}")
         self.tokenize, distinct = tokenize, dict.fromkeys(w for w in words if w not in SPECIAL)
         if not distinct:
             raise WordsError("a vocabulary of no word: the texts hold none, or none often enough (min_count)")
@@ -62,5 +62,5 @@ class Words:
 
 
 def count(texts: Iterable[str], tokenize: str) -> collections.Counter[str]:
-    """How often each word stands in texts."""
+    """Counts every word of the texts."""
     return collections.Counter(itertools.chain.from_iterable(map(TOKENIZERS[tokenize], texts)))

@@ -45,7 +45,7 @@ class Window:
 
     def __post_init__(self) -> None:
         if self.weighting not in WEIGHTINGS:
-            raise CountsError(f"weighting={self.weighting!r} is none of {', '.join(WEIGHTINGS)}")
+            raise CountsError(f"weighting={self.weighting!r} is not one of {', '.join(WEIGHTINGS)}")
         if self.width < 1:
             raise CountsError(f"window={self.width} must be at least 1 word")
         if 2 * self.bits + self.distance_bits > 63:
@@ -102,7 +102,7 @@ class Window:
         return found[begins], np.add.reduceat(values, begins) if len(begins) else values
 
     def split(self, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(rows, columns)."""
+        """Splits keys of pairs into (rows, columns)."""
         return pairs >> self.bits, pairs & ((1 << self.bits) - 1)
 
 

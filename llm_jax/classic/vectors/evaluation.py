@@ -55,7 +55,7 @@ class Accuracy(NamedTuple):
 
     @property
     def share(self) -> float:
-        """Of those asked; nan where there is none."""
+        """Share of the questions asked that were answered correctly; nan if none was asked."""
         return self.correct / self.asked if self.asked else math.nan
 
 
@@ -76,10 +76,10 @@ class Analogies(NamedTuple):
 
 
 def _lines(path: epath.PathLike) -> list[tuple[int, str]]:
-    """Numbered lines that hold something."""
+    """Lines that are not blank, with their numbers."""
     file = epath.Path(path)
     if not file.is_file():
-        raise VectorsError(f"{file} is no file")
+        raise VectorsError(f"{file} is not a file")
     try:
         return [(n, line.strip()) for n, line in TextFile(file).lines() if line.strip()]
     except TextFileError as e:

@@ -1,7 +1,7 @@
 """GloVe: word vectors whose products are the logarithms of co-occurrence counts.
 
 Source: Pennington et al. 2014, "GloVe: Global Vectors for Word Representation", https://aclanthology.org/D14-1162; the
-half before the squares, the start, the defaults and what AdaGrad sums are those of the authors' C code (`src/glove.c`).
+factor 1/2 of the loss, the initial values, the defaults and AdaGrad's sums follow the authors' C code (`src/glove.c`).
 """
 
 from functools import partial
@@ -17,14 +17,14 @@ from llm_jax.classic.vectors.co_occurrence import CountsError
 
 
 class Tables(NamedTuple):
-    """w and w~ of all words, `[V, E]`, E = D + 1: the last column is the bias."""
+    """Word vectors w and context vectors w~, `[V, E]` with E = D + 1: the last column is the bias."""
 
     words_VE: jax.Array
     contexts_VE: jax.Array
 
 
 class Pairs(NamedTuple):
-    """Words, contexts, log x and f(x) of what was seen together, `[B]` each; f(x) is 0 for padding."""
+    """Co-occurring pairs: word ids, context ids, log x and f(x), `[B]` each; f(x) is 0 for padding."""
 
     words: jax.Array
     contexts: jax.Array
@@ -33,17 +33,20 @@ class Pairs(NamedTuple):
 
 
 def loss(words_BE: jax.Array, contexts_BE: jax.Array, log_counts: jax.Array, weights: jax.Array) -> jax.Array:
-    """`1/2 sum f(x) (w . w~ + b + b~ - log x)^2` of the rows of pairs."""
+    """`1/2 sum f(x) (w . w~ + b + b~ - log x)^2` over a batch of pairs."""
     products = jnp.sum(words_BE[:, :-1] * contexts_BE[:, :-1], axis=1)
     return 0.5 * jnp.sum(weights * (products + words_BE[:, -1] + contexts_BE[:, -1] - log_counts) ** 2)
 
 
 def step(tables: Tables, squares: Tables, pairs: Pairs, learning_rate: float) -> tuple[Tables, Tables, jax.Array]:
-    """AdaGrad on the rows of a batch: (tables, sums of squares, loss before).
+    """One step of AdaGrad on the rows of a batch.
 
-    As in the C code, what is squared and summed is a pair's gradient times the learning rate, and a pair moves its
-    rows by that over the root of the sum without its own square. A batch of one pair is a step of the C code. In a
-    larger one the other pairs' squares count already: a frequent word has many, and moves by all of them at once.
+    As in the C code, AdaGrad squares and sums the gradient times the learning rate, and a pair's own square is not yet
+    in the sum that divides its update. So a batch of one pair is exactly a step of the C code. In a larger batch the
+    squares of the other pairs are in the sum: a frequent word occurs in many pairs, and all update it at once.
+
+    Returns:
+      (tables, sums of squares, loss before the step).
     """
     ids = (pairs.words, pairs.contexts)
     rows = [table[i] for table, i in zip(tables, ids, strict=True)]
@@ -75,23 +78,23 @@ def train(
     batch_size: int = 4096,
     progress: bool = False,
 ) -> tuple[np.ndarray, list[float]]:
-    """Vectors of counts (`counts.cooccurrences`; harmonic and symmetric in the paper).
+    """Trains vectors on co-occurrence counts (`co_occurrence.cooccurrences`; the paper's are harmonic and symmetric).
 
     Args:
       counts: `[V, V]`, positive where stored.
-      key: of the start and of the order of pairs.
-      dim: D.
+      key: draws the initial values and the order of pairs.
+      dim: D, numbers a vector.
       epochs: passes over all pairs.
-      learning_rate: of AdaGrad, whose sums of squares start at 1.
+      learning_rate: learning rate of AdaGrad, whose sums of squares start at 1.
       x_max: f(x) is `min(1, (x / x_max) ** 0.75)`.
-      batch_size: pairs that are seen at once.
-      progress: shows a bar.
+      batch_size: pairs per step.
+      progress: whether to show a progress bar.
 
     Returns:
-      `w + w~` `[V, D]` float32, and the mean loss of a pair in every epoch.
+      (`w + w~` `[V, D]` float32, the mean loss per pair of every epoch).
 
     Raises:
-      CountsError: for counts that are not square, hold no pair or are not positive; numbers that are not positive.
+      CountsError: if the counts are not square, empty or not positive, or a number is not positive.
     """
     numbers = dict(dim=dim, epochs=epochs, learning_rate=learning_rate, x_max=x_max, batch_size=batch_size)
     for name, value in numbers.items():
@@ -99,9 +102,9 @@ def train(
             raise CountsError(f"{name}={value} must be a positive number")
     found = counts.tocoo()
     if found.shape[0] != found.shape[1] or not found.nnz:
-        raise CountsError(f"counts of shape {found.shape} with {found.nnz} pairs: give square ones with pairs")
+        raise CountsError(f"counts of shape {found.shape} with {found.nnz} pairs: it must be square and have pairs")
     if not (np.isfinite(found.data).all() and found.data.min() > 0):
-        raise CountsError("stored counts must be positive and finite: their logarithms are learnt")
+        raise CountsError("stored counts must be positive and finite: GloVe fits their logarithms")
     batch_size = min(batch_size, found.nnz)
     logs, weights = np.log(found.data), np.minimum(1.0, found.data / x_max) ** 0.75
     padded = [np.pad(x, (0, -found.nnz % batch_size)) for x in (found.row, found.col, logs, weights)]

@@ -22,7 +22,7 @@ class Paths(NamedTuple):
 
     @property
     def lengths(self) -> np.ndarray:
-        """Steps to every word, `[V]`."""
+        """Path length of every word, `[V]`."""
         return np.abs(self.signs).sum(1).astype(int)
 
 

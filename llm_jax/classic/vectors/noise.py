@@ -24,7 +24,7 @@ def keep_probabilities(counts: np.ndarray, threshold: float, formula: str = "pro
       ValueError: for another formula or a negative threshold.
     """
     if formula not in FORMULAS:
-        raise ValueError(f"subsampling={formula!r} is none of {', '.join(FORMULAS)}")
+        raise ValueError(f"subsampling={formula!r} is not one of {', '.join(FORMULAS)}")
     if not threshold >= 0:
         raise ValueError(f"sample={threshold} must be at least 0")
     if threshold == 0:

@@ -1,4 +1,4 @@
-"""Word vectors in two dimensions."""
+"""Plots of word vectors in two dimensions."""
 
 from collections.abc import Sequence
 

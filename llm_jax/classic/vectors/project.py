@@ -25,7 +25,7 @@ class Coverage(NamedTuple):
 
     @property
     def found(self) -> int:
-        """Words with a vector."""
+        """Number of words that have a vector."""
         return self.exact + self.lowered
 
     @property

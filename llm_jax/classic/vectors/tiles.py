@@ -20,7 +20,7 @@ class Tiles(NamedTuple):
 
     @property
     def centres(self) -> jax.Array:
-        """Words in the middle, `[B, L]`."""
+        """The centre words, `[B, L]`."""
         length, width = self.near.shape[-2:]
         reach = (width - length) // 2
         return self.words[..., reach : reach + length]

@@ -120,9 +120,9 @@ class Windows:
         return dict(zip(("words", "sentences"), rows, strict=True))
 
     def state(self) -> dict[str, Any]:
-        """JSON-ready position."""
+        """Position in the data as a JSON-ready value, for checkpoints."""
         return {"step": self._step}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continues from a saved position."""
+        """Continues from a position that `state` returned."""
         self._step = int(state["step"])

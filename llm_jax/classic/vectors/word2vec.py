@@ -72,7 +72,7 @@ class Word2VecConfig:
         """Checks names and ranges."""
         for name, choices in (("architecture", ARCHITECTURES), ("loss", LOSSES), ("subsampling", noise.FORMULAS)):
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(choices)}")
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
         for name in ("size", "window", "negatives", "block", "blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -230,7 +230,7 @@ def _softmax(
 
 
 def _tree(scores: _Scores, weights_LK: jax.Array, signs_LP: jax.Array) -> jax.Array:
-    """One logistic decision a node."""
+    """Loss with one logistic decision per node."""
     signs = signs_LP[:, :, None]
     return jnp.sum(weights_LK[:, None, :] * jnp.abs(signs) * logistic_loss(signs * scores.centre))
 
@@ -309,7 +309,7 @@ def over_tiles(
 
 
 def rows_of(tables: dict[str, jax.Array], at: Touched) -> Touched:
-    """The vectors of what is touched."""
+    """Gathers the vectors that a step reads."""
     context, predicted = tables["context"], tables["predicted"]
     return Touched(context[at.context], predicted[at.predicted], None if at.drawn is None else predicted[at.drawn])
 

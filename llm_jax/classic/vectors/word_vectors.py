@@ -167,4 +167,4 @@ def combine(a: np.ndarray, b: np.ndarray, c: np.ndarray, method: str, epsilon: f
         return b - a + c
     if method == "3cosmul":
         return (1 + b) * (1 + c) / (2 * (1 + a) + 4 * epsilon)  # each (1 + x) / 2
-    raise VectorsError(f"method={method!r} is none of {', '.join(METHODS)}")
+    raise VectorsError(f"method={method!r} is not one of {', '.join(METHODS)}")

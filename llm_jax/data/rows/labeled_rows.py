@@ -124,7 +124,7 @@ class Encoder:
         return Pieces(ids, np.zeros(len(ids), np.int32), places, len(read) < len(words))
 
     def shift(self, pieces: Pieces, length: int) -> int:
-        """How far padding moves the pieces."""
+        """Number of positions by which padding moves the tokens."""
         return length - len(pieces.ids) if self.left else 0
 
     def row(self, pieces: Sequence[Pieces], length: int) -> dict[str, np.ndarray]:
@@ -208,7 +208,7 @@ class LabeledRows:
         if kind == "choice" and len(pieces) != len(index):
             raise ValueError(f"{len(pieces)} choices, and {len(index)} labels that name one")
         if label not in index:
-            raise ValueError(f"its label {label!r} is none of {', '.join(index)}")
+            raise ValueError(f"its label {label!r} is not one of {', '.join(index)}")
         return np.asarray(index[label], np.int32)
 
     def _span(self, pieces: Pieces, label: tuple[int, int] | None) -> np.ndarray:
@@ -221,7 +221,7 @@ class LabeledRows:
         return np.asarray([found[0], found[-1]], np.int32)
 
     def __len__(self) -> int:
-        """Rows."""
+        """Number of rows."""
         return len(self.rows)
 
     def __getitem__(self, index: SupportsIndex) -> Row:
@@ -237,7 +237,7 @@ class LabeledRows:
         return {**self.encoder.row(pieces, length), "labels": label, "loss_weights": np.ones(1, np.float32)}
 
     def labels(self) -> np.ndarray:
-        """All labels that count, in one row."""
+        """All labels that count, as one row."""
         joined = np.concatenate([np.reshape(label, -1) for _, label in self.rows])
         return joined if self.encoder.kind == "regression" else joined[joined != IGNORED]
 

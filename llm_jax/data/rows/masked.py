@@ -29,7 +29,7 @@ class Frames(NamedTuple):
       cls_id: stands before a text.
       sep_id: stands behind every sentence.
       pad_id: fills the rest of a row.
-      special: `[V]` bool, entries that are no text.
+      special: `[V]` bool, entries that are not text.
       starts: `[V]` bool, entries that begin a word.
     """
 
@@ -85,7 +85,7 @@ class FramedRows:
             raise CorpusError(f"{len(store.ids)} tokens are too few for one row of {length}, or rows too short")
 
     def __len__(self) -> int:
-        """Rows."""
+        """Number of rows."""
         return self.count
 
     def __getitem__(self, index: SupportsIndex) -> Row:
@@ -133,7 +133,7 @@ class PairRows:
             log.info("%d tokens, %.1f %% of all, are left over in fewer than %d and left out", lost, share, SHORTEST)
 
     def __len__(self) -> int:
-        """Rows."""
+        """Number of rows."""
         return len(self.windows)
 
     def __getitem__(self, index: SupportsIndex) -> Row:
@@ -164,13 +164,13 @@ class MaskCopies:
     """
 
     def __init__(self, rows: RowSource, copies: int) -> None:
-        """`copies` masks a row."""
+        """Repeats every row `copies` times, each with a mask of its own."""
         self.rows, self.copies = rows, copies
 
     def __len__(self) -> int:
-        """Rows times copies."""
+        """Number of rows, every copy counted."""
         return len(self.rows) * self.copies
 
     def __getitem__(self, index: SupportsIndex) -> Row:
-        """The row, with `mask_seed`."""
+        """Row `index` with its `mask_seed`."""
         return {**self.rows[int(index) % len(self.rows)], "mask_seed": np.int32(int(index))}

@@ -35,7 +35,7 @@ class StreamRows:
             )
 
     def __len__(self) -> int:
-        """Rows."""
+        """Number of rows."""
         return self.count
 
     def __getitem__(self, index: SupportsIndex) -> Row:
@@ -65,7 +65,7 @@ class PlainRows:
             )
 
     def __len__(self) -> int:
-        """Rows."""
+        """Number of rows."""
         return self.count
 
     def __getitem__(self, index: SupportsIndex) -> Row:
@@ -115,7 +115,7 @@ class WholeRows:
             log.info("%d of %d documents have fewer than two tokens and are left out", self.dropped, len(sizes))
 
     def __len__(self) -> int:
-        """Rows."""
+        """Number of rows."""
         return len(self.rows)
 
     def __getitem__(self, index: SupportsIndex) -> Row:

@@ -50,7 +50,7 @@ class PairedRows:
     """
 
     def __init__(self, store: TokenStore, length: int) -> None:
-        """Raises CorpusError where no pair fits."""
+        """Prepares the pairs; raises CorpusError if none fits."""
         self.store, self.length = store, length
         if store.weights is None:
             raise CorpusError("the corpus holds no pairs: set data.fields to the names of source and target")
@@ -69,7 +69,7 @@ class PairedRows:
             log.info("%d of %d pairs are longer than %d tokens and left out", self.dropped, len(sizes), length)
 
     def __len__(self) -> int:
-        """Pairs."""
+        """Number of pairs."""
         return len(self.cuts)
 
     def __getitem__(self, index: SupportsIndex) -> Row:

@@ -47,15 +47,15 @@ class CharacterRows:
     """Rows of words with `character_ids`, `[T + 1, size]` int32."""
 
     def __init__(self, rows: RowSource, tokenizer: Tokenizer, size: int) -> None:
-        """Spells the whole vocabulary once."""
+        """Computes the characters of every vocabulary entry once."""
         self.rows = rows
         self.table = np.stack([character_ids(tokenizer.token(i), size) for i in range(tokenizer.vocab_size)])
 
     def __len__(self) -> int:
-        """Rows."""
+        """Number of rows."""
         return len(self.rows)
 
     def __getitem__(self, index: SupportsIndex) -> Row:
-        """The row, spelled."""
+        """Row `index` with the characters of its tokens."""
         row = self.rows[int(index)]
         return {**row, "character_ids": self.table[row["input_ids"]]}

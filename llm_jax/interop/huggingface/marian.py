@@ -78,7 +78,7 @@ def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
     """The contents of `config.json` for our config.
 
     Raises:
-      InteropError: for a Transformer that is no Marian.
+      InteropError: for a Transformer that is not a Marian.
     """
     fixed = {"norm": "post", "sinusoids": "halves", "logits_bias": True, "tied": True, "norm_eps": 1e-5}
     for field, value in fixed.items():

@@ -73,7 +73,7 @@ def read(folder: epath.Path) -> AdapterConfig:
     try:
         raw = dict(json.loads(file.read_text()))
     except (ValueError, TypeError) as e:
-        raise InteropError(f"{file} is no adapter config: {e}") from e
+        raise InteropError(f"{file} is not an adapter config: {e}") from e
     if raw.get("peft_type") != "LORA":
         raise InteropError(f"{file}: only plain LoRA (no DoRA, no biases) is supported, not {raw.get('peft_type')}")
     if raw.get("rank_pattern") or raw.get("alpha_pattern"):

@@ -37,10 +37,10 @@ def read(
     Args:
       path: the file; `.gz` is unpacked.
       format: one of FORMATS; None finds it out: two whole numbers in the first line are a header, and a first vector
-        that is no text is binary.
+        that is not text is binary.
       limit: number of words to read from the beginning, the most frequent ones in most files.
       keep: words to return; the numbers of all others are skipped.
-      invalid: what becomes of words that are no UTF-8: `strict` is an error, `skip` drops them, `replace` puts U+FFFD
+      invalid: what becomes of words that are not UTF-8: `strict` is an error, `skip` drops them, `replace` puts U+FFFD
         instead of wrong bytes; both warn and say how many.
       block_bytes: bytes read at once, about; the first block must hold the first line.
 
@@ -53,13 +53,13 @@ def read(
     """
     path = epath.Path(path)
     if format not in (None, *FORMATS):
-        raise VectorsError(f"format={format!r} is none of {', '.join(FORMATS)}")
+        raise VectorsError(f"format={format!r} is not one of {', '.join(FORMATS)}")
     if invalid not in POLICIES:
-        raise VectorsError(f"invalid={invalid!r} is none of {', '.join(POLICIES)}")
+        raise VectorsError(f"invalid={invalid!r} is not one of {', '.join(POLICIES)}")
     if limit is not None and limit < 1:
         raise VectorsError(f"limit={limit} is below 1")
     if not path.is_file():
-        raise VectorsError(f"{path} is no file")
+        raise VectorsError(f"{path} is not a file")
     wanted = None if keep is None else {w.encode(errors="surrogatepass") for w in keep}
     words: list[bytes] = []
     tables = []
@@ -126,7 +126,7 @@ def write(path: epath.PathLike, words: Sequence[str], matrix: np.ndarray, format
     """
     path, matrix = epath.Path(path), np.asarray(matrix, np.float32)
     if format not in FORMATS:
-        raise VectorsError(f"format={format!r} is none of {', '.join(FORMATS)}")
+        raise VectorsError(f"format={format!r} is not one of {', '.join(FORMATS)}")
     if matrix.ndim != 2 or len(matrix) != len(words) or not matrix.size:
         raise VectorsError(f"{path}: {len(words):,} words with a matrix {matrix.shape}: expected a row each")
     if not np.isfinite(matrix).all():

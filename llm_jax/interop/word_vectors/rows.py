@@ -183,7 +183,7 @@ def _width(fields: Sequence[bytes]) -> int:
 
 
 def _is_binary(rest: bytes, width: int) -> bool:
-    """Whether a first vector is no text: other bytes, or too few for its numbers."""
+    """Whether a first vector is not text: other bytes, or too few for its numbers."""
     found = re.match(rb"[^ \t]*[ \t]([^\n]*)", rest)
     row = found[1] if found else b""
     is_long = len(row) >= 2 * width - 1 and re.fullmatch(rb"[\t\r -~]*", row)

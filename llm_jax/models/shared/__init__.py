@@ -1,1 +1,1 @@
-"""What the families share."""
+"""Parts that the model families share."""

@@ -66,7 +66,7 @@ class BlockConfig:
         if self.norm not in ("pre", "post"):
             raise ValueError(f"norm={self.norm!r} is neither pre nor post")
         if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation={self.activation!r} is none of {', '.join(ACTIVATIONS)}")
+            raise ValueError(f"activation={self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
 
 
 class Shared(struct.PyTreeNode):

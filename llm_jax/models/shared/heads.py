@@ -34,7 +34,7 @@ def check(head: str, heads: Collection[str]) -> None:
       ValueError: naming those that it has.
     """
     if head not in heads:
-        raise ValueError(f"head={head!r} is none of {', '.join(heads)}")
+        raise ValueError(f"head={head!r} is not one of {', '.join(heads)}")
 
 
 def mean_pool(h_BTD: jax.Array, attention_mask_BT: Any) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What every model returns."""
+"""The output type of every model."""
 
 from typing import Any
 
@@ -40,5 +40,5 @@ class Output(struct.PyTreeNode):
 
     @property
     def head_input(self) -> jax.Array | None:
-        """What `head` multiplies, `[B, T, E]`."""
+        """Input of `head`, `[B, T, E]`."""
         return self.last_hidden_state if self.head_input_BTE is None else self.head_input_BTE

@@ -58,11 +58,11 @@ class Pieces(NamedTuple):
         return array[number] if self.stack else array[...]
 
     def shape_of(self, whole: Declared) -> jax.ShapeDtypeStruct:
-        """The shape of a piece of one array."""
+        """Shape and dtype of a piece of one array."""
         return jax.ShapeDtypeStruct(whole.shape[1:] if self.stack else whole.shape, whole.dtype)
 
     def put(self, array: jax.Array, number: Index, value: jax.Array) -> jax.Array:
-        """An array with another piece."""
+        """Replaces a piece of an array."""
         return array.at[number].set(value) if self.stack else value
 
 

@@ -69,17 +69,17 @@ def divide(tree: Tree) -> tuple[list[Any], Callable[[list[Any]], Tree]]:
 
 
 def pick(tree: Tree, *at: Any) -> Tree:
-    """`x[at]` of every leaf."""
+    """Indexes every leaf: `x[at]`."""
     return jax.tree.map(lambda x: x[at], tree)
 
 
 def put_at(tree: Tree, new: Tree, *at: Any) -> Tree:
-    """Every leaf with a new `x[at]`."""
+    """Replaces `x[at]` in every leaf."""
     return jax.tree.map(lambda x, y: x.at[at].set(y), tree, new)
 
 
 def zeros(tree: Tree, dtype: Any = None) -> Tree:
-    """Zeros of the same shapes."""
+    """Zeros in the shapes of a tree."""
     return jax.tree.map(lambda x: jnp.zeros(x.shape, dtype or x.dtype), tree)
 
 

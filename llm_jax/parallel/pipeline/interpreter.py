@@ -46,7 +46,7 @@ def stacks(params: Params) -> dict[tuple[str, ...], Params]:
         if isinstance(tree, Mapping):
             for key, value in tree.items():
                 if key == "per_layer":
-                    raise PipelineError("plan.pipe: layers with parameters of their own (per_layer) are no stages")
+                    raise PipelineError("plan.pipe: layers with parameters of their own (per_layer) are not stages")
                 if key != "layers":
                     visit(value, (*path, key))
                 elif isinstance(value, Mapping) and "0" in value:

@@ -68,7 +68,7 @@ class Schedule:
         return self.name == "zero_bubble"
 
     def items(self) -> Iterator[tuple[int, int, int, Item]]:
-        """(tick, device, piece, item) of all, in order."""
+        """Yields (tick, device, piece, item) in order of ticks."""
         for t, tick in enumerate(self.ticks):
             for device, items in enumerate(tick):
                 for item in items:
@@ -104,7 +104,7 @@ class Schedule:
         return out
 
     def span(self, costs: Mapping[str, float] = COSTS) -> float:
-        """When the last device is done."""
+        """Time until the last device is done, with `costs` per kind of item."""
         return max(row[-1][1] for row in self.times(costs))
 
     def lockstep(self, costs: Mapping[str, float] = COSTS) -> float:
@@ -200,7 +200,7 @@ def make(name: str, stages: int, micros: int, chunks: int = 1) -> Schedule:
       ValueError: for an unknown name, or numbers that do not go together.
     """
     if name not in NAMES:
-        raise ValueError(f"schedule={name!r} is none of {', '.join(NAMES)}")
+        raise ValueError(f"schedule={name!r} is not one of {', '.join(NAMES)}")
     if stages < 1 or micros < 1 or chunks < 1:
         raise ValueError(f"stages={stages}, micro-batches={micros} and chunks={chunks} must be at least 1")
     if (chunks > 1) != (name == "interleaved"):
@@ -267,7 +267,7 @@ class Slots(NamedTuple):
 
 
 def slots(schedule: Schedule) -> Slots:
-    """How many slots a schedule needs."""
+    """Numbers of buffer slots that a schedule needs."""
     last = schedule.stages * schedule.chunks - 1
     Spans = dict[tuple[int, int], tuple[int, int]]  # by piece and micro-batch, from when to when
     when: dict[str, dict[tuple[int, int], int]] = {kind: {} for kind in KINDS}

@@ -139,7 +139,7 @@ def test_histories_must_be_listed(tmp_path):
 
 
 def test_other_errors(model, tmp_path):
-    with pytest.raises(ArpaError, match="gone.arpa is no file"):
+    with pytest.raises(ArpaError, match="gone.arpa is not a file"):
         arpa.read(tmp_path / "gone.arpa")
     ours, text = model
     arpa.write(ours, tmp_path / "model.arpa.gz")
@@ -148,7 +148,7 @@ def test_other_errors(model, tmp_path):
     with pytest.raises(ArpaError, match="cut short"):
         arpa.read(tmp_path / "model.arpa.gz")
     sized = counting.count(text, len(ours.vocabulary), 2)
-    with pytest.raises(ArpaError, match="no table of back-offs"):
+    with pytest.raises(ArpaError, match="ARPA files hold back-off tables"):
         arpa.write(smoothing.estimate(sized, ours.vocabulary, "add_k"), tmp_path / "model.arpa")
 
 

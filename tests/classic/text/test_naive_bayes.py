@@ -92,7 +92,7 @@ def test_files(kind, tmp_path):
     assert again.kind == kind
     np.testing.assert_array_equal(scores(again, NEW), scores(model, NEW))
     np.savez(tmp_path / "naive_bayes.npz", weights=model.weights_CV, bias=np.zeros(3))
-    with pytest.raises(stored.StoredError, match=r"weights \(2, 3\) and biases \(3,\) is no model"):
+    with pytest.raises(stored.StoredError, match=r"weights \(2, 3\) and biases \(3,\) is not a model"):
         naive_bayes.load(tmp_path)
     (tmp_path / "naive_bayes.npz").write_bytes(b"cut")
     with pytest.raises(stored.StoredError, match="naive_bayes.npz cannot be read"):
@@ -110,7 +110,7 @@ def test_files(kind, tmp_path):
         ({"alpha": -1.0}, "alpha=-1.0 must be positive"),
         ({"alpha": math.inf}, "alpha=inf must be positive"),
         ({"alpha": math.nan}, "alpha=nan must be positive"),
-        ({"norm": True}, "norm is of kind='complement'"),
+        ({"norm": True}, "norm needs kind='complement'"),
         ({"kind": "complement", "priors": "uniform"}, "have no effect with kind='complement'"),
         ({"kind": "complement", "priors": [0.5, 0.5]}, "have no effect with kind='complement'"),
         ({"priors": "flat"}, "priors='flat' is neither fitted nor uniform"),
@@ -119,8 +119,8 @@ def test_files(kind, tmp_path):
         ({"priors": [0.2, 0.3, 0.5]}, "must be 2 positive numbers"),
         ({"num_classes": 3}, "class 2 of 3 has no document"),
         ({"num_classes": 1}, "at least two classes"),
-        ({"labels_N": np.array([0, 1, 2, 1])}, "label 2 is none of 0 to 1"),
-        ({"labels_N": np.array([0, -1, 0, 1])}, "label -1 is none of 0 to 1"),
+        ({"labels_N": np.array([0, 1, 2, 1])}, "label 2 is not one of 0 to 1"),
+        ({"labels_N": np.array([0, -1, 0, 1])}, "label -1 is not one of 0 to 1"),
         ({"labels_N": np.array([0, 1])}, r"labels of shape \(2,\)"),
         ({"labels_N": np.array([0, 0, 1, 1.0])}, "type float64"),
         ({"counts_NV": np.zeros((0, 3)), "labels_N": np.zeros(0, int)}, "no document"),

@@ -115,7 +115,7 @@ def test_errors(file, data, options, words):
 
 
 def test_errors_of_files(tmp_path):
-    with pytest.raises(TextError, match="gone.txt is no file"):
+    with pytest.raises(TextError, match="gone.txt is not a file"):
         Reader([tmp_path / "gone.txt"])
     with pytest.raises(TextError, match="matches nothing"):
         Reader([])
@@ -141,7 +141,7 @@ def test_files_of_vocabularies(file):
 def test_errors_of_vocabularies(file, data, words):
     with pytest.raises(TextError, match=words):
         sentences.read_vocabulary(file(data))
-    with pytest.raises(TextError, match="gone.txt is no file"):
+    with pytest.raises(TextError, match="gone.txt is not a file"):
         sentences.read_vocabulary("gone.txt")
 
 

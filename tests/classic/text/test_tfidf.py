@@ -171,15 +171,15 @@ def test_a_function_is_not_saved(tmp_path):
         ({"max_features": 0}, "max_features=0 must be at least 1"),
         ({"norm": "l3"}, "norm='l3' is none of l1, l2, none"),
         ({"analyzer": "letters"}, "analyzer='letters' is none of word, char, char_wb"),
-        ({"accents": "latin"}, "accents='latin' is none of none, unicode, ascii"),
-        ({"token_pattern": "("}, r"token_pattern='\(' is no regular expression"),
+        ({"accents": "latin"}, "accents='latin' is not one of none, unicode, ascii"),
+        ({"token_pattern": "("}, r"token_pattern='\(' is not a regular expression"),
         ({"token_pattern": "(a)(b)"}, r"has 2 groups: one at most"),
         ({"token_pattern": "a", "tokenize": "blanks"}, "takes the place of tokenize"),
         ({"accents": "ascii", "tokenize": list}, "with a function that finds words"),
         ({"analyzer": "char", "stop_words": frozenset("a")}, "stop_words is of words, and analyzer='char' takes char"),
         ({"analyzer": "char_wb", "tokenize": "blanks"}, "tokenize is of words"),
         ({"analyzer": "char", "token_pattern": "a"}, "token_pattern is of words"),
-        ({"stop_words": "english"}, "stop_words='english' is no set of words"),
+        ({"stop_words": "english"}, "stop_words='english' is not a set of words"),
     ],
 )
 def test_errors_of_options(options, words):
@@ -202,7 +202,7 @@ def test_errors_of_options(options, words):
         ([["ab"]], {"analyzer": "char"}, "analyzer=char takes strings, not a list"),
         (["", " "], {"analyzer": "char_wb"}, "no term in 2 documents"),
         (["ab", None], {}, "document 1 is a NoneType"),
-        ([["ab", 3]], {}, "3 among the words of the documents is no string"),
+        ([["ab", 3]], {}, "3 among the words of the documents is not a string"),
         ([["a b", "c"]], {"ngrams": (1, 2)}, "the word 'a b' holds a blank"),
     ],
 )

@@ -38,7 +38,7 @@ def test_shared_files(shared_data):
 
 @pytest.mark.parametrize("method", ["3cosadd", "3cosmul"])
 def test_analogies_by_hand(method):
-    """Other spellings of the three words are no answers, or `KING` and `Man` would win."""
+    """Other spellings of the three words are not answers, or `KING` and `Man` would win."""
     got = evaluate_analogies(SQUARE, QUESTIONS, method)
     assert got.sections == {"family": Accuracy(1, 2, 1), "gram1": Accuracy(1, 1, 0), "gram2": Accuracy(0, 0, 1)}
     assert got.total == (2, 3, 2) and got.semantic == (1, 2, 1) and got.syntactic == (1, 1, 1)
@@ -104,7 +104,7 @@ def test_files_that_are_wrong(tmp_path, read, data, words):
     (tmp_path / "file").write_bytes(data)
     with pytest.raises(VectorsError, match=words):
         read(tmp_path / "file")
-    with pytest.raises(VectorsError, match="gone is no file"):
+    with pytest.raises(VectorsError, match="gone is not a file"):
         read(tmp_path / "gone")
 
 

@@ -101,7 +101,7 @@ def test_learns(tmp_path):
         (np.eye(3), {"learning_rate": float("nan")}, "learning_rate=nan must be a positive number"),
         (np.eye(3), {"dim": 0}, "dim=0 must be a positive number"),
         (np.zeros((3, 3)), {}, r"shape \(3, 3\) with 0 pairs"),
-        (np.ones((3, 2)), {}, r"shape \(3, 2\) with 6 pairs: give square ones"),
+        (np.ones((3, 2)), {}, r"shape \(3, 2\) with 6 pairs: it must be square"),
         (-np.eye(3), {}, "must be positive and finite"),
     ],
 )

@@ -141,5 +141,5 @@ def test_what_is_not_there_is_named(tmp_path):
     interop.save(tmp_path / "t5", made("t5", "tokens").make(), noise(made("t5", "tokens").make(), 0.3))
     with pytest.raises(InteropError, match=r"missing decoder|missing transformer\.decoder"):
         interop.load(tmp_path / "t5", head="lm")
-    with pytest.raises(InteropError, match="head='choice' is none of none, lm"):
+    with pytest.raises(InteropError, match="head='choice' is not one of none, lm"):
         interop.load(tmp_path / "t5", head="choice")

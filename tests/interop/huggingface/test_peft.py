@@ -246,7 +246,7 @@ def test_other_errors(tmp_path):
     gpt = GPTConfig(vocab_size=31, context_length=16, model_dim=24, num_layers=2, num_heads=4).make()
     rows = [
         (lambda: peft.load(tmp_path, MODEL, base()), "adapter_config.json is missing"),
-        (lambda: peft.load(tmp_path / "bad", MODEL, base()), "is no adapter config"),
+        (lambda: peft.load(tmp_path / "bad", MODEL, base()), "is not an adapter config"),
         (lambda: peft.load(good, MODEL, attached()), "query/kernel carries LoRA already"),
         (lambda: peft.load(good, gpt, base()), "supported for the Llama family"),
         (lambda: peft.save(tmp_path, MODEL, base()), "there is no LoRA"),

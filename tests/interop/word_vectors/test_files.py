@@ -185,7 +185,7 @@ def test_binary_that_is_wrong(tmp_path, matrix):
 
 def test_other_bad_input(tmp_path, matrix):
     path = tmp_path / "vectors.gz"
-    with pytest.raises(VectorsError, match="gone is no file"):
+    with pytest.raises(VectorsError, match="gone is not a file"):
         read(tmp_path / "gone")
     write(path, WORDS, matrix)
     for options, words in (

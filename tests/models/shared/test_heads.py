@@ -185,9 +185,9 @@ def test_dropout_before_the_classes_of_tokens(rate, same):
 @pytest.mark.parametrize(
     "make, words",
     [
-        (lambda: GPTConfig(head="choice"), "head='choice' is none of none, lm, classification, tokens, span"),
-        (lambda: LlamaConfig(head="masked_lm"), "head='masked_lm' is none of none, lm"),
-        (lambda: T5Config(head="pairs"), "head='pairs' is none of none, lm"),
+        (lambda: GPTConfig(head="choice"), "head='choice' is not one of none, lm, classification, tokens, span"),
+        (lambda: LlamaConfig(head="masked_lm"), "head='masked_lm' is not one of none, lm"),
+        (lambda: T5Config(head="pairs"), "head='pairs' is not one of none, lm"),
         (lambda: T5Config(head="tokens"), "head='tokens' needs decoder=False"),
         (lambda: T5Config(head="span", decoder=False), "head='span' needs decoder=True"),
     ],

@@ -13,7 +13,7 @@ from llm_jax.parallel.pipeline import interpreter, schedules
 from llm_jax.parallel.plan import Plan, PlanConfig
 from llm_jax.rehearse import hlo
 
-ROWS = {  # name: (plan, model); 5 layers are no multiple of 4, dropout is on in `deep`
+ROWS = {  # name: (plan, model); 5 layers are not a multiple of 4, dropout is on in `deep`
     "1f1b, 5 layers in 4, zero 1": (PlanConfig(data=2, pipe=4, schedule="1f1b", zero=1), "deep"),
     "interleaved, tied": (PlanConfig(data=4, pipe=2, schedule="interleaved", chunks=2), "deep_tied"),
     "bert, padded rows, zero bubble, zero 3, tensor 2": (
