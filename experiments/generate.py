@@ -19,13 +19,13 @@ import jax
 from absl import flags
 
 from experiments import cli
+from experiments.flags import decoding
 
 if TYPE_CHECKING:  # the library is imported once the flags are known to be right
     from llm_jax.data.tokenizers import Tokenizer
     from llm_jax.decoding.beam import Hypothesis
     from llm_jax.decoding.continuation import Continuation
     from llm_jax.decoding.generate import Completion, Generator
-    from llm_jax.decoding.sampling import SamplingConfig
     from llm_jax.interop import Pretrained
     from llm_jax.storage.text_files import TextFile
 
@@ -35,34 +35,14 @@ STREAM = cli.define_stream()
 PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; stdin where neither this nor --prompt_file is given.")
 PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File to continue.")
 ENCODING = cli.define_encoding()
-CHAT = flags.DEFINE_bool("chat", False, "Talk: one user turn per line, until end of input.")
 SYSTEM = cli.define_text("system", "System message of a chat; the template's own by default.")
 NEW = flags.DEFINE_integer("max_new_tokens", None, "Most tokens generated; 256 or what fits by default.", lower_bound=1)
-TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
-TOP_K = flags.DEFINE_integer("top_k", 0, "Keep the k most probable tokens, 0 for all.")
-TOP_P = flags.DEFINE_float("top_p", 1.0, "Keep the smallest set of this probability.")
-MIN_P = flags.DEFINE_float("min_p", 0.0, "Drop tokens below this share of the top probability.")
-REPETITION = flags.DEFINE_float("repetition_penalty", 1.0, "Above 1 discourages tokens seen.")
-PRESENCE = flags.DEFINE_float("presence_penalty", 0.0, "Subtracted once from the logits of generated tokens.")
-FREQUENCY = flags.DEFINE_float("frequency_penalty", 0.0, "Subtracted for every time a token was generated.")
-NO_REPEAT = flags.DEFINE_integer("no_repeat_ngram", 0, "No n-gram of this size twice, 0 for no limit.", lower_bound=0)
-STOP = cli.define_texts("stop", "Stop strings.")
-SEED = flags.DEFINE_integer("seed", 0, "Same seed, same text.")
-WINDOW = flags.DEFINE_bool("sliding_window", False, "Go on past the context with a sliding window.")
+SAMPLING = decoding.define_sampling()
 BEAMS = flags.DEFINE_integer("beams", 1, "Above 1: beam search instead of sampling.", lower_bound=1)
-NUM_RETURN = flags.DEFINE_integer("num_return", 1, "Outputs of a beam search.", lower_bound=1)
-LENGTH_PENALTY = flags.DEFINE_float("length_penalty", 1.0, "Exponent of the length in a beam's score.")
-PENALTY = flags.DEFINE_enum("penalty", "length", ["length", "gnmt"], "length ** a, or ((5 + length) / 6) ** a.")
-EARLY = flags.DEFINE_enum("early_stopping", "false", ["false", "true", "never"], "When a beam search is done.")
-MIN_NEW = flags.DEFINE_integer("min_new_tokens", 0, "A beam search ends no output before.", lower_bound=0)
-BATCH = flags.DEFINE_integer("batch_size", 8, "Lines at once, of an encoder-decoder.", lower_bound=1)
+SEARCH = decoding.define_search()
+BATCH = flags.DEFINE_integer("batch_size", 8, "Lines per batch of an encoder-decoder.", lower_bound=1)
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object an output: text, tokens, finish_reason, scores.")
-# flags that only sampling, or only a beam search, reads
-SAMPLES = (
-    *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
-    *("no_repeat_ngram", "stop", "seed", "sliding_window", "chat"),
-)
-SEARCHES = ("num_return", "length_penalty", "penalty", "early_stopping", "min_new_tokens")
+CHAT, WINDOW, STOP, SEED = (SAMPLING[name] for name in ("chat", "sliding_window", "stop", "seed"))
 
 
 def main() -> None:
@@ -70,31 +50,17 @@ def main() -> None:
     from llm_jax import interop
     from llm_jax.decoding.generate import Generator
     from llm_jax.decoding.prefill import is_encoder_decoder
-    from llm_jax.decoding.sampling import SamplingConfig
 
     loaded = interop.load(cli.find_model(MODEL.value), dtype="float32", average=AVERAGE.value, stream=STREAM.value)
     if loaded.tokenizer is None:
         raise ValueError(f"{MODEL.value} holds no tokenizer")
-    sampling = SamplingConfig(
-        temperature=TEMPERATURE.value,
-        top_k=TOP_K.value,
-        top_p=TOP_P.value,
-        min_p=MIN_P.value,
-        repetition_penalty=REPETITION.value,
-        presence_penalty=PRESENCE.value,
-        frequency_penalty=FREQUENCY.value,
-        no_repeat_ngram=NO_REPEAT.value,
-    )
+    sampling = decoding.sampling_config(SAMPLING)
     has_source = is_encoder_decoder(loaded.model)
     if has_source and (CHAT.value or WINDOW.value):
         raise ValueError(f"{MODEL.value} is an encoder-decoder: it takes neither --chat nor --sliding_window")
-    if "" in STOP.value:
-        raise ValueError("--stop is empty: every output would end before it begins")
-    stray = [f for f in (SAMPLES if BEAMS.value > 1 else SEARCHES) if flags.FLAGS[f].present]
-    if stray:
-        raise ValueError(f"--{stray[0]} has no effect with --beams={BEAMS.value}")
+    decoding.check(SAMPLING, SEARCH, BEAMS.value)
     if BEAMS.value > 1 or has_source:
-        write_whole_outputs(loaded, sampling)
+        write_whole_outputs(loaded, has_source)
         return
     generator = Generator(loaded.model, loaded.params, loaded.tokenizer.eos_ids, sampling)
     if CHAT.value:
@@ -179,42 +145,40 @@ def _prompt() -> "TextFile":
     return TextFile("--prompt", ENCODING.value, io.BytesIO(PROMPT.value.encode(errors="surrogateescape")))
 
 
-def write_whole_outputs(loaded: "Pretrained", sampling: "SamplingConfig") -> None:
+def _decoder(loaded: "Pretrained", new: int) -> Callable[[list[list[int]]], "Sequence[Completion | Hypothesis]"]:
+    """Decodes a batch of prompts to outputs of at most `new` tokens, by beam search or by sampling."""
+    from llm_jax.decoding.beam import BeamSearch
+    from llm_jax.decoding.generate import Generator
+
+    assert loaded.tokenizer is not None  # main has checked it
+    stop, decode = loaded.tokenizer.eos_ids, loaded.tokenizer.decode
+    if BEAMS.value > 1:
+        search = BeamSearch(loaded.model, loaded.params, stop, decoding.beam_config(SEARCH, BEAMS.value))
+        return lambda batch: [h for row in search.search(batch, new, SEARCH["num_return"].value) for h in row]
+    generator = Generator(loaded.model, loaded.params, stop, decoding.sampling_config(SAMPLING))
+    key = jax.random.key(SEED.value)
+    return lambda batch: generator.generate(batch, new, key, stop_strings=STOP.value, decode=decode)
+
+
+def write_whole_outputs(loaded: "Pretrained", has_source: bool) -> None:
     """Prints outputs of a beam search, or of every line for an encoder-decoder."""
     from llm_jax.data.tokenizers import check_ids
-    from llm_jax.decoding.beam import BeamConfig, BeamSearch
+    from llm_jax.decoding.batches import in_batches
     from llm_jax.decoding.continuation import Continuation
-    from llm_jax.decoding.generate import Generator
-    from llm_jax.decoding.prefill import is_encoder_decoder
 
-    tokenizer, model, params = loaded.tokenizer, loaded.model, loaded.params
-    assert tokenizer is not None  # main has seen to it
-    has_source = is_encoder_decoder(model)
+    tokenizer, config = loaded.tokenizer, loaded.config
+    assert tokenizer is not None  # main has checked it
     prompts: list[list[int] | None]  # None for an empty line
     if has_source:
         prompts = [tokenizer.encode_source(line) if line.strip() else None for _, line in _prompt().lines()]
     else:
         prompts = [tokenizer.encode_prompt(_prompt().read())]
-    check_ids([i for ids in prompts for i in ids or ()], model.config.vocab_size, tokenizer)
-    new = NEW.value or min(256, model.config.context_length - (1 if has_source else len(prompts[0] or ())))
-    run: Callable[[list[list[int]]], Sequence[Completion | Hypothesis]]
-    if BEAMS.value > 1:
-        early = EARLY.value if EARLY.value == "never" else EARLY.value == "true"
-        config = BeamConfig(BEAMS.value, LENGTH_PENALTY.value, PENALTY.value, early, MIN_NEW.value)
-        search = BeamSearch(model, params, tokenizer.eos_ids, config)
-        run = lambda batch: [h for row in search.search(batch, new, NUM_RETURN.value) for h in row]
-    else:
-        generator, key = Generator(model, params, tokenizer.eos_ids, sampling), jax.random.key(SEED.value)
-        run = lambda batch: generator.generate(batch, new, key, stop_strings=STOP.value, decode=tokenizer.decode)
+    check_ids([i for ids in prompts for i in ids or ()], config.vocab_size, tokenizer)
+    taken = 1 if has_source else len(prompts[0] or ())
+    decode = _decoder(loaded, NEW.value or min(256, config.context_length - taken))
     continuation = Continuation(tokenizer.decode, () if has_source else prompts[0] or ())  # a target continues nothing
-    for start in range(0, len(prompts), BATCH.value):
-        batch = prompts[start : start + BATCH.value]
-        full = [prompt for prompt in batch if prompt is not None]
-        outputs = iter(run(full) if full else [])
-        for prompt in batch:
-            for _ in range(NUM_RETURN.value):
-                output = None if prompt is None else next(outputs)
-                _print_output(output, continuation, on_a_line=has_source)
+    for output in in_batches(decode, prompts, BATCH.value, SEARCH["num_return"].value):
+        _print_output(output, continuation, on_a_line=has_source)
 
 
 def _print_output(output: "Completion | Hypothesis | None", continuation: "Continuation", on_a_line: bool) -> None:

@@ -53,5 +53,5 @@ echo exit code \$code, again in 30 s; sleep 30; done"
       --command="tail -n +1 -f ~/run.log" ;;
   stop) everywhere "pkill -TERM -f '[-]m experiments' || true" ;;
   delete) queue delete --force --quiet ;;
-  *) echo "error: $action is none of create, state, setup, run, logs, stop, delete" >&2; exit 2 ;;
+  *) echo "error: $action is not one of create, state, setup, run, logs, stop, delete" >&2; exit 2 ;;
 esac

@@ -69,7 +69,7 @@ def parts_of(sets: TextSets, labels: Sequence[str]) -> Parts:
     """The parts that hold any text.
 
     Raises:
-      CorpusError: for a label that is none of `labels`.
+      CorpusError: for a label that is not in `labels`.
     """
     return {part: text_sets.numbered(examples, labels) for part, examples in sets._asdict().items() if examples}
 

@@ -134,7 +134,12 @@ def test_parts(tmp_path):
         ("span", ("a", "b"), None, "must name the context, the question, the answer and where it starts"),
         ("multi_label", ("a", "b"), None, "kind='multi_label' cannot be read from files, only classification"),
         ("tokens", ("1", "2"), "(", "data.layout='\\(' is not a regular expression"),
-        ("tokens", ("1", "2"), "xls", "data.layout='xls' is none of text, jsonl, .*, parquet and has no named group"),
+        (
+            "tokens",
+            ("1", "2"),
+            "xls",
+            "data.layout='xls' is not one of text, jsonl, .*, parquet and has no named group",
+        ),
     ],
 )
 def test_wrong_settings(kind, fields, layout, message, tmp_path):

@@ -107,7 +107,7 @@ def test_options():
     "call, words",
     [
         (lambda: BeamConfig(beams=0), "beams=0 must be at least 1"),
-        (lambda: BeamConfig(penalty="wu"), "penalty='wu' is none of length, gnmt"),
+        (lambda: BeamConfig(penalty="wu"), "penalty='wu' is not one of length, gnmt"),
         (lambda: BeamConfig(early_stopping="soon"), "early_stopping='soon' is not one of True, False"),
         (lambda: BeamConfig(min_new_tokens=-1), "min_new_tokens=-1 must not be negative"),
         (lambda: found_by("gpt2", BeamConfig(banned=(V,))), "token 5 lies outside of the vocabulary of 5"),

@@ -133,5 +133,5 @@ def test_the_experiments_are_configs(variant, shared_data):
     assert isinstance(run.objective, Labels) and run.data.fields == experiment.TASKS[variant].files.fields
     for source in (run.data.source, run.data.validation):
         assert (shared_data.parents[1] / source.removeprefix("../")).exists()
-    with pytest.raises(ValueError, match="variant 'x' is none of sst2, "):
+    with pytest.raises(ValueError, match="variant 'x' is not one of sst2, "):
         experiment.get_config("x")

@@ -204,7 +204,7 @@ processes.join()
 @pytest.mark.parametrize(
     "script, args, words",
     [
-        ("tpu_vm.sh", ["fly"], "fly is none of create, state"),
+        ("tpu_vm.sh", ["fly"], "fly is not one of create, state"),
         ("tpu_vm.sh", [], "create, state, setup, run"),
         ("tpu_vm.sh", ["run"], "a command"),
         ("local.sh", ["2", "--"], "a command"),

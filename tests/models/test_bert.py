@@ -198,13 +198,13 @@ def test_calls_refused(changes, call, words):
     [
         ({"num_heads": 5}, "model_dim=12 is not a multiple of num_heads=5"),
         ({"head": "next"}, "head='next' is not one of none, masked_lm"),
-        ({"pooler": "gelu"}, "pooler='gelu' is none of tanh, relu, None"),
+        ({"pooler": "gelu"}, "pooler='gelu' is not one of tanh, relu, None"),
         ({"pooler": None}, "head='pretraining' needs a pooler"),
         ({"num_groups": 4}, r"num_groups=4 must lie in 1..num_layers=3"),
         ({"num_groups": 2, "group_size": 2}, "group_size=2 must divide num_layers=3 and num_groups=2"),
         ({"group_size": 3}, "group_size=3 needs num_groups"),
         ({"causal": True}, "causal=True takes head='masked_lm' or 'none', not 'pretraining'"),
-        ({"activation": "swish"}, "activation='swish' is none of"),
+        ({"activation": "swish"}, "activation='swish' is not one of"),
     ],
 )
 def test_configs_refused(fields, words):

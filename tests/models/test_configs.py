@@ -18,10 +18,10 @@ from llm_jax.nn import paths, weights
     [
         (GPTConfig, {"num_heads": 5}, "model_dim=12 is not a multiple of num_heads=5"),
         (GPTConfig, {"norm": "both"}, "norm='both' is neither pre nor post"),
-        (GPTConfig, {"activation": "swish"}, "activation='swish' is none of gelu, "),
-        (GPTConfig, {"positions": "absolute"}, "positions='absolute' is none of learned, sinusoidal, rotary, alibi"),
+        (GPTConfig, {"activation": "swish"}, "activation='swish' is not one of gelu, "),
+        (GPTConfig, {"positions": "absolute"}, "positions='absolute' is not one of learned, sinusoidal, rotary, alibi"),
         (LlamaConfig, {"num_heads": 5}, "model_dim=12 is not a multiple of num_heads=5"),
-        (LlamaConfig, {"activation": "swish"}, "activation='swish' is none of"),
+        (LlamaConfig, {"activation": "swish"}, "activation='swish' is not one of"),
         (LlamaConfig, {"window": 0}, "window=0 must be at least 1"),
         (LlamaConfig, {"num_kv_heads": 4}, "num_heads=6 is not a multiple of num_kv_heads=4"),
     ],

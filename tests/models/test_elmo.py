@@ -190,7 +190,7 @@ def test_calls_refused(call, words):
 @pytest.mark.parametrize(
     "fields, words",
     [
-        ({"activation": "gelu"}, "activation='gelu' is none of relu, tanh"),
+        ({"activation": "gelu"}, "activation='gelu' is not one of relu, tanh"),
         ({"head": "span"}, "head='span' is not one of none, classification, tokens"),
         ({"head": "tokens"}, "takes the place of the words' output layer: set vocab_size=0"),
         ({"widths": (1, 2)}, "must name as many"),

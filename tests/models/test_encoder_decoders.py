@@ -239,11 +239,11 @@ def test_a_source_is_read_once():
 @pytest.mark.parametrize(
     "make, words",
     [
-        (lambda: TransformerConfig(sinusoids="odd"), "sinusoids='odd' is none of interleaved, halves"),
+        (lambda: TransformerConfig(sinusoids="odd"), "sinusoids='odd' is not one of interleaved, halves"),
         (lambda: TransformerConfig(model_dim=15, num_heads=3), "model_dim=15 must be even"),
         (lambda: TransformerConfig(num_heads=5), "model_dim=512 is not a multiple of num_heads=5"),
         (lambda: TransformerConfig(vocab_size=9, start_id=9), "start_id=9 lies outside of the vocabulary of 9"),
-        (lambda: TransformerConfig(activation="swish"), "activation='swish' is none of"),
+        (lambda: TransformerConfig(activation="swish"), "activation='swish' is not one of"),
         (lambda: TransformerConfig(context_length=8).init_cache(1, 9), "a cache of 9 exceeds the context of 8"),
         (lambda: T5Config(num_buckets=6), "num_buckets=6 must be a multiple of 4"),
         (lambda: T5Config(max_distance=16), "max_distance=16 must exceed num_buckets / 2 = 16"),

@@ -26,8 +26,8 @@ def test_fields_that_moved_elsewhere_still_load():
 @pytest.mark.parametrize(
     "values, words",
     [
-        ({"family": "rnn"}, "model.family='rnn' is none of gpt, llama, bert"),
-        ({}, "model.family=None is none of"),
+        ({"family": "rnn"}, "model.family='rnn' is not one of gpt, llama, bert"),
+        ({}, "model.family=None is not one of"),
         ({"family": "gpt", "num_layer": 2}, "unknown field model.num_layer; did you mean num_layers"),
         ({"family": "llama", "rope_scaling": {"kind": "ntk", "factor": 2.0}}, "model.rope_scaling: .*kind='ntk'"),
     ],

@@ -160,8 +160,8 @@ def test_a_fresh_table():
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (dict(kind="gru"), "kind='gru' is none of lstm, cnn"),
-        (dict(pooling="sum"), "pooling='sum' is none of attention, max, mean, last"),
+        (dict(kind="gru"), "kind='gru' is not one of lstm, cnn"),
+        (dict(pooling="sum"), "pooling='sum' is not one of attention, max, mean, last"),
         (dict(hidden_dim=0), "hidden_dim=0 must be at least 1"),
         (dict(embedding_dim=0), "embedding_dim=0 must be at least 1"),
         (dict(widths=()), r"widths=\(\) must be whole numbers from 1"),

@@ -268,7 +268,7 @@ def test_calls_refused(changes, call, words):
     "fields, words",
     [
         ({"head": "masked_lm"}, "head='masked_lm' is not one of none, lm"),
-        ({"activation": "swish"}, "activation='swish' is none of"),
+        ({"activation": "swish"}, "activation='swish' is not one of"),
         ({"memory_length": -1}, "memory_length=-1 and reuse_length=None must be positive"),
         ({"num_heads": 5}, "model_dim=12 is not a multiple of num_heads=5"),
     ],

@@ -267,7 +267,7 @@ def test_memory_of_chunks_is_linear_in_the_length():
     "changes, words",
     [
         ({"k": 3}, "4 query heads are not a multiple of 3 key heads"),
-        ({"implementation": "flash"}, "implementation='flash' is none of"),
+        ({"implementation": "flash"}, "implementation='flash' is not one of"),
         ({"implementation": "fused", "dropout_rate": 0.1, "dropout_key": jax.random.key(0)}, "no dropout"),
         ({"slopes_N": np.ones(4, np.float32), "implementation": "chunked"}, "slopes_N needs a mask"),
     ],

@@ -18,5 +18,5 @@ def test_remat_modes(remat, every):
     + [{"attention": "flash"}],
 )
 def test_bad_modes_are_named_with_the_good_ones(wrong):
-    with pytest.raises(ValueError, match=rf"{next(iter(wrong))}='.*' is none of (none|auto), "):
+    with pytest.raises(ValueError, match=rf"{next(iter(wrong))}='.*' is not one of (none|auto), "):
         Execution(**wrong)

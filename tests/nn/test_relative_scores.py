@@ -108,7 +108,7 @@ def test_dropout_reaches_what_values_gain():
 @pytest.mark.parametrize(
     "make, words",
     [
-        (lambda: GPTConfig(positions="rotation"), "positions='rotation' is none of .* shaw, xlnet, deberta"),
+        (lambda: GPTConfig(positions="rotation"), "positions='rotation' is not one of .* shaw, xlnet, deberta"),
         (lambda: Shaw(0), "max_distance=0 must be at least 1"),
         (lambda: Deberta(0), "max_distance=0 must be at least 1"),
         (lambda: AttentionConfig(8, 4, 2, 2, positions=Shaw()), "num_kv_heads=2 equal"),

@@ -113,7 +113,7 @@ def test_numbers_and_several_classes():
 @pytest.mark.parametrize(
     "fields, words",
     [
-        ({"kind": "pairs"}, "kind='pairs' is none of"),
+        ({"kind": "pairs"}, "kind='pairs' is not one of"),
         ({"label_smoothing": 1.0}, "in \\[0, 1\\)"),
         ({"kind": "span", "label_smoothing": 0.1}, "kind='span' has no label smoothing"),
     ],

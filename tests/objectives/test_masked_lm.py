@@ -116,7 +116,7 @@ def test_rows_of_weight_zero_do_not_count():
 @pytest.mark.parametrize(
     "fields, words",
     [
-        ({"unit": "letters"}, "unit='letters' is none of tokens, words, spans"),
+        ({"unit": "letters"}, "unit='letters' is not one of tokens, words, spans"),
         ({"rate": 0.0}, "rate=0.0 must lie in"),
         ({"mask": 0.8, "random": 0.3}, "must be shares of one whole"),
         ({"longest": 0}, "longest=0 must be at least 1"),

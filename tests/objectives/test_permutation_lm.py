@@ -102,7 +102,7 @@ def test_memories_run_on(accumulation):
 @pytest.mark.parametrize(
     "make, words",
     [
-        (lambda: PermutationLM(unit="words"), "unit='words' is none of tokens, spans"),
+        (lambda: PermutationLM(unit="words"), "unit='words' is not one of tokens, spans"),
         (lambda: PermutationLM(rate=0.0), r"rate=0.0 must lie in \(0, 1\)"),
         (lambda: PermutationLM().for_run(1, MODELS["gpt2"], None), "needs an XLNetConfig with head='lm'"),
         (lambda: PermutationLM(carry=True).for_run(1, CONFIG, None), "objective.carry needs model.memory_length"),

@@ -86,7 +86,7 @@ def test_tasks_on_text():
 @pytest.mark.parametrize(
     "make, words",
     [
-        (lambda: Seq2Seq(task="mask"), "task='mask' is none of pairs, spans, prefix"),
+        (lambda: Seq2Seq(task="mask"), "task='mask' is not one of pairs, spans, prefix"),
         (lambda: Seq2Seq(noise_density=1.0), r"noise_density=1.0 must lie in \(0, 1\)"),
         (lambda: Seq2Seq(mean_span=0.5), "mean_span=0.5 be at least 1"),
         (lambda: Seq2Seq(label_smoothing=1.0), "label_smoothing=1.0 must lie in"),

@@ -109,7 +109,7 @@ def test_who_holds_what():
 
 
 def test_an_unknown_name():
-    with pytest.raises(ValueError, match="collective='gossip' is none of all_reduce, "):
+    with pytest.raises(ValueError, match="collective='gossip' is not one of all_reduce, "):
         collectives.traffic("gossip", 1, 2)
 
 

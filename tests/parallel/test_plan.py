@@ -34,18 +34,15 @@ ROWS_OF_TABLE = {  # name: (plan, model, accumulation)
         2,
     ),
 }
-OTHER_ROWS = {  # not all of what these hold is divided
+OTHER_ROWS = {  # not all that these store is divided; tests/parity/test_matrix.py has every model under every plan
     "sequence 2, tensor 2, optimizer on the host": (
         PlanConfig(data=2, seq=2, model=2, zero=1, offload=("optimizer",)),
         "gpt",
         1,
     ),
-    "albert, tensor 2, zero 3": (PlanConfig(data=4, model=2, zero=3), "albert", 1),
     "bert, sequence 2, zero 2, accumulation, unrolled": (PlanConfig(data=4, seq=2, zero=2, unroll=True), "bert", 2),
-    "t5, tensor 2, zero 3": (PlanConfig(data=4, model=2, zero=3), "t5", 1),
     "transformer, replicas, zero 1, accumulation": (PlanConfig(replica=2, zero=1), "transformer", 2),
     "xlnet with a memory, tensor 2, zero 2": (PlanConfig(data=4, model=2, zero=2), "xlnet", 1),
-    "LoRA, tensor 2, zero 3": (PlanConfig(data=4, model=2, zero=3), "lora", 1),
     "LoRA, 1f1b 2, zero 2": (PlanConfig(data=4, pipe=2, microbatches=2, zero=2), "lora", 1),
     "shared parameters, zero 3": (PlanConfig(data=8, zero=3), "shared", 1),
 }
@@ -173,7 +170,7 @@ def test_every_optimizers_state_is_divided(name):
         (lambda: PlanConfig(remat="some"), "remat='some'"),
         (lambda: PlanConfig(attention="flash"), "attention='flash'"),
         (lambda: PlanConfig(pipe=2, seq=2), "plan.pipe and plan.seq exclude each other"),
-        (lambda: PlanConfig(offload=("nvme",)), "offload=nvme is none of optimizer, update, parameters, disk"),
+        (lambda: PlanConfig(offload=("nvme",)), "offload=nvme is not one of optimizer, update, parameters, disk"),
         (lambda: PlanConfig(compiler=("xla_fast",)), "plan.compiler holds .xla_fast., which is not of the form"),
         (lambda: make(data=2, seq=4).check_batch(8, 1, 10), "=10 does not divide by plan.seq=4: take 8 or 12"),
         (lambda: make(data=3), "need 3 devices, there are 8"),

@@ -64,6 +64,11 @@ def impossible(model, plan):
     return None
 
 
+@pytest.fixture(autouse=True, scope="module")
+def optimized():
+    """Cells compile as in `make test`: what is equal is the partition, not the compiler's optimizations."""
+
+
 CELLS = [(model, plan) for model in MODELS for plan in PLANS]
 
 

@@ -56,7 +56,7 @@ def test_rows():
         (dict(epochs=0), "epochs=0 must be at least 1"),
         (dict(extra_words=-1), "extra_words=-1 must not be negative"),
         (dict(learning_rate=float("nan")), "learning_rate=nan must be a positive number"),
-        (dict(embedding="fixed"), "embedding='fixed' is none of trained, frozen, projected"),
+        (dict(embedding="fixed"), "embedding='fixed' is not one of trained, frozen, projected"),
         (dict(embedding="frozen"), "embedding='frozen' is of pre-trained vectors"),
     ],
 )

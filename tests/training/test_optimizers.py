@@ -245,8 +245,8 @@ def test_decay_leaves_norms_and_biases_alone(name):
 @pytest.mark.parametrize(
     "fields, words",
     [
-        ({"name": "adagrad"}, "optimizer name='adagrad' is none of adam, "),
-        ({"schedule": "step"}, "schedule='step' is none of constant, "),
+        ({"name": "adagrad"}, "optimizer name='adagrad' is not one of adam, "),
+        ({"schedule": "step"}, "schedule='step' is not one of constant, "),
         ({"learning_rate": 0.0}, "learning_rate=0.0 must be positive"),
         ({"name": "adafactor", "eps": 1e-30}, "eps=1e-30 has no effect with name=adafactor and .* leave it at 1e-08"),
         ({"name": "adafactor", "b1": 0.0}, "b1=0.0 has no effect"),

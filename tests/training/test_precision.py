@@ -71,7 +71,7 @@ def test_describe_says_what_is_held(precision, words):
 @pytest.mark.parametrize(
     "fields, words",
     [
-        ({"compute": "fp8"}, "precision='fp8' is none of fp32, bf16, fp16"),
+        ({"compute": "fp8"}, "precision='fp8' is not one of fp32, bf16, fp16"),
         ({"master": "nowhere"}, "master='nowhere'"),
         ({"master": "none"}, "master=none needs precision=bf16, not fp32"),
     ],

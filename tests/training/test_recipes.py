@@ -56,7 +56,7 @@ def test_objectives_survive_json_and_flags_and_load_without_a_name(objective):
 @pytest.mark.parametrize(
     "values, words",
     [
-        ({"name": "causal"}, "objective.name='causal' is none of causal_lm, masked_lm, seq2seq"),
+        ({"name": "causal"}, "objective.name='causal' is not one of causal_lm, masked_lm, seq2seq"),
         ({"name": "labels", "kinds": "span"}, "unknown field objective.kinds; did you mean kind"),
         (
             {"label_smothing": 0.1, "z_loss": 0.0},

@@ -162,7 +162,7 @@ def _first_pieces(words: Sequence[str], spans: Sequence[tuple[int, int] | None])
 class LabeledRows:
     """Row i holds an example and its label (see `Encoder.row`, `objectives.labels`).
 
-    Examples whose label is none of `labels` and those without room are left out; tags that are none, and words that
+    Examples whose label is not in `labels` and those without room are left out; tags that are none, and words that
     were cut or have no piece, do not count. One line says how many.
     """
 

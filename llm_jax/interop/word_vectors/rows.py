@@ -43,7 +43,7 @@ class VectorFile:
           keep: only these words; the numbers of others are not looked at.
 
         Raises:
-          VectorsError: for an empty file, or a first line that is none of the format.
+          VectorsError: for an empty file, or a first line that does not fit the format.
         """
         self.path, self.limit, self.keep = path, limit, keep
         head = next(blocks, b"")

@@ -318,7 +318,7 @@ def test_folders_are_read_as_they_were_written(small, method, tmp_path):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"method": "good_turing"}, "smoothing='good_turing' is none of mle, add_k"),
+        ({"method": "good_turing"}, "smoothing='good_turing' is not one of mle, add_k"),
         ({"method": "interpolated"}, "needs held-out text"),
         ({"method": "interpolated", "held_out": np.zeros(0, int)}, "needs held-out text"),
         ({"method": "add_k", "k": 0.0}, "k=0.0 must be positive"),

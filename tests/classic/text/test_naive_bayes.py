@@ -105,7 +105,7 @@ def test_files(kind, tmp_path):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"kind": "gaussian"}, "kind='gaussian' is none of multinomial, complement, bernoulli"),
+        ({"kind": "gaussian"}, "kind='gaussian' is not one of multinomial, complement, bernoulli"),
         ({"alpha": 0.0}, "alpha=0.0 must be positive"),
         ({"alpha": -1.0}, "alpha=-1.0 must be positive"),
         ({"alpha": math.inf}, "alpha=inf must be positive"),

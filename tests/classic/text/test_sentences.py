@@ -119,7 +119,7 @@ def test_errors_of_files(tmp_path):
         Reader([tmp_path / "gone.txt"])
     with pytest.raises(TextError, match="matches nothing"):
         Reader([])
-    with pytest.raises(TextError, match="invalid='drop' is none of"):
+    with pytest.raises(TextError, match="invalid='drop' is not one of"):
         Reader([tmp_path], "drop")
     with pytest.raises(TextError, match="names 'a' twice"):
         Vocabulary(["a", "a"])

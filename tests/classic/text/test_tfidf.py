@@ -161,7 +161,7 @@ def test_a_function_is_not_saved(tmp_path):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"tokenize": "letters"}, "tokenize='letters' is none of words, blanks"),
+        ({"tokenize": "letters"}, "tokenize='letters' is not one of words, blanks"),
         ({"ngrams": (2, 1)}, r"ngrams=\(2, 1\) must be"),
         ({"ngrams": (0, 1)}, r"ngrams=\(0, 1\) must be"),
         ({"min_df": 0}, "min_df=0 must be a whole number from 1 on"),
@@ -169,8 +169,8 @@ def test_a_function_is_not_saved(tmp_path):
         ({"max_df": 1.5}, "max_df=1.5 must be"),
         ({"max_df": math.nan}, "max_df=nan must be"),
         ({"max_features": 0}, "max_features=0 must be at least 1"),
-        ({"norm": "l3"}, "norm='l3' is none of l1, l2, none"),
-        ({"analyzer": "letters"}, "analyzer='letters' is none of word, char, char_wb"),
+        ({"norm": "l3"}, "norm='l3' is not one of l1, l2, none"),
+        ({"analyzer": "letters"}, "analyzer='letters' is not one of word, char, char_wb"),
         ({"accents": "latin"}, "accents='latin' is not one of none, unicode, ascii"),
         ({"token_pattern": "("}, r"token_pattern='\(' is not a regular expression"),
         ({"token_pattern": "(a)(b)"}, r"has 2 groups: one at most"),

@@ -48,5 +48,5 @@ def test_treebank_cuts_marks_and_contractions():
 def test_bad_input():
     with pytest.raises(WordsError, match="a vocabulary of no word"):
         Words(["<pad>"], "blanks")
-    with pytest.raises(WordsError, match="tokenize='x' is none of words, blanks, treebank"):
+    with pytest.raises(WordsError, match="tokenize='x' is not one of words, blanks, treebank"):
         Words(["a"], "x")

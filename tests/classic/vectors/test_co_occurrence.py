@@ -162,7 +162,7 @@ TWO = np.array([BEGIN, 3, 4, END])
     "call, words",
     [
         (lambda: cooccurrences(TWO, 5, 0), "window=0 must be at least 1"),
-        (lambda: cooccurrences(TWO, 5, 2, "cubic"), "weighting='cubic' is none of flat, harmonic, linear"),
+        (lambda: cooccurrences(TWO, 5, 2, "cubic"), "weighting='cubic' is not one of flat, harmonic, linear"),
         (lambda: cooccurrences(TWO, 4, 2), "words 1 to 4 are not all in the vocabulary of size=4"),
         (lambda: cooccurrences(TWO[:0], 5, 2), "empty or does not begin with <s>"),
         (lambda: cooccurrences(TWO[1:], 5, 2), "empty or does not begin with <s>"),

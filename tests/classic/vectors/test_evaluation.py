@@ -121,5 +121,5 @@ def test_bad_options():
         evaluate_analogies(SQUARE, QUESTIONS, limit=0)
     with pytest.raises(VectorsError, match="limit=0 is below 1"):
         evaluate_similarity(SQUARE, [], limit=0)
-    with pytest.raises(VectorsError, match="method='cos' is none of"):
+    with pytest.raises(VectorsError, match="method='cos' is not one of"):
         evaluate_analogies(SQUARE, QUESTIONS, "cos")

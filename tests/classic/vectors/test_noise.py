@@ -32,7 +32,7 @@ def test_draws_follow_the_power_of_counts():
 
 
 def test_bad_options():
-    with pytest.raises(ValueError, match="subsampling='log' is none of program, paper"):
+    with pytest.raises(ValueError, match="subsampling='log' is not one of program, paper"):
         noise.keep_probabilities(COUNTS, 1e-3, "log")
     with pytest.raises(ValueError, match="sample=-1 must be at least 0"):
         noise.keep_probabilities(COUNTS, -1)

@@ -197,8 +197,8 @@ def test_what_is_drawn():
 
 
 BAD = {
-    "architecture='bow' is none of skip_gram, cbow": dict(architecture="bow"),
-    "loss='softmax' is none of negative_sampling": dict(loss="softmax"),
+    "architecture='bow' is not one of skip_gram, cbow": dict(architecture="bow"),
+    "loss='softmax' is not one of negative_sampling": dict(loss="softmax"),
     "window=0 must be at least 1": dict(window=0),
     "size=0 must be at least 1": dict(size=0),
     "exponent=nan must be a finite number": dict(exponent=float("nan")),

@@ -112,7 +112,7 @@ def test_bad_input(vectors):
         vectors.nearest(np.ones(5))
     with pytest.raises(VectorsError, match="expected finite vectors of 6 numbers"):
         vectors.nearest(np.full(6, np.nan))
-    with pytest.raises(VectorsError, match="method='cos' is none of 3cosadd, 3cosmul"):
+    with pytest.raises(VectorsError, match="method='cos' is not one of 3cosadd, 3cosmul"):
         vectors.analogy("w1", "w2", "w3", method="cos")
     with pytest.raises(VectorsError, match="method='cos'"):
         combine(np.ones(1), np.ones(1), np.ones(1), "cos")

@@ -110,7 +110,7 @@ def test_choices():
 def test_unknown_labels_are_left_out(caplog):
     with caplog.at_level(logging.WARNING):
         rows = rows_of("classification", [("a",), ("b",)], ["x", "z"], ["x", "y"])
-    assert len(rows) == 1 and "f:1: its label 'z' is none of x, y" in caplog.text
+    assert len(rows) == 1 and "f:1: its label 'z' is not one of x, y" in caplog.text
 
 
 def test_words_spelled_between_the_ends_of_a_sentence():

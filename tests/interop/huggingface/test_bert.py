@@ -145,7 +145,7 @@ def test_another_head_on_the_same_encoder(kind, tmp_path):
 def test_a_head_that_is_not_there_is_named(tmp_path):
     bert = made("bert", "none").make()
     interop.save(tmp_path, bert, noise(bert, 0.3))
-    with pytest.raises(InteropError, match="head='regression' is none of"):
+    with pytest.raises(InteropError, match="head='regression' is not one of"):
         interop.load(tmp_path, head="regression")
 
 

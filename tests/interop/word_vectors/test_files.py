@@ -189,8 +189,8 @@ def test_other_bad_input(tmp_path, matrix):
         read(tmp_path / "gone")
     write(path, WORDS, matrix)
     for options, words in (
-        ({"format": "csv"}, "format='csv' is none of word2vec, word2vec_binary, glove"),
-        ({"invalid": "ignore"}, "invalid='ignore' is none of strict, skip, replace"),
+        ({"format": "csv"}, "format='csv' is not one of word2vec, word2vec_binary, glove"),
+        ({"invalid": "ignore"}, "invalid='ignore' is not one of strict, skip, replace"),
         ({"limit": 0}, "limit=0 is below 1"),
     ):
         with pytest.raises(VectorsError, match=words):
@@ -223,7 +223,7 @@ def test_what_is_not_written(tmp_path, matrix):
         (["a", ""], matrix[:2], "word2vec", "'' is empty, holds"),
         (["a", "b\n"], matrix[:2], "word2vec_binary", r"'b\\n' is empty, holds"),
         (["a", "\ud800"], matrix[:2], "word2vec", "is not UTF-8"),
-        (WORDS, matrix, "csv", "format='csv' is none of"),
+        (WORDS, matrix, "csv", "format='csv' is not one of"),
     ):
         with pytest.raises(VectorsError, match=text):
             write(path, words, rows, format)

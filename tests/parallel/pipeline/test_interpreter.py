@@ -197,7 +197,7 @@ def test_models_that_do_not_fit(name, changes, words):
         ({"pipe": 2, "chunks": 2}, "schedule=1f1b with chunks=2"),
         (
             {"pipe": 2, "schedule": "pipedream"},
-            "schedule='pipedream' is none of gpipe, 1f1b, eager_1f1b, interleaved, zero_bubble",
+            "schedule='pipedream' is not one of gpipe, 1f1b, eager_1f1b, interleaved, zero_bubble",
         ),
     ],
 )

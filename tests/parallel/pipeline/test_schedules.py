@@ -121,7 +121,7 @@ def test_timeline():
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (("dapple", 2, 2), "schedule='dapple' is none of gpipe, 1f1b, eager_1f1b, interleaved, zero_bubble"),
+        (("dapple", 2, 2), "schedule='dapple' is not one of gpipe, 1f1b, eager_1f1b, interleaved, zero_bubble"),
         (("gpipe", 2, 0), "micro-batches=0 and chunks=1 must be at least 1"),
         (("1f1b", 2, 4, 2), "schedule=1f1b with chunks=2"),
         (("interleaved", 2, 4, 1), "schedule=interleaved with chunks=1"),
