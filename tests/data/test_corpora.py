@@ -83,7 +83,7 @@ BROKEN = {
     "cut.jsonl.gz": (gzip.compress(JSONL)[:-9], "cannot be decompressed"),
     "text.jsonl.zst": (b"not compressed", "cannot be decompressed"),
     "cut.jsonl.zst": (zst(JSONL)[:-3], "cannot be decompressed: it is cut short"),
-    "bad.parquet": (b"PAR1 nonsense", "no readable Parquet"),
+    "bad.parquet": (b"PAR1 nonsense", "not a readable Parquet"),
 }
 
 

@@ -124,7 +124,7 @@ def test_errors_are_one_line(trained, tmp_path):
         (lambda: tokenizers.load(tmp_path), "is not a tokenizer.json"),
         (lambda: tokenizers.load(tmp_path / "config"), "tokenizer_config.json is not JSON"),
         (lambda: tokenizers.load(tmp_path / "list"), "holds no JSON object"),
-        (lambda: tokenizers.train(TEXTS, "letters", 10), "none of bpe, wordpiece, unigram, char, word"),
+        (lambda: tokenizers.train(TEXTS, "letters", 10), "not one of bpe, wordpiece, unigram, char, word"),
         (lambda: tokenizers.train(TEXTS, "bpe", 256), "below the 256 bytes and 1 special"),
         (lambda: tokenizers.train(TEXTS, "unigram", 4), "vocab_size=4 cannot be trained"),
         (lambda: tokenizers.replay_merges(trained["char"], {"a": 1}), "BPE only, this is WordLevel"),

@@ -246,7 +246,7 @@ FOLDERS = [
     (lambda d: damaged(d, num_hidden_layers=1), InteropError, "unexpected model.layers.1.input_layernorm.weight"),
     (lambda d: damaged(d, attention_bias=True), InteropError, "missing model.layers.0.self_attn.k_proj.bias"),
     (lambda d: (damaged(d) / "model.safetensors").unlink() or d, StorageError, "no *.safetensors"),
-    (lambda d: (damaged(d) / "tokenizer.json").write_text("{}") and d, tokenizers.TokenizerError, "no tokenizer.json"),
+    (lambda d: (damaged(d) / "tokenizer.json").write_text("{}") and d, tokenizers.TokenizerError, "not a tokenizer"),
 ]  # fmt: skip
 
 

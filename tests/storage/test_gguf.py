@@ -79,8 +79,8 @@ def header(version=3, tensors=0, entries=0, rest=b""):
 key = struct.pack("<Q", 1) + b"k"
 name = struct.pack("<Q", 1) + b"t"
 BROKEN = {
-    "empty": (b"", "no GGUF file"),
-    "another format": (b"PK\x03\x04" * 10, "no GGUF file"),
+    "empty": (b"", "not a GGUF file"),
+    "another format": (b"PK\x03\x04" * 10, "not a GGUF file"),
     "only the magic": (b"GGUF", "cut short"),
     "version 1": (header(version=1) + b"\0" * 64, "GGUF version 1"),
     "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "GGUF version"),

@@ -83,8 +83,8 @@ BROKEN = {
     "an index of numbers": (lambda d, f, i: i.write_text('{"weight_map": {"a": 1}}'), "lacks 1, named in its index"),
     "a tensor twice": (
         lambda d, f, i: (i.unlink(), (d / "copy.safetensors").write_bytes(f.read_bytes())), "a is stored twice"),
-    "half a file": (lambda d, f, i: f.write_bytes(f.read_bytes()[:-5]), "no readable safetensors file"),
-    "an empty file": (lambda d, f, i: f.write_bytes(b""), "no readable safetensors file"),
+    "half a file": (lambda d, f, i: f.write_bytes(f.read_bytes()[:-5]), "not a readable safetensors file"),
+    "an empty file": (lambda d, f, i: f.write_bytes(b""), "not a readable safetensors file"),
 }  # fmt: skip
 
 
