@@ -22,7 +22,7 @@ from llm_jax.nn import weights
 from llm_jax.nn.attention import dropout
 from llm_jax.nn.embedding import Embedding
 from llm_jax.nn.execution import Execution
-from llm_jax.nn.linear import Linear, add_last
+from llm_jax.nn.linear import Linear
 from llm_jax.nn.recurrent import Lstm, LstmState
 
 KINDS = ("lstm", "cnn")
@@ -192,7 +192,7 @@ class Classifier(nn.Module):
             share_1C = c.max_norm * jax.lax.rsqrt(jnp.maximum(square_1C, c.max_norm**2))
             kernel_DC = kernel_DC * jnp.broadcast_to(share_1C, kernel_DC.shape)
         logits_BC = weights.matmul(x_BD, weights.cast(kernel_DC, x_BD.dtype))
-        return weights.wide(add_last(logits_BC, bias_C.astype(x_BD.dtype)))
+        return weights.wide(weights.add_bias(logits_BC, bias_C))
 
 
 class TextClassifier(nn.Module):

@@ -10,11 +10,6 @@ from flax import linen as nn
 from llm_jax.nn import weights
 
 
-def add_last(x: jax.Array, v: jax.Array) -> jax.Array:
-    """`x[..., D] + v[D]`; written out because implicit rank promotion is an error in our tests."""
-    return x + jnp.broadcast_to(v, x.shape)
-
-
 def scale_last(x: jax.Array, v: jax.Array) -> jax.Array:
     """The product `x[..., D] * v[D]`, with the broadcast written out."""
     return x * jnp.broadcast_to(v, x.shape)
@@ -49,12 +44,13 @@ class Linear(nn.Module):
         kernel: Any = weights.parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.axes)
         key = self.make_rng("dropout") if weights.is_node(kernel) and self.has_rng("dropout") else None
         kernel, before = weights.cast(kernel, dtype), self.before
-        if before is None:
-            y = weights.matmul(x.astype(dtype), kernel, key)
-        else:
-            product = lambda kernel, *inputs: weights.matmul(before(*inputs).astype(dtype), kernel, key)
-            y = jax.checkpoint(product)(kernel, *inputs)
+        bias = None
         if self.use_bias:
             bias = weights.parameter(self, "bias", self.bias_init, (self.features,), self.axes[1:])
-            y = add_last(y, bias.astype(y.dtype))
-        return y
+        if before is None:
+            return weights.linear(x.astype(dtype), kernel, bias, key)
+
+        def product(kernel: Any, bias: jax.Array | None, *inputs: jax.Array) -> jax.Array:
+            return weights.linear(before(*inputs).astype(dtype), kernel, bias, key)
+
+        return jax.checkpoint(product)(kernel, bias, *inputs)

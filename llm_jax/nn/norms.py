@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.nn import weights
 from llm_jax.nn.execution import NORM
-from llm_jax.nn.linear import add_last, scale_last
+from llm_jax.nn.linear import scale_last
 
 _POLICY = jax.checkpoint_policies.save_only_these_names(NORM)
 
@@ -30,7 +30,7 @@ def _layer_norm(x, scale, bias, eps):
     y = y - _mean(y)
     y = y * jax.lax.rsqrt(_mean(jnp.square(y)) + eps)
     y = scale_last(y, weights.wide(scale))
-    return (y if bias is None else add_last(y, weights.wide(bias))).astype(x.dtype)
+    return weights.add_bias(y, bias).astype(x.dtype)
 
 
 @functools.partial(jax.checkpoint, static_argnums=(2,), policy=_POLICY)
@@ -88,4 +88,4 @@ class MaskedBatchNorm(nn.Module):
         scale = weights.parameter(self, "scale", nn.initializers.ones, x_BTD.shape[-1:], ("norm",))
         y = scale_last(y, weights.wide(scale))
         bias = weights.parameter(self, "bias", nn.initializers.zeros, x_BTD.shape[-1:], ("norm",))
-        return add_last(y, weights.wide(bias)).astype(x_BTD.dtype)
+        return weights.add_bias(y, bias).astype(x_BTD.dtype)

@@ -17,7 +17,6 @@ from flax import linen as nn
 from flax import struct
 
 from llm_jax.nn import weights
-from llm_jax.nn.linear import add_last
 
 MASKED = -1e30  # logits of padded vocabulary entries; finite, so that max and subtraction stay finite
 
@@ -57,7 +56,7 @@ class Head(struct.PyTreeNode):
         if wide or self.bias is not None:
             y = weights.wide(y)
         if self.bias is not None:
-            y = add_last(y, self.bias.astype(y.dtype))
+            y = weights.add_bias(y, self.bias)
         if self.vocab_size == self.padded_size:
             return y
         real = jnp.broadcast_to(jnp.arange(self.padded_size) < self.vocab_size, y.shape)
@@ -71,7 +70,7 @@ class Head(struct.PyTreeNode):
         """Logits `[T, S]`, float32, of the chosen vocabulary entries `ids_S` only."""
         rows_SD = self.rows(ids_S)
         y = weights.wide(h_TD @ rows_SD.T.astype(h_TD.dtype))
-        return y if self.bias is None else add_last(y, self.bias[ids_S].astype(y.dtype))
+        return y if self.bias is None else weights.add_bias(y, self.bias[ids_S])
 
 
 class OutputLayer(nn.Module):

@@ -61,6 +61,10 @@ class Weight(Node):
         """`x[..., out] @ self.T`."""
         return matmul_t(x, self.dense())
 
+    def linear(self, x: jax.Array, bias: jax.Array | None, key: jax.Array | None = None) -> jax.Array:
+        """`x[..., in] @ self + bias`, as a linear layer computes it; override where the bias is changed too."""
+        return add_bias(self.matmul(x, key), bias)
+
     def take(self, ids: jax.Array) -> jax.Array:
         """Rows `ids` of the matrix, `[*ids.shape, out]`."""
         return take(self.dense(), ids)
@@ -232,6 +236,16 @@ def matmul(x: jax.Array, w: Any, key: jax.Array | None = None) -> jax.Array:
     return _product(*_same_varying(x, w), False)
 
 
+def add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """`y[..., D] + bias[D]` in the dtype of `y`; the broadcast is written out, our tests forbid implicit ones."""
+    return y if bias is None else y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
+
+
+def linear(x: jax.Array, w: Any, bias: jax.Array | None, key: jax.Array | None = None) -> jax.Array:
+    """`x[..., in] @ w[in, out] + bias[out]`; `key` feeds dropout inside a structured weight."""
+    return w.linear(x, bias, key) if isinstance(w, Weight) else add_bias(matmul(x, w), bias)
+
+
 def matmul_t(x: jax.Array, w: Any) -> jax.Array:
     """`x[..., out] @ w[in, out].T`, the tied head."""
     if isinstance(w, Weight):
@@ -378,6 +392,8 @@ def _describe(node: Node) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for f in dataclasses.fields(node):  # type: ignore[arg-type]
         value = getattr(node, f.name)
+        if value is None and f.default is None:
+            continue  # so that a type may gain optional fields and older checkpoints still compare equal
         if not f.metadata.get("pytree_node", True):
             static[f.name] = list(value) if isinstance(value, tuple) else value
         elif is_node(value):

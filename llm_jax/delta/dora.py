@@ -1,0 +1,109 @@
+"""DoRA: a LoRA whose merged columns have lengths of their own, which train as well.
+
+A column of the matrix becomes `m * (W + s A B) / ||W + s A B||`. As in the authors' code no gradient passes through the
+norm. The matrix W + s A B is never built: with the squares of W's columns stored once,
+
+    ||W + s A B||^2 = ||W||^2 + 2 s (A^T W) . B + s^2 (A^T A B) . B       per column
+
+costs r products of a vector and W, which is little beside the product of a batch.
+
+Source: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", https://arxiv.org/abs/2402.09353.
+"""
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from llm_jax.delta.lora import Lora
+from llm_jax.delta.node import Bias, Delta, DeltaError, is_delta
+from llm_jax.nn import paths, weights
+from llm_jax.nn.protocols import Params
+from llm_jax.nn.weights import Axes
+
+TRAINABLE = ("*/a", "*/b", "*/magnitude")
+
+
+class Dora(Delta):
+    """`base * magnitude / ||base||`, column by column, around a `Lora`.
+
+    Attributes:
+      base: a `Lora`.
+      magnitude: m, `[out]` (with a leading layer axis when stacked); the norms of the first matrix at first.
+      squares: float32 `[out]`, squared norms of the columns below the LoRA; does not train.
+    """
+
+    base: Any
+    magnitude: jax.Array
+    squares: jax.Array
+
+    trains: ClassVar[tuple[str, ...]] = ("magnitude",)
+    name: ClassVar[str] = "DoRA"
+
+    def factor(self) -> jax.Array:
+        """`magnitude / ||W + s A B||`, float32 `[out]`; no gradient passes through the norm."""
+        lora = jax.lax.stop_gradient(self.base)
+        a, b = weights.wide(lora.a), weights.wide(lora.b)
+        cross_RO = weights.wide(weights.matmul(lora.a.T, lora.base))
+        mixed = lora.scaled(jnp.sum(cross_RO * b, axis=0))
+        own = lora.scaled(lora.scaled(jnp.sum((a.T @ a @ b) * b, axis=0)))
+        norm = jnp.sqrt(jnp.maximum(jax.lax.stop_gradient(self.squares) + 2 * mixed + own, 1e-30))
+        return weights.wide(self.magnitude) / norm
+
+    def fold(self, matrix: jax.Array, bias: Bias) -> tuple[jax.Array, Bias]:
+        """Gives the columns of the merged LoRA the lengths `magnitude`."""
+        norm = jnp.linalg.norm(weights.wide(matrix), axis=-2)
+        return weights.scaled(matrix, (weights.wide(self.magnitude) / norm)[..., None, :]), bias
+
+    def unfold(self, matrix: jax.Array, bias: Bias) -> tuple[jax.Array, Bias]:
+        """Refused: the lengths of the columns before are not stored."""
+        raise DeltaError("DoRA cannot be taken out of a merged matrix; keep the parameters before the merge")
+
+    def linear(self, x: jax.Array, bias: Bias, key: jax.Array | None = None) -> jax.Array:
+        """The LoRA's product times the factor, and the bias as it is."""
+        return weights.add_bias(self.matmul(x, key), bias)
+
+    def matmul(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """`(x @ (W + s A B)) * factor`."""
+        return weights.scaled(weights.matmul(x, self.base, key), self.factor())
+
+    def matmul_t(self, x: jax.Array) -> jax.Array:
+        """`(x * factor) @ (W + s A B).T`."""
+        return weights.matmul_t(weights.scaled(x, self.factor()), self.base)
+
+    def take(self, ids: jax.Array) -> jax.Array:
+        """Rows of the merged matrix."""
+        return weights.scaled(weights.take(self.base, ids), self.factor())
+
+    def axes(self, base: Axes) -> "Dora":
+        """Both vectors take the output axis."""
+        *lead, _, o = base
+        return Dora(weights.axes_of(self.base, base), Axes(*lead, o), Axes(*lead, o))  # type: ignore[arg-type]
+
+    def cast(self, dtype: DTypeLike) -> "Dora":
+        """Casts the LoRA; lengths of columns stay as they are."""
+        return self.replace(base=weights.cast(self.base, dtype))
+
+
+@jax.jit
+def squares_of(w: Any) -> jax.Array:
+    """Squared norms of the columns of a weight, float32 `[..., out]`."""
+    return jnp.sum(jnp.square(weights.wide(weights.dense(w))), axis=-2)
+
+
+def around(w: Lora) -> Dora:
+    """A DoRA that changes nothing yet, around a LoRA.
+
+    Raises:
+      DeltaError: if the base below the LoRA is a delta itself, whose columns would change while it trains.
+    """
+    if is_delta(w.base):
+        raise DeltaError(f"DoRA needs a plain or quantized matrix below its LoRA, not {w.base.name}")
+    return Dora(w, jnp.sqrt(squares_of(w)), squares_of(w.base))
+
+
+def attach(params: Params) -> Params:
+    """Turns every LoRA of a tree into DoRA."""
+    wrap = lambda path, w: around(w) if isinstance(w, Lora) else w
+    return paths.map_with_path(wrap, params, is_leaf=weights.is_node)
