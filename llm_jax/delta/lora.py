@@ -59,8 +59,8 @@ class LoraConfig:
       rs: rank-stabilised scaling.
       ranks: other ranks of some targets, each `target=rank`: `layers[0:4].mlp=2`.
       alphas: other alphas of some targets, each `target=alpha`.
-      start: first values: `zero` (A at random, B zero), or `pissa`, `olora`, `loftq`, which take A and B out of the base
-        (see `delta.starts`).
+      start: first values: `zero` (A at random, B zero), or `pissa`, `olora`, `loftq`, which take A and B out of the
+        base (see `delta.starts`).
       dora: lengths of columns train too (see `delta.dora`).
       freeze_a: A stays as it was drawn and only B trains (LoRA-FA).
       ratio: learning rate of B over that of A; 16 in LoRA+.

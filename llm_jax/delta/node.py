@@ -32,6 +32,8 @@ class Delta(Weight):
       name: what messages call it.
     """
 
+    base: Any
+
     trains: ClassVar[tuple[str, ...]] = ()
     name: ClassVar[str] = "delta"
 
@@ -46,17 +48,17 @@ class Delta(Weight):
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the base matrix."""
-        return weights.shape_of(self.base)  # type: ignore[attr-defined]
+        return weights.shape_of(self.base)
 
     def dense(self) -> jax.Array:
         """The base matrix with the delta folded in."""
-        return self.fold(weights.dense(self.base), None)[0]  # type: ignore[attr-defined]
+        return self.fold(weights.dense(self.base), None)[0]
 
     def cast(self, dtype: DTypeLike) -> "Delta":
         """Casts the base by its own rule, and all floating leaves of the delta."""
         cast = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
         rest = {name: x if x is None else cast(x) for name, x in self.leaves().items()}
-        return self.replace(base=weights.cast(self.base, dtype), **rest)  # type: ignore[attr-defined]
+        return self.replace(base=weights.cast(self.base, dtype), **rest)
 
     def leaves(self) -> dict[str, jax.Array | None]:
         """The delta's own arrays by field, without the base."""
@@ -79,7 +81,7 @@ def unfolded(w: Any, matrix: jax.Array, bias: Bias) -> tuple[Any, Bias]:
     """(`w` around the base that a merged `matrix` leaves, its bias), the outermost delta first."""
     if not isinstance(w, Delta):
         return matrix, bias
-    base, bias = unfolded(w.base, *w.unfold(matrix, bias))  # type: ignore[attr-defined]
+    base, bias = unfolded(w.base, *w.unfold(matrix, bias))
     return w.replace(base=base), bias
 
 
@@ -90,7 +92,7 @@ _unfolded = jax.jit(unfolded)
 def stripped(w: Any) -> Any:
     """The weight below all deltas."""
     while isinstance(w, Delta):
-        w = w.base  # type: ignore[attr-defined]
+        w = w.base
     return w
 
 
@@ -99,7 +101,7 @@ def layers_of(w: Any) -> list[Delta]:
     found = []
     while isinstance(w, Delta):
         found.append(w)
-        w = w.base  # type: ignore[attr-defined]
+        w = w.base
     return found
 
 

@@ -1,7 +1,7 @@
 """Rows of a token table that train while the table stays: new or rare tokens.
 
-Source: the behaviour of peft's `TrainableTokensLayer`: the rows replace those of the table, in its lookups and, where the
-table is tied, in the output layer.
+Source: the behaviour of peft's `TrainableTokensLayer`: the rows replace those of the table, in its lookups and, where
+the table is tied, in the output layer.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class TokenRows(Delta):
     def unfold(self, matrix: jax.Array, bias: Bias) -> tuple[jax.Array, Bias]:
         """Refused: the rows before are not stored."""
         raise DeltaError(
-            "trained token rows cannot be taken out of a merged table; keep the parameters before the merge"
+            "trained token rows cannot be taken out of a merged table: keep the tree of before"
         )
 
     def matmul_t(self, x: jax.Array) -> jax.Array:
