@@ -23,6 +23,7 @@ from llm_jax.decoding import prefill
 from llm_jax.decoding.finite import check_finite
 from llm_jax.decoding.serving import Serving
 from llm_jax.decoding.top_k import top_k, whole_blocks
+from llm_jax.delta import bank
 from llm_jax.nn.cache import Cache
 from llm_jax.nn.protocols import Model, Params
 
@@ -236,6 +237,7 @@ class BeamSearch(Serving):
         )
         state, _ = self._select(state, jnp.repeat(logits, w, axis=0), limit)
         state = state.replace(cache=cache.widen(w))
+        params = bank.repeated(params, w)
 
         def step(state: _State) -> _State:
             token = state.token_BW.reshape(-1, 1)
