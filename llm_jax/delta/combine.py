@@ -2,7 +2,8 @@
 
 `concatenated` is exact: the new A holds the columns of all As side by side, the new B their rows, so the update is the
 sum of the updates and the rank the sum of the ranks. `weighted` gives the nearest update of a smaller rank, by the
-singular values of the sum.
+singular values of the sum. Adding As to As and Bs to Bs (peft's "linear") is not offered: the products of one
+adapter's A with another's B come in as well.
 
 Sources: the behaviour of peft's `add_weighted_adapter` with `combination_type` "cat" and "svd"; Eckart and Young 1936.
 """
