@@ -6,7 +6,9 @@ import jax
 import numpy as np
 from plan_runs import MODELS_HERE, task
 
-from llm_jax.delta import lora
+from llm_jax.delta import methods
+from llm_jax.delta.lora import LoraConfig
+from llm_jax.delta.methods import DeltaConfig, Ia3Config
 from llm_jax.models.elmo import ElmoConfig
 from llm_jax.models.text_classifier import TextClassifierConfig
 from llm_jax.nn import weights
@@ -26,7 +28,7 @@ BERT = MODELS_HERE["bert"]
 ELMO = ElmoConfig(max_characters=9, character_dim=32, widths=(2, 3), filters=(64, 64), num_highways=1, dropout=0.0)
 of = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32)
 IDS, MASKED = {"input_ids": of(ROWS, T)}, {"input_ids": of(ROWS, T), "attention_mask": of(ROWS, T)}
-# name -> (model, objective, batch, patterns of what trains)
+# name -> (model, objective, batch, patterns of what trains, or deltas that do)
 STEPS = {
     **{n: (MODELS_HERE[n], *task(n), None) for n in ("gpt", "llama", "bert", "albert", "t5", "transformer")},
     "xlnet": (MODELS_HERE["xlnet_alone"], task("xlnet_alone")[0], IDS, None),
@@ -36,7 +38,9 @@ STEPS = {
         dataclasses.replace(BERT, head="classification", pooler="tanh"), Labels(), {**MASKED, "labels": of(ROWS)}, None,
     ),
     "tags": (dataclasses.replace(BERT, head="tokens"), Labels("tokens"), {**MASKED, "labels": of(ROWS, T)}, None),
-    "llama with LoRA": (MODELS_HERE["llama"], *task("llama"), lora.TRAINABLE),
+    "llama with LoRA": (MODELS_HERE["llama"], *task("llama"), DeltaConfig(lora=LoraConfig())),
+    "llama with DoRA": (MODELS_HERE["llama"], *task("llama"), DeltaConfig(lora=LoraConfig(dora=True))),
+    "llama with IA3": (MODELS_HERE["llama"], *task("llama"), DeltaConfig(ia3=Ia3Config())),
     "bert, its last norms alone": (BERT, *task("bert"), ("mlp_norm/*",)),
     # XLA counts a loop's body once, so one word a row; the backward direction predicts none
     "elmo": (ELMO, BidirectionalLM(), {"input_ids": of(50, 2), "character_ids": of(50, 2, 9)}, None),
@@ -60,8 +64,9 @@ def counted(name):
     module = model.make()
     boxed = jax.eval_shape(lambda key, ids: module.init(key, ids)["params"], jax.random.key(0), of(1, 2))
     params = jax.eval_shape(unstack, weights.split_axes(boxed)[0])
-    if trainable == lora.TRAINABLE:
-        params = jax.eval_shape(lambda p: lora.attach(p, lora.LoraConfig(), jax.random.key(0)), params)
+    if isinstance(trainable, DeltaConfig):
+        params = jax.eval_shape(lambda p, config=trainable: methods.attach(p, config, jax.random.key(0)), params)
+        trainable = methods.trainable(params, trainable)
     learn, frozen = partition(params, trainable)
 
     def loss(learn, frozen, batch):

@@ -82,13 +82,13 @@ class Bank(Delta):
         ids, (fan_in, count, rank), fan_out = self._chosen(x.shape[0]), self.a.shape, self.b.shape[-1]
         if self._few(x, ids):
             h = self._own(weights.matmul(x, self.a.reshape(fan_in, count * rank)), ids)
-            return self._scaled(weights.matmul(h, self.b.reshape(count * rank, fan_out)), ids)
+            return weights.matmul(self._scaled(h, ids), self.b.reshape(count * rank, fan_out))
         own = jnp.clip(ids, 0, count - 1)
         a, b = jnp.take(self.a, own, axis=1), jnp.take(self.b, own, axis=0)  # [in, r], or [in, B, r]
         if not ids.ndim:
-            return self._scaled(weights.matmul(weights.matmul(x, a), b), ids)
-        h = jax.lax.dot_general(x, a, (((x.ndim - 1,), (0,)), ((0,), (1,))))
-        return self._scaled(jax.lax.dot_general(h, b, (((h.ndim - 1,), (1,)), ((0,), (0,)))), ids)
+            return weights.matmul(self._scaled(weights.matmul(x, a), ids), b)
+        h = self._scaled(jax.lax.dot_general(x, a, (((x.ndim - 1,), (0,)), ((0,), (1,)))), ids)
+        return jax.lax.dot_general(h, b, (((h.ndim - 1,), (1,)), ((0,), (0,))))
 
     def linear(self, x: jax.Array, bias: Bias, key: jax.Array | None = None) -> jax.Array:
         """`x @ base + bias`, and the update of each row."""
@@ -101,16 +101,16 @@ class Bank(Delta):
     def matmul_t(self, x: jax.Array) -> jax.Array:
         """`x @ base.T`, and the update of each row, by all adapters at once."""
         ids, (fan_in, count, rank), fan_out = self._chosen(x.shape[0]), self.a.shape, self.b.shape[-1]
-        h = self._own(weights.matmul_t(x, self.b.reshape(count * rank, fan_out)), ids)
-        y = weights.matmul_t(h, self.a.reshape(fan_in, count * rank))
-        return weights.matmul_t(x, self.base) + self._scaled(y, ids)
+        h = self._scaled(self._own(weights.matmul_t(x, self.b.reshape(count * rank, fan_out)), ids), ids)
+        return weights.matmul_t(x, self.base) + weights.matmul_t(h, self.a.reshape(fan_in, count * rank))
 
     def take(self, ids: jax.Array) -> jax.Array:
         """Rows `ids[B, ...]` of the table, with the update of each row of the batch."""
         chosen, (_, count, rank), fan_out = self._chosen(ids.shape[0]), self.a.shape, self.b.shape[-1]
         h = self._own(jnp.take(self.a, ids, axis=0).reshape(*ids.shape, count * rank), chosen)
         rows = weights.take(self.base, ids)
-        return rows + self._scaled(weights.matmul(h, self.b.reshape(count * rank, fan_out)), chosen).astype(rows.dtype)
+        update = weights.matmul(self._scaled(h, chosen), self.b.reshape(count * rank, fan_out))
+        return rows + update.astype(rows.dtype)
 
     def axes(self, base: Axes) -> "Bank":
         """A takes the input axis, B the output axis; adapters, ranks and choices stay whole."""

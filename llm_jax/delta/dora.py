@@ -14,11 +14,13 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from llm_jax.delta.lora import Lora
 from llm_jax.delta.node import Bias, Delta, DeltaError, is_delta
 from llm_jax.nn import paths, weights
+from llm_jax.nn.execution import PRODUCT
 from llm_jax.nn.protocols import Params
 from llm_jax.nn.weights import Axes
 
@@ -66,7 +68,8 @@ class Dora(Delta):
 
     def matmul(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """`(x @ (W + s A B)) * factor`."""
-        return weights.scaled(weights.matmul(x, self.base, key), self.factor())
+        product = checkpoint_name(weights.matmul(x, self.base, key), PRODUCT)  # the magnitude's gradient reads it
+        return weights.scaled(product, self.factor())
 
     def matmul_t(self, x: jax.Array) -> jax.Array:
         """`(x * factor) @ (W + s A B).T`."""

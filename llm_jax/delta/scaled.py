@@ -9,10 +9,12 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from llm_jax.delta.node import Bias, Delta, DeltaError
 from llm_jax.nn import weights
+from llm_jax.nn.execution import PRODUCT
 from llm_jax.nn.weights import Axes
 
 
@@ -50,7 +52,8 @@ class Scaled(Delta):
         """Scales the output together with the bias, or the input."""
         if self.inputs:
             return weights.linear(weights.scaled(x, self.factor), self.base, bias, key)
-        return weights.scaled(weights.linear(x, self.base, bias, key), self.factor)
+        product = checkpoint_name(weights.linear(x, self.base, bias, key), PRODUCT)  # the factor's gradient reads it
+        return weights.scaled(product, self.factor)
 
     def matmul(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """The product with the scaled matrix."""

@@ -17,6 +17,7 @@ REMAT = ("none", "dots", "full", "every:K", "names:a,b", "offload:a,b")
 KERNEL = "kernel"  # what attention's kernel returns
 NORM = "norm"  # a norm's statistics, a number or two a position
 SUM = "sum"  # the residual stream after a sublayer
+PRODUCT = "product"  # a product that a delta multiplies by factors, whose gradient reads it
 ATTENTION = ("auto", "reference", "fused", "chunked")
 
 

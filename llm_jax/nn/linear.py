@@ -8,6 +8,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from llm_jax.nn import weights
+from llm_jax.nn.execution import PRODUCT
+
+# plain products are read by nothing in a backward pass; a product that is would otherwise be computed twice
+_POLICY = jax.checkpoint_policies.save_only_these_names(PRODUCT)
 
 
 def scale_last(x: jax.Array, v: jax.Array) -> jax.Array:
@@ -53,4 +57,4 @@ class Linear(nn.Module):
         def product(kernel: Any, bias: jax.Array | None, *inputs: jax.Array) -> jax.Array:
             return weights.linear(before(*inputs).astype(dtype), kernel, bias, key)
 
-        return jax.checkpoint(product)(kernel, bias, *inputs)
+        return jax.checkpoint(product, policy=_POLICY)(kernel, bias, *inputs)

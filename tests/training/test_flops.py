@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_models import ENCODER_DECODERS, ENCODERS, MODELS, V, abstract, model_params, padded_rows
 
-from llm_jax.delta import lora
+from llm_jax.delta import dora, lora, node
 from llm_jax.models.elmo import ElmoConfig
 from llm_jax.models.xlnet import XLNetConfig
 from llm_jax.nn import weights
@@ -152,6 +152,16 @@ def test_a_frozen_base_costs_its_activations_gradients_only():
     assert causal(config, quantized, lora.TRAINABLE).forward == found.forward
 
 
+def test_lengths_of_columns_cost_rank_products_of_the_base():
+    params = lora.attach(model_params(MODELS["llama"]), lora.LoraConfig(rank=2), jax.random.key(0))
+    with_lora = causal(MODELS["llama"], params, lora.TRAINABLE)
+    with_dora = causal(MODELS["llama"], dora.attach(params), dora.TRAINABLE)
+    kernels = [w.shape[1:] for w in node.of(params).values()]
+    assert len(kernels) == 7
+    more = sum(L * (2 * 2 * i * o + 2 * 2 * 2 * (i + o)) for i, o in kernels)  # A^T W, A^T A and its product with B
+    assert with_dora.forward - with_lora.forward == with_dora.total - with_lora.total == more
+
+
 def test_loops_branches_and_stopped_gradients():
     x, w = jnp.ones((2, 4)), jnp.ones((4, 4))
     product = 2 * 2 * 4 * 4
@@ -170,7 +180,7 @@ def test_loops_branches_and_stopped_gradients():
 
 
 # what no test above derives; tests/parity/test_flops.py has all
-@pytest.mark.parametrize("name", ["spans", "classes", "tags", "bert, its last norms alone", "cnn"])
+@pytest.mark.parametrize("name", ["spans", "classes", "tags", "bert, its last norms alone", "cnn", "llama with DoRA"])
 def test_other_objectives_beside_xla(name):
     """XLA's count has norms, masks and activations on top, and scores that are computed again."""
     found, lowered = counted_steps.counted(name)
