@@ -11,7 +11,18 @@ import json
 import sys
 
 MISSING = 42
-PEERS = ("torch", "transformers", "ctranslate2", "onnx", "onnxruntime", "onnxscript", "kenlm", "gensim", "sklearn")
+PEERS = (
+    "torch",
+    "transformers",
+    "ctranslate2",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "kenlm",
+    "gensim",
+    "sklearn",
+    "peft",
+)
 
 
 def main(program: str, spec: str) -> None:

@@ -3,11 +3,11 @@
     params, names = bank.make({"sql": with_sql, "chat": with_chat})
     params = bank.choose(params, ["chat", "sql", "base", "chat"], names)     # a batch of four rows
     generator = Generator(model, params)
-    generator.params = bank.choose(generator.params, "sql", names)           # all rows; nothing is compiled again
+    generator.params = bank.choose(generator.params, ["sql", "sql"], names)  # the next batch has two
     generator.params = bank.put(generator.params, "chat", with_chat_2, names)
 
-The choice is a leaf of the nodes, so all of this returns new trees and works under `jit`. A batch of another number of
-rows needs another choice, and is refused until it has one.
+The choice is a leaf of the nodes: all of this returns new trees, and another choice or adapter of the same shapes
+compiles nothing again. A batch of another number of rows needs another choice, and is refused until it has one.
 
 Source: Chen et al. 2023, "Punica: Multi-Tenant LoRA Serving", https://arxiv.org/abs/2310.18547. The arithmetic is in
 `delta.by_row`.
@@ -154,8 +154,9 @@ def repeated(params: Params, times: int) -> Params:
         return params
 
     def again(w: Bank) -> Bank:
-        by_row = w.ids is not None and w.ids.ndim > w.scales.ndim - 1
-        return w.replace(ids=jnp.repeat(w.ids, times, axis=-1)) if by_row else w
+        if w.ids is None or w.ids.ndim < w.scales.ndim:  # one for all rows
+            return w
+        return w.replace(ids=jnp.repeat(w.ids, times, axis=-1))
 
     return _map(again, params)
 

@@ -27,7 +27,9 @@ BERT = tiny_models.ENCODERS["bert"]
 ADAPTERS = {  # other targets, ranks, scales and layers each
     "all": LoraConfig(rank=3, alpha=6.0, targets=("embed/embedding", *weights.LAYER_KERNELS)),
     "feeds": LoraConfig(rank=2, alpha=1.0, targets=("mlp",)),
-    "layered": LoraConfig(rank=1, ranks=("layers[1].attention=4",), alphas=("layers[0].attention=3",), targets=("attention",)),
+    "layered": LoraConfig(
+        rank=1, ranks=("layers[1].attention=4",), alphas=("layers[0].attention=3",), targets=("attention",)
+    ),
 }
 EACH = {name: config for name, config in ADAPTERS.items() if name != "layered"}  # an encoder's layers are its own
 ROWS = ["feeds", "base", "all", "layered", "all"]

@@ -88,10 +88,11 @@ def test_logits_of_a_concatenation_are_those_of_the_summed_matrices():
         each = trees(quantized)
         found = combine.concatenated(each, FACTORS)
         plain = jax.tree.map(weights.dense, node.detach(each[0]), is_leaf=weights.is_node)
-        summed = paths.map_with_path(
-            lambda p, x: x + sum(f * update_of(t, p) for t, f in zip(each, FACTORS, strict=True)).astype(x.dtype),
-            plain,
-        )
+
+        def added(path, x, each=each):
+            return x + sum(f * update_of(t, path) for t, f in zip(each, FACTORS, strict=True)).astype(x.dtype)
+
+        summed = paths.map_with_path(added, plain)
         want = np.asarray(tiny_models.logits(LLAMA, summed, IDS))
         got = tiny_models.logits(LLAMA, found, IDS)
         np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.abs(want).max())

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from experiments.benchmark.bench import Bench, Row
-from experiments.benchmark.cases import families, gpt2, naive_bayes, ngrams, plans, shakespeare, word2vec
+from experiments.benchmark.cases import deltas, families, gpt2, naive_bayes, ngrams, plans, shakespeare, word2vec
 
 CASES: dict[str, Callable[[Bench], list[Row]]] = {
     "train": gpt2.train,
@@ -18,4 +18,5 @@ CASES: dict[str, Callable[[Bench], list[Row]]] = {
     "word2vec": word2vec.train,
     "bayes": naive_bayes.fit_and_predict,
     "plans": plans.train,
+    "deltas": deltas.all_of,
 }
