@@ -105,7 +105,7 @@ class Finetuned:
         sizes = ", ".join(f"{k} {v:,} bytes" for k, v in self.bytes.items())
         if not node.of(self.trained.params):
             return sizes
-        return f"{describe.describe(self.trained.params, self.trainable)}\n{sizes}"
+        return f"{describe.describe(self.trained.params, self.trainable or '*')}\n{sizes}"
 
 
 def load(path: str, config: FinetuneConfig) -> Pretrained:
