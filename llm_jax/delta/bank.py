@@ -23,7 +23,7 @@ import numpy as np
 
 from llm_jax.delta import combine
 from llm_jax.delta.by_row import Bank
-from llm_jax.delta.lora import Lora
+from llm_jax.delta.lora import LayeredLora, Lora
 from llm_jax.delta.node import DeltaError
 from llm_jax.nn import paths, weights
 from llm_jax.nn.protocols import Params
@@ -221,6 +221,9 @@ def adapter(params: Params, slot: str | int, names: Sequence[str] = ()) -> Param
         raise DeltaError("rows without an adapter have no place in the bank: name one of its adapters")
 
     def alone(w: Bank) -> Lora:
-        return Lora(w.base, w.a[..., number, :], w.b[..., number, :, :], 1.0, 0.0, w.scales[..., number])
+        a, b, scales = w.a[..., number, :], w.b[..., number, :, :], np.asarray(w.scales[..., number])
+        if len(np.unique(scales)) == 1:
+            return Lora(w.base, a, b, float(scales.flat[0]))
+        return LayeredLora(w.base, a, b, 1.0, scales=jnp.asarray(scales), ranks=(a.shape[-1],) * len(scales))
 
     return _map(alone, params)

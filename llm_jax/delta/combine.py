@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.delta import lora, node
-from llm_jax.delta.lora import Lora
+from llm_jax.delta.lora import LayeredLora, Lora
 from llm_jax.delta.node import DeltaError
 from llm_jax.nn import paths, weights
 from llm_jax.nn.protocols import Params
@@ -90,14 +90,15 @@ def check_finite(loras: Loras, name: str) -> None:
 
 def factor_of(w: Lora) -> jax.Array:
     """The factor of A B as an array: float32 `[L]` in a stacked tree, a scalar elsewhere."""
-    scales = jnp.ones(weights.shape_of(w)[:-2]) if w.scales is None else w.scales
+    scales = w.scales if isinstance(w, LayeredLora) else jnp.ones(weights.shape_of(w)[:-2])
     return jnp.float32(w.scale) * scales
 
 
-def _ranks(w: Lora) -> np.ndarray:
-    """`[L, r]` bool: the real columns; L is 1 outside of stacked trees."""
-    real = lora.columns(w.ranks, w.a.shape[-1])
-    return np.ones((1, w.a.shape[-1]), bool) if real is None else real
+def _real(w: Lora) -> np.ndarray:
+    """`[L, r]` bool: the columns of a stacked A that are not padding."""
+    ranks = lora.ranks_of(w)
+    count, _, rank = w.a.shape
+    return np.ones((count, rank), bool) if ranks is None else lora.columns(ranks, rank)
 
 
 def _join(each: Sequence[Lora], factors: Sequence[float]) -> Lora:
@@ -105,14 +106,17 @@ def _join(each: Sequence[Lora], factors: Sequence[float]) -> Lora:
     a = jnp.concatenate([w.a for w in each], axis=-1)
     scaled = lambda w, f: weights.scaled(w.b, (f * factor_of(w))[..., None, None])
     b = jnp.concatenate([scaled(w, f) for w, f in zip(each, factors, strict=True)], axis=-2)
-    dropout = max(w.dropout for w in each)
-    if a.ndim == 2 or all(w.ranks is None for w in each):
-        return Lora(each[0].base, a, b, 1.0, dropout)
-    real = np.concatenate([np.broadcast_to(_ranks(w), (a.shape[0], w.a.shape[-1])) for w in each], axis=1)
-    order = np.argsort(~real, axis=1, kind="stable")[:, : real.sum(1).max()]  # real columns first
+    base, dropout = each[0].base, max(w.dropout for w in each)
+    if not any(isinstance(w, LayeredLora) for w in each) or a.ndim == 2:
+        return Lora(base, a, b, 1.0, dropout)
+    real = np.concatenate([_real(w) for w in each], axis=1)
+    ranks = tuple(map(int, real.sum(1)))
+    order = np.argsort(~real, axis=1, kind="stable")[:, : max(ranks)]  # real columns first
     a = jnp.take_along_axis(a, order[:, None, :], axis=-1)
     b = jnp.take_along_axis(b, order[:, :, None], axis=-2)
-    return Lora(each[0].base, a, b, 1.0, dropout, None, tuple(map(int, real.sum(1))))
+    if len(set(ranks)) == 1:
+        return Lora(base, a, b, 1.0, dropout)
+    return LayeredLora(base, a, b, 1.0, dropout, scales=jnp.ones(len(ranks)), ranks=ranks)
 
 
 def concatenated(trees: Sequence[Params], factors: Sequence[float] | None = None) -> Params:

@@ -49,9 +49,10 @@ def filled(params, seed):
     def fill(w):
         if not isinstance(w, Lora):
             return w
-        real = lora.columns(w.ranks, w.a.shape[-1])
         b = rng.normal(size=w.b.shape).astype(np.float32) * 0.2
-        return w.replace(b=jnp.asarray(b if real is None else b * real[..., None]))
+        if ranks := lora.ranks_of(w):
+            b *= lora.columns(ranks, w.a.shape[-1])[..., None]
+        return w.replace(b=jnp.asarray(b))
 
     return jax.tree.map(fill, params, is_leaf=lambda x: isinstance(x, Lora))
 
@@ -107,8 +108,8 @@ def test_an_encoder_reads_a_padded_batch():
         close(found[row][mask[row]], run(adapters(BERT)[name])[row][mask[row]])
 
 
-PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7], [9]]
-CHOSEN = ["layered", "all", "base", "feeds"]
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7]]
+CHOSEN = ["layered", "all", "base"]
 
 
 def test_decoding_equals_each_prompt_alone_and_swapping_compiles_nothing():
@@ -126,17 +127,17 @@ def test_decoding_equals_each_prompt_alone_and_swapping_compiles_nothing():
     other = filled(lora.attach(base(LLAMA), LoraConfig(rank=2, targets=("mlp",)), key), 9)
     generator.params = bank.put(generator.params, "all", other, names)  # of a stacked tree into one laid out
     swapped = generator.generate(PROMPTS[::-1], 6, key)
-    assert [x.tokens for x in swapped[:2]] == [x.tokens for x in turned[:2]]
+    assert [x.tokens for x in swapped[::2]] == [x.tokens for x in turned[::2]]
     (alone,) = Generator(model, other).generate(PROMPTS[1:2], 6, key)
-    np.testing.assert_allclose(swapped[2].logprobs, alone.logprobs, rtol=1e-5, atol=1e-5)
-    assert alone.tokens == swapped[2].tokens and alone.logprobs != found[1].logprobs
+    np.testing.assert_allclose(swapped[1].logprobs, alone.logprobs, rtol=1e-5, atol=1e-5)
+    assert alone.tokens == swapped[1].tokens and alone.logprobs != found[1].logprobs
     assert generator._start._cache_size() == generator._advance._cache_size() == 1
 
 
 def test_beams_keep_the_adapter_of_their_prompt():
     params, names = banked(LLAMA)
     config = BeamConfig(3)
-    rows = [0, 1, 3]
+    rows = [1, 2]
     chosen = bank.choose(params, [CHOSEN[row] for row in rows], names)
     found = BeamSearch(LLAMA.make(), chosen, (), config).search([PROMPTS[row] for row in rows], 4)
     for hypotheses, row in zip(found, rows, strict=True):

@@ -39,9 +39,10 @@ def adapted(params, config, seed):
     def fill(w):
         if not isinstance(w, Lora):
             return w
-        real = lora.columns(w.ranks, w.a.shape[-1])
         b = rng.normal(size=w.b.shape).astype(np.float32) * 0.2
-        return w.replace(b=jnp.asarray(b if real is None else b * real[..., None]))
+        if ranks := lora.ranks_of(w):
+            b *= lora.columns(ranks, w.a.shape[-1])[..., None]
+        return w.replace(b=jnp.asarray(b))
 
     params = lora.attach(params, config, jax.random.key(seed))
     return jax.tree.map(fill, params, is_leaf=lambda x: isinstance(x, Lora))
