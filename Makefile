@@ -62,8 +62,8 @@ notebooks: .venv/notebooks .venv/smollm2  ## runs every notebook from top to bot
 	mkdir -p build
 	$(BIN)/jupyter nbconvert --to notebook --execute --output-dir=build/notebooks experiments/notebooks/*.ipynb
 
-bench: .venv/bench  ## speed and memory beside torch, in the same run
-	$(BIN)/python -m experiments.benchmark --json=bench.json
+bench: .venv/bench  ## speed and memory beside torch, in the same run; CASES=deltas,train measures these only
+	$(BIN)/python -m experiments.benchmark --json=bench.json $(if $(CASES),--cases=$(CASES))
 
 clean:
 	rm -rf .venv .jax_cache runs build *.egg-info

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,9 @@ from tiny_models import noise
 from llm_jax.compress.quantize import quantize
 from llm_jax.decoding.beam import BeamConfig, BeamSearch
 from llm_jax.decoding.generate import Generator
+from llm_jax.decoding.serving import lay_out_params
 from llm_jax.delta import bank, dora, lora, node
+from llm_jax.delta.describe import describe
 from llm_jax.delta.lora import Lora, LoraConfig
 from llm_jax.models.llama import LlamaConfig
 from llm_jax.models.xlnet import XLNetConfig
@@ -81,8 +84,11 @@ def close(a, b, bound=1e-6):
     np.testing.assert_allclose(a, b, rtol=0, atol=bound * scale)
 
 
-@pytest.mark.parametrize("length", [7, 16], ids=["few", "many"])  # 35 and 80 tokens: both ways of `by_row`
-@pytest.mark.parametrize("quantized, unstacked", [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize(
+    "quantized, unstacked, length",  # 35 and 80 tokens: both ways of `by_row`
+    [(False, False, 7), (False, False, 16), (False, True, 7), (True, False, 7)],
+    ids=["stacked", "many tokens", "unstacked", "int8"],
+)
 def test_rows_equal_each_row_with_its_own_adapter(quantized, unstacked, length):
     params, names = banked(LLAMA, quantized, unstacked)
     ids = ids_of(len(ROWS), length)
@@ -115,12 +121,17 @@ CHOSEN = ["layered", "all", "base"]
 def test_decoding_equals_each_prompt_alone_and_swapping_compiles_nothing():
     params, names = banked(LLAMA)
     model, key = LLAMA.make(), jax.random.key(0)
-    generator = Generator(model, bank.choose(params, CHOSEN, names))
+    generator, plain = Generator(model, bank.choose(params, CHOSEN, names)), Generator(model, base(LLAMA))
+
+    def alone(tree, prompt):
+        plain.params = lay_out_params(node.merge(tree) if node.of(tree) else tree)
+        return plain.generate([prompt], 6, key)[0]
+
     found = generator.generate(PROMPTS, 6, key)
     for row, name in enumerate(CHOSEN):
-        (alone,) = Generator(model, adapters(LLAMA)[name]).generate(PROMPTS[row : row + 1], 6, key)
-        assert found[row].tokens == alone.tokens
-        np.testing.assert_allclose(found[row].logprobs, alone.logprobs, rtol=1e-5, atol=1e-5)
+        want = alone(adapters(LLAMA)[name], PROMPTS[row])
+        assert found[row].tokens == want.tokens
+        np.testing.assert_allclose(found[row].logprobs, want.logprobs, rtol=1e-5, atol=1e-5)
     generator.params = bank.choose(generator.params, CHOSEN[::-1], names)
     turned = generator.generate(PROMPTS[::-1], 6, key)
     assert [x.tokens for x in turned] == [x.tokens for x in found[::-1]]
@@ -128,23 +139,23 @@ def test_decoding_equals_each_prompt_alone_and_swapping_compiles_nothing():
     generator.params = bank.put(generator.params, "all", other, names)  # of a stacked tree into one laid out
     swapped = generator.generate(PROMPTS[::-1], 6, key)
     assert [x.tokens for x in swapped[::2]] == [x.tokens for x in turned[::2]]
-    (alone,) = Generator(model, other).generate(PROMPTS[1:2], 6, key)
-    np.testing.assert_allclose(swapped[1].logprobs, alone.logprobs, rtol=1e-5, atol=1e-5)
-    assert alone.tokens == swapped[1].tokens and alone.logprobs != found[1].logprobs
+    want = alone(other, PROMPTS[1])
+    np.testing.assert_allclose(swapped[1].logprobs, want.logprobs, rtol=1e-5, atol=1e-5)
+    assert want.tokens == swapped[1].tokens and want.logprobs != found[1].logprobs
     assert generator._start._cache_size() == generator._advance._cache_size() == 1
 
 
 def test_beams_keep_the_adapter_of_their_prompt():
     params, names = banked(LLAMA)
-    config = BeamConfig(3)
-    rows = [1, 2]
-    chosen = bank.choose(params, [CHOSEN[row] for row in rows], names)
-    found = BeamSearch(LLAMA.make(), chosen, (), config).search([PROMPTS[row] for row in rows], 4)
-    for hypotheses, row in zip(found, rows, strict=True):
-        tree = adapters(LLAMA)[CHOSEN[row]]
-        ((alone,),) = BeamSearch(LLAMA.make(), tree, (), config).search([PROMPTS[row]], 4)
-        assert hypotheses[0].tokens == alone.tokens
-        assert abs(hypotheses[0].logprob - alone.logprob) < 1e-4
+    chosen = bank.choose(params, CHOSEN[1:], names)
+    found = BeamSearch(LLAMA.make(), chosen, (), BeamConfig(3)).search(PROMPTS[1:], 4)
+    plain = BeamSearch(LLAMA.make(), base(LLAMA), (), BeamConfig(3))
+    for hypotheses, prompt, name in zip(found, PROMPTS[1:], CHOSEN[1:], strict=True):
+        tree = adapters(LLAMA)[name]
+        plain.params = lay_out_params(node.merge(tree) if node.of(tree) else tree)
+        ((want,),) = plain.search([prompt], 4)
+        assert hypotheses[0].tokens == want.tokens
+        assert abs(hypotheses[0].logprob - want.logprob) < 1e-4
 
 
 def test_an_adapter_comes_out_as_it_went_in():
@@ -165,20 +176,39 @@ def node_of(rows):
     return bank.Bank(w, a, b, scales, jnp.asarray(rows, jnp.int32)), dense
 
 
-@pytest.mark.parametrize("length", [1, 30])
-def test_every_product_of_the_node_is_that_of_its_matrices(length):
-    rows = [2, -1, 0, 1]
+@pytest.mark.parametrize("rows, length", [([2, -1, 0, 1], 1), ([2, -1, 0, 1], 30), ([1], 2)])  # the last: K > 2 B
+def test_every_product_of_the_node_is_that_of_its_matrices(rows, length):
     w, dense = node_of(rows)
-    x = np.random.default_rng(2).normal(size=(4, length, 6)).astype(np.float32)
-    ids = np.random.default_rng(3).integers(0, 6, (4, length))
-    run = jax.jit(lambda w: (weights.matmul(x, w), weights.matmul_t(x[..., :5], w), weights.take(w, ids)))
+    x = np.random.default_rng(2).normal(size=(len(rows), length, 6)).astype(np.float32)
+    ids = np.random.default_rng(3).integers(0, 6, (len(rows), length))
+    run = jax.jit(
+        lambda w: (
+            weights.matmul(x, w),
+            weights.matmul_t(x[..., :5], w),
+            weights.take(w, ids),
+            weights.matmul(x[:, 0], w),
+        )
+    )
     for got in (run(w), run(jax.jit(lambda w, ids: bank.choose({"k": w}, ids)["k"])(w, jnp.asarray(rows)))):
         for row, k in enumerate(rows):
             np.testing.assert_allclose(got[0][row], x[row] @ dense[k], rtol=1e-5, atol=1e-5)
             np.testing.assert_allclose(got[1][row], x[row, :, :5] @ dense[k].T, rtol=1e-5, atol=1e-5)
             np.testing.assert_allclose(got[2][row], dense[k][ids[row]], rtol=1e-5, atol=1e-5)
-    wrong = np.asarray(run(bank.choose({"k": w}, jnp.asarray([2, 3, -2, 1]))["k"])[0])  # traced, so not refused
-    assert np.isnan(wrong[1:3]).all() and np.isfinite(wrong[[0, 3]]).all()
+            np.testing.assert_allclose(got[3][row], x[row, 0] @ dense[k], rtol=1e-5, atol=1e-5)
+    wrong = [np.asarray(x) for x in run(w.replace(ids=jnp.asarray([3, -2, 2, 1][: len(rows)])))]  # not refused: traced
+    bad = min(2, len(rows))
+    assert all(np.isnan(x[:bad]).all() and np.isfinite(x[bad:]).all() for x in wrong)
+
+
+def test_a_bank_is_stored_with_its_structure():
+    w, _ = node_of([0, 1])
+    for tree in ({"k": w}, {"k": w.replace(ids=None)}):
+        text = json.dumps(weights.structure(tree))
+        flat = dict(paths.flatten(tree))
+        back = weights.build(json.loads(text)["k"], flat.__getitem__, "k")
+        assert jax.tree.structure(back) == jax.tree.structure(tree["k"])
+        assert all(a is b for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True))
+    assert "a bank of LoRAs" in describe(bank.make({"a": adapters(LLAMA)["all"]})[0])
 
 
 def test_sizes_and_axes():

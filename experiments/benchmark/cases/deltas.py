@@ -1,5 +1,7 @@
 """Deltas on SmolLM2-135M: what a training step costs beside the whole model's and beside peft, and decoding.
 
+    make bench CASES=deltas
+
 Wanted on 2 CPU cores: LoRA's step at most 0.75 of our whole step and at most 1 / 1.5 of peft's, DoRA's at most 1.15 of
 LoRA's; with a bank of 8 adapters at least 1 / 1.15 of the tokens a second that one LoRA gives.
 
