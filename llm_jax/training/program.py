@@ -106,12 +106,11 @@ def build(
     """
     c, ties = config.training, parse(config.ties)
     plan.check_batch(c.batch_size, c.accumulation, c.sequence_length)
-    plan.check_optimizer(config.optimizer.name)
+    plan.check_optimizer(config.optimizer.name, config.optimizer.layer_decay)
     if ties and plan.keeps_parameters_on_host:
         raise ValueError("plan.offload=parameters has no place for shared parameters (ties): take update alone")
     objective = config.objective.for_run(plan.mesh.size, config.model, mask_id)
     model = config.model.make(plan.execution())
-    tx = make_optimizer(optimizer_of(config), c.steps)
     precision = Precision(config.plan.precision, config.plan.master)
     ids = np.zeros((plan.batch_divisor, c.sequence_length), np.int32)
     fresh = lambda key: model.init(key, ids)["params"]
@@ -125,6 +124,8 @@ def build(
         check_stages(computing, plan.schedule, config.objective.carry)
     if config.optimizer.decay != OptimizerConfig.decay:  # the default names what most trees have, not all
         paths.select([p for p, _ in paths.flatten(params, weights.is_node)], config.optimizer.decay)
+
+    tx = make_optimizer(optimizer_of(config), c.steps, params, c.trainable)
 
     def init(key: jax.Array, given: Params | None) -> TrainState:
         init_key, step_key = jax.random.split(key)
