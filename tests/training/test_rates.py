@@ -149,8 +149,12 @@ def run(plan_config, optimizer, scratch=None, name="llama"):
 
 
 BOTH = OptimizerConfig(
-    learning_rate=1e-2, schedule="constant", eps=1e-3, rates=("attention/*/kernel=3", "query/kernel=0.5"), layer_decay=DECAY
-)  # fmt: skip
+    learning_rate=1e-2,
+    schedule="constant",
+    eps=1e-3,
+    rates=("attention/*/kernel=3", "query/kernel=0.5"),
+    layer_decay=DECAY,
+)
 
 
 @functools.cache
