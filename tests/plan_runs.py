@@ -2,14 +2,16 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tiny_models import ENCODER_DECODERS, ENCODERS, MODELS, V, model_params
 
 from llm_jax.delta import lora
 from llm_jax.models.xlnet import XLNetConfig
-from llm_jax.nn import paths
+from llm_jax.nn import paths, realized, weights
 from llm_jax.objectives.causal_lm import CausalLM
 from llm_jax.objectives.masked_lm import MaskedLM
 from llm_jax.objectives.permutation_lm import PermutationLM
@@ -63,6 +65,7 @@ MODELS_HERE = {  # sizes that 8 devices divide, but for what a row is about
 }  # fmt: skip
 LORA = lora.LoraConfig(rank=8, targets=("attention/*/kernel", "mlp/*/kernel"))
 MODELS_HERE["lora"] = MODELS_HERE["deep_tied"]  # with LoRA over a frozen base
+MODELS_HERE["realized"] = MODELS_HERE["deep_tied"]  # queries and the token table are products of two matrices
 MODELS_HERE["shared"] = MODELS_HERE["still"]  # its keys are its queries
 TIES = {"shared": ("decoder/layers/attention/key=decoder/layers/attention/query",)}
 RNG = np.random.default_rng(0)
@@ -141,9 +144,33 @@ def program(plan_config, name, accumulation=1, devices=None, dtype="float32"):
     return plan, build(config, plan, 3, given)
 
 
+class Factored(realized.Realized):
+    """A matrix that is stored as two factors; the arc tangent is nowhere else in a model."""
+
+    u: Any
+    v: Any
+
+    def realize(self):
+        return jnp.arctan(self.u) @ self.v
+
+
+def factored(params, targets=("query/kernel", "embed/embedding"), rank=8):
+    """Parameters with two factors instead of each target."""
+    rng = np.random.default_rng(2)
+
+    def in_two(path, x):
+        *lead, rows, columns = x.shape
+        draw = lambda *shape: rng.normal(size=(*lead, *shape)).astype(x.dtype) * 0.3
+        return Factored(draw(rows, rank), draw(rank, columns))
+
+    return weights.replace(params, targets, in_two)
+
+
 @functools.cache
 def first_params(name, dtype="float32"):
     params = model_params(MODELS_HERE[name], std=0.1, dtype=dtype)
+    if name == "realized":
+        return factored(params)
     if name != "lora":
         return params
     attached = jax.device_get(lora.attach(params, LORA, jax.random.key(0)))

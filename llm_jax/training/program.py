@@ -11,6 +11,7 @@ from etils import epath
 
 from llm_jax.nn import paths, ports, weights
 from llm_jax.nn.protocols import Axes, Params
+from llm_jax.nn.realized import has_any, realize
 from llm_jax.nn.ties import Ties, expand, parse, tie
 from llm_jax.objectives.objective import Objective
 from llm_jax.parallel import step_plan
@@ -118,7 +119,9 @@ def build(
     given = None if given is None else jax.eval_shape(lambda p: p, given)
     first = lambda key, given: tie(weights.split_axes(fresh(key))[0] if given is None else adapt(given), ties)
     params = jax.eval_shape(first, jax.random.key(0), given)
-    computing = jax.eval_shape(lambda p: expand(p, ties), params)
+    if has_any(params) and plan.keeps_parameters_on_host:
+        raise ValueError("plan.offload=parameters has no place for realized nodes (nn.realized): take update alone")
+    computing = jax.eval_shape(lambda p: expand(realize(p), ties), params)
     ports.check(declared, computing)
     if plan.schedule is not None:  # said here, before anything is compiled
         check_stages(computing, plan.schedule, config.objective.carry)
