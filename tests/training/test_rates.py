@@ -11,6 +11,7 @@ from plan_runs import MODELS_HERE, ROWS, STEPS, T, task
 from tiny_models import ENCODER_DECODERS, ENCODERS, MODELS, model_params
 
 from llm_jax import config as configs
+from llm_jax.delta import lora
 from llm_jax.models import parameters
 from llm_jax.models.xlnet import XLNetConfig
 from llm_jax.nn import paths
@@ -22,6 +23,7 @@ from llm_jax.training.loop import LoopConfig
 from llm_jax.training.optimizers import NAMES, OptimizerConfig, make_optimizer
 from llm_jax.training.program import build
 from llm_jax.training.run_config import RunConfig
+from llm_jax.training.trainable import partition
 
 RNG = np.random.default_rng(0)
 normal = lambda *shape: RNG.normal(size=shape).astype(np.float32)
@@ -79,6 +81,21 @@ def test_equal_to_an_optimizer_for_each_rate(name):
         assert np.abs(w - before).min() > 0
         np.testing.assert_allclose(a, w, rtol=1e-5, atol=1e-6, err_msg=path)
         np.testing.assert_allclose(t, w, rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_lora_plus_by_depth(unrolled):
+    """B of every LoRA at 16 times A's rate, both by depth; the base trains not and has no factor."""
+    params = lora.attach(model_params(MODELS["llama"]), lora.LoraConfig(rank=2), jax.random.key(0))
+    params = unstack(params) if unrolled else params
+    config = OptimizerConfig("sgd", 1.0, "constant", b1=0.0, weight_decay=0.0, rates=("*/b=16",), layer_decay=DECAY)
+    learn, _ = partition(params, lora.TRAINABLE)
+    tx = make_optimizer(config, 9, params, lora.TRAINABLE)
+    ones = jax.tree.map(np.ones_like, learn)
+    updates = jax.device_get(jax.jit(lambda g: tx.update(g, tx.init(g), g)[0])(ones))
+    for (path, u), x in zip(paths.flatten(stack(updates)), jax.tree.leaves(stack(ones)), strict=True):
+        depth = DECAY ** np.array([2, 1]).reshape(2, 1, 1)
+        np.testing.assert_allclose(u, -depth * (16 if path.endswith("/b") else 1) * x, err_msg=path)
 
 
 def test_defaults_change_neither_state_nor_program():
