@@ -47,9 +47,23 @@ def loras_of(params: Params, name: str) -> Loras:
     return {path: w for path, w in found.items() if isinstance(w, Lora)}
 
 
+def _is_port(w: Any) -> bool:
+    return weights.is_node(w) and not isinstance(w, weights.Weight)
+
+
+def _arrays(w: Any) -> list[jax.Array]:
+    """The matrix of a weight, however it is stored; the arrays of a node in a port."""
+    return jax.tree.leaves(w) if _is_port(w) else [weights.dense(w)]
+
+
+def _shapes(w: Any) -> Any:
+    return [x.shape for x in jax.tree.leaves(w)] if _is_port(w) else weights.shape_of(w)
+
+
 @jax.jit
 def _equal(pairs: Mapping[str, tuple[Any, Any]]) -> dict[str, jax.Array]:
-    return {path: jnp.array_equal(weights.dense(a), weights.dense(b)) for path, (a, b) in pairs.items()}
+    same = lambda a, b: [jnp.array_equal(x, y) for x, y in zip(_arrays(a), _arrays(b), strict=True)]
+    return {path: functools.reduce(jnp.logical_and, same(a, b), jnp.bool_(True)) for path, (a, b) in pairs.items()}
 
 
 def check_base(params: Params, other: Params, name: str) -> None:
@@ -69,9 +83,8 @@ def check_base(params: Params, other: Params, name: str) -> None:
         )
     pairs = {path: (want[path], have[path]) for path in want if want[path] is not have[path]}
     for path, (a, b) in pairs.items():
-        if weights.shape_of(a) != weights.shape_of(b):
-            raise DeltaError(f"{name} was made for another base: {path} is {weights.shape_of(b)}, "
-                             f"not {weights.shape_of(a)}")  # fmt: skip
+        if _shapes(a) != _shapes(b):
+            raise DeltaError(f"{name} was made for another base: {path} is {_shapes(b)}, not {_shapes(a)}")
     differs = [path for path, same in jax.device_get(_equal(pairs)).items() if not same]
     if differs:
         raise DeltaError(f"{name} was made for another base, or trained more than LoRA: {differs[0]} differs")

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from llm_jax.delta.describe import describe
 from llm_jax.delta.lora import Lora, LoraConfig
 from llm_jax.models.llama import LlamaConfig
 from llm_jax.models.xlnet import XLNetConfig
-from llm_jax.nn import paths, weights
+from llm_jax.nn import paths, ports, weights
 from llm_jax.nn.stack import unstack
 from llm_jax.nn.weights import Axes
 
@@ -278,6 +279,28 @@ def test_errors(call, message):
     with pytest.raises(ValueError) as error:
         call()
     assert message in str(error.value)
+
+
+class Shift(ports.PortNode):
+    """Adds a vector."""
+
+    value: Any
+
+    def __call__(self, x, residual, norm, key):
+        return x + jnp.broadcast_to(self.value, x.shape)
+
+
+def test_nodes_in_ports_must_be_the_same():
+    def at_port(params, value):
+        mlp = {**params["decoder"]["layers"]["mlp"], "adapter": Shift(jnp.full((2, 24), value))}
+        return {**params, "decoder": {**params["decoder"], "layers": {**params["decoder"]["layers"], "mlp": mlp}}}
+
+    a, b = (lora.attach(base(LLAMA), LoraConfig(rank=2, targets=("mlp.up",)), jax.random.key(i)) for i in (0, 1))
+    bank.make({"a": at_port(a, 0.5), "b": at_port(b, 0.5)})
+    with pytest.raises(ValueError, match="'b' was made for another base.*mlp/adapter differs"):
+        bank.make({"a": at_port(a, 0.5), "b": at_port(b, 0.25)})
+    with pytest.raises(ValueError, match="'b' misses decoder/layers/mlp/adapter, unlike the others"):
+        bank.make({"a": at_port(a, 0.5), "b": b})
 
 
 def test_an_adapter_of_another_base_is_refused():
