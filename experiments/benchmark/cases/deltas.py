@@ -5,8 +5,8 @@
 Wanted on 2 CPU cores: LoRA's step at most 0.75 of our whole step and at most 1 / 1.5 of peft's, DoRA's at most 1.15 of
 LoRA's; with a bank of 8 adapters at least 1 / 1.15 of the tokens a second that one LoRA gives.
 
-As traced, LoRA's step has 0.69 of the whole step's FLOPs (300 of 434 G), and DoRA's 1.01 of LoRA's.
-FLOPs of the table are those of the compiled program beside our count (`training.flops`), which leaves out norms, activations and the
+As traced, LoRA's step has 0.69 of the whole step's FLOPs (300 of 434 G), and DoRA's 1.01 of LoRA's. FLOPs of the table
+are those of the compiled program beside our count (`training.flops`), which leaves out norms, activations and the
 optimizer.
 """
 
