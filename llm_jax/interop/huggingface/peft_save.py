@@ -1,0 +1,254 @@
+"""Writing PEFT's folders from the deltas of a model, and from what trained beside them."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from llm_jax.delta import node
+from llm_jax.delta.lora import Lora
+from llm_jax.delta.node import DeltaError
+from llm_jax.interop.huggingface import peft_config, peft_fused, peft_lora, peft_match, peft_names
+from llm_jax.interop.huggingface.peft_config import AdapterConfig
+from llm_jax.interop.huggingface.peft_load import FILE
+from llm_jax.interop.huggingface.peft_lora import Written
+from llm_jax.interop.huggingface.peft_names import PREFIX, Layout, module_of
+from llm_jax.interop.huggingface.peft_whole import written
+from llm_jax.interop.names import InteropError, Rule, some
+from llm_jax.nn import paths, weights
+from llm_jax.nn.protocols import Model, Params
+from llm_jax.nn.stack import stack
+from llm_jax.storage.safetensors import save_file
+
+_HEAD = ("classifier", "pooler")  # first parts of our paths of a head with labels
+# the deltas of a weight, the outermost first -> PEFT's kind
+KINDS = {
+    ("Lora",): "LORA",
+    ("Dora", "Lora"): "LORA",
+    ("Biased", "Lora"): "LORA",
+    ("Scaled",): "IA3",
+    ("TokenRows",): "TRAINABLE_TOKENS",
+}
+
+
+def save(
+    path: epath.PathLike,
+    model: Model,
+    params: Params,
+    base: str = "",
+    whole: Sequence[str] = (),
+    original: Params | None = None,
+) -> None:
+    """Writes the deltas in `params` so that `peft.PeftModel.from_pretrained` reads them.
+
+    PEFT's format holds LoRA or DoRA with biases and trained tokens beside them, or IA3, or trained tokens alone, or
+    tuned norms alone. `load` gives back what is saved bit by bit, except that a bias beside LoRA (`Biased`) is divided
+    by the scale, which rounds where the scale is not a power of two.
+
+    Args:
+      path: folder.
+      model: the module.
+      params: stacked or unstacked.
+      base: name or path of the base model.
+      whole: patterns of parameters that trained beside the deltas. All biases, or those of the adapted modules, become
+        PEFT's `bias`; norms alone become LayerNorm tuning; other modules are stored whole, as a head with labels and its
+        pooler always are. LoRA on such a module is merged into it.
+      original: the base of before a start that changed it (PiSSA, OLoRA). The adapter is then written against it, as
+        plain LoRA of twice the rank: what the start took out is `original - base`, and becomes minus A0 B0.
+
+    Raises:
+      InteropError: if there is no delta, one has no place in PEFT's format or beside the others, a tied table is to be
+        stored, or `original` differs from the base by more than rank r.
+    """
+    flat = dict(paths.flatten(stack(params), weights.is_node))
+    layout = peft_names.layout(model.config, flat)
+    is_chosen = paths.matcher(tuple(whole))
+    chosen = [r for r in layout.rules if is_chosen(r.ours)]
+    has_labels = any(r.ours.startswith("classifier/") for r in layout.rules)
+    head = [r for r in layout.rules if has_labels and r.ours.split("/")[0] in _HEAD]
+    biases = [r for r in chosen if r.theirs.endswith(".bias")]
+    saved = _whole_modules(layout, [*head, *(r for r in chosen if r not in biases)])
+    biases = [r for r in biases if r not in saved]
+    deltas = _outside(flat, saved)
+    bias = _bias(layout, biases, saved, deltas)
+    if bias == "none" and biases:
+        saved = _whole_modules(layout, [*saved, *biases])
+        deltas = _outside(flat, saved)
+    if layout.shares_table and any(r.ours == peft_names.TABLE for r in saved):
+        raise InteropError("PEFT's format cannot store a table that the output layer shares: train it without LoRA")
+    kind = _kind(layout, flat, deltas, chosen)
+    config, parts, transposed = AdapterConfig(kind=kind, bias=bias), {}, True
+    adapted = {p: w for p, w in deltas.items() if KINDS[_names(w)] == kind != "TRAINABLE_TOKENS"}
+    tensors: dict[str, np.ndarray] = {}
+    try:
+        if adapted:
+            before = None if original is None else dict(paths.flatten(stack(original), weights.is_node))
+            is_lora = kind == "LORA"
+            made = peft_lora.write(layout, flat, adapted, before) if is_lora else peft_lora.ia3(layout, flat, adapted)
+            _check_places(adapted, layout)
+            tensors, parts, transposed = made.tensors, made.parts, made.transposed
+            config = dataclasses.replace(config, **made.fields, targets=_targets(layout, made))
+            stored = biases if bias != "none" else []
+            for name, array in written(stored, flat, model.config).items():
+                module = module_of(name)
+                tensors[f"{module}.base_layer.bias" if module in made.modules else name] = array
+        if kind == "LN_TUNING":
+            tuned = [r for r in saved if r not in head]
+            saved = [r for r in saved if r in head]
+            stored_arrays = written(tuned, flat, model.config)
+            modules = sorted({module_of(name) for name in stored_arrays})
+            config = dataclasses.replace(config, targets=_ends(layout, modules))
+            for name, array in stored_arrays.items():
+                tensors[f"{module_of(name)}.ln_tuning_layers.{name.rpartition('.')[2]}"] = array
+        tensors |= written(saved, _merged(flat, saved), model.config)
+        config = dataclasses.replace(config, saved=_saved_names(layout, flat, saved))
+    except InteropError:
+        raise
+    except (DeltaError, ValueError) as e:
+        raise InteropError(str(e)) from e
+    config, rows = _rows(layout, config, {p: w for p, w in deltas.items() if _names(w) == ("TokenRows",)})
+    _write(epath.Path(path), config, tensors | rows, parts, layout, base, not transposed)
+
+
+def _write(
+    folder: epath.Path,
+    config: AdapterConfig,
+    tensors: Mapping[str, np.ndarray],
+    parts: Mapping[str, list[int]],
+    layout: Layout,
+    base: str,
+    fan_in_fan_out: bool,
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {PREFIX + name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    metadata = {"format": "pt"} | ({peft_fused.METADATA: json.dumps(parts)} if parts else {})
+    save_file(contents, str(folder / FILE), metadata=metadata)
+    task = peft_config.TASKS.get(getattr(layout.config, "head", "lm"))
+    if task == "CAUSAL_LM" and peft_names.has_copies(layout.config):
+        task = "SEQ_2_SEQ_LM"
+    peft_config.write(folder, config, task, base, fan_in_fan_out)
+
+
+def _names(w: Any) -> tuple[str, ...]:
+    return tuple(type(delta).__name__ for delta in node.layers_of(w))
+
+
+def _whole_modules(layout: Layout, rules: Sequence[Rule]) -> list[Rule]:
+    """All rules of the modules of some rules."""
+    modules = tuple(f"{module_of(r.theirs)}." for r in rules)
+    return [r for r in layout.rules if r.theirs.startswith(modules)] if modules else []
+
+
+def _outside(flat: Mapping[str, Any], saved: Sequence[Rule]) -> dict[str, Any]:
+    whole = {r.ours for r in saved}
+    return {path: w for path, w in flat.items() if node.is_delta(w) and path not in whole}
+
+
+def _bias(layout: Layout, biases: Sequence[Rule], saved: Sequence[Rule], deltas: Mapping[str, Any]) -> str:
+    """PEFT's `bias` that stands for some trained biases beside LoRA; `none` where none does."""
+    adapted = {r.theirs for r in layout.rules if r.ours in deltas and isinstance(node.layers_of(deltas[r.ours])[-1], Lora)}
+    wanted = {r.theirs for r in biases}
+    every = {r.theirs for r in layout.rules if r.theirs.endswith(".bias") and r not in saved}
+    whole = {r.theirs for r in biases} and all(r in biases for r in layout.rules if r.theirs in wanted)
+    if not adapted or not whole:
+        return "none"
+    if wanted == every:
+        return "all"
+    complete = all(len(getattr(deltas[r.ours], "ranks", None) or ()) == 0 for r in layout.rules if r.ours in deltas)
+    of_adapted = {f"{module_of(name)}.bias" for name in adapted} & every
+    return "lora_only" if wanted == of_adapted and complete else "none"
+
+
+def _kind(layout: Layout, flat: Mapping[str, Any], deltas: Mapping[str, Any], chosen: Sequence[Rule]) -> str:
+    """PEFT's `peft_type`.
+
+    Raises:
+      InteropError: naming what has no place.
+    """
+    for path, w in deltas.items():
+        if _names(w) not in KINDS:
+            names = " around ".join(delta.name for delta in node.layers_of(w))
+            raise InteropError(f"{names} on {path} has no place in PEFT's format")
+    kinds = {KINDS[_names(w)]: path for path, w in deltas.items()}
+    if "IA3" in kinds and len(kinds) > 1:
+        other = next(path for kind, path in kinds.items() if kind != "IA3")
+        raise InteropError(f"IA3 on {kinds['IA3']} beside {deltas[other].name} on {other} has no place in PEFT's format")
+    if kinds.keys() & {"LORA", "IA3"}:
+        return "IA3" if "IA3" in kinds else "LORA"
+    if kinds:
+        beside = [r.ours for r in chosen] + [r.ours for r in layout.rules if r.ours.startswith("classifier/")]
+        if beside:
+            raise InteropError(f"trained token rows beside {some(beside)} need LoRA in PEFT's format")
+        return "TRAINABLE_TOKENS"
+    if any(node.is_delta(w) for w in flat.values()):
+        raise InteropError("all modules with LoRA are stored whole: save the merged model instead")
+    if not chosen:
+        raise InteropError("there is no LoRA or other delta in these parameters, and whole matches no parameter")
+    others = [r.ours for r in chosen if "norm" not in r.ours.split("/")[-2] and r.ours.split("/")[0] not in _HEAD]
+    if others:
+        raise InteropError(f"{some(others)} have no place in PEFT's format without LoRA beside them")
+    return "LN_TUNING"
+
+
+def _check_places(adapted: Mapping[str, Any], layout: Layout) -> None:
+    homeless = sorted(adapted.keys() - {path for site in layout.sites for path in site.kernels})
+    if homeless:
+        raise InteropError(f"{adapted[homeless[0]].name} on {some(homeless)} has no place in PEFT's format: that is not a "
+                           "linear layer there")  # fmt: skip
+
+
+def _ends(layout: Layout, modules: Sequence[str]) -> tuple[str, ...]:
+    return tuple(peft_match.shortest(modules, layout.modules - set(modules), peft_match.is_end))
+
+
+def _targets(layout: Layout, made: Written) -> tuple[str, ...]:
+    """Shortest names of the adapted modules, where IA3 scales inputs apart from the others."""
+    inner = [m for m in made.modules if peft_match.is_named(made.fields.get("feedforward"), m)]
+    outer = [m for m in made.modules if m not in inner]
+    return tuple(sorted({*_ends(layout, outer), *(made.fields.get("feedforward") or ())}))
+
+
+def _merged(flat: Mapping[str, Any], saved: Sequence[Rule]) -> dict[str, Any]:
+    """The parameters with the deltas of whole modules folded in."""
+    out = dict(flat)
+    for path in (r.ours for r in saved):
+        if node.is_delta(flat[path]):
+            bias = f"{path.removesuffix('kernel')}bias"
+            out[path], folded = node.folded(flat[path], flat.get(bias))
+            out |= {} if folded is None else {bias: folded}
+    return out
+
+
+def _saved_names(layout: Layout, flat: Mapping[str, Any], saved: Sequence[Rule]) -> tuple[str, ...]:
+    """Shortest names that PEFT stores these modules under, and no others."""
+    tops = []
+    for rule in saved:
+        for name in rule.names(weights.shape_of(flat[rule.ours])):
+            module = module_of(name)
+            # RoBERTa's head is one module of two layers, which PEFT stores by itself
+            tops.append("classifier" if module.startswith("classifier.") else module)
+    tops = list(dict.fromkeys(tops))
+    others = {m for m in layout.modules if not any(m == top or m.startswith(f"{top}.") for top in tops)}
+    return tuple(peft_match.shortest(tops, others, peft_match.is_tail))
+
+
+def _rows(
+    layout: Layout, config: AdapterConfig, deltas: Mapping[str, Any]
+) -> tuple[AdapterConfig, dict[str, np.ndarray]]:
+    """Trained rows of tables as PEFT's tensors, and what the config says of them."""
+    tensors, tokens = {}, {}
+    pure = config.kind == "TRAINABLE_TOKENS"
+    if pure and len(deltas) > 1:
+        raise InteropError(f"trained rows of {some(sorted(deltas))} have no place in PEFT's format: it has one table")
+    for path, w in deltas.items():
+        site = next((s for s in layout.sites if s.kernels == (path,) and s.is_table and not s.is_stacked), None)
+        if site is None:
+            raise InteropError(f"trained token rows on {path} have no place in PEFT's format: that is not a table there")
+        name = peft_names.tokens_name(layout.config, site)
+        tensors[f"{name}.{'' if pure else 'token_adapter.'}trainable_tokens_delta"] = np.asarray(w.rows)
+        tokens["" if path == peft_names.TABLE and len(deltas) == 1 and not pure else name] = w.ids
+    return dataclasses.replace(config, tokens=tokens, **({"targets": tuple(tokens)} if pure else {})), tensors
