@@ -1,6 +1,7 @@
 """Reading PEFT's folders: deltas around the kernels of a model, and parameters in the place of its own."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,11 @@ from llm_jax.storage import safetensors
 
 FILE = "adapter_model.safetensors"
 _GAP = 1e-6  # of the largest singular value: nearer ones are the same to float32
+# what stands behind the name of a module
+_SUFFIX = re.compile(
+    r"\.(lora_[AB]\.\w+|lora_embedding_[AB]|lora_magnitude_vector|ia3_l"
+    r"|(base_layer|ln_tuning_layers|modules_to_save|original_module)\.\w+|\w+)$"
+)
 
 
 class Tensors:
@@ -87,6 +93,7 @@ def load(path: epath.PathLike, model: Model, params: Params) -> Params:
     tensors = Tensors(folder)
     flat = dict(paths.flatten(stack(params), weights.is_node))
     layout = peft_names.layout(model.config, flat)
+    _check_homes(tensors, layout)
     _check_targets(folder, config, layout)
     _read_past(tensors, config)
     adapted: list[tuple[Site, list[int]]] = []
@@ -112,6 +119,19 @@ def _homeless(folder: epath.Path, config: Any, left: list[str]) -> str:
     if output is not None and any(name.startswith(output) for name in left):
         remedy = f"; the base ties {output} to its table, which carries no adapter of its own here"
     return f"{folder} holds tensors without a home: {some([PREFIX + name for name in left])}{remedy}"
+
+
+def _check_homes(tensors: Tensors, layout: Layout) -> None:
+    """Refuses tensors of modules that this model does not have, before anything is said to be missing."""
+    unknown = [
+        name
+        for name in tensors.arrays
+        if _SUFFIX.sub("", name) not in layout.modules
+        and not name.endswith(".trainable_tokens_delta")
+        and not layout.family.ignored(layout.config, name)
+    ]
+    if unknown:
+        raise InteropError(_homeless(tensors.folder, layout.config, sorted(unknown)))
 
 
 def _check_targets(folder: epath.Path, config: AdapterConfig, layout: Layout) -> None:
