@@ -45,6 +45,7 @@ MODELS = {
     "llama labels": (t.LlamaForSequenceClassification, t.LlamaConfig, {**LLAMA, "num_labels": 3}),
     "qwen3": (t.Qwen3ForCausalLM, t.Qwen3Config, {**LLAMA, "head_dim": 4}),
     "bert": (t.BertForMaskedLM, t.BertConfig, BERT),
+    "bert bare": (t.BertModel, t.BertConfig, BERT),
     "bert labels": (t.BertForSequenceClassification, t.BertConfig, {**BERT, "num_labels": 3}),
     "bert span": (t.BertForQuestionAnswering, t.BertConfig, BERT),
     "roberta": (t.RobertaForSequenceClassification, t.RobertaConfig,
@@ -57,6 +58,7 @@ MODELS = {
     "t5 labels": (t.T5ForSequenceClassification, t.T5Config, {**T5, "num_labels": 3}),
     "marian": (t.MarianMTModel, t.MarianConfig, MARIAN),
     "xlnet": (t.XLNetLMHeadModel, t.XLNetConfig, XLNET),
+    "xlnet bare": (t.XLNetModel, t.XLNetConfig, XLNET),
     "xlnet labels": (t.XLNetForSequenceClassification, t.XLNetConfig, {**XLNET, "num_labels": 3}),
 }  # fmt: skip
 LoRA, IA3, Norms, Tokens = peft.LoraConfig, peft.IA3Config, peft.LNTuningConfig, peft.TrainableTokensConfig
@@ -103,6 +105,7 @@ ROWS = {
     ("bert", "bias all"): lambda: LoRA(r=2, bias="all", target_modules=["query"]),
     ("gpt2", "bias all"): lambda: LoRA(r=2, bias="all"),
     ("xlnet", "bias all"): lambda: LoRA(r=2, bias="all", target_modules=["layer_1"]),
+    ("xlnet", "whole attention"): lambda: LoRA(r=2, target_modules=["layer_1"], modules_to_save=["rel_attn"]),
     ("gpt2", "bias lora_only"): lambda: LoRA(r=2, bias="lora_only"),
     ("bert labels", "bias lora_only"): lambda: LoRA(r=2, bias="lora_only", target_modules=["query"], **SEQ),
     # tables
@@ -129,14 +132,17 @@ ROWS = {
     ("gpt2", "norms"): lambda: Norms(target_modules=["ln_1", "ln_f"]),
     # tokens
     **{(kind, "tokens"): lambda: Tokens(token_indices=[5, 3])
-       for kind in ("gpt2", "llama", "llama tied", "bert", "t5", "marian", "xlnet")},
+       for kind in ("gpt2", "llama", "llama tied", "bert bare", "t5", "xlnet bare")},
     **{(kind, "lora tokens"): lambda: LoRA(r=2, trainable_token_indices=[3, 9, 4], target_modules=["q_proj"])
        for kind in ("llama", "llama tied", "marian")},
     ("t5", "lora tokens"): lambda: LoRA(r=2, trainable_token_indices=[3, 9, 4], target_modules=["q"]),
     ("gpt2", "lora tokens"): lambda: LoRA(r=2, trainable_token_indices={"wte": [3, 4], "wpe": [7, 2]}),
 }  # fmt: skip
 # what peft trains beside the deltas, as our patterns
-WHOLE = {"bias all": ("*bias",), "bias lora_only": (), "norms": ("*norm*/scale", "*norm*/bias"), "norm": ("*norm/scale",)}
+WHOLE = {
+    "bias all": ("bias", "logits_bias"), "norms": ("*norm*/scale", "*norm*/bias"), "norm": ("*norm/scale",),
+    "whole attention": ("content_bias",),
+}  # fmt: skip
 IDS = np.random.default_rng(0).integers(3, 61, (2, 10))
 
 
@@ -160,6 +166,8 @@ def folders(tmp_path_factory):
 
 
 def inputs_of(kind):
+    if kind == "t5 labels":  # reads a row at its end
+        return {"input_ids": np.where(np.arange(10) == 9, 1, IDS)}
     more = {"decoder_input_ids": IDS[:, ::-1].copy()} if kind in ("t5", "marian") else {}
     return {"input_ids": IDS, **more}
 
@@ -195,7 +203,7 @@ def trained(kind, folder, config):
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
-                p.add_(0.3 * torch.randn_like(p))
+                p.add_(0.1 * torch.randn_like(p))
     return model
 
 

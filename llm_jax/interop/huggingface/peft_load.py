@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from llm_jax.delta import dora, node
-from llm_jax.delta.lora import Lora
+from llm_jax.delta.lora import LayeredLora, Lora
 from llm_jax.delta.rows import TokenRows
 from llm_jax.delta.scaled import Biased, Scaled
 from llm_jax.delta.starts import STARTS
@@ -209,8 +209,7 @@ def _node(w: Any, pairs: Sequence[Pair | None], is_stacked: bool, dropout: float
     arrays = (jnp.asarray(np.stack(a)), jnp.asarray(np.stack(b))) if is_stacked else (jnp.asarray(a[0]), jnp.asarray(b[0]))
     if len(set(ranks)) == len(set(scales)) == 1:
         return Lora(w, *arrays, scales[0], dropout)
-    uneven = tuple(ranks) if len(set(ranks)) > 1 else None
-    return Lora(w, *arrays, 1.0, dropout, jnp.asarray(scales, jnp.float32), uneven)
+    return LayeredLora(w, *arrays, 1.0, dropout, scales=jnp.asarray(scales, jnp.float32), ranks=tuple(ranks))
 
 
 def _vectors(
@@ -322,6 +321,7 @@ def _rows(tensors: Tensors, config: AdapterConfig, layout: Layout, flat: Mapping
     """Trained rows of tables."""
     out: dict[str, Any] = {}
     inner = "" if config.kind == "TRAINABLE_TOKENS" else "token_adapter."
+    shared: np.ndarray | None = None
     for end, ids in config.tokens.items():
         tables = [site for site in layout.sites if site.is_table and not site.is_stacked]
         named = lambda site: peft_names.tokens_name(layout.config, site)
@@ -334,10 +334,13 @@ def _rows(tensors: Tensors, config: AdapterConfig, layout: Layout, flat: Mapping
                                f"numbers from 0 to {size - 1}")  # fmt: skip
         _check_bare(tensors.folder, site, {path: out.get(path, flat[path])})
         rows = tensors.take(f"{name}.{inner}trainable_tokens_delta", (len(ids), width))
-        copies = [n for n in tensors.arrays if n.endswith(".trainable_tokens_delta") and layout.shares_table]
-        for copy in copies if path == peft_names.TABLE else ():
-            if not np.array_equal(tensors.take(copy, rows.shape), rows):
-                raise InteropError(f"{tensors.folder} unties {PREFIX}{copy} from {name}; the base ties them")
         order = np.argsort(ids)
         out[path] = TokenRows(flat[path], jnp.asarray(rows[order]), tuple(int(ids[i]) for i in order))
+        if path == peft_names.TABLE:
+            peft_names.check_rows(layout.config)
+            shared = rows
+    # a tied output layer's rows are stored once more
+    for copy in [n for n in tensors.arrays if n.endswith(".trainable_tokens_delta") and shared is not None]:
+        if layout.shares_table and not np.array_equal(tensors.take(copy, shared.shape), shared):
+            raise InteropError(f"{tensors.folder} unties {PREFIX}{copy} from the table; the base ties them")
     return out

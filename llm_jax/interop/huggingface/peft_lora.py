@@ -9,7 +9,7 @@ import numpy as np
 
 from llm_jax.delta import node
 from llm_jax.delta.dora import Dora
-from llm_jax.delta.lora import Lora
+from llm_jax.delta.lora import LayeredLora, Lora, ranks_of
 from llm_jax.delta.scaled import Biased
 from llm_jax.interop.huggingface import peft_fused, peft_match, peft_names
 from llm_jax.interop.huggingface.peft_fused import Pair
@@ -45,11 +45,12 @@ def lora_of(w: Any) -> Lora | None:
 
 def _pair(w: Lora, layer: int | None, shape: tuple[int, int]) -> Pair | None:
     """A and B of a layer without padding; None where it has none."""
-    rank = w.a.shape[-1] if w.ranks is None or layer is None else w.ranks[layer]
+    ranks = ranks_of(w)
+    rank = w.a.shape[-1] if ranks is None or layer is None else ranks[layer]
     if rank == 0:
         return None
     at = lambda x: np.asarray(x if layer is None else x[layer])
-    scale = w.scale if w.scales is None else w.scale * float(at(w.scales))
+    scale = w.scale * float(at(w.scales)) if isinstance(w, LayeredLora) else w.scale
     return Pair(at(w.a)[: shape[0], :rank], at(w.b)[:rank, : shape[1]], scale)
 
 
@@ -75,13 +76,14 @@ def against(pair: Pair, first: np.ndarray, now: np.ndarray, path: str) -> Pair:
 
 
 def _alpha(scale: float, rank: int, rs: bool) -> tuple[float, bool]:
-    """(alpha, whether alpha over r or its root is the scale to the last bit), the roundest that is."""
-    divisor = math.sqrt(rank) if rs else rank
+    """(the roundest alpha that gives this scale, whether it does to the last bit)."""
+    divisor = math.sqrt(rank) if rs else float(rank)
     near = scale * divisor
-    for alpha in (*(round(near, digits) for digits in range(8)), near, math.nextafter(near, 0), math.nextafter(near, math.inf)):  # fmt: skip
-        if alpha / divisor == scale or (alpha and np.float32(alpha / divisor) == scale):
-            return alpha, True
-    return near, False
+    tries = [*(round(near, digits) for digits in range(8)), near, math.nextafter(near, 0), math.nextafter(near, math.inf)]
+    equal = [alpha for alpha in tries if alpha / divisor == scale]
+    if not equal and scale == np.float32(scale):  # scales by layer are float32
+        equal = [alpha for alpha in tries if np.float32(alpha / divisor) == np.float32(scale)]
+    return (equal[0], True) if equal else (near, False)
 
 
 def _settings(sizes: Mapping[str, tuple[int, float]]) -> dict[str, Any]:

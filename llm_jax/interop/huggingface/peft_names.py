@@ -150,6 +150,17 @@ def has_copies(config: ModelConfig) -> bool:
     return isinstance(config, (T5Config, TransformerConfig))
 
 
+def check_rows(config: ModelConfig) -> None:
+    """Refuses trained rows of a table whose tied output layer has a bias: PEFT drops that bias beside them.
+
+    Raises:
+      InteropError: for BERT's kin and XLNet with their language-model heads.
+    """
+    if tied_output(config) is not None and isinstance(config, (BertConfig, XLNetConfig)):
+        raise InteropError(f"trained token rows have no place in PEFT's format beside {tied_output(config)}: PEFT leaves "
+                           "out the bias of an output layer that shares the table")  # fmt: skip
+
+
 def tokens_name(config: ModelConfig, site: Site) -> str:
     """PEFT's name for the rows of a table that train."""
     return _MARIAN_TOKENS if isinstance(config, TransformerConfig) else site.names[0]

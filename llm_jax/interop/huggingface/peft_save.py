@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from llm_jax.delta import node
-from llm_jax.delta.lora import Lora
+from llm_jax.delta.lora import Lora, ranks_of
 from llm_jax.delta.node import DeltaError
 from llm_jax.interop.huggingface import peft_config, peft_fused, peft_lora, peft_match, peft_names
 from llm_jax.interop.huggingface.peft_config import AdapterConfig
@@ -19,6 +19,7 @@ from llm_jax.interop.huggingface.peft_lora import Written
 from llm_jax.interop.huggingface.peft_names import PREFIX, Layout, module_of
 from llm_jax.interop.huggingface.peft_whole import written
 from llm_jax.interop.names import InteropError, Rule, some
+from llm_jax.models.transformer import TransformerConfig
 from llm_jax.nn import paths, weights
 from llm_jax.nn.protocols import Model, Params
 from llm_jax.nn.stack import stack
@@ -134,7 +135,7 @@ def _write(
 
 
 def _names(w: Any) -> tuple[str, ...]:
-    return tuple(type(delta).__name__ for delta in node.layers_of(w))
+    return tuple("Lora" if isinstance(delta, Lora) else type(delta).__name__ for delta in node.layers_of(w))
 
 
 def _whole_modules(layout: Layout, rules: Sequence[Rule]) -> list[Rule]:
@@ -158,7 +159,7 @@ def _bias(layout: Layout, biases: Sequence[Rule], saved: Sequence[Rule], deltas:
         return "none"
     if wanted == every:
         return "all"
-    complete = all(len(getattr(deltas[r.ours], "ranks", None) or ()) == 0 for r in layout.rules if r.ours in deltas)
+    complete = all(0 not in (ranks_of(lora) or ()) for w in deltas.values() if (lora := peft_lora.lora_of(w)) is not None)
     of_adapted = {f"{module_of(name)}.bias" for name in adapted} & every
     return "lora_only" if wanted == of_adapted and complete else "none"
 
@@ -225,13 +226,10 @@ def _merged(flat: Mapping[str, Any], saved: Sequence[Rule]) -> dict[str, Any]:
 
 def _saved_names(layout: Layout, flat: Mapping[str, Any], saved: Sequence[Rule]) -> tuple[str, ...]:
     """Shortest names that PEFT stores these modules under, and no others."""
-    tops = []
-    for rule in saved:
-        for name in rule.names(weights.shape_of(flat[rule.ours])):
-            module = module_of(name)
-            # RoBERTa's head is one module of two layers, which PEFT stores by itself
-            tops.append("classifier" if module.startswith("classifier.") else module)
-    tops = list(dict.fromkeys(tops))
+    found = [module_of(name) for rule in saved for name in rule.names(weights.shape_of(flat[rule.ours]))]
+    # RoBERTa's head is one module of two layers, which PEFT stores by itself
+    found = list(dict.fromkeys("classifier" if m.startswith("classifier.") else m for m in found))
+    tops = [m for m in found if not any(m.startswith(f"{other}.") for other in found)]
     others = {m for m in layout.modules if not any(m == top or m.startswith(f"{top}.") for top in tops)}
     return tuple(peft_match.shortest(tops, others, peft_match.is_tail))
 
@@ -248,6 +246,11 @@ def _rows(
         site = next((s for s in layout.sites if s.kernels == (path,) and s.is_table and not s.is_stacked), None)
         if site is None:
             raise InteropError(f"trained token rows on {path} have no place in PEFT's format: that is not a table there")
+        if path == peft_names.TABLE:
+            peft_names.check_rows(layout.config)
+            if pure and isinstance(layout.config, TransformerConfig):
+                raise InteropError("trained token rows alone have no place in PEFT's format for Marian: PEFT cannot run "
+                                   "them; train LoRA beside them")  # fmt: skip
         name = peft_names.tokens_name(layout.config, site)
         tensors[f"{name}.{'' if pure else 'token_adapter.'}trainable_tokens_delta"] = np.asarray(w.rows)
         tokens["" if path == peft_names.TABLE and len(deltas) == 1 and not pure else name] = w.ids
