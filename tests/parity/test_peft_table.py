@@ -22,7 +22,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 BERT = dict(vocab_size=61, hidden_size=12, num_hidden_layers=3, num_attention_heads=3, intermediate_size=20,
             max_position_embeddings=32)  # fmt: skip
-GPT = dict(vocab_size=61, n_positions=32, n_embd=12, n_layer=2, n_head=3, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+GPT = dict(
+    vocab_size=61, n_positions=32, n_embd=12, n_layer=2, n_head=3, bos_token_id=1, eos_token_id=2, pad_token_id=0
+)
 LLAMA = dict(vocab_size=61, hidden_size=12, intermediate_size=20, num_hidden_layers=3, num_attention_heads=3,
              num_key_value_heads=3, max_position_embeddings=32, pad_token_id=0)  # fmt: skip
 T5 = dict(vocab_size=61, d_model=12, d_kv=4, d_ff=20, num_layers=2, num_decoder_layers=3, num_heads=3,
@@ -79,7 +81,8 @@ ROWS = {
     ("t5 labels", "lora"): lambda: LoRA(r=2, modules_to_save=["classification_head"], **SEQ),
     ("marian", "lora"): lambda: LoRA(r=2, target_modules=["q_proj", "fc1", "encoder_attn.out_proj"]),
     ("xlnet", "lora"): lambda: LoRA(r=2, target_modules=["layer_1", "layer_2"]),
-    ("xlnet labels", "lora"): lambda: LoRA(r=2, target_modules=["ff.layer_1"], modules_to_save=["logits_proj", "sequence_summary"], **SEQ),
+    ("xlnet labels", "lora"): lambda: LoRA(r=2, target_modules=["ff.layer_1"], **SEQ,
+                                           modules_to_save=["logits_proj", "sequence_summary"]),
     ("gpt2 labels", "lora"): lambda: LoRA(r=2, **SEQ),
     ("llama labels", "lora"): lambda: LoRA(r=2, **SEQ),
     ("llama bare", "lora"): lambda: LoRA(r=2, target_modules=["q_proj"], task_type="FEATURE_EXTRACTION"),
@@ -91,7 +94,8 @@ ROWS = {
     ("gpt2", "ranks"): lambda: LoRA(r=2, rank_pattern={"h.1.attn.c_attn": 4}, alpha_pattern={"h.0.attn.c_attn": 3}),
     ("llama", "layers"): lambda: LoRA(r=2, layers_to_transform=[0, 2], target_modules=["q_proj", "up_proj"]),
     ("t5", "layers"): lambda: LoRA(r=2, layers_to_transform=1, layers_pattern="block", target_modules=["q"]),
-    ("gpt2", "expression"): lambda: LoRA(r=2, target_modules=r".*h\.1\.(attn|mlp)\.c_proj", exclude_modules=["mlp.c_proj"]),
+    ("gpt2", "expression"): lambda: LoRA(r=2, target_modules=r".*h\.1\.(attn|mlp)\.c_proj",
+                                          exclude_modules=["mlp.c_proj"]),
     # DoRA
     ("gpt2", "dora"): lambda: LoRA(r=2, use_dora=True, target_modules=["c_attn", "c_fc"]),
     ("llama", "dora"): lambda: LoRA(r=2, use_dora=True, target_modules=["q_proj", "down_proj", "embed_tokens"]),
@@ -99,7 +103,8 @@ ROWS = {
                                            target_modules=["k_proj", "o_proj"]),
     ("bert", "dora"): lambda: LoRA(r=2, use_dora=True, target_modules=["query"]),
     # biases
-    ("llama biases", "lora_bias"): lambda: LoRA(r=2, lora_alpha=5, lora_bias=True, target_modules=["q_proj", "up_proj"]),
+    ("llama biases", "lora_bias"): lambda: LoRA(r=2, lora_alpha=5, lora_bias=True,
+                                                 target_modules=["q_proj", "up_proj"]),
     ("gpt2", "lora_bias"): lambda: LoRA(r=2, lora_bias=True),
     ("bert labels", "bias all"): lambda: LoRA(r=2, bias="all", target_modules=["query"], **SEQ),
     ("bert", "bias all"): lambda: LoRA(r=2, bias="all", target_modules=["query"]),

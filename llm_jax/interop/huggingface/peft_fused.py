@@ -1,7 +1,8 @@
 """One fused layer there, several kernels here: GPT-2's `c_attn` holds query, key and value.
 
-Loading: B `[3D, r]` is cut in three, and all three share A `[r, D]`. Saving: equal As stay as they are, at rank r. Other
-As are stacked and B is block-diagonal, at rank 3r and with alpha three times as large, so that the scale is the same:
+Loading: B `[3D, r]` is cut in three, and all three share A `[r, D]`. Saving: equal As stay as they are, at rank r.
+Other As are stacked and B is block-diagonal, at rank 3r and with alpha three times as large, so that the scale is the
+same:
 
     A = [A_q; A_k; A_v]      B = [B_q  0    0  ]
                                  [0    B_k  0  ]

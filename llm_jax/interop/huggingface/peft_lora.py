@@ -79,7 +79,12 @@ def _alpha(scale: float, rank: int, rs: bool) -> tuple[float, bool]:
     """(the roundest alpha that gives this scale, whether it does to the last bit)."""
     divisor = math.sqrt(rank) if rs else float(rank)
     near = scale * divisor
-    tries = [*(round(near, digits) for digits in range(8)), near, math.nextafter(near, 0), math.nextafter(near, math.inf)]
+    tries = [
+        *(round(near, digits) for digits in range(8)),
+        near,
+        math.nextafter(near, 0),
+        math.nextafter(near, math.inf),
+    ]
     equal = [alpha for alpha in tries if alpha / divisor == scale]
     if not equal and scale == np.float32(scale):  # scales by layer are float32
         equal = [alpha for alpha in tries if np.float32(alpha / divisor) == np.float32(scale)]
@@ -88,12 +93,14 @@ def _alpha(scale: float, rank: int, rs: bool) -> tuple[float, bool]:
 
 def _settings(sizes: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
     """Rank, alpha and their patterns from each module's (rank, scale)."""
-    rs = not all(_alpha(s, r, False)[1] for r, s in sizes.values()) and all(_alpha(s, r, True)[1] for r, s in sizes.values())
+    rs = not all(_alpha(s, r, False)[1] for r, s in sizes.values()) and all(
+        _alpha(s, r, True)[1] for r, s in sizes.values()
+    )
     values = {name: (rank, _alpha(scale, rank, rs)[0]) for name, (rank, scale) in sizes.items()}
     (rank, alpha), _ = collections.Counter(values.values()).most_common(1)[0]
 
     def patterns(index: int, usual: float) -> dict[str, Any]:
-        out = {}
+        out: dict[str, Any] = {}
         for value in sorted({v[index] for v in values.values()} - {usual}):
             same = [name for name, v in values.items() if v[index] == value]
             others = [name for name in values if name not in same]
@@ -153,17 +160,26 @@ def write(
                 output = peft_names.tied_output(layout.config)
                 tensors |= {f"{output}.lora_A.weight": pair.b, f"{output}.lora_B.weight": pair.a}
             if is_dora:
-                lengths = [_length(flat[path], layer, width) for path, width in zip(site.kernels, site.widths, strict=True)]
+                lengths = [
+                    _length(flat[path], layer, width) for path, width in zip(site.kernels, site.widths, strict=True)
+                ]
                 tensors[f"{name}.lora_magnitude_vector"] = np.concatenate(lengths)
             if has_bias:
-                shifts = [_shift(flat[path], layer, width) for path, width in zip(site.kernels, site.widths, strict=True)]
+                shifts = [
+                    _shift(flat[path], layer, width) for path, width in zip(site.kernels, site.widths, strict=True)
+                ]
                 bias = np.concatenate(shifts)
                 tensors[f"{name}.lora_B.bias"] = (bias / np.float64(pair.scale)).astype(bias.dtype)
     return Written(tensors, parts, fields | _settings(sizes), list(sizes), transposed)
 
 
 def _stored(
-    w: Any, flat: Mapping[str, Any], original: Mapping[str, Any] | None, path: str, layer: int | None, shape: tuple[int, int]
+    w: Any,
+    flat: Mapping[str, Any],
+    original: Mapping[str, Any] | None,
+    path: str,
+    layer: int | None,
+    shape: tuple[int, int],
 ) -> Pair | None:
     lora = None if w is None else lora_of(w)
     pair = None if lora is None else _pair(lora, layer, shape)
@@ -183,7 +199,9 @@ def _check_table(layout: Layout, site: Site, is_dora: bool, has_bias: bool) -> d
     if path != peft_names.TABLE:
         return {}
     if peft_names.has_copies(layout.config):
-        raise InteropError(f"LoRA on {path} has no place in PEFT's format: lookups read copies of {site.names[0]} there")
+        raise InteropError(
+            f"LoRA on {path} has no place in PEFT's format: lookups read copies of {site.names[0]} there"
+        )
     tied = peft_names.tied_output(layout.config) is not None
     if tied and is_dora:
         raise InteropError(f"DoRA on {path} has no place in PEFT's format: the output layer shares the table")
@@ -221,18 +239,24 @@ def ia3(layout: Layout, flat: Mapping[str, Any], deltas: Mapping[str, Any]) -> W
         for index, name in enumerate(site.names):
             at = lambda x, index=index, site=site: np.asarray(x[index] if site.is_stacked else x)
             sizes = [(site.shapes[0][0] if inputs else width) for width in site.widths]
-            factors = [np.ones(n, np.float32) if w is None else at(w.factor)[:n] for w, n in zip(found, sizes, strict=True)]
+            factors = [
+                np.ones(n, np.float32) if w is None else at(w.factor)[:n] for w, n in zip(found, sizes, strict=True)
+            ]
             if inputs and any(w is None or not w.inputs or not np.array_equal(f, factors[0])
                               for w, f in zip(found, factors, strict=True)):  # fmt: skip
                 raise InteropError(f"IA3 on inputs of {site.kernels[0]} has no place in PEFT's format: {name} is one "
                                    "layer there and its parts' factors differ")  # fmt: skip
             if not inputs and any(w is not None and w.inputs for w in found):
-                raise InteropError(f"IA3 on {site.kernels[0]} scales inputs of some parts of {name} and outputs of others")
+                raise InteropError(
+                    f"IA3 on {site.kernels[0]} scales inputs of some parts of {name} and outputs of others"
+                )
             tensors[f"{name}.ia3_l"] = factors[0][None] if inputs else np.concatenate(factors)[:, None]
             if None in found:
                 parts[name] = [int(w is not None) for w in found]
             names[inputs].append(name)
-    return Written(tensors, parts, {"feedforward": _ends(layout, names[True], ())}, names[False] + names[True], transposed)
+    return Written(
+        tensors, parts, {"feedforward": _ends(layout, names[True], ())}, names[False] + names[True], transposed
+    )
 
 
 def _ends(layout: Layout, modules: Sequence[str], extra: Sequence[str]) -> tuple[str, ...]:

@@ -157,8 +157,8 @@ def check_rows(config: ModelConfig) -> None:
       InteropError: for BERT's kin and XLNet with their language-model heads.
     """
     if tied_output(config) is not None and isinstance(config, (BertConfig, XLNetConfig)):
-        raise InteropError(f"trained token rows have no place in PEFT's format beside {tied_output(config)}: PEFT leaves "
-                           "out the bias of an output layer that shares the table")  # fmt: skip
+        raise InteropError(f"trained token rows have no place in PEFT's format beside {tied_output(config)}: PEFT "
+                           "leaves out the bias of an output layer that shares the table")  # fmt: skip
 
 
 def tokens_name(config: ModelConfig, site: Site) -> str:

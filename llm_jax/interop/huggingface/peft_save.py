@@ -5,7 +5,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -14,9 +13,9 @@ from llm_jax.delta.lora import Lora, ranks_of
 from llm_jax.delta.node import DeltaError
 from llm_jax.interop.huggingface import peft_config, peft_fused, peft_lora, peft_match, peft_names
 from llm_jax.interop.huggingface.peft_config import AdapterConfig
-from llm_jax.interop.huggingface.peft_load import FILE
 from llm_jax.interop.huggingface.peft_lora import Written
 from llm_jax.interop.huggingface.peft_names import PREFIX, Layout, module_of
+from llm_jax.interop.huggingface.peft_tensors import FILE
 from llm_jax.interop.huggingface.peft_whole import written
 from llm_jax.interop.names import InteropError, Rule, some
 from llm_jax.models.transformer import TransformerConfig
@@ -56,8 +55,8 @@ def save(
       params: stacked or unstacked.
       base: name or path of the base model.
       whole: patterns of parameters that trained beside the deltas. All biases, or those of the adapted modules, become
-        PEFT's `bias`; norms alone become LayerNorm tuning; other modules are stored whole, as a head with labels and its
-        pooler always are. LoRA on such a module is merged into it.
+        PEFT's `bias`; norms alone become LayerNorm tuning; other modules are stored whole, as a head with labels and
+        its pooler always are. LoRA on such a module is merged into it.
       original: the base of before a start that changed it (PiSSA, OLoRA). The adapter is then written against it, as
         plain LoRA of twice the rank: what the start took out is `original - base`, and becomes minus A0 B0.
 
@@ -67,7 +66,20 @@ def save(
     """
     flat = dict(paths.flatten(stack(params), weights.is_node))
     layout = peft_names.layout(model.config, flat)
-    is_chosen = paths.matcher(tuple(whole))
+    try:
+        config, tensors, made = _content(layout, flat, tuple(whole), original)
+    except InteropError:
+        raise
+    except (DeltaError, ValueError) as e:
+        raise InteropError(str(e)) from e
+    _write(epath.Path(path), config, tensors, layout, base, made)
+
+
+def _content(
+    layout: Layout, flat: Mapping[str, Any], whole: tuple[str, ...], original: Params | None
+) -> tuple[AdapterConfig, dict[str, np.ndarray], Written | None]:
+    """(what the config says, the tensors, what carries LoRA or IA3)."""
+    is_chosen = paths.matcher(whole)
     chosen = [r for r in layout.rules if is_chosen(r.ours)]
     has_labels = any(r.ours.startswith("classifier/") for r in layout.rules)
     head = [r for r in layout.rules if has_labels and r.ours.split("/")[0] in _HEAD]
@@ -77,61 +89,50 @@ def save(
     deltas = _outside(flat, saved)
     bias = _bias(layout, biases, saved, deltas)
     if bias == "none" and biases:
-        saved = _whole_modules(layout, [*saved, *biases])
+        saved, biases = _whole_modules(layout, [*head, *chosen]), []
         deltas = _outside(flat, saved)
-    if layout.shares_table and any(r.ours == peft_names.TABLE for r in saved):
-        raise InteropError("PEFT's format cannot store a table that the output layer shares: train it without LoRA")
     kind = _kind(layout, flat, deltas, chosen)
-    config, parts, transposed = AdapterConfig(kind=kind, bias=bias), {}, True
-    adapted = {p: w for p, w in deltas.items() if KINDS[_names(w)] == kind != "TRAINABLE_TOKENS"}
+    config, made = AdapterConfig(kind=kind, bias=bias), None
+    adapted = {path: w for path, w in deltas.items() if KINDS[_names(w)] == kind != "TRAINABLE_TOKENS"}
     tensors: dict[str, np.ndarray] = {}
-    try:
-        if adapted:
-            before = None if original is None else dict(paths.flatten(stack(original), weights.is_node))
-            is_lora = kind == "LORA"
-            made = peft_lora.write(layout, flat, adapted, before) if is_lora else peft_lora.ia3(layout, flat, adapted)
-            _check_places(adapted, layout)
-            tensors, parts, transposed = made.tensors, made.parts, made.transposed
-            config = dataclasses.replace(config, **made.fields, targets=_targets(layout, made))
-            stored = biases if bias != "none" else []
-            for name, array in written(stored, flat, model.config).items():
-                module = module_of(name)
-                tensors[f"{module}.base_layer.bias" if module in made.modules else name] = array
-        if kind == "LN_TUNING":
-            tuned = [r for r in saved if r not in head]
-            saved = [r for r in saved if r in head]
-            stored_arrays = written(tuned, flat, model.config)
-            modules = sorted({module_of(name) for name in stored_arrays})
-            config = dataclasses.replace(config, targets=_ends(layout, modules))
-            for name, array in stored_arrays.items():
-                tensors[f"{module_of(name)}.ln_tuning_layers.{name.rpartition('.')[2]}"] = array
-        tensors |= written(saved, _merged(flat, saved), model.config)
-        config = dataclasses.replace(config, saved=_saved_names(layout, flat, saved))
-    except InteropError:
-        raise
-    except (DeltaError, ValueError) as e:
-        raise InteropError(str(e)) from e
+    if adapted:
+        _check_places(adapted, layout)
+        before = None if original is None else dict(paths.flatten(stack(original), weights.is_node))
+        is_lora = kind == "LORA"
+        made = peft_lora.write(layout, flat, adapted, before) if is_lora else peft_lora.ia3(layout, flat, adapted)
+        tensors |= made.tensors
+        config = dataclasses.replace(config, **made.fields, targets=_targets(layout, made))
+        for name, array in written(biases, flat, layout.config).items():
+            module = module_of(name)
+            tensors[f"{module}.base_layer.bias" if module in made.modules else name] = array
+    if kind == "LN_TUNING":
+        tuned = written([r for r in saved if r not in head], flat, layout.config)
+        saved = head
+        config = dataclasses.replace(config, targets=_ends(layout, sorted({module_of(name) for name in tuned})))
+        tensors |= {f"{module_of(n)}.ln_tuning_layers.{n.rpartition('.')[2]}": array for n, array in tuned.items()}
+    tensors |= written(saved, _merged(flat, saved), layout.config)
+    config = dataclasses.replace(config, saved=_saved_names(layout, flat, saved))
     config, rows = _rows(layout, config, {p: w for p, w in deltas.items() if _names(w) == ("TokenRows",)})
-    _write(epath.Path(path), config, tensors | rows, parts, layout, base, not transposed)
+    return config, tensors | rows, made
 
 
 def _write(
     folder: epath.Path,
     config: AdapterConfig,
     tensors: Mapping[str, np.ndarray],
-    parts: Mapping[str, list[int]],
     layout: Layout,
     base: str,
-    fan_in_fan_out: bool,
+    made: Written | None,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     contents = {PREFIX + name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    parts = {} if made is None else made.parts
     metadata = {"format": "pt"} | ({peft_fused.METADATA: json.dumps(parts)} if parts else {})
     save_file(contents, str(folder / FILE), metadata=metadata)
     task = peft_config.TASKS.get(getattr(layout.config, "head", "lm"))
     if task == "CAUSAL_LM" and peft_names.has_copies(layout.config):
         task = "SEQ_2_SEQ_LM"
-    peft_config.write(folder, config, task, base, fan_in_fan_out)
+    peft_config.write(folder, config, task, base, made is not None and not made.transposed)
 
 
 def _names(w: Any) -> tuple[str, ...]:
@@ -139,9 +140,22 @@ def _names(w: Any) -> tuple[str, ...]:
 
 
 def _whole_modules(layout: Layout, rules: Sequence[Rule]) -> list[Rule]:
-    """All rules of the modules of some rules."""
+    """All rules of the modules of some rules.
+
+    Raises:
+      InteropError: naming a parameter whose module cannot be stored whole.
+    """
+    output = peft_names.tied_output(layout.config)
+    for rule in rules:
+        module = module_of(rule.theirs)
+        shared = f"{output}.".startswith(f"{module}.") or (layout.shares_table and rule.ours == peft_names.TABLE)
+        if shared and rule.ours == peft_names.TABLE:
+            raise InteropError("PEFT's format cannot store a table that the output layer shares: train it without LoRA")
+        if shared or not module:
+            reason = "it is in no module there" if not module else f"{module} shares the token table"
+            raise InteropError(f"{rule.ours} has no place in PEFT's format: {reason}")
     modules = tuple(f"{module_of(r.theirs)}." for r in rules)
-    return [r for r in layout.rules if r.theirs.startswith(modules)] if modules else []
+    return [r for r in layout.rules if modules and r.theirs.startswith(modules)]
 
 
 def _outside(flat: Mapping[str, Any], saved: Sequence[Rule]) -> dict[str, Any]:
@@ -151,17 +165,16 @@ def _outside(flat: Mapping[str, Any], saved: Sequence[Rule]) -> dict[str, Any]:
 
 def _bias(layout: Layout, biases: Sequence[Rule], saved: Sequence[Rule], deltas: Mapping[str, Any]) -> str:
     """PEFT's `bias` that stands for some trained biases beside LoRA; `none` where none does."""
-    adapted = {r.theirs for r in layout.rules if r.ours in deltas and isinstance(node.layers_of(deltas[r.ours])[-1], Lora)}
+    loras = {path: lora for path, w in deltas.items() if (lora := peft_lora.lora_of(w)) is not None}
     wanted = {r.theirs for r in biases}
-    every = {r.theirs for r in layout.rules if r.theirs.endswith(".bias") and r not in saved}
-    whole = {r.theirs for r in biases} and all(r in biases for r in layout.rules if r.theirs in wanted)
-    if not adapted or not whole:
+    if not loras or not wanted or any(r.theirs in wanted and r not in biases for r in layout.rules):
         return "none"
+    every = {r.theirs for r in layout.rules if r.theirs.endswith(".bias") and r not in saved}
     if wanted == every:
         return "all"
-    complete = all(0 not in (ranks_of(lora) or ()) for w in deltas.values() if (lora := peft_lora.lora_of(w)) is not None)
-    of_adapted = {f"{module_of(name)}.bias" for name in adapted} & every
-    return "lora_only" if wanted == of_adapted and complete else "none"
+    in_all_layers = all(0 not in (ranks_of(lora) or ()) for lora in loras.values())
+    adapted = {f"{module_of(r.theirs)}.bias" for r in layout.rules if r.ours in loras} & every
+    return "lora_only" if in_all_layers and wanted == adapted else "none"
 
 
 def _kind(layout: Layout, flat: Mapping[str, Any], deltas: Mapping[str, Any], chosen: Sequence[Rule]) -> str:
@@ -177,7 +190,9 @@ def _kind(layout: Layout, flat: Mapping[str, Any], deltas: Mapping[str, Any], ch
     kinds = {KINDS[_names(w)]: path for path, w in deltas.items()}
     if "IA3" in kinds and len(kinds) > 1:
         other = next(path for kind, path in kinds.items() if kind != "IA3")
-        raise InteropError(f"IA3 on {kinds['IA3']} beside {deltas[other].name} on {other} has no place in PEFT's format")
+        raise InteropError(
+            f"IA3 on {kinds['IA3']} beside {deltas[other].name} on {other} has no place in PEFT's format"
+        )
     if kinds.keys() & {"LORA", "IA3"}:
         return "IA3" if "IA3" in kinds else "LORA"
     if kinds:
@@ -187,9 +202,10 @@ def _kind(layout: Layout, flat: Mapping[str, Any], deltas: Mapping[str, Any], ch
         return "TRAINABLE_TOKENS"
     if any(node.is_delta(w) for w in flat.values()):
         raise InteropError("all modules with LoRA are stored whole: save the merged model instead")
-    if not chosen:
-        raise InteropError("there is no LoRA or other delta in these parameters, and whole matches no parameter")
-    others = [r.ours for r in chosen if "norm" not in r.ours.split("/")[-2] and r.ours.split("/")[0] not in _HEAD]
+    beside = [r.ours for r in chosen if r.ours.split("/")[0] not in _HEAD]
+    if not beside:
+        raise InteropError("there is no LoRA or other delta in these parameters, and whole names no norm")
+    others = [path for path in beside if not path.rpartition("/")[0].endswith("norm")]
     if others:
         raise InteropError(f"{some(others)} have no place in PEFT's format without LoRA beside them")
     return "LN_TUNING"
@@ -198,8 +214,10 @@ def _kind(layout: Layout, flat: Mapping[str, Any], deltas: Mapping[str, Any], ch
 def _check_places(adapted: Mapping[str, Any], layout: Layout) -> None:
     homeless = sorted(adapted.keys() - {path for site in layout.sites for path in site.kernels})
     if homeless:
-        raise InteropError(f"{adapted[homeless[0]].name} on {some(homeless)} has no place in PEFT's format: that is not a "
-                           "linear layer there")  # fmt: skip
+        name = adapted[homeless[0]].name
+        raise InteropError(
+            f"{name} on {some(homeless)} has no place in PEFT's format: that is not a linear layer there"
+        )
 
 
 def _ends(layout: Layout, modules: Sequence[str]) -> tuple[str, ...]:
@@ -245,13 +263,16 @@ def _rows(
     for path, w in deltas.items():
         site = next((s for s in layout.sites if s.kernels == (path,) and s.is_table and not s.is_stacked), None)
         if site is None:
-            raise InteropError(f"trained token rows on {path} have no place in PEFT's format: that is not a table there")
+            raise InteropError(
+                f"trained token rows on {path} have no place in PEFT's format: that is not a table there"
+            )
         if path == peft_names.TABLE:
             peft_names.check_rows(layout.config)
             if pure and isinstance(layout.config, TransformerConfig):
-                raise InteropError("trained token rows alone have no place in PEFT's format for Marian: PEFT cannot run "
-                                   "them; train LoRA beside them")  # fmt: skip
+                raise InteropError("trained token rows alone have no place in PEFT's format for Marian: PEFT cannot "
+                                   "run them; train LoRA beside them")  # fmt: skip
         name = peft_names.tokens_name(layout.config, site)
         tensors[f"{name}.{'' if pure else 'token_adapter.'}trainable_tokens_delta"] = np.asarray(w.rows)
         tokens["" if path == peft_names.TABLE and len(deltas) == 1 and not pure else name] = w.ids
-    return dataclasses.replace(config, tokens=tokens, **({"targets": tuple(tokens)} if pure else {})), tensors
+    config = dataclasses.replace(config, tokens=tokens)
+    return dataclasses.replace(config, targets=tuple(tokens)) if pure else config, tensors
