@@ -131,7 +131,8 @@ def layout(config: ModelConfig, flat: Mapping[str, Any]) -> Layout:
         for above in peft_match.ancestors(module_of(name))
     }
     output = tied_output(config)
-    modules |= {*_UNLISTED, *([] if output is None else [output])}
+    modules |= {name for name in _UNLISTED if not any(peft_match.is_end(name, module) for module in modules)}
+    modules |= set() if output is None else {output}
     return Layout(config, family, rules, _sites(config, rules, flat), frozenset(modules - {""}))
 
 

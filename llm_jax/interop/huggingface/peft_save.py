@@ -46,8 +46,8 @@ def save(
     """Writes the deltas in `params` so that `peft.PeftModel.from_pretrained` reads them.
 
     PEFT's format holds LoRA or DoRA with biases and trained tokens beside them, or IA3, or trained tokens alone, or
-    tuned norms alone. `load` gives back what is saved bit by bit, except that a bias beside LoRA (`Biased`) is divided
-    by the scale, which rounds where the scale is not a power of two.
+    tuned norms alone. `load` gives back what is saved bit by bit, with two exceptions that round once: a bias beside
+    LoRA (`Biased`) is divided by the scale, and parts of a fused layer whose scales differ get one scale.
 
     Args:
       path: folder.
