@@ -3,6 +3,7 @@
 A row is made by peft, read here, compared, written here, read by peft, compared again, and read here bit by bit.
 """
 
+import dataclasses
 import functools
 import re
 
@@ -12,11 +13,15 @@ import peft
 import pytest
 import torch
 import transformers
-from theirs import BOUNDS, use_doubles
+from theirs import use_doubles
 
 from llm_jax import interop
-from llm_jax.interop.huggingface import peft as ours_peft
-from llm_jax.nn import paths
+from llm_jax.delta import methods
+from llm_jax.delta.lora import LayeredLora, Lora, LoraConfig, columns
+from llm_jax.delta.methods import DeltaConfig, Ia3Config
+from llm_jax.delta.scaled import Biased
+from llm_jax.interop.huggingface import peft as peft_format
+from llm_jax.nn import paths, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -212,7 +217,7 @@ def trained(kind, folder, config):
     return model
 
 
-@pytest.mark.parametrize("kind, name", ROWS, ids=str)
+@pytest.mark.parametrize("kind, name", ROWS, ids=lambda x: x.replace(" ", "_"))
 def test_both_ways(kind, name, folders, tmp_path):
     loaded, config = base(kind, folders(kind)), ROWS[kind, name]()
     trained(kind, folders(kind), config).save_pretrained(tmp_path / "theirs")
@@ -220,7 +225,7 @@ def test_both_ways(kind, name, folders, tmp_path):
     want = their_logits(kind, peft.PeftModel.from_pretrained(fresh(kind, folders(kind)), tmp_path / "theirs"))
     plain = their_logits(kind, fresh(kind, folders(kind)))
     assert np.abs(want - plain).max() > 1e-3
-    params = ours_peft.load(tmp_path / "theirs", loaded.model, loaded.params)
+    params = peft_format.load(tmp_path / "theirs", loaded.model, loaded.params)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
     close(our_logits(kind, loaded.model, params), want)
     original = loaded.params if name in ("pissa", "olora") else None
@@ -228,11 +233,98 @@ def test_both_ways(kind, name, folders, tmp_path):
     if name == "bias lora_only":
         whole = tuple(p for p, _ in paths.flatten(params) if re.search(r"(query|key|value)/bias", p))
         whole = whole if kind == "gpt2" else tuple(p for p in whole if "query" in p)
-    ours_peft.save(tmp_path / "ours", loaded.model, params, str(folders(kind)), whole=whole, original=original)
+    peft_format.save(tmp_path / "ours", loaded.model, params, str(folders(kind)), whole=whole, original=original)
     again = peft.PeftModel.from_pretrained(fresh(kind, folders(kind)), tmp_path / "ours")
     close(their_logits(kind, again), want)
-    back = ours_peft.load(tmp_path / "ours", loaded.model, loaded.params)
+    back = peft_format.load(tmp_path / "ours", loaded.model, loaded.params)
     if original is None:
         same(back, params)
     else:
         close(our_logits(kind, loaded.model, back), want)
+
+
+ATTENTION = ("attention.query", "attention.value")
+of = lambda **fields: DeltaConfig(lora=LoraConfig(**{"rank": 2, "targets": ATTENTION, **fields}))
+# deltas that peft does not make by itself: (ours, parameters that train beside them)
+OURS = {
+    ("gpt2", "parts"): (of(), ()),
+    ("gpt2", "dora parts"): (of(dora=True), ()),
+    ("gpt2", "parts by layer"): (of(targets=("attention", "mlp"), ranks=("layers[1].attention.key=3",)), ()),
+    ("gpt2", "ia3"): (DeltaConfig(ia3=Ia3Config()), ()),
+    ("gpt1", "ia3"): (DeltaConfig(ia3=Ia3Config()), ()),
+    ("albert", "layers"): (of(targets=("layers[1,2].mlp", "attention.query")), ()),
+    ("xlnet", "ia3"): (DeltaConfig(ia3=Ia3Config(("mlp.up",))), ()),
+    ("llama biases", "biases"): (of(targets=("attention",)), ("attention/*/bias",)),
+    ("bert labels", "biases and norms"): (of(), ("*bias", "*norm*/scale")),
+    ("distilbert", "norms"): (DeltaConfig(norms=True), ("*norm*/scale", "*norm*/bias")),
+    ("t5", "norms"): (DeltaConfig(norms=True), ("*norm*/scale",)),
+    ("marian", "norms and LoRA"): (of(), ("mlp_norm/scale",)),
+    ("llama", "pissa"): (of(start="pissa", alpha=3.0), ()),
+    ("gpt2", "olora"): (of(start="olora", targets=("attention",)), ()),
+    ("llama", "dora pissa"): (of(start="pissa", dora=True), ()),
+    ("llama tied", "rows and table"): (dataclasses.replace(of(), token_rows=(4, 9)), ()),
+    ("llama biases", "a bias beside LoRA"): (of(targets=("attention",)), ()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, name", OURS, ids=lambda x: x.replace(" ", "_"))
+def test_our_deltas_there(kind, name, folders, tmp_path):
+    loaded, (config, whole) = base(kind, folders(kind)), OURS[kind, name]
+    params = jax.jit(lambda p: methods.attach(p, config, jax.random.key(0)))(loaded.params)
+    if name == "a bias beside LoRA":
+        params = paths.map_with_path(
+            lambda p, w: Biased(w, np.zeros(w.shape[::2], np.float32)) if isinstance(w, Lora) else w, params,
+            is_leaf=weights.is_node)  # fmt: skip
+    rng, trains = np.random.default_rng(0), paths.matcher((*methods.trainable(params, config), *whole, "*/shift"))
+    move = lambda path, x: np.asarray(x + 0.1 * rng.normal(size=x.shape), np.float32) if trains(path) else x
+    params = paths.map_with_path(move, params)
+    params = jax.tree.map(zero_padding, params, is_leaf=weights.is_node)
+    original = loaded.params if "pissa" in name or "olora" in name else None
+    peft_format.save(tmp_path, loaded.model, params, str(folders(kind)), whole=whole, original=original)
+    theirs = peft.PeftModel.from_pretrained(fresh(kind, folders(kind)), tmp_path)
+    want = our_logits(kind, loaded.model, params)
+    np.testing.assert_allclose(their_logits(kind, theirs), want, rtol=1e-5, atol=1e-5)
+
+
+def zero_padding(w):
+    if not isinstance(w, LayeredLora):
+        return w
+    real = columns(w.ranks, w.a.shape[-1])
+    return w.replace(a=w.a * real[:, None, :], b=w.b * real[:, :, None], scales=np.where(real.any(1), w.scales, 0))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+def test_lora_in_doubles(kind, folders, tmp_path, monkeypatch):
+    """Families without rotary positions, whose frequencies theirs keeps in float32."""
+    base(kind, folders(kind))
+    model = peft.get_peft_model(fresh(kind, folders(kind)), ROWS[kind, "lora"]()).double()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    model.save_pretrained(tmp_path / "theirs")
+    plain = {n.replace(".base_layer", ""): x for n, x in model.get_base_model().state_dict().items() if "lora" not in n}
+    model.get_base_model().save_pretrained(tmp_path / "base", state_dict=plain)
+    cls = MODELS[kind][0]
+    with jax.enable_x64(True):
+        loaded = interop.load(tmp_path / "base")
+        params = peft_format.load(tmp_path / "theirs", loaded.model, loaded.params)
+        ours = our_logits(kind, loaded.model, params)
+        peft_format.save(tmp_path / "ours", loaded.model, params, str(tmp_path / "base"))
+    again = peft.PeftModel.from_pretrained(
+        cls.from_pretrained(tmp_path / "base", dtype=torch.float64), tmp_path / "ours", autocast_adapter_dtype=False
+    )
+    assert {x.dtype for x in again.parameters()} == {torch.float64}
+    use_doubles(monkeypatch)
+    for theirs in (model, again):
+        np.testing.assert_allclose(ours, their_logits(kind, theirs), rtol=1e-10, atol=1e-10)
+
+
+def test_peft_leaves_out_a_tied_output_layers_bias_beside_trained_rows(folders):
+    """Why such rows are refused here: an adapter that changes nothing changes their logits by that bias."""
+    base("bert", folders("bert"))
+    plain = their_logits("bert", fresh("bert", folders("bert")))
+    model = fresh("bert", folders("bert"))
+    bias = model.cls.predictions.bias.detach().numpy()
+    rows = their_logits("bert", peft.get_peft_model(model, Tokens(token_indices=[3])))
+    np.testing.assert_allclose(plain - rows, np.broadcast_to(bias, plain.shape), rtol=1e-4, atol=1e-5)

@@ -184,9 +184,7 @@ def test_parts_of_other_scales_are_stored_exactly_to_rounding(tmp_path):
     peft.save(tmp_path, model, params)
     again = peft.load(tmp_path, model, base("gpt2"))["decoder"]["layers"]["attention"]
     for part in ("query", "key", "value"):
-        np.testing.assert_allclose(
-            again[part]["kernel"].dense(), nodes[part]["kernel"].dense(), rtol=1e-5, atol=1e-6
-        )
+        np.testing.assert_allclose(again[part]["kernel"].dense(), nodes[part]["kernel"].dense(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
@@ -350,7 +348,9 @@ def test_an_adapter_of_another_base(tmp_path):
     with pytest.raises(InteropError, match=r"has shape \[2, 12\], expected \[2, 24\]"):
         peft.load(tmp_path, other.make(), model_params(other))
     with pytest.raises(InteropError, match="carries IA3 already"):
-        peft.load(tmp_path, CONFIGS["llama"].make(), attached("llama", DeltaConfig(ia3=Ia3Config(("attention.query",)))))
+        peft.load(
+            tmp_path, CONFIGS["llama"].make(), attached("llama", DeltaConfig(ia3=Ia3Config(("attention.query",))))
+        )
 
 
 def test_merged_difference():
