@@ -16,6 +16,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from llm_jax.nn import paths, weights
 
 Layers = tuple[int, ...]
@@ -67,7 +69,7 @@ def layer_counts(params: Any) -> dict[str, int]:
     for path, w in paths.flatten(params, weights.is_node):
         if place := _layer_of(path):
             stack, number = place
-            size = weights.shape_of(w)[0] if number is None else number + 1
+            size = jax.tree.leaves(w)[0].shape[0] if number is None else number + 1  # of any node, ports' too
             counts[stack] = max(counts.get(stack, 0), size)
     return counts
 

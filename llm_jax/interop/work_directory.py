@@ -11,6 +11,7 @@ from llm_jax.interop.names import InteropError
 from llm_jax.models import parameters, registry
 from llm_jax.nn.execution import Execution
 from llm_jax.nn.protocols import Axes, Model, Params, Tree
+from llm_jax.nn.realized import realize
 from llm_jax.nn.ties import expand, parse
 
 CHECKPOINTS = "checkpoints"
@@ -31,6 +32,8 @@ def load(
 ) -> tuple[Model, Params]:
     """The module and the parameters of the newest checkpoint, or their moving average (None: where there is one).
 
+    Shared parameters are in every place, and realized nodes are what they become.
+
     Raises:
       InteropError: if the folder holds no config of ours.
       CheckpointError: if there is no checkpoint, it is damaged, or it holds no average.
@@ -47,7 +50,7 @@ def load(
     checkpoints = Checkpoints(path / CHECKPOINTS, read_only=True)
     on_devices = None if place is None else lambda shapes: place(shapes, axes)
     params, _ = checkpoints.restore_params(average=average, cast=dtype, place=on_devices)
-    params = expand(params, ties)
+    params = expand(realize(params), ties)
     parameters.check(model, params)
     return model, params
 
