@@ -2,8 +2,8 @@
 
 import collections
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -13,29 +13,11 @@ from llm_jax.delta.lora import LayeredLora, Lora, ranks_of
 from llm_jax.delta.scaled import Biased
 from llm_jax.interop.huggingface import peft_fused, peft_match, peft_names
 from llm_jax.interop.huggingface.peft_fused import Pair
-from llm_jax.interop.huggingface.peft_names import Layout, Site
+from llm_jax.interop.huggingface.peft_names import Layout, Site, Written
 from llm_jax.interop.names import InteropError
 from llm_jax.nn import weights
 
 _LEFT = 1e-5  # of a kernel's norm: what rounding leaves beside a difference of rank r
-
-
-class Written(NamedTuple):
-    """LoRA as PEFT stores it.
-
-    Attributes:
-      tensors: theirs, by name without PEFT's prefix.
-      parts: module -> ranks of its parts, where they are side by side.
-      fields: of `AdapterConfig`.
-      modules: names of the adapted modules.
-      transposed: whether kernels of adapted layers are `[out, in]` there.
-    """
-
-    tensors: dict[str, np.ndarray]
-    parts: dict[str, list[int]]
-    fields: dict[str, Any]
-    modules: list[str]
-    transposed: bool
 
 
 def lora_of(w: Any) -> Lora | None:
@@ -145,50 +127,72 @@ def write(
     for site in (s for s in layout.sites if deltas.keys() & set(s.kernels)):
         transposed &= site.transposed or site.is_table
         fields |= _check_table(layout, site, is_dora, has_bias)
-        for index, name in enumerate(site.names):
-            layer = index if site.is_stacked else None
-            pairs = [_stored(deltas.get(path), flat, original, path, layer, shape)
-                     for path, shape in zip(site.kernels, site.shapes, strict=True)]  # fmt: skip
-            if not any(pairs):
-                continue
+        for name, pairs, vectors in _modules(site, flat, deltas, original, is_dora, has_bias):
             pair, ranks = peft_fused.join(pairs, site.widths)
             sizes[name] = (pair.rank, pair.scale)
             parts |= {} if ranks is None else {name: ranks}
             ends = ("lora_embedding_A", "lora_embedding_B") if site.is_table else ("lora_A.weight", "lora_B.weight")
             tensors |= {f"{name}.{ends[0]}": pair.a.T, f"{name}.{ends[1]}": pair.b.T}
-            if fields.get("tie") and site.is_table and site.kernels == (peft_names.TABLE,):
+            if fields.get("tie") and site.kernels == (peft_names.TABLE,):
                 output = peft_names.tied_output(layout.config)
                 tensors |= {f"{output}.lora_A.weight": pair.b, f"{output}.lora_B.weight": pair.a}
             if is_dora:
-                lengths = [
-                    _length(flat[path], layer, width) for path, width in zip(site.kernels, site.widths, strict=True)
-                ]
-                tensors[f"{name}.lora_magnitude_vector"] = np.concatenate(lengths)
+                tensors[f"{name}.lora_magnitude_vector"] = np.concatenate(vectors)
             if has_bias:
-                shifts = [
-                    _shift(flat[path], layer, width) for path, width in zip(site.kernels, site.widths, strict=True)
-                ]
-                bias = np.concatenate(shifts)
+                bias = np.concatenate(vectors)
                 tensors[f"{name}.lora_B.bias"] = (bias / np.float64(pair.scale)).astype(bias.dtype)
     return Written(tensors, parts, fields | _settings(sizes), list(sizes), transposed)
 
 
-def _stored(
-    w: Any,
+def _on_host(w: Any) -> Any:
+    """The same delta with its own arrays in memory; its base stays where it is."""
+    if not node.is_delta(w):
+        return w
+    arrays = {field: None if x is None else np.asarray(x) for field, x in w.leaves().items()}
+    return w.replace(base=_on_host(w.base), **arrays)
+
+
+def _modules(
+    site: Site,
     flat: Mapping[str, Any],
+    deltas: Mapping[str, Any],
     original: Mapping[str, Any] | None,
-    path: str,
-    layer: int | None,
-    shape: tuple[int, int],
-) -> Pair | None:
-    lora = None if w is None else lora_of(w)
-    pair = None if lora is None else _pair(lora, layer, shape)
-    if pair is None or original is None:
-        return pair
-    at = lambda x: np.asarray(weights.materialize(x))[... if layer is None else layer]
-    if path not in original or node.is_delta(original[path]):
-        raise InteropError(f"original has no plain {path}")
-    return against(pair, at(original[path])[: shape[0], : shape[1]], at(node.stripped(w))[: shape[0], : shape[1]], path)
+    is_dora: bool,
+    has_bias: bool,
+) -> Iterator[tuple[str, list[Pair | None], list[np.ndarray]]]:
+    """(module, LoRA of its parts, vectors of its parts) of every layer of a site that has LoRA.
+
+    The vectors are lengths of columns for DoRA, biases with `has_bias`, and else none.
+    """
+    nodes = [_on_host(deltas.get(path)) for path in site.kernels]
+    dense = lambda w: np.asarray(weights.materialize(w))
+    now: list[Any] = [None] * len(nodes)
+    first: list[Any] = [None] * len(nodes)
+    for i, (path, w) in enumerate(zip(site.kernels, nodes, strict=True)):
+        if original is not None and w is not None:
+            if path not in original or node.is_delta(original[path]):
+                raise InteropError(f"original has no {path} without deltas")
+            now[i], first[i] = dense(node.stripped(w)), dense(original[path])
+        elif is_dora and w is None:
+            now[i] = dense(flat[path])
+    for index, name in enumerate(site.names):
+        layer = index if site.is_stacked else None
+        at = lambda x, layer=layer: x if layer is None else x[layer]
+        pairs: list[Pair | None] = []
+        vectors = []
+        for i, (path, shape) in enumerate(zip(site.kernels, site.shapes, strict=True)):
+            w, inner = nodes[i], (slice(0, shape[0]), slice(0, shape[1]))
+            lora = None if w is None else lora_of(w)
+            pair = None if lora is None else _pair(lora, layer, shape)
+            if pair is not None and first[i] is not None:
+                pair = against(pair, at(first[i])[inner], at(now[i])[inner], path)
+            pairs.append(pair)
+            if is_dora:
+                vectors.append(np.linalg.norm(at(now[i])[inner], axis=0) if w is None else at(w.magnitude)[: shape[1]])
+            elif has_bias:
+                vectors.append(np.zeros(shape[1], np.float32) if w is None else at(w.shift)[: shape[1]])
+        if any(pairs):
+            yield name, pairs, vectors
 
 
 def _check_table(layout: Layout, site: Site, is_dora: bool, has_bias: bool) -> dict[str, Any]:
@@ -206,59 +210,3 @@ def _check_table(layout: Layout, site: Site, is_dora: bool, has_bias: bool) -> d
     if tied and is_dora:
         raise InteropError(f"DoRA on {path} has no place in PEFT's format: the output layer shares the table")
     return {"tie": tied}
-
-
-def _length(w: Any, layer: int | None, width: int) -> np.ndarray:
-    """Lengths of columns, where there is no DoRA those of the matrix."""
-    at = lambda x: np.asarray(x if layer is None else x[layer])[..., :width]
-    return at(w.magnitude) if isinstance(w, Dora) else np.linalg.norm(at(weights.materialize(w)), axis=0)
-
-
-def _shift(w: Any, layer: int | None, width: int) -> np.ndarray:
-    if not isinstance(w, Biased):
-        return np.zeros(width, np.float32)
-    return np.asarray(w.shift if layer is None else w.shift[layer])[:width]
-
-
-def ia3(layout: Layout, flat: Mapping[str, Any], deltas: Mapping[str, Any]) -> Written:
-    """IA3 as PEFT's tensors: `[out, 1]`, or `[1, in]` where inputs are scaled.
-
-    Raises:
-      InteropError: for factors on a table, or on the inputs of a fused layer that differ.
-    """
-    tensors: dict[str, np.ndarray] = {}
-    parts: dict[str, list[int]] = {}
-    names: dict[bool, list[str]] = {False: [], True: []}
-    transposed = True
-    for site in (s for s in layout.sites if deltas.keys() & set(s.kernels)):
-        transposed &= site.transposed
-        if site.is_table:
-            raise InteropError(f"IA3 on {site.kernels[0]} has no place in PEFT's format: it is a table")
-        found = [deltas.get(path) for path in site.kernels]
-        inputs = next(w.inputs for w in found if w is not None)
-        for index, name in enumerate(site.names):
-            at = lambda x, index=index, site=site: np.asarray(x[index] if site.is_stacked else x)
-            sizes = [(site.shapes[0][0] if inputs else width) for width in site.widths]
-            factors = [
-                np.ones(n, np.float32) if w is None else at(w.factor)[:n] for w, n in zip(found, sizes, strict=True)
-            ]
-            if inputs and any(w is None or not w.inputs or not np.array_equal(f, factors[0])
-                              for w, f in zip(found, factors, strict=True)):  # fmt: skip
-                raise InteropError(f"IA3 on inputs of {site.kernels[0]} has no place in PEFT's format: {name} is one "
-                                   "layer there and its parts' factors differ")  # fmt: skip
-            if not inputs and any(w is not None and w.inputs for w in found):
-                raise InteropError(
-                    f"IA3 on {site.kernels[0]} scales inputs of some parts of {name} and outputs of others"
-                )
-            tensors[f"{name}.ia3_l"] = factors[0][None] if inputs else np.concatenate(factors)[:, None]
-            if None in found:
-                parts[name] = [int(w is not None) for w in found]
-            names[inputs].append(name)
-    return Written(
-        tensors, parts, {"feedforward": _ends(layout, names[True], ())}, names[False] + names[True], transposed
-    )
-
-
-def _ends(layout: Layout, modules: Sequence[str], extra: Sequence[str]) -> tuple[str, ...]:
-    others = layout.modules - set(modules) - set(extra)
-    return tuple(peft_match.shortest(modules, others, peft_match.is_end))

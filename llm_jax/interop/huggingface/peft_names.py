@@ -81,6 +81,24 @@ class Layout(NamedTuple):
         return next(site for site in self.sites if site.kernels == (TABLE,))
 
 
+class Written(NamedTuple):
+    """LoRA or IA3 as PEFT stores it.
+
+    Attributes:
+      tensors: theirs, by name without PEFT's prefix.
+      parts: module -> ranks of its parts, where these are side by side.
+      fields: of `AdapterConfig`.
+      modules: names of the adapted modules.
+      transposed: whether kernels of adapted layers are `[out, in]` there.
+    """
+
+    tensors: dict[str, Any]
+    parts: dict[str, list[int]]
+    fields: dict[str, Any]
+    modules: list[str]
+    transposed: bool
+
+
 def module_of(name: str) -> str:
     """The module of one of their tensors."""
     return name.rpartition(".")[0]
@@ -165,6 +183,11 @@ def check_rows(config: ModelConfig) -> None:
 def tokens_name(config: ModelConfig, site: Site) -> str:
     """PEFT's name for the rows of a table that train."""
     return _MARIAN_TOKENS if isinstance(config, TransformerConfig) else site.names[0]
+
+
+def ends(layout: Layout, modules: Sequence[str]) -> tuple[str, ...]:
+    """The shortest names that PEFT reads as these modules and no others."""
+    return tuple(peft_match.shortest(modules, layout.modules - set(modules), peft_match.is_end))
 
 
 def shape_text(shape: Sequence[int]) -> str:

@@ -11,14 +11,12 @@ from etils import epath
 from llm_jax.delta import node
 from llm_jax.delta.lora import Lora, ranks_of
 from llm_jax.delta.node import DeltaError
-from llm_jax.interop.huggingface import peft_config, peft_fused, peft_lora, peft_match, peft_names
+from llm_jax.interop.huggingface import peft_config, peft_fused, peft_lora, peft_match, peft_names, peft_vectors
 from llm_jax.interop.huggingface.peft_config import AdapterConfig
-from llm_jax.interop.huggingface.peft_lora import Written
-from llm_jax.interop.huggingface.peft_names import PREFIX, Layout, module_of
+from llm_jax.interop.huggingface.peft_names import PREFIX, Layout, Written, module_of
 from llm_jax.interop.huggingface.peft_tensors import FILE
 from llm_jax.interop.huggingface.peft_whole import written
 from llm_jax.interop.names import InteropError, Rule, some
-from llm_jax.models.transformer import TransformerConfig
 from llm_jax.nn import paths, weights
 from llm_jax.nn.protocols import Model, Params
 from llm_jax.nn.stack import stack
@@ -79,6 +77,9 @@ def _content(
     layout: Layout, flat: Mapping[str, Any], whole: tuple[str, ...], original: Params | None
 ) -> tuple[AdapterConfig, dict[str, np.ndarray], Written | None]:
     """(what the config says, the tensors, what carries LoRA or IA3)."""
+    homeless = sorted(flat.keys() - {r.ours for r in layout.rules})
+    if homeless:
+        raise InteropError(f"{some(homeless)} have no place in PEFT's format; merge or detach what was added first")
     is_chosen = paths.matcher(whole)
     chosen = [r for r in layout.rules if is_chosen(r.ours)]
     has_labels = any(r.ours.startswith("classifier/") for r in layout.rules)
@@ -99,7 +100,7 @@ def _content(
         _check_places(adapted, layout)
         before = None if original is None else dict(paths.flatten(stack(original), weights.is_node))
         is_lora = kind == "LORA"
-        made = peft_lora.write(layout, flat, adapted, before) if is_lora else peft_lora.ia3(layout, flat, adapted)
+        made = peft_lora.write(layout, flat, adapted, before) if is_lora else peft_vectors.ia3(layout, flat, adapted)
         tensors |= made.tensors
         config = dataclasses.replace(config, **made.fields, targets=_targets(layout, made))
         for name, array in written(biases, flat, layout.config).items():
@@ -108,11 +109,13 @@ def _content(
     if kind == "LN_TUNING":
         tuned = written([r for r in saved if r not in head], flat, layout.config)
         saved = head
-        config = dataclasses.replace(config, targets=_ends(layout, sorted({module_of(name) for name in tuned})))
+        config = dataclasses.replace(
+            config, targets=peft_names.ends(layout, sorted({module_of(name) for name in tuned}))
+        )
         tensors |= {f"{module_of(n)}.ln_tuning_layers.{n.rpartition('.')[2]}": array for n, array in tuned.items()}
     tensors |= written(saved, _merged(flat, saved), layout.config)
     config = dataclasses.replace(config, saved=_saved_names(layout, flat, saved))
-    config, rows = _rows(layout, config, {p: w for p, w in deltas.items() if _names(w) == ("TokenRows",)})
+    config, rows = peft_vectors.rows(layout, config, {p: w for p, w in deltas.items() if _names(w) == ("TokenRows",)})
     return config, tensors | rows, made
 
 
@@ -220,15 +223,11 @@ def _check_places(adapted: Mapping[str, Any], layout: Layout) -> None:
         )
 
 
-def _ends(layout: Layout, modules: Sequence[str]) -> tuple[str, ...]:
-    return tuple(peft_match.shortest(modules, layout.modules - set(modules), peft_match.is_end))
-
-
 def _targets(layout: Layout, made: Written) -> tuple[str, ...]:
     """Shortest names of the adapted modules, where IA3 scales inputs apart from the others."""
     inner = [m for m in made.modules if peft_match.is_named(made.fields.get("feedforward"), m)]
     outer = [m for m in made.modules if m not in inner]
-    return tuple(sorted({*_ends(layout, outer), *(made.fields.get("feedforward") or ())}))
+    return tuple(sorted({*peft_names.ends(layout, outer), *(made.fields.get("feedforward") or ())}))
 
 
 def _merged(flat: Mapping[str, Any], saved: Sequence[Rule]) -> dict[str, Any]:
@@ -250,29 +249,3 @@ def _saved_names(layout: Layout, flat: Mapping[str, Any], saved: Sequence[Rule])
     tops = [m for m in found if not any(m.startswith(f"{other}.") for other in found)]
     others = {m for m in layout.modules if not any(m == top or m.startswith(f"{top}.") for top in tops)}
     return tuple(peft_match.shortest(tops, others, peft_match.is_tail))
-
-
-def _rows(
-    layout: Layout, config: AdapterConfig, deltas: Mapping[str, Any]
-) -> tuple[AdapterConfig, dict[str, np.ndarray]]:
-    """Trained rows of tables as PEFT's tensors, and what the config says of them."""
-    tensors, tokens = {}, {}
-    pure = config.kind == "TRAINABLE_TOKENS"
-    if pure and len(deltas) > 1:
-        raise InteropError(f"trained rows of {some(sorted(deltas))} have no place in PEFT's format: it has one table")
-    for path, w in deltas.items():
-        site = next((s for s in layout.sites if s.kernels == (path,) and s.is_table and not s.is_stacked), None)
-        if site is None:
-            raise InteropError(
-                f"trained token rows on {path} have no place in PEFT's format: that is not a table there"
-            )
-        if path == peft_names.TABLE:
-            peft_names.check_rows(layout.config)
-            if pure and isinstance(layout.config, TransformerConfig):
-                raise InteropError("trained token rows alone have no place in PEFT's format for Marian: PEFT cannot "
-                                   "run them; train LoRA beside them")  # fmt: skip
-        name = peft_names.tokens_name(layout.config, site)
-        tensors[f"{name}.{'' if pure else 'token_adapter.'}trainable_tokens_delta"] = np.asarray(w.rows)
-        tokens["" if path == peft_names.TABLE and len(deltas) == 1 and not pure else name] = w.ids
-    config = dataclasses.replace(config, tokens=tokens)
-    return dataclasses.replace(config, targets=tuple(tokens)) if pure else config, tensors

@@ -299,6 +299,7 @@ def scaled(name, path):
 
 both = lambda: methods.attach_ia3(attached("llama", of(targets=("attention.query",))))
 NO_PLACE = {
+    "another node": ("gpt2", lambda: {**attached("gpt2", of()), "port": np.ones(3)}, "port have no place in PEFT's"),
     "xlnet attention": ("xlnet", lambda: attached("xlnet", of()), "attention/key/kernel"),
     "t5 table": ("t5", lambda: attached("t5", of(targets=("embed/embedding",))), "lookups read copies of shared"),
     "marian table": ("marian", lambda: attached("marian", of(targets=("embed/embedding",))), "lookups read copies"),
