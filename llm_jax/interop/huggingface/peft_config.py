@@ -125,6 +125,8 @@ class AdapterConfig:
                 raise ValueError(f"rank={rank} must be at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora_dropout={self.dropout} must lie in [0, 1)")
+        if self.dora and self.lora_bias:
+            raise ValueError("lora_bias: PEFT has none with use_dora")
 
     def rank_of(self, name: str) -> int:
         """Rank of a module."""

@@ -1,5 +1,6 @@
 """Reading PEFT's folders: deltas around the kernels of a model, and parameters in the place of its own."""
 
+import dataclasses
 import re
 from typing import Any
 
@@ -20,6 +21,8 @@ _SUFFIX = re.compile(
     r"\.(lora_[AB]\.\w+|lora_embedding_[AB]|lora_magnitude_vector|ia3_l"
     r"|(base_layer|ln_tuning_layers|modules_to_save|original_module)\.\w+|\w+)$"
 )
+ALL_LINEAR = "all-linear"
+_OUTPUT = ("head/kernel", "head/output/kernel")
 
 
 def load(path: epath.PathLike, model: Model, params: Params) -> Params:
@@ -46,6 +49,8 @@ def load(path: epath.PathLike, model: Model, params: Params) -> Params:
     tensors = Tensors(folder)
     flat = dict(paths.flatten(stack(params), weights.is_node))
     layout = peft_names.layout(model.config, flat)
+    if config.targets == ALL_LINEAR:
+        config = dataclasses.replace(config, targets=_linear(layout))
     _check_homes(tensors, layout)
     _check_targets(folder, config, layout)
     _read_past(tensors, config)
@@ -58,6 +63,12 @@ def load(path: epath.PathLike, model: Model, params: Params) -> Params:
     if tensors.arrays:
         raise InteropError(_homeless(folder, model.config, sorted(tensors.arrays)))
     return paths.nested(flat.items())
+
+
+def _linear(layout: Layout) -> tuple[str, ...]:
+    """The modules that PEFT's `all-linear` names: every linear layer but the output layer."""
+    sites = [site for site in layout.sites if not site.is_table and site.kernels[0] not in _OUTPUT]
+    return tuple(name for site in sites for name in site.names)
 
 
 def _adapted(

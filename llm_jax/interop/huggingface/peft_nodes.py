@@ -84,12 +84,10 @@ def _node(w: Any, pairs: Sequence[Pair | None], is_stacked: bool, dropout: float
     full = [none if p is None else p for p in pairs]
     a = [_padded(_padded(p.a, 0, fan_in), 1, rank) for p in full]
     b = [_padded(_padded(p.b, 1, fan_out), 0, rank) for p in full]
-    arrays = (
-        (jnp.asarray(np.stack(a)), jnp.asarray(np.stack(b))) if is_stacked else (jnp.asarray(a[0]), jnp.asarray(b[0]))
-    )
+    both = [jnp.asarray(np.stack(x) if is_stacked else x[0]) for x in (a, b)]
     if len(set(ranks)) == len(set(scales)) == 1:
-        return Lora(w, *arrays, scales[0], dropout)
-    return LayeredLora(w, *arrays, 1.0, dropout, scales=jnp.asarray(scales, jnp.float32), ranks=tuple(ranks))
+        return Lora(w, both[0], both[1], scales[0], dropout)
+    return LayeredLora(w, both[0], both[1], 1.0, dropout, scales=jnp.asarray(scales, jnp.float32), ranks=tuple(ranks))
 
 
 def _vectors(rows: Mapping[int, np.ndarray], w: Any, is_stacked: bool, fill: Any, width: int) -> jax.Array:
@@ -106,25 +104,19 @@ def lora(
     """LoRA, DoRA, B's biases, on the kernels of a site."""
     kernels, count = site.kernels, len(site.names)
     pairs: list[list[Pair | None]] = [[None] * count for _ in kernels]
-    lengths: list[dict[int, np.ndarray]] = [{} for _ in kernels]
-    shifts: list[dict[int, np.ndarray]] = [{} for _ in kernels]
+    vectors: list[dict[int, np.ndarray]] = [{} for _ in kernels]  # lengths of columns, or biases
+    end = "lora_magnitude_vector" if config.dora else "lora_B.bias" if config.lora_bias else ""
     base = {path: flat[path] for path in kernels}
     for layer, name, pair in _pairs(tensors, config, layout, site, layers):
         if config.start:
             base = _started(tensors.folder, config, site, base, layer, pair)
-        parts = peft_fused.split(pair, site.widths, tensors.parts.get(name))
-        extra: list[tuple[str, list[dict[int, np.ndarray]], float]] = []
-        if config.dora:
-            extra.append(("lora_magnitude_vector", lengths, 1.0))
+        whole = tensors.take(f"{name}.{end}", (sum(site.widths),)) if end else np.zeros(sum(site.widths))
         if config.lora_bias:
-            extra.append(("lora_B.bias", shifts, pair.scale))
-        pieces = [(peft_fused.cut(tensors.take(f"{name}.{end}", (sum(site.widths),)), site.widths), store, factor)
-                  for end, store, factor in extra]  # fmt: skip
-        for i, part in enumerate(parts):
+            whole = (whole * np.float64(pair.scale)).astype(whole.dtype)
+        parts = peft_fused.split(pair, site.widths, tensors.parts.get(name))
+        for i, (part, piece) in enumerate(zip(parts, peft_fused.cut(whole, site.widths), strict=True)):
             if part is not None:
-                pairs[i][layer] = part
-                for cut, store, factor in pieces:
-                    store[i][layer] = (cut[i] * np.float64(factor)).astype(cut[i].dtype)
+                pairs[i][layer], vectors[i][layer] = part, piece
     out: dict[str, Any] = {}
     for i, path in enumerate(kernels):
         if not any(pairs[i]):
@@ -133,9 +125,9 @@ def lora(
         width = weights.shape_of(w)[-1]
         if config.dora:
             squares = dora.squares_of(w.base)
-            w = dora.Dora(w, _vectors(lengths[i], w, site.is_stacked, np.sqrt(squares), width), squares)
-        if config.lora_bias:
-            w = Biased(w, _vectors(shifts[i], w, site.is_stacked, 0.0, width))
+            w = dora.Dora(w, _vectors(vectors[i], w, site.is_stacked, np.sqrt(squares), width), squares)
+        elif config.lora_bias:
+            w = Biased(w, _vectors(vectors[i], w, site.is_stacked, 0.0, width))
         out[path] = w
     return out
 

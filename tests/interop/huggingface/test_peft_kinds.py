@@ -144,6 +144,18 @@ def test_names_are_the_shortest_that_are_clear(tmp_path):
     assert {"key", "value"} < set(ia3["target_modules"])
 
 
+@pytest.mark.parametrize("name, pattern", [
+    ("mistral", "all-linear"), ("gpt2", "all-linear"), ("bert", r".*\.(query|key|value|dense)"), ("t5", "all-linear"),
+])  # fmt: skip
+def test_targets_by_expression(name, pattern, tmp_path):
+    chosen = of() if name != "bert" else of(targets=("attention", "mlp.up", "mlp.down", "head.transform", "pooler"))
+    model, params = CONFIGS[name].make(), attached(name, chosen)
+    peft.save(tmp_path, model, params)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**config_of(tmp_path), "target_modules": pattern}))
+    same(peft.load(tmp_path, model, base(name)), params)
+
+
 def test_fused_projections_share_a_or_stand_side_by_side(tmp_path):
     """Theirs is one matrix: the sum over parts is the same whichever way it is stored."""
     model, params = CONFIGS["gpt2"].make(), attached("gpt2", of(targets=("attention",)))
