@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.nn.protocols import Model, Params
+from llm_jax.nn.realized import realize
 
 _ROWS, _LENGTH = 2, 16
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _outputs(model: Model, params: Params, ids_BT: jax.Array) -> jax.Array:
-    out = model.apply({"params": params}, ids_BT)
+    out = model.apply({"params": realize(params)}, ids_BT)
     return (out.last_hidden_state if out.logits is None else out.logits).astype(jnp.float32)
 
 

@@ -14,6 +14,8 @@ from etils import epath
 from jax.typing import DTypeLike
 
 from llm_jax.data import tokenizers
+from llm_jax.delta import node
+from llm_jax.delta.scaled import Biased, Scaled
 from llm_jax.interop import elmo, names, sources, streamed, work_directory
 from llm_jax.interop import gguf as gguf_names
 from llm_jax.interop.huggingface import bert, gpt, heads, llama, marian, t5, xlnet
@@ -358,7 +360,8 @@ def save(
 ) -> None:
     """Writes a folder that `transformers` loads: config, model*.safetensors, tokenizer files; ELMo's own for ELMo.
 
-    Structured weights (LoRA, quantized) are written as the dense matrices they stand for.
+    Structured weights (LoRA, quantized) are written as the dense matrices they stand for. Deltas that change biases too
+    (IA3, biases) are merged first.
 
     Args:
       path: folder.
@@ -370,7 +373,7 @@ def save(
     Raises:
       InteropError: if the architecture has no place for a parameter or a config field.
     """
-    config, params = model.config, realize(params)
+    config, params = model.config, _with_biases(realize(params))
     if isinstance(config, ElmoConfig):
         elmo.write(path, config, params, dtype)
         if tokenizer is not None:
@@ -391,3 +394,13 @@ def save(
     (folder / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save(folder)
+
+
+def _with_biases(params: Params) -> Params:
+    """Merges all deltas where one changes a bias, which its dense matrix does not show."""
+    if not any(isinstance(d, (Scaled, Biased)) for w in node.of(params).values() for d in node.layers_of(w)):
+        return params
+    try:
+        return node.merge(params)
+    except node.DeltaError as e:
+        raise InteropError(str(e)) from e

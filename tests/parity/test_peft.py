@@ -9,11 +9,13 @@ import peft
 import pytest
 import torch
 import transformers
+from etils import epath
+from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 
 from llm_jax import interop
 from llm_jax.delta import lora
 from llm_jax.interop.huggingface import peft as peft_format
-from llm_jax.interop.huggingface import peft_config
+from llm_jax.interop.huggingface import peft_config, peft_match
 from llm_jax.nn import paths
 from llm_jax.training.trainable import combine, partition
 
@@ -117,6 +119,36 @@ def test_every_field_of_theirs_is_decided(kind):
     assert not left
     for name, allowed in peft_config.ALLOWED.items():
         assert name not in defaults or defaults[name] in allowed or name == "peft_type"
+
+
+NAMES = [
+    f"{stack}.block.{i}.layer.{j}.{m}"
+    for stack in ("encoder", "decoder")
+    for i in range(12)
+    for j, m in ((0, "SelfAttention.q"), (0, "SelfAttention.k"), (1, "EncDecAttention.q"), (1, "DenseReluDense.wi"))
+]
+NAMES += [f"model.layers.{i}.{m}" for i in range(12) for m in ("self_attn.q_proj", "mlp.up_proj", "input_layernorm")]
+NAMES += ["lm_head", "model.norm", "classifier.dense", "classifier", "pre_classifier", "model.embed_tokens"]
+SELECTIONS = [
+    {"target_modules": ["q", "up_proj"]},
+    {"target_modules": ["1.self_attn.q_proj", "lm_head", "dense"], "modules_to_save": ["classifier"]},
+    {"target_modules": r".*\.(q|q_proj|wi)", "exclude_modules": r".*\.1[01]\..*"},
+    {"target_modules": ["q", "q_proj", "k"], "exclude_modules": ["EncDecAttention.q", "layers.3.self_attn.q_proj"]},
+    {"target_modules": ["q", "q_proj"], "layers_to_transform": [1, 11]},
+    {"target_modules": ["q", "q_proj"], "layers_to_transform": 2, "layers_pattern": ["layers", "block"]},
+    {"target_modules": ["q", "q_proj"], "layers_to_transform": [2, 3], "layers_pattern": "block"},
+    {"target_modules": ["norm", "embed_tokens", "pre_classifier"], "modules_to_save": ["norm", "head"]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", SELECTIONS, ids=str)
+def test_modules_are_found_as_theirs_are(fields, tmp_path):
+    theirs = peft.LoraConfig(**fields)
+    theirs.save_pretrained(tmp_path)
+    ours = peft_config.read(epath.Path(tmp_path))
+    for name in NAMES:
+        found = check_target_module_exists(theirs, name)
+        assert peft_match.is_target(ours, name) == (bool(found) and not isinstance(found, _ExcludedModule)), name
 
 
 NEUTRAL = [

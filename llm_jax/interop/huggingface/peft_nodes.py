@@ -142,7 +142,7 @@ def _started(
     if any(weights.is_node(w) for w in base.values()):
         kind = type(base[site.kernels[0]]).__name__
         raise InteropError(f"{folder}: init_lora_weights={config.start!r} needs the plain matrix of {name}, not {kind}")
-    at = lambda w: w[layer] if site.is_stacked else w
+    at = lambda w: jnp.asarray(w[layer] if site.is_stacked else w)
     whole = jnp.concatenate([at(base[path]) for path in site.kernels], axis=-1)
     if config.start == "pissa":
         s = np.linalg.svd(np.asarray(whole, np.float64), compute_uv=False)
@@ -151,7 +151,7 @@ def _started(
                                f"pissa may start in several ways{REMEDY['init_lora_weights']}")  # fmt: skip
     left = STARTS[config.start](whole, pair.rank, pair.scale)[0]
     for path, piece in zip(site.kernels, jnp.split(left, np.cumsum(site.widths)[:-1], axis=-1), strict=True):
-        out[path] = base[path].at[layer].set(piece) if site.is_stacked else piece
+        out[path] = jnp.asarray(base[path]).at[layer].set(piece) if site.is_stacked else piece
     return out
 
 

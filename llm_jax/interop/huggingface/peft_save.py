@@ -19,6 +19,7 @@ from llm_jax.interop.huggingface.peft_whole import written
 from llm_jax.interop.names import InteropError, Rule, some
 from llm_jax.nn import paths, weights
 from llm_jax.nn.protocols import Model, Params
+from llm_jax.nn.realized import realize
 from llm_jax.nn.stack import stack
 from llm_jax.storage.safetensors import save_file
 
@@ -62,7 +63,7 @@ def save(
       InteropError: if there is no delta, one has no place in PEFT's format or beside the others, a tied table is to be
         stored, or `original` differs from the base by more than rank r.
     """
-    flat = dict(paths.flatten(stack(params), weights.is_node))
+    flat = dict(paths.flatten(stack(realize(params)), weights.is_node))
     layout = peft_names.layout(model.config, flat)
     try:
         config, tensors, made = _content(layout, flat, tuple(whole), original)
@@ -93,6 +94,8 @@ def _content(
         saved, biases = _whole_modules(layout, [*head, *chosen]), []
         deltas = _outside(flat, saved)
     kind = _kind(layout, flat, deltas, chosen)
+    if original is not None and kind != "LORA":
+        raise InteropError(f"original has no effect on {kind}: only LoRA starts out of the base")
     config, made = AdapterConfig(kind=kind, bias=bias), None
     adapted = {path: w for path, w in deltas.items() if KINDS[_names(w)] == kind != "TRAINABLE_TOKENS"}
     tensors: dict[str, np.ndarray] = {}

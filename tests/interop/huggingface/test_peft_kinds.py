@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tiny_models import ENCODER_DECODERS, ENCODERS, MODELS, model_params
 
+from llm_jax import interop
 from llm_jax.compress.quantize import quantize
 from llm_jax.delta import dora, lora, methods, node
 from llm_jax.delta.lora import LayeredLora, LoraConfig
@@ -30,6 +31,7 @@ CONFIGS = {
     "gpt1": dataclasses.replace(MODELS["gpt1"], hidden_dim=None, activation="gelu_tanh"),
     **ENCODERS,
     "bert_labels": LABELS,
+    "bert_choice": dataclasses.replace(LABELS, head="choice"),
     "marian": ENCODER_DECODERS["marian"],
     "t5": ENCODER_DECODERS["t5"],
     "t5_1.1": ENCODER_DECODERS["t5_1.1"],
@@ -355,6 +357,13 @@ def test_what_trained_without_a_delta(name, patterns, message, tmp_path):
         peft.save(tmp_path, CONFIGS[name].make(), base(name), whole=patterns)
 
 
+def test_an_original_without_effect_is_refused(tmp_path):
+    with pytest.raises(InteropError, match="original has no effect on IA3"):
+        peft.save(
+            tmp_path, CONFIGS["gpt2"].make(), attached("gpt2", DeltaConfig(ia3=Ia3Config())), original=base("gpt2")
+        )
+
+
 def test_an_adapter_of_another_base(tmp_path):
     peft.save(tmp_path, CONFIGS["llama"].make(), attached("llama", of(targets=TWO)))
     other = dataclasses.replace(CONFIGS["llama"], model_dim=24)
@@ -364,6 +373,15 @@ def test_an_adapter_of_another_base(tmp_path):
         peft.load(
             tmp_path, CONFIGS["llama"].make(), attached("llama", DeltaConfig(ia3=Ia3Config(("attention.query",))))
         )
+
+
+def test_factors_and_biases_are_in_a_folder_of_the_whole_model(tmp_path):
+    """Their dense matrices alone would leave a scaled or shifted bias behind."""
+    model, params = CONFIGS["gpt2"].make(), attached("gpt2", DeltaConfig(ia3=Ia3Config()))
+    interop.save(tmp_path, model, params)
+    assert merged_difference(model, params, interop.load(tmp_path).params) < 1e-4
+    with pytest.raises(InteropError, match="a bias cannot be merged into a module that has none"):
+        interop.save(tmp_path, CONFIGS["llama"].make(), attached("llama", DeltaConfig(bitfit=BitFitConfig())))
 
 
 def test_merged_difference():
