@@ -56,16 +56,18 @@ def save(
       whole: patterns of parameters that trained beside the deltas. All biases, or those of the adapted modules, become
         PEFT's `bias`; norms alone become LayerNorm tuning; other modules are stored whole, as a head with labels and
         its pooler always are. LoRA on such a module is merged into it.
-      original: the base of before a start that changed it (PiSSA, OLoRA). The adapter is then written against it, as
+      original: the base before a start changed it (PiSSA, OLoRA). The adapter is then written against it, as
         plain LoRA of twice the rank: what the start took out is `original - base`, and becomes minus A0 B0.
 
     Raises:
-      InteropError: if there is no delta, one has no place in PEFT's format or beside the others, a tied table is to be
-        stored, or `original` differs from the base by more than rank r.
+      InteropError: if there is no delta, one has no place in PEFT's format or beside the others, a pattern matches
+        nothing, a tied table is to be stored, or `original` differs from the base by more than rank r.
     """
-    flat = dict(paths.flatten(stack(realize(params)), weights.is_node))
+    stacked = stack(realize(params))
+    flat = dict(paths.flatten(stacked, weights.is_node))
     layout = peft_names.layout(model.config, flat)
     try:
+        paths.select({*flat, *(path for tree in (params, stacked) for path, _ in paths.flatten(tree))}, whole)
         config, tensors, made = _content(layout, flat, tuple(whole), original)
     except InteropError:
         raise

@@ -11,6 +11,7 @@ from llm_jax.interop import names, pretrained
 from llm_jax.interop.huggingface import peft_match, peft_names
 from llm_jax.interop.huggingface.peft_config import AdapterConfig
 from llm_jax.interop.huggingface.peft_names import PREFIX, Layout
+from llm_jax.interop.huggingface.peft_tensors import Tensors
 from llm_jax.interop.names import InteropError, Rule
 from llm_jax.nn import paths, weights
 
@@ -26,12 +27,6 @@ def written(rules: Sequence[Rule], flat: Mapping[str, Any], config: Any) -> dict
     return dict(names.write_params(chosen, rules, real_rows(config)))
 
 
-def biases(layout: Layout, flat: Mapping[str, Any]) -> dict[str, Rule]:
-    """Their name of every bias that PEFT's `bias="all"` stores -> its rule; the last rule of a fused bias."""
-    found = [r for r in layout.rules if r.theirs.endswith(".bias")]
-    return {name: r for r in found for name in r.names(weights.shape_of(flat[r.ours]))}
-
-
 def _required(config: AdapterConfig, layout: Layout, flat: Mapping[str, Any], adapted: Sequence[str]) -> set[str]:
     """Names of tensors that the file must hold whole."""
     every = {name for r in layout.rules for name in r.names(weights.shape_of(flat[r.ours]))}
@@ -39,19 +34,19 @@ def _required(config: AdapterConfig, layout: Layout, flat: Mapping[str, Any], ad
     if config.kind == "LN_TUNING":
         wanted |= {name for name in every if peft_match.is_target(config, peft_names.module_of(name))}
     if config.bias == "all":
-        wanted |= set(biases(layout, flat))
+        wanted |= {name for name in every if name.endswith(".bias")}
     elif config.bias == "lora_only":
         wanted |= {f"{module}.bias" for module in adapted} & every
     return wanted
 
 
 def read_whole(
-    tensors: Any, config: AdapterConfig, layout: Layout, flat: Mapping[str, Any], adapted: Sequence[str]
+    tensors: Tensors, config: AdapterConfig, layout: Layout, flat: Mapping[str, Any], adapted: Sequence[str]
 ) -> dict[str, Any]:
     """Our parameters that the file replaces, by path; their tensors are taken out of `tensors`.
 
     Args:
-      tensors: `peft_load.Tensors`.
+      tensors: the file's.
       config: the adapter's.
       layout: the family's names.
       flat: our parameters.
@@ -94,17 +89,19 @@ def _abstract(w: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(weights.shape_of(w), jnp.float32)
 
 
-def _check_copies(tensors: Any, layout: Layout, source: Mapping[str, np.ndarray], flat: Mapping[str, Any]) -> None:
+def _check_copies(tensors: Tensors, layout: Layout, source: Mapping[str, np.ndarray], flat: Mapping[str, Any]) -> None:
     """Takes copies of tied tensors out of the file; they must equal what they are copies of."""
-    for name in sorted(tensors.arrays):
-        if not name.endswith((".weight", ".bias")) or not layout.family.ignored(layout.config, name):
-            continue
+    copies = [n for n in tensors.arrays if n.endswith((".weight", ".bias"))]
+    copies = [n for n in copies if layout.family.ignored(layout.config, n)]
+    if not copies:
+        return
+    table = np.asarray(weights.materialize(flat[peft_names.TABLE]))[: layout.config.vocab_size]
+    for name in copies:
         copy = tensors.arrays[name]
-        originals = [x for x in source.values() if x.shape == copy.shape]
-        if not any(x.shape == copy.shape for x in source.values()):
-            rows = layout.config.vocab_size
-            originals = [np.asarray(weights.dense(flat[peft_names.TABLE]))[:rows]]
-        if not any(np.array_equal(x, copy) for x in originals):
+        new = [x for x in source.values() if x.shape == copy.shape]
+        originals = new or [x for x in (table,) if x.shape == copy.shape]
+        if originals and not any(np.array_equal(x, copy) for x in originals):
             raise InteropError(f"{tensors.folder} unties {PREFIX}{name} from the tensor that it shares with another "
                                "module; the base ties them (tied=True)")  # fmt: skip
-        del tensors.arrays[name]
+        if originals:
+            del tensors.arrays[name]

@@ -349,6 +349,7 @@ def test_deltas_without_a_place_are_refused_by_name(case, tmp_path):
     ("gpt2", ("*bias",), "have no place in PEFT's format without LoRA beside them"),
     ("llama", (), "there is no LoRA or other delta"),
     ("bert_labels", ("classifier/*",), "there is no LoRA or other delta"),
+    ("llama", ("a_typo/kernel",), "pattern 'a_typo/kernel' matches no parameter"),
     ("llama", ("embed/embedding",), "cannot store a table that the output layer shares"),
     ("t5", ("embed/embedding",), "cannot store a table that the output layer shares"),
 ])  # fmt: skip
