@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import optax
 
+from llm_jax.delta.targets import layer_counts
 from llm_jax.nn import paths
 from llm_jax.nn.protocols import Params, Tree
 from llm_jax.training.trainable import partition
@@ -49,15 +50,6 @@ def parse(texts: Iterable[str]) -> tuple[tuple[str, float], ...]:
     return tuple(found)
 
 
-def _layer_counts(params: Params) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for path, leaf in paths.flatten(params):
-        if place := paths.layer_of(path):
-            stack, number = place
-            counts[stack] = max(counts.get(stack, 0), leaf.shape[0] if number is None else number + 1)
-    return counts
-
-
 def _by_depth(path: str, decay: float, counts: Mapping[str, int]) -> float | np.ndarray:
     if place := paths.layer_of(path):
         stack, number = place
@@ -87,7 +79,7 @@ def factors_of(
             by_pattern |= dict.fromkeys(paths.select(learning, pattern), factor)
         except ValueError as e:
             raise ValueError(f"optimizer.rates of what trains: {e}") from None
-    counts = _layer_counts(params)
+    counts = layer_counts(params)
     depth = {path: 1.0 if layer_decay == 1 else _by_depth(path, layer_decay, counts) for path in learning}
     if layer_decay != 1 and all(np.all(factor == 1) for factor in depth.values()):
         raise ValueError(f"optimizer.layer_decay={layer_decay} has no effect: nothing below the head trains")
