@@ -67,7 +67,7 @@ def save(
     flat = dict(paths.flatten(stacked, weights.is_node))
     layout = peft_names.layout(model.config, flat)
     try:
-        paths.select({*flat, *(path for tree in (params, stacked) for path, _ in paths.flatten(tree))}, whole)
+        paths.select(sorted({*flat, *(p for tree in (params, stacked) for p, _ in paths.flatten(tree))}), whole)
         config, tensors, made = _content(layout, flat, tuple(whole), original)
     except InteropError:
         raise
