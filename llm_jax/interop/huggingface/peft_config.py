@@ -9,6 +9,7 @@ Source: peft 0.21's `tuners/*/config.py` and `tuners/lora/layer.py`.
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -127,6 +128,12 @@ class AdapterConfig:
             raise ValueError(f"lora_dropout={self.dropout} must lie in [0, 1)")
         if self.dora and self.lora_bias:
             raise ValueError("lora_bias: PEFT has none with use_dora")
+        texts = [x for x in (self.targets, self.exclude, self.feedforward) if isinstance(x, str)]
+        for text in (*texts, *self.saved, *self.ranks, *self.alphas, *self.layers_pattern):
+            try:
+                re.compile(text)
+            except re.error as e:
+                raise ValueError(f"{text!r}, which is not a regular expression: {e}") from e
 
     def rank_of(self, name: str) -> int:
         """Rank of a module."""
@@ -157,7 +164,9 @@ def _tokens(value: Any) -> dict[str, tuple[int, ...]]:
 
 def _parsed(raw: dict[str, Any]) -> AdapterConfig:
     kind, pattern = raw["peft_type"], raw.get("layers_pattern") or ()
-    task, saved = raw.get("task_type"), tuple(map(str, raw.get("modules_to_save") or ()))
+    task, saved = raw.get("task_type"), raw.get("modules_to_save") or []
+    if not isinstance(saved, list):
+        raise ValueError(f"modules_to_save={saved!r}, which is not a list")
     shared: dict[str, Any] = {"kind": kind, "exclude": _names(raw.get("exclude_modules"))}
     if kind == "TRAINABLE_TOKENS":
         targets = _names(raw.get("target_modules"))
@@ -165,7 +174,7 @@ def _parsed(raw: dict[str, Any]) -> AdapterConfig:
         if isinstance(targets, tuple) and len(targets) > 1:
             raise ValueError(f"target_modules={list(targets)} must name one table")
         return AdapterConfig(targets=targets, tokens=_tokens({name: raw["token_indices"]}), **shared)
-    shared |= {"targets": _names(raw["target_modules"]), "saved": (*saved, *SAVED.get(str(task), ()))}
+    shared |= {"targets": _names(raw["target_modules"]), "saved": (*map(str, saved), *SAVED.get(str(task), ()))}
     if not shared["targets"] and kind != "LORA":
         raise ValueError(f"target_modules={raw['target_modules']!r} must name modules")
     if kind == "IA3":

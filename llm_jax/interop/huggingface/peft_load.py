@@ -1,4 +1,4 @@
-"""Reading PEFT's folders: deltas around the kernels of a model, and parameters in the place of its own."""
+"""Reading PEFT's folders: deltas around the kernels of a model, and parameters instead of its own."""
 
 import dataclasses
 import re

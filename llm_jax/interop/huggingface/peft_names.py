@@ -125,9 +125,12 @@ def _sites(config: ModelConfig, rules: Sequence[Rule], flat: Mapping[str, Any]) 
         first = group[0]
         names = tuple(module_of(name) for name in first.names(weights.shape_of(flat[first.ours])))
         kernels = tuple(r.ours for r in group)
-        shapes = [without_padding(config, path, weights.shape_of(flat[path])[-2:]) for path in kernels]
+        shapes = []
+        for path in kernels:
+            fan_in, fan_out = without_padding(config, path, weights.shape_of(flat[path])[-2:])
+            shapes.append((fan_in, fan_out))
         is_table = first.ours.endswith("/embedding")
-        sites.append(Site(kernels, names, first.is_stacked, is_table, first.transposed, tuple(shapes)))  # type: ignore
+        sites.append(Site(kernels, names, first.is_stacked, is_table, first.transposed, tuple(shapes)))
     return sites
 
 

@@ -58,7 +58,7 @@ def rows(
     """Trained rows of tables as PEFT's tensors, and what the config says of them.
 
     Raises:
-      InteropError: for a weight that is no table there, or a table whose rows PEFT cannot run.
+      InteropError: for a weight that is not a table there, or a table whose rows PEFT cannot run.
     """
     tensors, tokens = {}, {}
     pure = config.kind == "TRAINABLE_TOKENS"
