@@ -216,7 +216,7 @@ def read(folder: epath.Path) -> AdapterConfig:
     except (ValueError, TypeError) as e:
         raise InteropError(f"{file} is not an adapter config: {e}") from e
     kind = raw.get("peft_type")
-    if kind not in HONOURED:
+    if kind not in tuple(HONOURED):  # which asks no hash of it
         raise InteropError(f"{file}: peft_type={kind!r} is not supported; there are {', '.join(HONOURED)}")
     for name in sorted(raw):
         allowed = ALLOWED.get(name)

@@ -21,7 +21,7 @@ class Tensors:
         """Reads all of them; an adapter is small.
 
         Raises:
-          InteropError: naming a tensor that holds NaN or infinity.
+          InteropError: naming a tensor that holds NaN or infinity, or if our note of parts is damaged.
         """
         file = folder / FILE
         stored = safetensors.TensorFolder(file if file.exists() else folder)
@@ -31,7 +31,10 @@ class Tensors:
             if not np.all(np.isfinite(array.astype(np.float32) if array.dtype.kind == "V" else array)):
                 raise InteropError(f"{folder}: {PREFIX}{name} holds numbers that are not finite")
         metadata = safetensors.metadata(file) if file.exists() else {}
-        self.parts: dict[str, list[int]] = json.loads(metadata.get(peft_fused.METADATA, "{}"))
+        try:
+            self.parts: dict[str, list[int]] = dict(json.loads(metadata.get(peft_fused.METADATA, "{}")))
+        except (ValueError, TypeError) as e:
+            raise InteropError(f"{file}: its note {peft_fused.METADATA} is damaged: {e}") from e
 
     def take(self, name: str, shape: Sequence[int]) -> np.ndarray:
         """The tensor of this name and shape.

@@ -14,7 +14,7 @@ from llm_jax.compress.quantize import Quantized, quantize
 from llm_jax.delta import lora
 from llm_jax.delta.lora import Lora, LoraConfig
 from llm_jax.interop import InteropError
-from llm_jax.interop.huggingface import peft
+from llm_jax.interop.huggingface import peft, peft_config
 from llm_jax.models.gpt import GPTConfig
 from llm_jax.models.llama import LlamaConfig
 from llm_jax.nn import paths, weights
@@ -271,3 +271,21 @@ def test_other_errors(tmp_path):
         with pytest.raises(InteropError) as error:
             call()
         assert message in str(error.value) and "\n" not in str(error.value)
+
+
+JUNK = (None, "x", 3, -1, 0.5, True, [], {}, [None], ["q_proj", 5], {"a": None}, {"q_proj": "x"}, [[1]], "(")
+
+
+@pytest.mark.parametrize("kind", peft_config.HONOURED)
+def test_junk_in_any_field_is_one_line(kind, tmp_path):
+    path = folder(tmp_path)
+    good = {**json.loads((path / "adapter_config.json").read_text()), "peft_type": kind, "token_indices": [1]}
+    fields = {*peft_config.HONOURED[kind], *peft_config.ALLOWED, *peft_config.NEUTRAL}
+    for field in sorted(fields):
+        for junk in JUNK:
+            allowed = {k: v for k, v in good.items() if k in fields}
+            (path / "adapter_config.json").write_text(json.dumps({**allowed, field: junk}))
+            try:
+                peft.load(path, MODEL, base())
+            except InteropError as e:
+                assert "\n" not in str(e)

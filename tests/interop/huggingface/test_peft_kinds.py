@@ -190,6 +190,15 @@ def test_a_fused_file_without_our_note_is_read_as_one_layer(tmp_path):
         np.testing.assert_allclose(again[part]["kernel"].dense(), weights.dense(plain), rtol=1e-5, atol=1e-5)
 
 
+def test_a_damaged_note_of_parts_is_one_line(tmp_path):
+    model, params = CONFIGS["gpt2"].make(), attached("gpt2", of(targets=("attention.query",)))
+    peft.save(tmp_path, model, params)
+    stored = {n: np.array(x) for n, x in TensorFolder(tmp_path / peft.FILE).items()}
+    save_file(stored, str(tmp_path / peft.FILE), metadata={"llm_jax.parts": "{"})
+    with pytest.raises(InteropError, match="its note llm_jax.parts is damaged"):
+        peft.load(tmp_path, model, base("gpt2"))
+
+
 def test_parts_of_other_scales_are_stored_exactly_to_rounding(tmp_path):
     model = CONFIGS["gpt2"].make()
     params = attached("gpt2", of(targets=("attention",)))
