@@ -36,9 +36,10 @@ def main() -> None:
 
     config = cli.from_config_dict(FinetuneConfig, CONFIG.value)
     log.info("config %s", json.dumps(config.to_dict()))
-    loaded = finetune.load(cli.find_model(MODEL.value), config)
+    path = cli.find_model(MODEL.value)
+    loaded = finetune.load(path, config)
     key = jax.random.key(config.run.training.seed)
-    result = finetune.run(loaded, config, WORKDIR.value, key, RESTORE.value, ACCEPT.value)
+    result = finetune.run(loaded, config, WORKDIR.value, key, RESTORE.value, ACCEPT.value, path)
     print(result.describe())
     if finetune.can_save(loaded.config):
         interop.save(f"{WORKDIR.value}/merged", loaded.model, result.merged, loaded.tokenizer)

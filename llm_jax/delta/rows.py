@@ -38,9 +38,7 @@ class TokenRows(Delta):
 
     def unfold(self, matrix: jax.Array, bias: Bias) -> tuple[jax.Array, Bias]:
         """Refused: the rows before are not stored."""
-        raise DeltaError(
-            "trained token rows cannot be taken out of a merged table: keep the tree of before"
-        )
+        raise DeltaError("trained token rows cannot be taken out of a merged table: keep the tree of before")
 
     def matmul_t(self, x: jax.Array) -> jax.Array:
         """`x @ table.T`: the base's product, with the trained rows' columns in it."""

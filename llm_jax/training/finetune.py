@@ -7,9 +7,10 @@ import jax
 from etils import epath
 
 from llm_jax import config as configs
-from llm_jax.compress import quantize
 from llm_jax.data import chat, labeled
-from llm_jax.delta.lora import TRAINABLE, LoraConfig, attach, merge
+from llm_jax.delta import base as bases
+from llm_jax.delta.lora import TRAINABLE, LoraConfig, merge
+from llm_jax.delta.methods import DeltaConfig
 from llm_jax.interop import Pretrained, pretrained
 from llm_jax.models.elmo import ElmoConfig
 from llm_jax.models.llama import LlamaConfig
@@ -34,7 +35,8 @@ class FinetuneConfig:
         the data's labels where the objective is `Labels`.
       lora: where LoRA goes; None trains what `run.training.trainable` chooses, or everything. A head with labels trains
         beside it.
-      base: `float` or `int8` (kernels under LoRA are quantized).
+      base: what is kept of what does not train: `float` (as loaded), `bfloat16`, or `int8` (kernels under LoRA are
+        quantized). What trains stays in float32.
       format: `text` (plain text) or `chat` (chats and instructions; the loss falls on the assistant's turns only).
     """
 
@@ -45,12 +47,14 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         """Checks names."""
-        if self.base not in ("float", "int8"):
-            raise ValueError(f"base={self.base!r} is neither float nor int8")
+        if self.base not in bases.FORMS:
+            raise ValueError(f"base={self.base!r} is not one of {', '.join(bases.FORMS)}")
         if self.format not in ("text", "chat"):
             raise ValueError(f"format={self.format!r} is neither text nor chat")
         if self.base == "int8" and self.lora is None:
             raise ValueError("a quantized base cannot train whole; give it LoRA")
+        if self.base == "bfloat16" and self.lora is None and self.run.training.trainable is None:
+            raise ValueError("base='bfloat16' without lora needs run.training.trainable: nothing else is frozen")
         if self.format == "chat" and isinstance(self.run.objective, Labels):
             raise ValueError("format='chat' has no labels: leave format, or take another objective")
 
@@ -99,13 +103,13 @@ def load(path: str, config: FinetuneConfig) -> Pretrained:
     return pretrained.load(path, dtype="float32", head=objective.head, labels=labels)
 
 
-def adapt(params: Params, config: FinetuneConfig, key: jax.Array) -> Params:
-    """The parameters as they will train: quantized where asked for, with LoRA attached."""
-    if config.lora is None:
-        return params
-    if config.base == "int8":
-        params = quantize.quantize(params, config.lora.targets)
-    return attach(params, config.lora, key)
+def adapt(params: Params, config: FinetuneConfig, key: jax.Array, trainable: tuple[str, ...] = TRAINABLE) -> Params:
+    """The parameters as they will train: the base in its form, with LoRA attached."""
+    return bases.adapt(params, _delta(config), config.base, trainable, key)
+
+
+def _delta(config: FinetuneConfig) -> DeltaConfig | None:
+    return None if config.lora is None else DeltaConfig(lora=config.lora)
 
 
 def run(
@@ -115,6 +119,7 @@ def run(
     key: jax.Array,
     restore_step: int | None = None,
     accept_changed_data: bool = False,
+    path: epath.PathLike | None = None,
 ) -> Finetuned:
     """Adapts and trains; resumes like any run. The parameters of `loaded` are taken over.
 
@@ -125,6 +130,8 @@ def run(
       key: draws LoRA's matrices.
       restore_step: see `run.train`.
       accept_changed_data: see `run.train`.
+      path: that `loaded` came from. Checkpoints of a run that trains a part then leave the frozen rest out, and the
+        work directory refers to it there; without a path they hold everything.
 
     Raises:
       ValueError: and its kin, each with one line.
@@ -152,16 +159,26 @@ def run(
         kind=config.format,
         restore_step=restore_step,
         extra={"finetune": extra},
-        adapt=lambda params: adapt(params, config, key),
+        adapt=lambda params: adapt(params, config, key, trainable or ()),
         accept_changed_data=accept_changed_data,
+        base=None if path is None or trainable is None else _base(loaded, config, trainable, path),
     )
     sizes = {
         "parameters": weights.bytes_of(trained.state.params),
         "trainable": weights.bytes_of(partition(trained.state.params, trainable)[0]),
         "optimizer state": weights.bytes_of(trained.state.opt_state),
     }
-    merged = trained.params if config.lora is None else merge(trained.params)
+    whole = weights.cast(trained.params, "float32") if config.base == "bfloat16" else trained.params
+    merged = whole if config.lora is None else merge(whole)  # in bfloat16 small updates would vanish
     return Finetuned(trained, merged, sizes)
+
+
+def _base(loaded: Pretrained, config: FinetuneConfig, trainable: tuple[str, ...], path: epath.PathLike) -> bases.Base:
+    """The loaded model as the run refers to it."""
+    head = (
+        {"head": loaded.config.head, "labels": loaded.config.labels} if isinstance(config.run.objective, Labels) else {}
+    )
+    return bases.Base(str(path), form=config.base, delta=_delta(config), trainable=trainable, **head)
 
 
 def can_save(model_config: ModelConfig) -> bool:

@@ -1,0 +1,294 @@
+"""Checkpoints of a delta run: small, resumed bitwise, joined with their base, which a fingerprint identifies."""
+
+import dataclasses
+import functools
+import json
+import math
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import noise
+
+from llm_jax import interop
+from llm_jax.data import tokenizers
+from llm_jax.delta import dora, lora
+from llm_jax.delta.base import BaseError
+from llm_jax.delta.lora import LoraConfig
+from llm_jax.interop.names import InteropError
+from llm_jax.models.llama import LlamaConfig
+from llm_jax.nn import paths, weights
+from llm_jax.parallel.plan import PlanConfig
+from llm_jax.storage.checkpoints import CheckpointError, Checkpoints
+from llm_jax.training import finetune
+from llm_jax.training.averaging import average_checkpoints
+from llm_jax.training.finetune import FinetuneConfig
+from llm_jax.training.loop import LoopConfig
+from llm_jax.training.optimizers import OptimizerConfig
+from llm_jax.training.run_config import DataConfig, RunConfig
+
+TEXT = "abc abd abe, abc abd abe. " * 60
+HALF, STEPS = 2, 4
+KEY = jax.random.key(0)
+ALONE = PlanConfig(data=1)
+LORA = LoraConfig(rank=2)
+ROWS = {  # name: (plan, fields of FinetuneConfig, fields of LoopConfig)
+    "zero-3, int8, average": (PlanConfig(data=8, zero=3), {"base": "int8"}, {"ema": 0.5, "keep_best": 1, "eval_every": 2}),
+    "pipeline, ranks by layer": (
+        PlanConfig(data=4, pipe=2, microbatches=2),
+        {"lora": dataclasses.replace(LORA, ranks=("layers[0:2].mlp=1",))},
+        {},
+    ),
+    "bfloat16, DoRA": (ALONE, {"base": "bfloat16", "lora": dataclasses.replace(LORA, dora=True)},
+                       {"trainable": dora.TRAINABLE, "accumulation": 2}),
+    "master copies on the host, frozen A": (
+        PlanConfig(data=1, precision="bf16", master="in_optimizer", offload=("optimizer",)),
+        {"lora": dataclasses.replace(LORA, freeze_a=True)},
+        {"trainable": ("*/b",)},
+    ),
+    "PiSSA": (ALONE, {"lora": dataclasses.replace(LORA, start="pissa")}, {}),
+    "norms and one kernel": (ALONE, {"lora": None}, {"trainable": ("*norm*/scale", "layers/attention/query/kernel")}),
+}  # fmt: skip
+SMALL = ("zero-3, int8, average", "pipeline, ranks by layer", "bfloat16, DoRA", "PiSSA")  # LoRA's few numbers train
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random Llama of 2.6 MB and a character tokenizer, as a Hugging Face folder."""
+    path = tmp_path_factory.mktemp("models") / "base"
+    tokenizer = tokenizers.train([TEXT, "u"], "char", 1)
+    config = LlamaConfig(vocab_size=tokenizer.vocab_size, context_length=32, model_dim=128, num_layers=4, num_heads=4,
+                         num_kv_heads=4, hidden_dim=256)  # fmt: skip
+    model = config.make()
+    params = paths.map_with_path(lambda p, x: x * 0 + 1 if p.endswith("scale") else x, noise(model, 0.05))
+    interop.save(path, model, params, tokenizer)
+    (path / "text.txt").write_text(TEXT)
+    return path
+
+
+def config(folder, name):
+    plan, fields, loop = ROWS[name]
+    loop = {"checkpoint_every": HALF, "log_every": 1, "keep_last": 3, **loop}
+    run = RunConfig(
+        data=DataConfig(source=str(folder / "text.txt"), validation_share=0.1, split="tail"),
+        optimizer=OptimizerConfig(learning_rate=0.02, schedule="constant", weight_decay=0.0),
+        plan=plan,
+        training=LoopConfig(steps=STEPS, batch_size=16, sequence_length=16, **loop),
+    )
+    return FinetuneConfig(run=run, **{"lora": LORA, **fields})
+
+
+def finetuned(folder, name, workdir, base=None, path="same", **more):
+    """A run on the model in `base`, which says that it is at `path`."""
+    base = folder if base is None else base
+    loaded = finetune.load(str(base), config(folder, name))
+    devices, plan = jax.devices(), ROWS[name][0]
+    with pytest.MonkeyPatch.context() as patch:
+        if plan.data == 1:
+            patch.setattr(jax, "devices", lambda *_: devices[:1])
+        return finetune.run(loaded, config(folder, name), workdir, KEY, path=base if path == "same" else path, **more)
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """Every row trained once without interruption: (result, work directory)."""
+
+    @functools.cache
+    def get(name):
+        workdir = tmp_path_factory.mktemp("runs") / "run"
+        return finetuned(folder, name, workdir), workdir
+
+    return get
+
+
+def copy_of(workdir, to, last=HALF):
+    """A work directory as it was after step `last`."""
+    shutil.copytree(workdir, to)
+    for step in (to / "checkpoints").iterdir():
+        if step.name.isdigit() and int(step.name) > last:
+            shutil.rmtree(step)
+    lines = (to / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (to / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= last))
+    return to
+
+
+def bitwise(a, b):
+    a, b = (jax.device_get(paths.flatten(tree)) for tree in (a, b))
+    for (path, x), (other, y) in zip(a, b, strict=True):
+        assert path == other and x.dtype == y.dtype, (path, other)
+        np.testing.assert_array_equal(x, y, err_msg=path)
+
+
+def raw(state):
+    return state.replace(key=jax.random.key_data(state.key))
+
+
+def bytes_below(folder):
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_checkpoint_holds_what_trains_and_no_more(name, folder, whole):
+    done, workdir = whole(name)
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    stored = checkpoints.stored_shapes(STEPS)
+    trains = paths.matcher(done.trained.state.params and _trainable(workdir))
+    left_out = checkpoints.read_run(STEPS)[1]["left_out"]
+    for path, x in paths.flatten(done.trained.state.params):
+        assert f"params/{path}" in (left_out if path.split("/")[-1] in BASE and not trains(path) else stored), path
+    assert {p: s for p, (s, _) in stored.items()} == {
+        p: x.shape for p, x in paths.flatten(raw(done.trained.state)) if p not in left_out
+    }
+    assert not any(0 in shape for shape, _ in stored.values())
+    if name in SMALL:
+        base = weights.bytes_of(interop.load(folder).params)
+        learned = weights.bytes_of([jax.ShapeDtypeStruct(*x) for x in stored.values()])
+        assert learned < 0.15 * base and bytes_below(workdir / "checkpoints" / str(STEPS)) < learned + 60_000
+
+
+# names of the leaves of the model itself, where they are frozen
+BASE = ("base", "kernel", "embedding", "scale", "values")
+
+
+def _trainable(workdir):
+    return json.loads((workdir / "config.json").read_text())["training"]["trainable"]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_an_interrupted_run_resumes_bitwise(name, folder, whole, tmp_path):
+    done, workdir = whole(name)
+    again = finetuned(folder, name, copy_of(workdir, tmp_path / "run"))
+    bitwise(raw(again.trained.state), raw(done.trained.state))
+    assert again.trained.evaluation == done.trained.evaluation
+    bitwise(again.merged, done.merged)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_work_directory_loads_as_what_the_run_ended_with(name, whole):
+    done, workdir = whole(name)
+    loaded = interop.load(workdir)
+    assert jax.tree.structure(loaded.params) == jax.tree.structure(done.trained.params)
+    bitwise(loaded.params, done.trained.params)
+    half = interop.load(workdir, dtype=jnp.bfloat16).params
+    bitwise(half, weights.cast(done.trained.params, jnp.bfloat16))
+
+
+def test_a_base_in_bfloat16(folder, whole):
+    """What is frozen takes two bytes, what trains four; the run ends near where one over float32 does."""
+    done, _ = whole("bfloat16, DoRA")
+    own = {"a", "b", "magnitude", "squares"}
+    for path, x in paths.flatten(done.trained.state.params):
+        assert x.dtype == (jnp.float32 if path.split("/")[-1] in own else jnp.bfloat16), path
+    base = interop.load(folder, dtype=jnp.bfloat16).params
+    bitwise(lora.detach(done.trained.state.params), base)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(done.merged))  # small updates are not rounded away
+    logits = lambda params: done.trained.model.apply({"params": params}, np.arange(12)[None] % 5).logits
+    np.testing.assert_allclose(logits(done.merged), logits(done.trained.params), rtol=2e-2, atol=2e-2)
+
+
+def test_averages_of_checkpoints_take_the_base_too(whole):
+    done, workdir = whole("zero-3, int8, average")
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    last = interop.load(workdir, average=False).params
+    mean = average_checkpoints(checkpoints, [STEPS], last)
+    bitwise(mean, last)
+    with pytest.raises(CheckpointError, match=r"holds a delta without its frozen base, which is .*interop.load"):
+        average_checkpoints(checkpoints)
+
+
+@pytest.fixture
+def other(folder, tmp_path):
+    """The same model but for one number."""
+    loaded = interop.load(folder)
+    there = tmp_path / "other"
+    kernel = loaded.params["decoder"]["layers"]["mlp"]["up"]["kernel"]
+    loaded.params["decoder"]["layers"]["mlp"]["up"]["kernel"] = kernel.at[3, 5, 7].add(1e-3)
+    interop.save(there, loaded.model, loaded.params, loaded.tokenizer)
+    shutil.copy(folder / "text.txt", there)
+    return there
+
+
+ROW = "norms and one kernel"
+
+
+def test_another_base_is_refused(folder, whole, other, tmp_path):
+    _, workdir = whole(ROW)
+    run = copy_of(workdir, tmp_path / "run")
+    before = (run / "base.json").read_text()
+    words = (
+        r"the base at \S*other \(fingerprint \w{12}\) is not the one that the run began with \(\S*base, fingerprint "
+    )
+    for call in (lambda: finetuned(folder, ROW, run, other), lambda: interop.load(run, base=other)):
+        with pytest.raises(BaseError, match=words) as error:
+            call()
+        message = str(error.value)
+        assert "\n" not in message and "decoder/layers/mlp/up/kernel is float32[4,128,256]" in message
+    assert (run / "base.json").read_text() == before
+
+
+def test_a_base_that_moved(folder, whole, tmp_path):
+    """Alone: one line says what to do, in three ways. Together with the run: found."""
+    done, workdir = whole(ROW)
+    (tmp_path / "a").mkdir()
+    run, moved = copy_of(workdir, tmp_path / "a" / "run", STEPS), tmp_path / "elsewhere"
+    shutil.copytree(folder, moved)
+    noted = json.loads((run / "base.json").read_text())
+    assert noted["path"] == str(folder)
+    write = lambda **changes: (run / "base.json").write_text(json.dumps({**noted, **changes}))
+    write(path=str(tmp_path / "gone"), relative="../gone")
+    with pytest.raises(
+        InteropError, match=r"its base is not at \S*gone nor at \S*run/../gone: give its new place"
+    ) as e:
+        interop.load(run)
+    assert "\n" not in str(e.value)
+    bitwise(interop.load(run, base=moved).params, done.trained.params)
+    write(path=str(tmp_path / "gone"), relative="../../elsewhere")
+    bitwise(interop.load(run).params, done.trained.params)
+    write(path=str(tmp_path / "gone"), relative="../gone")
+    finetuned(folder, ROW, run, moved)
+    assert json.loads((run / "base.json").read_text()) == {"path": str(moved), "relative": "../../elsewhere"}
+    bitwise(interop.load(run).params, done.trained.params)
+    (run / "base.json").write_text("{")
+    with pytest.raises(InteropError, match=r"base.json is damaged"):
+        interop.load(run)
+    (run / "base.json").unlink()  # the checkpoint says where the base was
+    bitwise(interop.load(run).params, done.trained.params)
+
+
+def test_a_base_that_is_not_given(folder, whole, tmp_path):
+    _, workdir = whole(ROW)
+    run = copy_of(workdir, tmp_path / "run")
+    with pytest.raises(BaseError, match=r"holds a delta of \S*base: give train\(\) that model and its base"):
+        finetuned(folder, ROW, run, path=None)
+    loaded = finetune.load(str(folder), config(folder, ROW))
+    for x in jax.tree.leaves(loaded.params):
+        x.delete()
+    with pytest.raises(ValueError, match="an earlier run took these parameters over; load the model again"):
+        finetune.run(loaded, config(folder, ROW), run, KEY, path=folder)
+    with pytest.raises(InteropError, match="is not a work directory of ours and takes no base="):
+        interop.load(folder, base=folder)
+
+
+def test_a_run_that_holds_its_base_resumes_as_it_began(folder, whole, tmp_path):
+    """As runs of earlier versions do: with their own base, whatever the path says, and into whole checkpoints."""
+    done, _ = whole(ROW)
+    earlier = finetuned(folder, ROW, tmp_path / "earlier", path=None)
+    run = copy_of(tmp_path / "earlier", tmp_path / "run")
+    again = finetuned(folder, ROW, run)
+    for result in (earlier, again):
+        bitwise(raw(result.trained.state), raw(done.trained.state))
+    checkpoints = Checkpoints(run / "checkpoints", read_only=True)
+    assert checkpoints.steps() == [HALF, STEPS]
+    assert all(not checkpoints.read_run(step)[1].keys() & {"base", "left_out"} for step in checkpoints.steps())
+    assert not (run / "base.json").exists()
+    bitwise(checkpoints.restore_params()[0], interop.load(run).params)
+    with pytest.raises(InteropError, match="holds its whole model and takes no base="):
+        interop.load(run, base=folder)
+
+
+def test_full_tuning_is_whole():
+    with pytest.raises(ValueError, match="nothing else is frozen"):
+        FinetuneConfig(lora=None, base="bfloat16")
+    assert math.isfinite(0.0)
