@@ -41,9 +41,9 @@ def main() -> None:
     key = jax.random.key(config.run.training.seed)
     result = finetune.run(loaded, config, WORKDIR.value, key, RESTORE.value, ACCEPT.value, path)
     print(result.describe())
-    if finetune.can_save(loaded.config):
+    if result.merged is not None and finetune.can_save(loaded.config):
         interop.save(f"{WORKDIR.value}/merged", loaded.model, result.merged, loaded.tokenizer)
-    if config.lora is not None and finetune.can_export(loaded.config):
+    if config.delta.names and finetune.can_export(loaded.config):
         from llm_jax.interop.huggingface import peft
 
         beside = config.run.training.trainable or ()

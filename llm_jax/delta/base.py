@@ -49,7 +49,7 @@ class Base:
       head: that it was loaded with; None for its own.
       labels: of that head.
       form: what the run keeps of it: `float` (as loaded), `bfloat16`, or `int8` (kernels under LoRA).
-      delta: what was attached; None where parameters of the model itself train.
+      delta: what was attached; nothing where parameters of the model itself train.
       trainable: patterns of what trains.
       prints: fingerprint of every parameter that checkpoints leave out, see `fingerprint`.
     """
@@ -60,7 +60,7 @@ class Base:
     head: str | None = None
     labels: tuple[str, ...] = ()
     form: str = "float"
-    delta: DeltaConfig | None = None
+    delta: DeltaConfig = DeltaConfig()
     trainable: tuple[str, ...] = ()
     prints: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -140,13 +140,13 @@ def digest(prints: Mapping[str, str]) -> str:
     return hashlib.blake2b(json.dumps(prints, sort_keys=True).encode(), digest_size=6).hexdigest()
 
 
-def adapt(params: Params, config: DeltaConfig | None, form: str, trainable: Collection[str], key: jax.Array) -> Params:
+def adapt(params: Params, config: DeltaConfig, form: str, trainable: Collection[str], key: jax.Array) -> Params:
     """A model's parameters as they will train: the base in its form, deltas attached; pure.
 
     Args:
       params: of the model.
-      config: the deltas, None for none.
-      form: `float` leaves the base as it is, `bfloat16` rounds what does not train, `int8` quantizes kernels under LoRA.
+      config: the deltas.
+      form: `float` leaves the base as it is, `bfloat16` rounds what does not train, `int8` quantizes what is under LoRA.
       trainable: patterns of what trains, which stays in float32.
       key: draws LoRA's A.
 
@@ -154,12 +154,10 @@ def adapt(params: Params, config: DeltaConfig | None, form: str, trainable: Coll
       DeltaError, ValueError: see `delta.methods`.
     """
     if form == "int8":
-        params = methods.quantized(params, config or DeltaConfig())
+        params = methods.quantized(params, config)
     if form == "bfloat16":
         trains = paths.matcher(trainable)
         params = paths.map_with_path(lambda p, x: x if trains(p) else weights.cast(x, jnp.bfloat16), params)
-    if config is None:
-        return params
     params = methods.attach(params, config, key)
     return jax.tree.map(_wide, params, is_leaf=weights.is_node) if form == "bfloat16" else params
 

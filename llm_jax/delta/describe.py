@@ -1,5 +1,6 @@
 """What deltas add to a model, as a table to read."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from llm_jax.delta import lora, node
@@ -10,7 +11,7 @@ from llm_jax.nn.stack import stack
 
 
 class Sizes(NamedTuple):
-    """Numbers of a tree with deltas.
+    """Sizes of a tree with deltas.
 
     Attributes:
       base: numbers of the model below the deltas.
@@ -30,19 +31,28 @@ class Sizes(NamedTuple):
         return self.trainable / self.base
 
 
-def _count(w: node.Delta) -> int:
-    if isinstance(w, Lora):
-        return lora.count(w)
-    return weights.count([getattr(w, field) for field in w.trains])
+def _padding(params: Params) -> int:
+    """Numbers in A and B that only fill shorter ranks up."""
+    loras = [d for w in node.of(params).values() for d in node.layers_of(w) if isinstance(d, Lora)]
+    return sum(weights.count((d.a, d.b)) - lora.count(d) for d in loras)
 
 
-def sizes(params: Params) -> Sizes:
-    """Counts a tree, stacked or not; abstract will do. Parameters of the model itself count as not trained."""
+def sizes(params: Params, trainable: str | Iterable[str]) -> Sizes:
+    """Counts a tree, stacked or not; abstract will do.
+
+    Args:
+      params: the tree.
+      trainable: patterns of what trains, as `methods.trainable` gives them.
+
+    Raises:
+      ValueError: if a pattern matches nothing.
+    """
     params = stack(params)
-    deltas = [d for w in node.of(params).values() for d in node.layers_of(w)]
+    flat = dict(paths.flatten(params))
+    trained = [flat[path] for path in paths.select(flat, trainable)]
     base = [node.stripped(w) for _, w in paths.flatten(params, weights.is_node)]
-    trained = [[getattr(d, field) for field in d.trains] for d in deltas]
-    return Sizes(weights.count(base), sum(map(_count, deltas)), weights.bytes_of(base), weights.bytes_of(trained))
+    number = weights.count(trained) - _padding(params)
+    return Sizes(weights.count(base), number, weights.bytes_of(base), weights.bytes_of(trained))
 
 
 def _line(path: str, w: Any) -> str:
@@ -51,24 +61,25 @@ def _line(path: str, w: Any) -> str:
     kind = type(inner).__name__ if weights.is_node(inner) else str(inner.dtype)
     added = []
     for d in node.layers_of(w):
+        count = weights.count([getattr(d, field) for field in d.trains])
         text = d.name
         if isinstance(d, Lora):
-            ranks = f"ranks {min(d.ranks)} to {max(d.ranks)}" if d.ranks else f"rank {d.a.shape[-1]}"
-            text += f" of {ranks}"
-        added.append(f"{text}, {_count(d):,} numbers")
+            text += f" of ranks {min(d.ranks)} to {max(d.ranks)}" if d.ranks else f" of rank {d.a.shape[-1]}"
+            count = lora.count(d)
+        added.append(f"{text}, {count:,} numbers")
     return f"{path}  {kind}[{shape}]  {'; '.join(added)}"
 
 
-def describe(params: Params) -> str:
-    """Every weight that carries deltas with what was added, and what trains in all.
+def describe(params: Params, trainable: str | Iterable[str]) -> str:
+    """Lists every weight that carries deltas with what was added, and what trains in total.
 
     Example line: `decoder/layers/mlp/up/kernel  float32[2x24x40]  LoRA of rank 8, 1,024 numbers`.
     """
     stacked = stack(params)
     lines = [_line(path, w) for path, w in node.of(stacked).items()]
-    s = sizes(stacked)
+    s = sizes(stacked, trainable)
     lines.append(
-        f"{s.trainable:,} numbers train beside {s.base:,} ({s.share:.3%}); {s.trainable_bytes:,} bytes beside "
+        f"{s.trainable:,} of {s.base:,} numbers train ({s.share:.3%}): {s.trainable_bytes:,} bytes over a base of "
         f"{s.base_bytes:,}"
     )
     return "\n".join(lines)

@@ -4,6 +4,7 @@ A delta stands where a kernel stood. It folds into the kernel and its bias (`fol
 (`unfold`). Deltas nest: an IA3 around a LoRA around an int8 matrix.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -62,7 +63,7 @@ class Delta(Weight):
 
     def leaves(self) -> dict[str, jax.Array | None]:
         """The delta's own arrays by field, without the base."""
-        fields = type(self).__dataclass_fields__.values()
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
         own = [f.name for f in fields if f.metadata.get("pytree_node", True) and f.name != "base"]
         return {name: getattr(self, name) for name in own}
 

@@ -1,6 +1,7 @@
-"""Fine-tuning a loaded model: wholly, by pattern, or with LoRA over a float or an int8 base; on text, chats, labels."""
+"""Fine-tuning a loaded model: wholly, by pattern, or with deltas over a float or int8 base; on text, chats, labels."""
 
 import dataclasses
+import logging
 from typing import Any
 
 import jax
@@ -9,8 +10,9 @@ from etils import epath
 from llm_jax import config as configs
 from llm_jax.data import chat, labeled
 from llm_jax.delta import base as bases
-from llm_jax.delta.lora import TRAINABLE, LoraConfig, merge
-from llm_jax.delta.methods import DeltaConfig
+from llm_jax.delta import describe, methods, node
+from llm_jax.delta.lora import LoraConfig
+from llm_jax.delta.methods import BitFitConfig, DeltaConfig, Ia3Config
 from llm_jax.interop import Pretrained, pretrained
 from llm_jax.models.elmo import ElmoConfig
 from llm_jax.models.llama import LlamaConfig
@@ -22,8 +24,11 @@ from llm_jax.training.run import Trained, train
 from llm_jax.training.run_config import RunConfig
 from llm_jax.training.trainable import partition
 
-HEAD = ("classifier", "pooler", "mix")  # what a head with labels adds; it trains beside LoRA
+log = logging.getLogger(__name__)
+
+HEAD = ("classifier", "pooler", "mix")  # what a head with labels adds; it trains beside deltas
 EARLIER = ("attention/*/kernel", "mlp/*/kernel")  # LoRA's default before it had cross-attention
+FIRST = {"lora": ("targets", "rank", "alpha", "dropout", "rs"), "": ("lora", "base", "format")}  # fields of old runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,17 +38,25 @@ class FinetuneConfig:
     Attributes:
       run: data, objective, optimizer, plan and training; its model is replaced by the loaded one, which has a head for
         the data's labels where the objective is `Labels`.
-      lora: where LoRA goes; None trains what `run.training.trainable` chooses, or everything. A head with labels trains
-        beside it.
+      lora: LoRA and its kin; None for none. Without any delta, `run.training.trainable` chooses what trains, or
+        everything does. A head with labels trains beside deltas.
       base: what is kept of what does not train: `float` (as loaded), `bfloat16`, or `int8` (kernels under LoRA are
         quantized). What trains stays in float32.
       format: `text` (plain text) or `chat` (chats and instructions; the loss falls on the assistant's turns only).
+      ia3: factors beside kernels; None for none.
+      bitfit: biases; None for none.
+      norms: scales and biases of all norms train.
+      token_rows: numbers of rows of the token table that train.
     """
 
     run: RunConfig = RunConfig()
     lora: LoraConfig | None = LoraConfig()
     base: str = "float"
     format: str = "text"
+    ia3: Ia3Config | None = None
+    bitfit: BitFitConfig | None = None
+    norms: bool = False
+    token_rows: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Checks names."""
@@ -53,10 +66,15 @@ class FinetuneConfig:
             raise ValueError(f"format={self.format!r} is neither text nor chat")
         if self.base == "int8" and self.lora is None:
             raise ValueError("a quantized base cannot train whole; give it LoRA")
-        if self.base == "bfloat16" and self.lora is None and self.run.training.trainable is None:
-            raise ValueError("base='bfloat16' without lora needs run.training.trainable: nothing else is frozen")
+        if self.base == "bfloat16" and not self.delta.names and self.run.training.trainable is None:
+            raise ValueError("base='bfloat16' is of what does not train: give it a delta, or run.training.trainable")
         if self.format == "chat" and isinstance(self.run.objective, Labels):
             raise ValueError("format='chat' has no labels: leave format, or take another objective")
+
+    @property
+    def delta(self) -> DeltaConfig:
+        """The deltas of the run."""
+        return DeltaConfig(self.lora, self.ia3, self.bitfit, self.norms, self.token_rows)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -76,17 +94,22 @@ class Finetuned:
 
     Attributes:
       trained: state, model, tokenizer, evaluation.
-      merged: plain parameters with everything folded in.
+      merged: plain parameters with everything folded in; None where a bias has no module to go to.
       bytes: sizes of the parameters, of what trains, and of the optimizer state.
+      trainable: patterns of what trained; None where everything did.
     """
 
     trained: Trained
-    merged: Params
+    merged: Params | None
     bytes: dict[str, int]
+    trainable: tuple[str, ...] | None = None
 
     def describe(self) -> str:
-        """Sizes on one line."""
-        return ", ".join(f"{k} {v:,} bytes" for k, v in self.bytes.items())
+        """Sizes on one line, after the list of weights with deltas."""
+        sizes = ", ".join(f"{k} {v:,} bytes" for k, v in self.bytes.items())
+        if not node.of(self.trained.params):
+            return sizes
+        return f"{describe.describe(self.trained.params, self.trainable)}\n{sizes}"
 
 
 def load(path: str, config: FinetuneConfig) -> Pretrained:
@@ -103,13 +126,22 @@ def load(path: str, config: FinetuneConfig) -> Pretrained:
     return pretrained.load(path, dtype="float32", head=objective.head, labels=labels)
 
 
-def adapt(params: Params, config: FinetuneConfig, key: jax.Array, trainable: tuple[str, ...] = TRAINABLE) -> Params:
-    """The parameters as they will train: the base in its form, with LoRA attached."""
-    return bases.adapt(params, _delta(config), config.base, trainable, key)
+def adapt(params: Params, config: FinetuneConfig, key: jax.Array, trainable: tuple[str, ...] = ()) -> Params:
+    """The parameters as they will train: the base in its form, with deltas attached."""
+    return bases.adapt(params, config.delta, config.base, trainable, key)
 
 
-def _delta(config: FinetuneConfig) -> DeltaConfig | None:
-    return None if config.lora is None else DeltaConfig(lora=config.lora)
+def _stored(config: FinetuneConfig, loaded: Pretrained) -> dict[str, Any]:
+    """What defines the run beside its `RunConfig`, without new fields at their defaults, so that old runs resume."""
+    defaults = FinetuneConfig().to_dict()
+    extra = {k: v for k, v in config.to_dict().items() if k != "run" and (k in FIRST[""] or v != defaults[k])}
+    if config.lora is not None:
+        first, given = defaults["lora"], extra["lora"]
+        extra["lora"] = {k: v for k, v in given.items() if k in FIRST["lora"] or v != first[k]}
+        if config.lora.targets == weights.LAYER_KERNELS and loaded.config.reads != "source":
+            # the same kernels where there is no cross-attention
+            extra["lora"] |= {"targets": list(EARLIER)}
+    return extra
 
 
 def run(
@@ -139,17 +171,14 @@ def run(
     if loaded.tokenizer is None:
         raise ValueError("the model has no tokenizer")
     trainable = config.run.training.trainable
-    if config.lora is not None:
+    if config.delta.names and trainable is None:
         head = HEAD if isinstance(config.run.objective, Labels) else ()
         beside = tuple(f"{name}/*" for name in head if name in loaded.params)
-        trainable = (*TRAINABLE, *beside) if trainable is None else trainable
+        adapted = jax.eval_shape(lambda params: adapt(params, config, key), loaded.params)
+        trainable = (*methods.trainable(adapted, config.delta), *beside)
     training = dataclasses.replace(config.run.training, trainable=trainable)
     chosen = dataclasses.replace(config.run, model=loaded.config, training=training)
     encode = chat.chats(loaded.tokenizer) if config.format == "chat" else None
-    extra = {k: v for k, v in config.to_dict().items() if k != "run"}
-    if config.lora is not None and config.lora.targets == weights.LAYER_KERNELS and loaded.config.reads != "source":
-        # the same kernels where there is no cross-attention: runs that began with the earlier default resume
-        extra["lora"] |= {"targets": list(EARLIER)}
     trained = train(
         chosen,
         workdir,
@@ -158,7 +187,7 @@ def run(
         encode=encode,
         kind=config.format,
         restore_step=restore_step,
-        extra={"finetune": extra},
+        extra={"finetune": _stored(config, loaded)},
         adapt=lambda params: adapt(params, config, key, trainable or ()),
         accept_changed_data=accept_changed_data,
         base=None if path is None or trainable is None else _base(loaded, config, trainable, path),
@@ -168,17 +197,27 @@ def run(
         "trainable": weights.bytes_of(partition(trained.state.params, trainable)[0]),
         "optimizer state": weights.bytes_of(trained.state.opt_state),
     }
+    # small updates would vanish in a merged bfloat16
     whole = weights.cast(trained.params, "float32") if config.base == "bfloat16" else trained.params
-    merged = whole if config.lora is None else merge(whole)  # in bfloat16 small updates would vanish
-    return Finetuned(trained, merged, sizes)
+    return Finetuned(trained, merged(whole), sizes, trainable)
+
+
+def merged(params: Params) -> Params | None:
+    """Plain parameters with every delta folded in; None where a bias has no module to go to."""
+    if not node.of(params):
+        return params
+    try:
+        return node.merge(params)
+    except node.DeltaError as e:
+        log.warning("no merged model: %s", e)
+        return None
 
 
 def _base(loaded: Pretrained, config: FinetuneConfig, trainable: tuple[str, ...], path: epath.PathLike) -> bases.Base:
     """The loaded model as the run refers to it."""
-    head = (
-        {"head": loaded.config.head, "labels": loaded.config.labels} if isinstance(config.run.objective, Labels) else {}
-    )
-    return bases.Base(str(path), form=config.base, delta=_delta(config), trainable=trainable, **head)
+    labels = isinstance(config.run.objective, Labels)
+    head = {"head": loaded.config.head, "labels": loaded.config.labels} if labels else {}
+    return bases.Base(str(path), form=config.base, delta=config.delta, trainable=trainable, **head)
 
 
 def can_save(model_config: ModelConfig) -> bool:

@@ -11,6 +11,7 @@ from jax.extend import core
 from jax.interpreters import partial_eval
 
 from llm_jax.nn.execution import Execution
+from llm_jax.nn import paths
 from llm_jax.nn.protocols import Params, Tree
 from llm_jax.nn.ties import Ties, expand
 from llm_jax.objectives.objective import Objective
@@ -90,8 +91,8 @@ def of_step(
 
     abstract = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
     args = abstract((params, dict(batch), carry))
-    trains = jax.tree.map(lambda x: x is not None, partition(args[0], trainable)[0], is_leaf=lambda x: x is None)
-    origins = [Origin(learns=flag) for flag in jax.tree.leaves(trains)]
+    learns = {path for path, _ in paths.flatten(partition(args[0], trainable)[0])}
+    origins = [Origin(learns=path in learns) for path, _ in paths.flatten(args[0])]
     origins += [Origin(reads=True)] * (len(jax.tree.leaves(args)) - len(origins))
     return _count(loss, args, origins)
 
