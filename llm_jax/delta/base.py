@@ -146,7 +146,7 @@ def adapt(params: Params, config: DeltaConfig, form: str, trainable: Collection[
     Args:
       params: of the model.
       config: the deltas.
-      form: `float` leaves the base as it is, `bfloat16` rounds what does not train, `int8` quantizes what is under LoRA.
+      form: `float` leaves the base as it is, `bfloat16` rounds what is frozen, `int8` quantizes kernels under LoRA.
       trainable: patterns of what trains, which stays in float32.
       key: draws LoRA's A.
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.interpreters import partial_eval
 
-from llm_jax.nn.execution import Execution
 from llm_jax.nn import paths
+from llm_jax.nn.execution import Execution
 from llm_jax.nn.protocols import Params, Tree
 from llm_jax.nn.ties import Ties, expand
 from llm_jax.objectives.objective import Objective

@@ -1,5 +1,6 @@
 """Checkpoints of a delta run: small, resumed bitwise, joined with their base, which a fingerprint identifies."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -34,7 +35,7 @@ KEY = jax.random.key(0)
 ALONE = PlanConfig(data=1)
 LORA = LoraConfig(rank=2)
 ROWS = {  # name: (plan, fields of FinetuneConfig, fields of LoopConfig)
-    "zero-3, int8, average": (PlanConfig(data=8, zero=3), {"base": "int8"}, 
+    "zero-3, int8, average": (PlanConfig(data=8, zero=3), {"base": "int8"},
                                {"ema": 0.5, "keep_best": 1, "eval_every": 2}),
     "pipeline, ranks by layer": (
         PlanConfig(data=4, pipe=2, microbatches=2),
@@ -48,7 +49,7 @@ ROWS = {  # name: (plan, fields of FinetuneConfig, fields of LoopConfig)
         {"lora": dataclasses.replace(LORA, freeze_a=True)},
         {"trainable": ("*/b",)},
     ),
-    "PiSSA": (ALONE, {"lora": dataclasses.replace(LORA, start="pissa")}, {}),
+    "PiSSA": (ALONE, {"lora": dataclasses.replace(LORA, start="pissa", targets=("attention/query/kernel",))}, {}),
     "norms and one kernel": (ALONE, {"lora": None}, {"trainable": ("*norm*/scale", "layers/attention/query/kernel")}),
 }  # fmt: skip
 SMALL = ("zero-3, int8, average", "pipeline, ranks by layer", "bfloat16, DoRA", "PiSSA")  # LoRA's few numbers train
@@ -56,11 +57,11 @@ SMALL = ("zero-3, int8, average", "pipeline, ranks by layer", "bfloat16, DoRA", 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A random Llama of 2.6 MB and a character tokenizer, as a Hugging Face folder."""
+    """A random Llama of 7 MB and a character tokenizer, as a Hugging Face folder."""
     path = tmp_path_factory.mktemp("models") / "base"
     tokenizer = tokenizers.train([TEXT, "u"], "char", 1)
-    config = LlamaConfig(vocab_size=tokenizer.vocab_size, context_length=32, model_dim=128, num_layers=4, num_heads=4,
-                         num_kv_heads=4, hidden_dim=256)  # fmt: skip
+    config = LlamaConfig(vocab_size=tokenizer.vocab_size, context_length=32, model_dim=192, num_layers=4, num_heads=4,
+                         num_kv_heads=4, hidden_dim=512)  # fmt: skip
     model = config.make()
     params = paths.map_with_path(lambda p, x: x * 0 + 1 if p.endswith("scale") else x, noise(model, 0.05))
     interop.save(path, model, params, tokenizer)
@@ -80,14 +81,20 @@ def config(folder, name):
     return FinetuneConfig(run=run, **{"lora": LORA, **fields})
 
 
+@contextlib.contextmanager
+def on_its_devices(name):
+    devices = jax.devices()
+    with pytest.MonkeyPatch.context() as patch:
+        if ROWS[name][0].data == 1:
+            patch.setattr(jax, "devices", lambda *_: devices[:1])
+        yield
+
+
 def finetuned(folder, name, workdir, base=None, path="same", **more):
     """A run on the model in `base`, which says that it is at `path`."""
     base = folder if base is None else base
     loaded = finetune.load(str(base), config(folder, name))
-    devices, plan = jax.devices(), ROWS[name][0]
-    with pytest.MonkeyPatch.context() as patch:
-        if plan.data == 1:
-            patch.setattr(jax, "devices", lambda *_: devices[:1])
+    with on_its_devices(name):
         return finetune.run(loaded, config(folder, name), workdir, KEY, path=base if path == "same" else path, **more)
 
 
@@ -136,7 +143,7 @@ def test_a_checkpoint_holds_what_trains_and_no_more(name, folder, whole):
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     stored, left_out = checkpoints.stored_shapes(STEPS), checkpoints.read_run(STEPS)[1]["left_out"]
     trains = paths.matcher(done.trainable)
-    of_base = paths.matcher(("base", "base/values", "base/scale", "kernel", "embedding", "norm*/scale"))
+    of_base = paths.matcher(("base", "base/values", "base/scale", "kernel", "embedding", "*norm/scale"))
     frozen = [f"params/{p}" for p, _ in paths.flatten(done.trained.state.params) if of_base(p) and not trains(p)]
     assert sorted(left_out) == sorted(frozen)
     kept = {p: tuple(x.shape) for p, x in paths.flatten(raw(done.trained.state)) if p not in left_out}
@@ -144,7 +151,8 @@ def test_a_checkpoint_holds_what_trains_and_no_more(name, folder, whole):
     if name in SMALL:
         base = weights.bytes_of(interop.load(folder).params)
         learned = weights.bytes_of([jax.ShapeDtypeStruct(*x) for x in stored.values()])
-        assert learned < 0.15 * base and bytes_below(workdir / "checkpoints" / str(STEPS)) < learned + 60_000
+        # orbax writes what a process held, and once more what all held together
+        assert learned < 0.07 * base and bytes_below(workdir / "checkpoints" / str(STEPS)) < 0.15 * base
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -215,7 +223,7 @@ def test_another_base_is_refused(folder, whole, other, tmp_path):
         with pytest.raises(BaseError, match=words) as error:
             call()
         message = str(error.value)
-        assert "\n" not in message and "decoder/layers/mlp/up/kernel is float32[4,128,256]" in message
+        assert "\n" not in message and "decoder/layers/mlp/up/kernel is float32[4,192,512]" in message
     assert (run / "base.json").read_text() == before
 
 
@@ -256,7 +264,8 @@ def test_a_base_that_is_not_given(folder, whole, tmp_path):
     loaded = finetune.load(str(folder), config(folder, ROW))
     for x in jax.tree.leaves(loaded.params):
         x.delete()
-    with pytest.raises(ValueError, match="an earlier run took these parameters over; load the model again"):
+    gone = pytest.raises(ValueError, match="an earlier run took these parameters over; load the model again")
+    with gone, on_its_devices(ROW):
         finetune.run(loaded, config(folder, ROW), run, KEY, path=folder)
     with pytest.raises(InteropError, match="is not a work directory of ours and takes no base="):
         interop.load(folder, base=folder)
