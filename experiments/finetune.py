@@ -43,7 +43,7 @@ def main() -> None:
     print(result.describe())
     if result.merged is not None and finetune.can_save(loaded.config):
         interop.save(f"{WORKDIR.value}/merged", loaded.model, result.merged, loaded.tokenizer)
-    if config.delta.names and finetune.can_export(loaded.config):
+    if not config.delta.is_empty and finetune.can_export(loaded.config):
         from llm_jax.interop.huggingface import peft
 
         beside = config.run.training.trainable or ()

@@ -5,9 +5,11 @@ import functools
 
 import jax
 import numpy as np
+from delta_cells import masked
 from tiny_models import ENCODER_DECODERS, ENCODERS, MODELS, V, model_params
 
-from llm_jax.delta import lora
+from llm_jax.delta import lora, methods
+from llm_jax.delta.methods import DeltaConfig, Ia3Config
 from llm_jax.models.xlnet import XLNetConfig
 from llm_jax.nn import paths
 from llm_jax.objectives.causal_lm import CausalLM
@@ -63,6 +65,16 @@ MODELS_HERE = {  # sizes that 8 devices divide, but for what a row is about
 }  # fmt: skip
 LORA = lora.LoraConfig(rank=8, targets=("attention/*/kernel", "mlp/*/kernel"))
 MODELS_HERE["lora"] = MODELS_HERE["deep_tied"]  # with LoRA over a frozen base
+MODELS_HERE["deltas"] = MODELS_HERE["deep_tied"]  # with several methods, some on some layers only
+DELTAS = {
+    "lora": DeltaConfig(LORA),
+    "deltas": DeltaConfig(
+        dataclasses.replace(LORA, targets=("layers[1:].attention", "mlp"), ranks=("layers[2].mlp=4",), dora=True),
+        ia3=Ia3Config(),
+        norms=True,
+        token_rows=(1, 5),
+    ),
+}
 MODELS_HERE["shared"] = MODELS_HERE["still"]  # its keys are its queries
 TIES = {"shared": ("decoder/layers/attention/key=decoder/layers/attention/query",)}
 RNG = np.random.default_rng(0)
@@ -110,7 +122,12 @@ TASKS = {  # objective and batches, where they are not a decoder's
 }
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, schedule="constant", eps=1e-3)  # ARCHITECTURE.md says why 1e-3
 TX = make_optimizer(OPTIMIZER, STEPS)
-lora_trains = paths.matcher(lora.TRAINABLE)
+
+
+@functools.cache
+def trainable(name):
+    """Patterns of what trains; None for everything."""
+    return methods.trainable(first_params(name), DELTAS[name]) if name in DELTAS else None
 
 
 def task(name):
@@ -126,7 +143,7 @@ def program(plan_config, name, accumulation=1, devices=None, dtype="float32"):
         sequence_length=T,
         steps=STEPS,
         accumulation=accumulation,
-        trainable=lora.TRAINABLE if name == "lora" else None,
+        trainable=trainable(name),
     )
     config = RunConfig(
         model,
@@ -144,12 +161,12 @@ def program(plan_config, name, accumulation=1, devices=None, dtype="float32"):
 @functools.cache
 def first_params(name, dtype="float32"):
     params = model_params(MODELS_HERE[name], std=0.1, dtype=dtype)
-    if name != "lora":
+    if name not in DELTAS:
         return params
-    attached = jax.device_get(lora.attach(params, LORA, jax.random.key(0)))
+    attached = jax.device_get(methods.attach(params, DELTAS[name], jax.random.key(0)))
     rng = np.random.default_rng(1)
     draw = lambda path, x: rng.normal(size=x.shape).astype(x.dtype) * 0.1 if path.endswith("/b") else x
-    return paths.map_with_path(draw, attached)
+    return masked(paths.map_with_path(draw, attached), attached)
 
 
 @functools.cache
@@ -196,11 +213,11 @@ def assert_equals_one_device(state, metrics, name, accumulation=1, dtype="float3
     want, want_metrics = one_device(name, accumulation, dtype)
     got = jax.device_get(state.replace(key=None))
     before = dict(paths.flatten(start(name, dtype).params))
+    trains = paths.matcher("*" if trainable(name) is None else trainable(name))
     for (path, a), b in zip(paths.flatten(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=atol, err_msg=path)
         if path.startswith("params/") and not path.endswith("key/bias"):  # whose gradient is zero in theory
-            trains = name != "lora" or lora_trains(path)
-            assert np.array_equal(b, before[path.removeprefix("params/")]) != trains, path
+            assert np.array_equal(b, before[path.removeprefix("params/")]) != trains(path), path
     for a, b in zip(metrics, want_metrics, strict=True):
         assert a.keys() == b.keys()
         for key in a:

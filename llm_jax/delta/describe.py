@@ -64,13 +64,14 @@ def _line(path: str, w: Any) -> str:
         count = weights.count([getattr(d, field) for field in d.trains])
         text = d.name
         if isinstance(d, Lora):
-            text += f" of ranks {min(d.ranks)} to {max(d.ranks)}" if d.ranks else f" of rank {d.a.shape[-1]}"
+            ranks = lora.ranks_of(d)
+            text += f" of ranks {min(ranks)} to {max(ranks)}" if ranks else f" of rank {d.a.shape[-1]}"
             count = lora.count(d)
         added.append(f"{text}, {count:,} numbers")
     return f"{path}  {kind}[{shape}]  {'; '.join(added)}"
 
 
-def describe(params: Params, trainable: str | Iterable[str]) -> str:
+def describe(params: Params, trainable: str | Iterable[str] = "*") -> str:
     """Lists every weight that carries deltas with what was added, and what trains in total.
 
     Example line: `decoder/layers/mlp/up/kernel  float32[2x24x40]  LoRA of rank 8, 1,024 numbers`.

@@ -15,7 +15,7 @@ base back.
 
 Ranks and scales may differ from layer to layer of a stacked tree. A and B are then padded with zeros to the largest
 rank, and a layer without LoRA has rank 0. A padded column of A and its row of B are both zero, so both have a gradient
-of zero and stay zero. `Lora.ranks` says how many columns of each layer are real.
+of zero and stay zero. `LayeredLora.ranks` says how many columns of each layer are real.
 
 Sources: Hu et al. 2021, https://arxiv.org/abs/2106.09685; Kalajdzievski 2023 (rsLoRA: alpha / sqrt(r)),
 https://arxiv.org/abs/2312.03732.
@@ -41,7 +41,7 @@ from llm_jax.nn.attend import drop
 from llm_jax.nn.protocols import Params
 from llm_jax.nn.weights import Axes
 
-__all__ = ["TRAINABLE", "Lora", "LoraConfig", "attach", "detach", "merge", "unmerge"]
+__all__ = ["TRAINABLE", "LayeredLora", "Lora", "LoraConfig", "attach", "detach", "merge", "unmerge"]
 
 TRAINABLE = ("*/a", "*/b")
 
@@ -112,8 +112,6 @@ class Lora(Delta):
       b: `[r, out]`, zero at first, so that attaching changes nothing.
       scale: factor on `a @ b`; static.
       dropout: rate on the input of `a` where a key is passed; static.
-      scales: float32 `[L]`, a further factor of every layer (a scalar inside a layer); None where layers do not differ.
-      ranks: real columns of `a` in every layer of the stack; None where all are. Static.
     """
 
     base: Any
@@ -121,18 +119,13 @@ class Lora(Delta):
     b: jax.Array
     scale: float = struct.field(pytree_node=False)
     dropout: float = struct.field(pytree_node=False, default=0.0)
-    scales: jax.Array | None = None
-    ranks: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)
 
     trains: ClassVar[tuple[str, ...]] = ("a", "b")
     name: ClassVar[str] = "LoRA"
 
     def scaled(self, y: jax.Array) -> jax.Array:
         """`y` times the scale, in float32 and rounded once; `y` leads with the axis of layers where the node does."""
-        if self.scales is None:
-            return weights.scaled(y, self.scale)
-        scales = self.scales.reshape(*self.scales.shape, *[1] * (y.ndim - self.scales.ndim))
-        return weights.scaled(y, self.scale * scales)
+        return weights.scaled(y, self.scale)
 
     def fold(self, matrix: jax.Array, bias: Bias) -> tuple[jax.Array, Bias]:
         """Adds the update to the matrix."""
@@ -169,17 +162,39 @@ class Lora(Delta):
     def axes(self, base: Axes) -> "Lora":
         """A takes the input axis, B the output axis; the rank stays whole."""
         *lead, i, o = base
-        return self.replace(
-            base=weights.axes_of(self.base, base),
-            a=Axes(*lead, i, None),
-            b=Axes(*lead, None, o),
-            scales=None if self.scales is None else Axes(*lead),
-        )
+        return self.replace(base=weights.axes_of(self.base, base), a=Axes(*lead, i, None), b=Axes(*lead, None, o))
 
     def cast(self, dtype: DTypeLike) -> "Lora":
         """Casts base, A and B; a quantized base keeps its scales, and so does LoRA."""
         a, b = weights.cast(self.a, dtype), weights.cast(self.b, dtype)
         return self.replace(base=weights.cast(self.base, dtype), a=a, b=b)
+
+
+class LayeredLora(Lora, kw_only=True):
+    """LoRA whose rank or scale differs from layer to layer of a stacked tree.
+
+    Attributes:
+      scales: float32 `[L]`, a further factor of every layer (a scalar inside a layer).
+      ranks: real columns of `a` in every layer of the stack; the others are zero, as are their rows of `b`. Static.
+    """
+
+    scales: jax.Array
+    ranks: tuple[int, ...] = struct.field(pytree_node=False)
+
+    def scaled(self, y: jax.Array) -> jax.Array:
+        """`y` times the layer's scale, in float32 and rounded once."""
+        scales = self.scales.reshape(*self.scales.shape, *[1] * (y.ndim - self.scales.ndim))
+        return weights.scaled(y, self.scale * scales)
+
+    def axes(self, base: Axes) -> "LayeredLora":
+        """As LoRA's; the scales follow the layers."""
+        axes: LayeredLora = super().axes(base)  # type: ignore[assignment]
+        return axes.replace(scales=Axes(*base[:-2]))
+
+
+def ranks_of(w: Lora) -> tuple[int, ...] | None:
+    """Real columns of A in every layer; None where all are real."""
+    return w.ranks if isinstance(w, LayeredLora) else None
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -191,9 +206,9 @@ def _fresh(
     return a, jnp.zeros(shape_b, jnp.float32)
 
 
-def columns(ranks: tuple[int, ...] | None, rank: int) -> np.ndarray | None:
-    """`[L, r]` bool: the real columns of A in every layer; None where all are."""
-    return None if ranks is None else np.arange(rank) < np.array(ranks)[:, None]
+def columns(ranks: tuple[int, ...], rank: int) -> np.ndarray:
+    """`[L, r]` bool: the real columns of A in every layer."""
+    return np.arange(rank) < np.array(ranks)[:, None]
 
 
 Numbers = Mapping[str, Mapping[int | None, float]]  # path -> layer, or None -> number
@@ -259,18 +274,14 @@ def attach(params: Params, config: LoraConfig, key: jax.Array) -> Params:
             return Lora(*STARTS[config.start](w, rank, own_scales[0]), own_scales[0], config.dropout)
         if len(set(own_ranks)) == len(set(own_scales)) == 1:
             return Lora(w, a, b, own_scales[0], config.dropout)
-        real = columns(tuple(own_ranks), rank)
-        assert real is not None
-        a = jnp.where(real[:, None, :], a, 0)
-        uneven = tuple(own_ranks) if len(set(own_ranks)) > 1 else None
-        return Lora(w, a, b, 1.0, config.dropout, jnp.asarray(own_scales, jnp.float32), uneven)
+        a = jnp.where(columns(tuple(own_ranks), rank)[:, None, :], a, 0)
+        scales = jnp.asarray(own_scales, jnp.float32)
+        return LayeredLora(w, a, b, 1.0, config.dropout, scales=scales, ranks=tuple(own_ranks))
 
     return paths.map_with_path(lambda p, w: adapted(p, w) if p in chosen else w, params, is_leaf=weights.is_node)
 
 
 def count(w: Lora) -> int:
     """Numbers that train, without padding."""
-    if w.ranks is None:
-        return weights.count((w.a, w.b))
-    fan_in, fan_out = w.shape[-2:]
-    return sum(w.ranks) * (fan_in + fan_out)
+    ranks = ranks_of(w)
+    return weights.count((w.a, w.b)) if ranks is None else sum(ranks) * sum(w.shape[-2:])

@@ -1,4 +1,4 @@
-"""Delta tuning by config: what is attached, what trains, and at which rate.
+"""Delta tuning by config: what is attached and what trains.
 
     config = DeltaConfig(lora=LoraConfig(rank=8), norms=True)
     params = methods.attach(params, config, jax.random.key(0))
@@ -26,7 +26,6 @@ from llm_jax.nn.protocols import Params
 
 NORMS = ("*norm*/scale", "*norm*/bias")
 BIASES = "*bias"
-RATES = {"lora": 2e-4, "dora": 1e-4, "ia3": 5e-3, "bitfit": 1e-3, "norms": 1e-3, "rows": 1e-3}  # peaks with AdamW
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +71,9 @@ class DeltaConfig:
     token_rows: tuple[int, ...] = ()
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """Keys of `RATES` of the methods that are on."""
-        found = []
-        if self.lora is not None:
-            found.append("dora" if self.lora.dora else "lora")
-        found += [name for name in ("ia3", "bitfit") if getattr(self, name) is not None]
-        return (*found, *["norms"] * self.norms, *["rows"] * bool(self.token_rows))
+    def is_empty(self) -> bool:
+        """Whether nothing is attached and nothing chosen."""
+        return self == DeltaConfig()
 
 
 def _scale(params: Params, chosen: tuple[str, ...], inputs: bool) -> Params:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from llm_jax.delta.node import Bias, Delta, DeltaError
@@ -43,16 +44,18 @@ class TokenRows(Delta):
     def matmul_t(self, x: jax.Array) -> jax.Array:
         """`x @ table.T`: the base's product, with the trained rows' columns in it."""
         y = weights.matmul_t(x, self.base)
-        return y.at[..., jnp.array(self.ids)].set(weights.matmul_t(x, self.rows).astype(y.dtype))
+        # products with zeros and ones and no scatter: partitioners cannot divide its gradient
+        place_NV = np.arange(y.shape[-1]) == np.array(self.ids)[:, None]
+        trained = weights.matmul(weights.matmul_t(x, self.rows), jnp.asarray(place_NV, y.dtype))
+        return jnp.where(jnp.broadcast_to(place_NV.any(axis=0), y.shape), trained.astype(y.dtype), y)
 
     def take(self, ids: jax.Array) -> jax.Array:
         """Rows of the base; those that train where `ids` names them."""
-        own = jnp.array(self.ids)
-        place = jnp.clip(jnp.searchsorted(own, ids), 0, len(self.ids) - 1)
-        trained = jnp.take(own, place) == ids
-        rows = weights.take(self.rows, place)
+        # a product and not a gather: partitioners cannot divide a gather from a few rows
+        hits = ids[..., None] == jnp.broadcast_to(jnp.array(self.ids), (*ids.shape, len(self.ids)))
         base = weights.take(self.base, ids)
-        return jnp.where(trained[..., None], rows.astype(base.dtype), base)
+        trained = weights.matmul(hits.astype(self.rows.dtype), self.rows)
+        return jnp.where(jnp.any(hits, axis=-1, keepdims=True), trained.astype(base.dtype), base)
 
     def axes(self, base: Axes) -> "TokenRows":
         """The rows are whole, their numbers follow the table's."""

@@ -392,8 +392,6 @@ def _describe(node: Node) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for f in dataclasses.fields(node):  # type: ignore[arg-type]
         value = getattr(node, f.name)
-        if value is None and f.default is None:
-            continue  # so that a type may gain optional fields and older checkpoints still compare equal
         if not f.metadata.get("pytree_node", True):
             static[f.name] = list(value) if isinstance(value, tuple) else value
         elif is_node(value):

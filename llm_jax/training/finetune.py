@@ -109,7 +109,7 @@ class Finetuned:
         sizes = ", ".join(f"{k} {v:,} bytes" for k, v in self.bytes.items())
         if not node.of(self.trained.params):
             return sizes
-        return f"{describe.describe(self.trained.params, self.trainable)}\n{sizes}"
+        return f"{describe.describe(self.trained.params, self.trainable or '*')}\n{sizes}"
 
 
 def load(path: str, config: FinetuneConfig) -> Pretrained:
@@ -171,7 +171,7 @@ def run(
     if loaded.tokenizer is None:
         raise ValueError("the model has no tokenizer")
     trainable = config.run.training.trainable
-    if config.delta.names and trainable is None:
+    if not config.delta.is_empty and trainable is None:
         head = HEAD if isinstance(config.run.objective, Labels) else ()
         beside = tuple(f"{name}/*" for name in head if name in loaded.params)
         adapted = jax.eval_shape(lambda params: adapt(params, config, key), loaded.params)

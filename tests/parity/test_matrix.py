@@ -16,7 +16,7 @@ from plan_runs import assert_equals_one_device, run_steps
 
 from llm_jax.parallel.plan import PlanConfig
 
-MODELS = ("gpt", "llama", "bert", "albert", "t5", "xlnet", "transformer", "lora")
+MODELS = ("gpt", "llama", "bert", "albert", "t5", "xlnet", "transformer", "lora", "deltas")
 PLANS = {  # name: (plan, accumulation)
     "data 8": (PlanConfig(data=8), 1),
     "zero 1": (PlanConfig(data=8, zero=1), 1),

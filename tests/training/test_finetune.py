@@ -177,7 +177,7 @@ def test_a_finished_run_resumes_to_itself(folder, results):
 
 
 def test_adapting():
-    params = {"mlp": {"up": {"kernel": jnp.ones((4, 4))}}, "norm": jnp.ones(4)}
+    params = {"mlp": {"up": {"kernel": jnp.ones((8, 8))}}, "norm": jnp.ones(8)}
     some = LoraConfig(targets=("mlp/*/kernel",))
     key = jax.random.key(0)
     assert finetune.adapt(params, FinetuneConfig(lora=None), key) is params
