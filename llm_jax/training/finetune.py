@@ -66,7 +66,7 @@ class FinetuneConfig:
             raise ValueError(f"format={self.format!r} is neither text nor chat")
         if self.base == "int8" and self.lora is None:
             raise ValueError("a quantized base cannot train whole; give it LoRA")
-        if self.base == "bfloat16" and not self.delta.names and self.run.training.trainable is None:
+        if self.base == "bfloat16" and self.delta.is_empty and self.run.training.trainable is None:
             raise ValueError("base='bfloat16' is of what does not train: give it a delta, or run.training.trainable")
         if self.format == "chat" and isinstance(self.run.objective, Labels):
             raise ValueError("format='chat' has no labels: leave format, or take another objective")

@@ -151,8 +151,8 @@ def test_a_checkpoint_holds_what_trains_and_no_more(name, folder, whole):
     if name in SMALL:
         base = weights.bytes_of(interop.load(folder).params)
         learned = weights.bytes_of([jax.ShapeDtypeStruct(*x) for x in stored.values()])
-        # orbax writes what a process held, and once more what all held together
-        assert learned < 0.07 * base and bytes_below(workdir / "checkpoints" / str(STEPS)) < 0.15 * base
+        # files have descriptions of some 100 KB, and pieces below 1 KB, which only tiny models have, several times
+        assert learned < 0.07 * base and bytes_below(workdir / "checkpoints" / str(STEPS)) < 0.3 * base
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -175,7 +175,7 @@ def test_the_work_directory_loads_as_what_the_run_ended_with(name, whole):
 
 
 def test_a_base_in_bfloat16(folder, whole):
-    """What is frozen takes two bytes, what trains four; the run ends near where one over float32 does."""
+    """What is frozen takes two bytes, what trains four, and so does what is merged."""
     done, _ = whole("bfloat16, DoRA")
     own = {"a", "b", "magnitude", "squares"}
     for path, x in paths.flatten(done.trained.state.params):
@@ -184,7 +184,8 @@ def test_a_base_in_bfloat16(folder, whole):
     bitwise(lora.detach(done.trained.state.params), base)
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(done.merged))  # small updates are not rounded away
     logits = lambda params: done.trained.model.apply({"params": params}, np.arange(12)[None] % 5).logits
-    np.testing.assert_allclose(logits(done.merged), logits(done.trained.params), rtol=2e-2, atol=2e-2)
+    want = logits(weights.cast(done.trained.params, jnp.float32))
+    np.testing.assert_allclose(logits(done.merged), want, rtol=1e-5, atol=1e-5)
 
 
 def test_averages_of_checkpoints_take_the_base_too(whole):
