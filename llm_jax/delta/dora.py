@@ -43,9 +43,9 @@ class Dora(Delta):
 
     def factor(self) -> jax.Array:
         """`magnitude / ||W + s A B||`, float32 `[out]`; no gradient passes through the norm."""
-        lora = jax.lax.stop_gradient(self.base)
-        a, b = weights.wide(lora.a), weights.wide(lora.b)
-        cross_RO = weights.wide(weights.matmul(lora.a.T, lora.base))
+        lora = self.base
+        a, b = jax.lax.stop_gradient((weights.wide(lora.a), weights.wide(lora.b)))
+        cross_RO = jax.lax.stop_gradient(weights.wide(weights.matmul(a.T.astype(lora.a.dtype), lora.base)))
         mixed = lora.scaled(jnp.sum(cross_RO * b, axis=0))
         own = lora.scaled(lora.scaled(jnp.sum((a.T @ a @ b) * b, axis=0)))
         norm = jnp.sqrt(jnp.maximum(jax.lax.stop_gradient(self.squares) + 2 * mixed + own, 1e-30))
