@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 from llm_jax.delta import methods, node
 from llm_jax.delta.methods import DeltaConfig
@@ -122,7 +123,7 @@ def fingerprint(params: Params, chosen: Iterable[str]) -> dict[str, str]:
     """Type, shape and checksum (CRC-32 of all bytes) of parameters: `float32[2,16,16] 5e4b2a10` by path.
 
     Args:
-      params: on devices or on the host; every process needs all of it.
+      params: on devices or on the host.
       chosen: paths of leaves; those that are not there are left out.
     """
     names = set(chosen)
@@ -130,6 +131,8 @@ def fingerprint(params: Params, chosen: Iterable[str]) -> dict[str, str]:
 
 
 def _print(x: Any) -> str:
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        x = multihost_utils.process_allgather(x, tiled=True)
     array = np.ascontiguousarray(np.asarray(x))
     shape = ",".join(map(str, array.shape))
     return f"{array.dtype.name}[{shape}] {zlib.crc32(array.reshape(-1).view(np.uint8).data):08x}"

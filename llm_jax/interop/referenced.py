@@ -50,8 +50,8 @@ def find(workdir: epath.Path, base: Base) -> str:
     if not relative and not path.startswith("/"):
         return path  # the hub's name, for which `sources.find` looks
     raise InteropError(
-        f"{workdir} holds a delta, and its base is not at {' nor at '.join(places)}: give its new place as base=, "
-        f"or as --model of experiments.finetune, or write it into {workdir / FILE}"
+        f"{workdir} holds a delta, and its base is not at {' nor at '.join(places)}: write its new path into "
+        f"{workdir / FILE}, or resume with experiments.finetune --model=PATH, or give interop.load base=PATH"
     )
 
 
