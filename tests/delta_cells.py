@@ -44,12 +44,12 @@ class Method(NamedTuple):
 
     Attributes:
       config: what is attached.
-      rtol: how near the logits are at the start; 0 demands the same bits.
+      rtol: how near the outputs are at the start; None where nothing is promised.
       merges: whether it folds into the base of every family.
     """
 
     config: DeltaConfig
-    rtol: float = 1e-5
+    rtol: float | None = 1e-5
     merges: bool = True
 
 
@@ -62,6 +62,7 @@ METHODS = {
     "dora": Method(DeltaConfig(dataclasses.replace(LORA, dora=True))),
     "pissa": Method(DeltaConfig(dataclasses.replace(LORA, start="pissa")), 1e-4),
     "olora": Method(DeltaConfig(dataclasses.replace(LORA, start="olora")), 1e-4),
+    "loftq": Method(DeltaConfig(dataclasses.replace(LORA, start="loftq")), None),
     "ia3": Method(DeltaConfig(ia3=Ia3Config())),
     "bitfit": Method(DeltaConfig(bitfit=BitFitConfig()), merges=False),
     "norms": Method(DeltaConfig(norms=True)),
@@ -147,6 +148,8 @@ def masked(learn: Params, params: Params) -> Params:
 
 def check_start(method: str, family: str, base: str) -> None:
     """Attaching changes no output."""
+    if METHODS[method].rtol is None:
+        return
     want = outputs(FAMILIES[family], plain(family)) if base == "float" else quantized_outputs(method, family)
     got = outputs(FAMILIES[family], attached(method, family, base))
     np.testing.assert_allclose(got, want, rtol=METHODS[method].rtol, atol=METHODS[method].rtol)
@@ -213,8 +216,12 @@ def _decode(config: Any, params: Params) -> jax.Array:
 
 CHECKS = {"start": check_start, "training": check_training, "merge": check_merge, "stored": check_stored}
 CELLS = [(m, f, b) for m in METHODS for f in FAMILIES for b in BASES]
-FEW = [  # every method and every family at least once, in turn
-    (method, list(FAMILIES)[(2 * i + j) % len(FAMILIES)], "int8" if (i + j) % 3 == 2 else "float")
+MIXED = "lora, ia3, norms, rows"
+FEW = [  # every method once and every family, in turn; the longest mixture on two
+    (
+        method,
+        list(FAMILIES)[(2 * i) % len(FAMILIES)],
+        "int8" if i % 3 == 1 and impossible(method, "int8") is None else "float",
+    )
     for i, method in enumerate(METHODS)
-    for j in (0, 5)
-]
+] + [(MIXED, "llama", "int8"), (MIXED, "t5", "float"), ("dora", "transformer", "int8")]

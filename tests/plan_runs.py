@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from delta_cells import masked
 from tiny_models import ENCODER_DECODERS, ENCODERS, MODELS, V, model_params
@@ -11,7 +13,7 @@ from tiny_models import ENCODER_DECODERS, ENCODERS, MODELS, V, model_params
 from llm_jax.delta import lora, methods
 from llm_jax.delta.methods import DeltaConfig, Ia3Config
 from llm_jax.models.xlnet import XLNetConfig
-from llm_jax.nn import paths
+from llm_jax.nn import paths, ports, realized, weights
 from llm_jax.objectives.causal_lm import CausalLM
 from llm_jax.objectives.masked_lm import MaskedLM
 from llm_jax.objectives.permutation_lm import PermutationLM
@@ -75,6 +77,8 @@ DELTAS = {
         token_rows=(1, 5),
     ),
 }
+MODELS_HERE["realized"] = MODELS_HERE["deep_tied"]  # queries and the token table are products of two matrices
+MODELS_HERE["ports"] = MODELS_HERE["deep_tied"]  # with nodes in its ports
 MODELS_HERE["shared"] = MODELS_HERE["still"]  # its keys are its queries
 TIES = {"shared": ("decoder/layers/attention/key=decoder/layers/attention/query",)}
 RNG = np.random.default_rng(0)
@@ -158,9 +162,60 @@ def program(plan_config, name, accumulation=1, devices=None, dtype="float32"):
     return plan, build(config, plan, 3, given)
 
 
+class Bottleneck(ports.PortNode):
+    """An adapter on the sum, behind the block's norm."""
+
+    down: Any
+    up: Any
+
+    def __call__(self, x, residual, norm, key):
+        return x + jnp.tanh(norm(x + residual) @ self.down) @ self.up
+
+
+def plugged(params, rank=8):
+    """Parameters of a decoder with a node in every port."""
+    rng, layers = np.random.default_rng(2), params["decoder"]["layers"]
+    count, dim = layers["attention_norm"]["scale"].shape
+
+    def node(dtype):
+        draw = lambda *shape: (rng.normal(size=(count, *shape)) * 0.3).astype(dtype)
+        return Bottleneck(draw(dim, rank), draw(rank, dim))
+
+    items = [
+        (f"decoder/layers/{name}/{port}", node(np.float32)) for name in ("attention", "mlp") for port in ports.PORTS
+    ]
+    return paths.nested([*paths.flatten(params), *items])
+
+
+class Factored(realized.Realized):
+    """A matrix that is stored as two factors; the arc tangent is nowhere else in a model."""
+
+    u: Any
+    v: Any
+
+    def realize(self):
+        return jnp.arctan(self.u) @ self.v
+
+
+def factored(params, targets=("query/kernel", "embed/embedding"), rank=8):
+    """Parameters with two factors instead of each target."""
+    rng = np.random.default_rng(2)
+
+    def in_two(path, x):
+        *lead, rows, columns = x.shape
+        draw = lambda *shape: rng.normal(size=(*lead, *shape)).astype(x.dtype) * 0.3
+        return Factored(draw(rows, rank), draw(rank, columns))
+
+    return weights.replace(params, targets, in_two)
+
+
 @functools.cache
 def first_params(name, dtype="float32"):
     params = model_params(MODELS_HERE[name], std=0.1, dtype=dtype)
+    if name == "ports":
+        return plugged(params)
+    if name == "realized":
+        return factored(params)
     if name not in DELTAS:
         return params
     attached = jax.device_get(methods.attach(params, DELTAS[name], jax.random.key(0)))

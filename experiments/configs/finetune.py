@@ -30,12 +30,13 @@ METHODS: dict[str, dict[str, Any]] = {  # fields of FinetuneConfig
     "olora": {"lora": LoraConfig(start="olora")},
     "loftq": {"lora": LoraConfig(start="loftq")},
     "lora_fa": {"lora": LoraConfig(freeze_a=True)},
+    "lora_plus": {"lora": LoraConfig(ratio=16.0)},
     "ia3": {"lora": None, "ia3": Ia3Config()},
     "bitfit": {"lora": None, "bitfit": BitFitConfig()},
     "norms": {"lora": None, "norms": True},
     "full": {"lora": None},
 }
-RATES = {"dora": 5e-4, "ia3": 5e-3}  # 1e-3 for all others
+RATES = {"dora": 5e-4, "lora_plus": 5e-4, "ia3": 5e-3}  # 1e-3 for all others
 
 
 def get_config(variant: str = "lora") -> ConfigDict:

@@ -13,6 +13,7 @@ from llm_jax.data.tokenizers import check_ids
 from llm_jax.decoding import prefill
 from llm_jax.models import parameters
 from llm_jax.nn.protocols import Model, Params
+from llm_jax.nn.realized import realize
 from llm_jax.nn.weights import wide
 
 ROWS = 16  # texts with one mask each that go through the model at once
@@ -28,6 +29,7 @@ def fill(model: Model, params: Params, ids_BT: np.ndarray, attention_mask_BT: np
     """Log-probabilities `[B, T, V]` of every entry at every position; those at mask tokens are the fillings."""
     _check(model)
     parameters.check(model, params)
+    params = realize(params)
     check_ids(ids_BT, model.config.vocab_size)
     return np.asarray(_log_softmax(model, params, jnp.asarray(ids_BT), jnp.asarray(attention_mask_BT)))
 
@@ -49,6 +51,7 @@ def pseudo_logprobs(model: Model, params: Params, ids: np.ndarray, positions: np
       ValueError: if the model has no masked-LM head.
     """
     _check(model)
+    params = realize(params)
     check_ids([*np.asarray(ids), mask_id], model.config.vocab_size)
     out, (padded, mask) = [], prefill.padded(ids.tolist(), model.config.context_length)
     mask = np.repeat(mask, ROWS, axis=0)

@@ -14,6 +14,7 @@ from llm_jax.decoding.prefill import bucket
 from llm_jax.models import parameters
 from llm_jax.nn import weights
 from llm_jax.nn.protocols import Batch, Model, Params
+from llm_jax.nn.realized import realize
 
 INPUTS = {"classification": (1, 2), "span": (2,), "choice": range(3, 100)}
 LONGEST = 30  # tokens of an answer, as in Devlin et al. 2019's code
@@ -66,6 +67,7 @@ def predict(
     """
     config, kind = model.config, kind_of(model.config)
     parameters.check(model, params)
+    params = realize(params)
     head = "classification" if kind == "regression" else kind
     for texts in inputs:
         fits = head == "tokens" or (len(texts) in INPUTS[head] and len(texts) == len(inputs[0]))

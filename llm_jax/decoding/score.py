@@ -21,6 +21,7 @@ from llm_jax.decoding.fill_mask import pseudo_logprobs
 from llm_jax.decoding.finite import check_finite
 from llm_jax.models import parameters
 from llm_jax.nn.protocols import Model, Params
+from llm_jax.nn.realized import realize
 from llm_jax.nn.weights import wide
 
 
@@ -81,6 +82,7 @@ def of_text(model: Model, params: Params, tokenizer: Tokenizer, text: str) -> np
 def _of_text(model: Model, params: Params, tokenizer: Tokenizer, text: str) -> np.ndarray:
     config = model.config
     parameters.check(model, params)
+    params = realize(params)
     if config.reads in prefill.WRITES:
         prefill.check_generates(model)
     if config.reads == "source":

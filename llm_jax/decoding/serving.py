@@ -10,6 +10,7 @@ from llm_jax.decoding import prefill
 from llm_jax.models import parameters
 from llm_jax.nn import paths, weights
 from llm_jax.nn.protocols import Model, Params
+from llm_jax.nn.realized import realize
 from llm_jax.nn.stack import unstack
 
 
@@ -47,7 +48,7 @@ class Serving:
         """
         prefill.check_generates(model)
         parameters.check(model, params)
-        self.model, self.params = model, lay_out_params(params)
+        self.model, self.params = model, lay_out_params(realize(params))
         self.stop_tokens, self.banned = tuple(stop_tokens), tuple(getattr(model.config, "banned_ids", ()))
         self.context_length = context_length or model.config.context_length
         self.cache_dtype = cache_dtype

@@ -16,6 +16,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from llm_jax.nn import paths, weights
 
 Layers = tuple[int, ...]
@@ -51,23 +53,13 @@ def _matcher(name: str) -> paths.Predicate:
     return paths.matcher((f"{path}/kernel", f"{path}/*/kernel", f"{path}/embedding", path))
 
 
-def _layer_of(path: str) -> tuple[str, int | None] | None:
-    """(the stack, the layer's number or None in a stacked tree) of a parameter inside a stack."""
-    for kind in ("/layers/", "/per_layer/"):
-        stack, found, rest = f"/{path}".partition(kind)
-        if found:
-            number = rest.split("/")[0]
-            return stack.lstrip("/"), int(number) if number.isdigit() else None
-    return None
-
-
 def layer_counts(params: Any) -> dict[str, int]:
     """Number of layers of every stack of a tree, by the stack's path."""
     counts: dict[str, int] = {}
     for path, w in paths.flatten(params, weights.is_node):
-        if place := _layer_of(path):
+        if place := paths.layer_of(path):
             stack, number = place
-            size = weights.shape_of(w)[0] if number is None else number + 1
+            size = jax.tree.leaves(w)[0].shape[0] if number is None else number + 1  # of any node, ports' too
             counts[stack] = max(counts.get(stack, 0), size)
     return counts
 
@@ -104,7 +96,7 @@ def resolve(params: Any, targets: str | Iterable[str]) -> dict[str, Layers | Non
 
 
 def _settled(path: str, layers: set[int] | None, counts: Mapping[str, int]) -> Layers | None:
-    place = _layer_of(path)
+    place = paths.layer_of(path)
     if layers is None or place is None or len(layers) == counts[place[0]]:
         return None
     return tuple(sorted(layers))
@@ -122,7 +114,7 @@ def _find(flat: Sequence[tuple[str, Any]], counts: Mapping[str, int], target: st
     for path, _ in flat:
         if not match(path) or (stack and path.split("/")[0] != stack):
             continue
-        place = _layer_of(path)
+        place = paths.layer_of(path)
         if numbers is None:
             found[path] = None
         elif place is not None:
@@ -153,7 +145,7 @@ def numbers_of(params: Any, texts: Iterable[str]) -> dict[str, dict[int | None, 
         if not equals or not target:
             raise ValueError(f"{text!r} is not of the form target=number")
         for path, layers in resolve(params, target).items():
-            place = _layer_of(path)
+            place = paths.layer_of(path)
             stacked = place is not None and place[1] is None
             every: Iterable[int | None] = range(counts[place[0]]) if stacked and place else (None,)
             out.setdefault(path, {}).update(dict.fromkeys(layers if layers is not None else every, value))

@@ -24,6 +24,7 @@ from llm_jax.models.elmo import ElmoConfig
 from llm_jax.nn import paths, weights
 from llm_jax.nn.execution import Execution
 from llm_jax.nn.protocols import Model, ModelConfig, Params
+from llm_jax.nn.realized import realize
 from llm_jax.nn.stack import stack
 from llm_jax.storage.gguf import GgufFile
 from llm_jax.storage.safetensors import write_folder
@@ -373,7 +374,7 @@ def save(
     Raises:
       InteropError: if the architecture has no place for a parameter or a config field.
     """
-    config = model.config
+    config, params = model.config, realize(params)
     if isinstance(config, ElmoConfig):
         elmo.write(path, config, params, dtype)
         if tokenizer is not None:

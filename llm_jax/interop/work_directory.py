@@ -15,6 +15,7 @@ from llm_jax.interop.names import InteropError
 from llm_jax.models import parameters, registry
 from llm_jax.nn.execution import Execution
 from llm_jax.nn.protocols import Axes, Model, Params, Tree
+from llm_jax.nn.realized import realize
 from llm_jax.nn.ties import expand, parse
 
 CHECKPOINTS = "checkpoints"
@@ -36,6 +37,8 @@ def load(
     base: epath.PathLike | None = None,
 ) -> tuple[Model, Params]:
     """The module and the parameters of the newest checkpoint, or their moving average (None: where there is one).
+
+    Shared parameters are in every place, and realized nodes are what they become.
 
     Args:
       path: the folder.
@@ -69,7 +72,7 @@ def load(
     elif base is not None:
         raise InteropError(f"{path} holds its whole model and takes no base={str(base)!r}")
     params, _ = checkpoints.restore_params(step, average=average, cast=dtype, place=on_devices, rest=rest)
-    params = expand(params, ties)
+    params = expand(realize(params), ties)
     parameters.check(model, params)
     return model, params
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from llm_jax.nn import ports, weights
+from llm_jax.nn import ports, realized, weights
 from llm_jax.nn.protocols import Axes, Model, ModelConfig, Params
 
 
@@ -19,9 +19,9 @@ def declared(config: ModelConfig) -> tuple[Params, Axes]:
 
 
 def check(model: Model, params: Params) -> None:
-    """Refuses parameters that no module of the model reads.
+    """Refuses parameters that no module of the model reads; realized nodes count as what they become.
 
     Raises:
       ValueError: naming the path.
     """
-    ports.check(declared(model.config)[0], meta.unbox(params))
+    ports.check(declared(model.config)[0], realized.shapes(meta.unbox(params)))

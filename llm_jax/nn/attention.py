@@ -18,7 +18,7 @@ from flax import linen as nn
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
-from llm_jax.nn import ports, weights
+from llm_jax.nn import weights
 from llm_jax.nn.attend import Mask, attend, attention_weights, drop
 from llm_jax.nn.cache import LayerCache, joined
 from llm_jax.nn.execution import Execution
@@ -333,14 +333,8 @@ class Attention(nn.Module):
         out_init = nn.initializers.normal(c.init_std if c.out_init_std is None else c.out_init_std)
         dtype = weights.wide_half(x_BTD, self.wide)
         out = Linear(c.model_dim, ("heads", "embed"), c.out_bias, out_init, dtype=dtype, name="out")
-        y_BTD = ported(self, x_BTD, out(out_BTNH.reshape(*x_BTD.shape[:2], c.num_heads * c.head_dim)))
-        return y_BTD, cache, shown if output_attentions else None
-
-
-def ported(layer: nn.Module, x_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:
-    """The output `y_BTD` of an attention layer for `x_BTD`, through the layer's ports."""
-    y_BTD = ports.sequential(layer, "adapter", checkpoint_name(y_BTD, "attention"))
-    return ports.parallel(layer, "parallel_adapter", x_BTD, y_BTD)
+        y_BTD = out(out_BTNH.reshape(*x_BTD.shape[:2], c.num_heads * c.head_dim))
+        return checkpoint_name(y_BTD, "attention"), cache, shown if output_attentions else None
 
 
 def dropout(module: nn.Module, x: jax.Array, rate: float, train: bool) -> jax.Array:

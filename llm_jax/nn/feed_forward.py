@@ -13,7 +13,7 @@ import jax
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from llm_jax.nn import ports, weights
+from llm_jax.nn import weights
 from llm_jax.nn.attend import drop
 from llm_jax.nn.execution import Execution
 from llm_jax.nn.linear import Linear
@@ -89,6 +89,4 @@ class FeedForward(nn.Module):
         down = linear(
             x_BTD.shape[-1], ("mlp", "embed"), kernel_init=out_init, before=activated, dtype=dtype, name="down"
         )
-        y_BTD = down(*inputs)
-        y_BTD = ports.sequential(self, "adapter", checkpoint_name(y_BTD, "mlp"))
-        return ports.parallel(self, "parallel_adapter", x_BTD, y_BTD)
+        return checkpoint_name(down(*inputs), "mlp")

@@ -65,6 +65,16 @@ def stack_of(path: str) -> str:
     return path.partition("/layers/")[0] if is_stacked(path) else ""
 
 
+def layer_of(path: str) -> tuple[str, int | None] | None:
+    """(path of the stack, the layer's number or None in a stacked tree) of a layer's parameter; None for others."""
+    for kind in ("/layers/", "/per_layer/"):
+        stack, found, rest = f"/{path}".partition(kind)
+        if found:
+            number = rest.split("/")[0]
+            return stack.lstrip("/"), int(number) if number.isdigit() else None
+    return None
+
+
 def _one(pattern: str) -> Predicate:
     if pattern.startswith("re:"):
         regex = re.compile(pattern[3:])

@@ -1,13 +1,34 @@
 """Ports: where something may be plugged into a block.
 
-A port is the identity while no node stands under its name in the parameters, and calls the node when one does.
-Attaching is adding nodes to the tree, detaching is dropping them; the model's code does not change.
+A port is empty while no node stands under its name in the parameters. A node there is called beside the sublayer:
+attaching is adding nodes to the tree, detaching is dropping them, and the model's code does not change.
 
-Ports of every `attention`, `cross_attention` and `mlp`: `adapter` (on the sublayer's output) and `parallel_adapter`
-(from the sublayer's input, added to its output). A node anywhere else is an error (`check`).
+Every `attention`, `cross_attention` and `mlp` of a block has two ports; a node anywhere else is an error (`check`).
+
+*   `adapter`: its result replaces the sublayer's output in the residual sum.
+*   `parallel_adapter`: its result is added to the sublayer's output.
+
+The block drops out the sublayer's output before a node sees it, and drops out nothing after. So published adapters are
+one line each, `bottleneck` being down, activation and up:
+
+    class Houlsby(PortNode):  # at `adapter`: on the output, before the sum
+        def __call__(self, x, residual, norm, key):
+            return x + bottleneck(x)
+
+    class Pfeiffer(PortNode):  # at `adapter`: on the sum, behind the block's own norm
+        def __call__(self, x, residual, norm, key):
+            return x + bottleneck(norm(x + residual))
+
+    class Parallel(PortNode):  # at `parallel_adapter`: from the stream before the sublayer and before its norm
+        def __call__(self, x, residual, norm, key):
+            return scale * bottleneck(residual)
+
+Sources: Houlsby et al. 2019, https://arxiv.org/abs/1902.00751; Pfeiffer et al. 2021 (AdapterFusion),
+https://arxiv.org/abs/2005.00247; He et al. 2022 (parallel adapters), https://arxiv.org/abs/2110.04366.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import jax
 
@@ -15,13 +36,23 @@ from llm_jax.nn import paths, weights
 
 SUBLAYERS = ("attention", "cross_attention", "mlp")
 PORTS = ("adapter", "parallel_adapter")
+Norm: TypeAlias = Callable[[jax.Array], jax.Array]
 
 
 class PortNode(weights.Node):
     """A computation that may be plugged into a port; subclasses define `__call__` and `axes`."""
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps activations to activations of the same shape."""
+    def __call__(self, x: jax.Array, residual: jax.Array, norm: Norm, key: jax.Array | None) -> jax.Array:
+        """Maps activations to activations of the same shape.
+
+        Args:
+          x: `[B, T, D]`, the sublayer's output after the block's dropout; at `parallel_adapter` the sublayer's input,
+            which is normed in a pre-norm block.
+          residual: `[B, T, D]`, the block's stream before the sublayer, which the output is added to; not normed.
+          norm: the block's own norm of this sublayer: after the sum in a post-norm block, before the sublayer in a
+            pre-norm block.
+          key: a dropout key while training, else None.
+        """
         raise TypeError(f"{type(self).__name__} does not say what it computes: define __call__")
 
     def axes(self, base: Any = None) -> "PortNode":
@@ -41,16 +72,28 @@ def read(module: Any, name: str) -> Any:
     return node
 
 
-def sequential(module: Any, name: str, y: jax.Array) -> jax.Array:
-    """`node(y)` if the port holds a node, else `y`."""
-    node = read(module, name)
-    return y if node is None else node(y)
+def through(
+    sublayer: Any, y: jax.Array, x: jax.Array, residual: jax.Array, norm: Norm, train: bool = False
+) -> jax.Array:
+    """A sublayer's output as the nodes in its ports change it, in its own dtype; `y` itself without nodes.
 
-
-def parallel(module: Any, name: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """`y + node(x)`, or `y` while the port is empty."""
-    node = read(module, name)
-    return y if node is None else y + node(x)
+    Args:
+      sublayer: the bound Linen module that the ports belong to.
+      y: its output, after dropout.
+      x: its input.
+      residual: what its output will be added to.
+      norm: its norm.
+      train: whether nodes get a dropout key.
+    """
+    for name in PORTS:
+        node = read(sublayer, name)
+        if node is None:
+            continue
+        key = sublayer.make_rng("dropout") if train else None
+        parallel = name == "parallel_adapter"
+        result = node(x if parallel else y, residual, norm, key).astype(y.dtype)
+        y = y + result if parallel else result
+    return y
 
 
 def _unnumbered(path: str) -> str:

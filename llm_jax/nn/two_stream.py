@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.nn import weights
 from llm_jax.nn.attend import Mask
-from llm_jax.nn.attention import AttentionConfig, ScoreTerms, ported, weigh
+from llm_jax.nn.attention import AttentionConfig, ScoreTerms, weigh
 from llm_jax.nn.cache import LayerCache, joined
 from llm_jax.nn.execution import Execution
 from llm_jax.nn.linear import Linear
@@ -122,7 +123,7 @@ class TwoStreamAttention(nn.Module):
             q, terms = plus(q, content_NH), ScoreTerms(bias_BNTS=weights.scaled(bias_BNTS, c.scale))
             key = self.make_rng("dropout") if train and c.dropout > 0 else None
             y, shown = weigh(c, self.execution, q, k_BSNH, v_BSNH, mask, terms, key, output_attentions)
-            return ported(self, x, out(y.reshape(*x.shape[:2], n * h))), shown
+            return checkpoint_name(out(y.reshape(*x.shape[:2], n * h)), "attention"), shown
 
         content, shown = look(h_BTD, relations.content, None, 0)
         queries = None

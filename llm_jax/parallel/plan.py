@@ -246,13 +246,18 @@ class Plan:
                 f"(data={self.batch_divisor} x {name}={parts})"
             )
 
-    def check_optimizer(self, name: str) -> None:
+    def check_optimizer(self, name: str, layer_decay: float = 1.0) -> None:
         """Raises ValueError where the update runs on the host or by pieces and the optimizer's cannot."""
         kinds = set(self.config.offload) & {"update", "disk"}
         if kinds and name not in offload.ELEMENTWISE:
             raise ValueError(
-                f"plan.offload={kinds.pop()} computes elementwise optimizers on the host or by pieces "
+                f"plan.offload={', '.join(kinds)} computes elementwise optimizers on the host or by pieces "
                 f"({', '.join(offload.ELEMENTWISE)}), not {name}: set plan.offload=('optimizer',)"
+            )
+        if layer_decay != 1 and "disk" in kinds:
+            raise ValueError(
+                f"optimizer.layer_decay={layer_decay} with plan.offload=disk, whose pieces do not know their layer: "
+                "set plan.offload=('update',) or layer_decay=1"
             )
 
     def execution(self, **changes: Any) -> Execution:

@@ -9,6 +9,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from llm_jax.nn import realized
 from llm_jax.nn.protocols import Axes, Params, Tree
 from llm_jax.nn.stack import Call
 from llm_jax.parallel import explicit
@@ -65,7 +66,8 @@ class StepPlan:
     """What a plan asks of a training step; the defaults are those of one device.
 
     Attributes:
-      constrain_grads: pins the sharding of gradients.
+      constrain_grads: pins the sharding of gradients, of realized parameters where there are realized nodes.
+      constrain_stored: pins the sharding of gradients that were pulled back through realized nodes.
       run_update: calls the optimizer's update where its state lies: here, on the host or on disk.
       train_runner: runs the layers of a training step; None scans them.
       evaluate_runner: runs the layers of an evaluation; None scans them.
@@ -74,6 +76,7 @@ class StepPlan:
     """
 
     constrain_grads: Callable[[Params], Params] = _unchanged
+    constrain_stored: Callable[[Params], Params] = _unchanged
     run_update: RunUpdate = _update_here
     train_runner: Runner | None = None
     evaluate_runner: Runner | None = None
@@ -121,8 +124,13 @@ def make(
         wrap = explicit.gathering(mesh, specs, names, P(explicit.ROWS, "seq"))
     if plan.keeps_parameters_on_host:
         train_runner = evaluate_runner = offload.runner(plan.execution())
+
+    def pinned(params: Params) -> Callable[[Params], Params]:
+        return _pin(plan.grad_shardings(params, axes)) if mesh.size > 1 else _unchanged
+
     return StepPlan(
-        constrain_grads=_pin(plan.grad_shardings(stored, axes)) if mesh.size > 1 else _unchanged,
+        constrain_grads=pinned(realized.shapes(stored)),
+        constrain_stored=pinned(stored),
         run_update=_make_run_update(plan, stored, axes, state, init, scratch),
         train_runner=train_runner,
         evaluate_runner=evaluate_runner,

@@ -8,6 +8,7 @@ from jax.extend.core import Literal
 from llm_jax.nn import weights
 from llm_jax.nn.execution import Execution
 from llm_jax.nn.protocols import Batch, Params
+from llm_jax.nn.realized import realize
 from llm_jax.nn.ties import expand, parse
 from llm_jax.objectives.objective import Objective, total_loss
 from llm_jax.training.precision import Precision
@@ -44,7 +45,7 @@ def residual_bytes(
             inputs["cache"] = config.model.init_carry(rows)
 
         def loss(params: Params) -> jax.Array:
-            computing = expand(precision.cast(params), parse(config.ties))
+            computing = expand(precision.cast(realize(params)), parse(config.ties))
             out = model.apply({"params": computing}, **inputs, train=True, rngs=rngs)
             return total_loss(objective, objective.score(out, prepared.targets), prepared.weights)
 

@@ -177,7 +177,10 @@ def run(
         adapted = jax.eval_shape(lambda params: adapt(params, config, key), loaded.params)
         trainable = (*methods.trainable(adapted, config.delta), *beside)
     training = dataclasses.replace(config.run.training, trainable=trainable)
-    chosen = dataclasses.replace(config.run, model=loaded.config, training=training)
+    optimizer = config.run.optimizer
+    if config.lora is not None and config.lora.ratio != 1:
+        optimizer = dataclasses.replace(optimizer, rates=(*optimizer.rates, f"*/b={config.lora.ratio}"))
+    chosen = dataclasses.replace(config.run, model=loaded.config, training=training, optimizer=optimizer)
     encode = chat.chats(loaded.tokenizer) if config.format == "chat" else None
     trained = train(
         chosen,

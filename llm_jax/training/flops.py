@@ -13,6 +13,7 @@ from jax.interpreters import partial_eval
 from llm_jax.nn import paths
 from llm_jax.nn.execution import Execution
 from llm_jax.nn.protocols import Params, Tree
+from llm_jax.nn.realized import realize
 from llm_jax.nn.ties import Ties, expand
 from llm_jax.objectives.objective import Objective
 from llm_jax.parallel.chips import chip_of
@@ -86,13 +87,13 @@ def of_step(
     def loss(params: Params, batch: Any, carry: Tree) -> dict[str, jax.Array]:
         prepared = objective.prepare(batch, jax.random.key(0))
         inputs = prepared.inputs if carry is None else {**prepared.inputs, "cache": carry}
-        out = module.apply({"params": expand(params, ties)}, **inputs)
+        out = module.apply({"params": expand(realize(params), ties)}, **inputs)
         return objective.score(out, prepared.targets)
 
     abstract = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
     args = abstract((params, dict(batch), carry))
-    learns = {path for path, _ in paths.flatten(partition(args[0], trainable)[0])}
-    origins = [Origin(learns=path in learns) for path, _ in paths.flatten(args[0])]
+    trains = {path for path, _ in paths.flatten(partition(args[0], trainable)[0])}
+    origins = [Origin(learns=path in trains) for path, _ in paths.flatten(args[0])]
     origins += [Origin(reads=True)] * (len(jax.tree.leaves(args)) - len(origins))
     return _count(loss, args, origins)
 

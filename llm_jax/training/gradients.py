@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from llm_jax.nn import realized
 from llm_jax.nn.protocols import Batch, Model, Params, Tree
 from llm_jax.objectives.objective import Objective, Prepared, total_loss
 from llm_jax.parallel.step_plan import Pipe
@@ -163,6 +164,24 @@ def piped(forward: Forward, pipe: Pipe) -> Gradient:
         return Gradients(loss, scores, totals, forward.constrain_grads(grads), carry)
 
     return gradient
+
+
+def realizing(gradient: Gradient, constrain: Callable[[Params], Params]) -> Gradient:
+    """The gradient of trees with realized nodes, which become parameters once a step; others pass unchanged.
+
+    Args:
+      gradient: of the realized parameters.
+      constrain: pins the sharding of gradients of the stored ones.
+    """
+
+    def run(trainable: Params, frozen: Params, batch: Batch, key: jax.Array, scale: Scale, carry: Tree) -> Gradients:
+        if not realized.has_any(trainable):
+            return gradient(trainable, frozen, batch, key, scale, carry)
+        learn, rest, pull_back = realized.split(trainable, frozen)
+        found = gradient(learn, rest, batch, key, scale, carry)
+        return found._replace(grads=constrain(pull_back(found.grads)))
+
+    return run
 
 
 def restart(carry: Tree, batch: Batch) -> Tree:

@@ -5,7 +5,7 @@ Sources: Kingma and Ba 2015; Loshchilov and Hutter 2019 (AdamW); Shazeer and Ste
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -14,6 +14,8 @@ import optax
 from optax import contrib
 
 from llm_jax.nn import paths, weights
+from llm_jax.nn.protocols import Params
+from llm_jax.training import rates
 
 Rate = Callable[[Any], Any]  # learning rate as a function of the optimizer step, counted from 0
 NAMES = ("adam", "adamw", "adafactor", "lion", "muon", "sgd")
@@ -44,6 +46,12 @@ class OptimizerConfig:
         match something.
       clip_norm: global gradient norm is clipped here; 0 never clips.
       noam_dim: D of the Noam formula; None takes the model's width in a run.
+      rates: other learning rates of some parameters, each `pattern=factor`, times the scheduled rate and also on the
+        decay: `*/b=16` (LoRA+), `classifier/*=10`. The last that matches decides; in a run each must match something
+        that trains.
+      layer_decay: factor of the rate from a layer to the one below it, 1 for none. Of L layers, layer l (from 0) learns
+        at layer_decay ** (L - l) times the rate, embeddings at layer_decay ** (L + 1), what is above the layers at 1.
+        Layers count in their own stack; those that share parameters count once. Multiplies `rates`.
 
     A field that the optimizer or the schedule does not read must keep its default.
     """
@@ -61,6 +69,8 @@ class OptimizerConfig:
     decay: tuple[str, ...] = ("*kernel*", "*embedding*")
     clip_norm: float = 1.0
     noam_dim: int | None = None
+    rates: tuple[str, ...] = ()
+    layer_decay: float = 1.0
 
     def __post_init__(self) -> None:
         """Checks names and ranges."""
@@ -72,6 +82,9 @@ class OptimizerConfig:
             raise ValueError(f"learning_rate={self.learning_rate} must be positive")
         if self.name == "adam" and self.weight_decay:
             raise ValueError(f"adam has no weight decay: set weight_decay=0 (it is {self.weight_decay}) or name=adamw")
+        rates.parse(self.rates)
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay={self.layer_decay} must lie in (0, 1]")
         for field in unread(self.name, self.schedule):
             value, default = getattr(self, field), type(self).__dataclass_fields__[field].default
             if value != default:
@@ -143,8 +156,33 @@ def per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     return optax.partition({"stacked": layered, "plain": tx}, labels)
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The update rule without clipping, which the step does itself (it needs the norm anyway)."""
+def make_optimizer(
+    config: OptimizerConfig,
+    steps: int,
+    params: Params | None = None,
+    trainable: str | Iterable[str] | None = None,
+) -> optax.GradientTransformation:
+    """The update rule without clipping, which the step does itself (it needs the norm anyway).
+
+    Args:
+      config: the optimizer.
+      steps: of the whole run.
+      params: all parameters of the run, abstract will do; read by `rates` and `layer_decay` only.
+      trainable: patterns of what trains, None for everything.
+
+    Raises:
+      ValueError: if `rates` or `layer_decay` do not fit the parameters, or those are not given.
+    """
+    tx = _make_even(config, steps)
+    if not config.rates and config.layer_decay == 1:
+        return tx
+    if params is None:
+        raise ValueError(f"rates={config.rates} and layer_decay={config.layer_decay} need the parameters: pass params")
+    return rates.scaled(tx, rates.factors_of(config.rates, config.layer_decay, params, trainable))
+
+
+def _make_even(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """One learning rate for all parameters."""
     c, rate = config, make_schedule(config, steps)
     match = paths.matcher(c.decay)
     mask = lambda params: paths.map_with_path(lambda p, _: match(p) and not p.endswith("bias"), params)

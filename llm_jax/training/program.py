@@ -11,6 +11,7 @@ from etils import epath
 
 from llm_jax.nn import paths, ports, weights
 from llm_jax.nn.protocols import Axes, Params
+from llm_jax.nn.realized import has_any, realize
 from llm_jax.nn.ties import Ties, expand, parse, tie
 from llm_jax.objectives.objective import Objective
 from llm_jax.parallel import step_plan
@@ -106,12 +107,11 @@ def build(
     """
     c, ties = config.training, parse(config.ties)
     plan.check_batch(c.batch_size, c.accumulation, c.sequence_length)
-    plan.check_optimizer(config.optimizer.name)
+    plan.check_optimizer(config.optimizer.name, config.optimizer.layer_decay)
     if ties and plan.keeps_parameters_on_host:
         raise ValueError("plan.offload=parameters has no place for shared parameters (ties): take update alone")
     objective = config.objective.for_run(plan.mesh.size, config.model, mask_id)
     model = config.model.make(plan.execution())
-    tx = make_optimizer(optimizer_of(config), c.steps)
     precision = Precision(config.plan.precision, config.plan.master)
     ids = np.zeros((plan.batch_divisor, c.sequence_length), np.int32)
     fresh = lambda key: model.init(key, ids)["params"]
@@ -119,12 +119,16 @@ def build(
     given = None if given is None else jax.eval_shape(lambda p: p, given)
     first = lambda key, given: tie(weights.split_axes(fresh(key))[0] if given is None else adapt(given), ties)
     params = jax.eval_shape(first, jax.random.key(0), given)
-    computing = jax.eval_shape(lambda p: expand(p, ties), params)
+    if has_any(params) and plan.keeps_parameters_on_host:
+        raise ValueError("plan.offload=parameters has no place for realized nodes (nn.realized): take update alone")
+    computing = jax.eval_shape(lambda p: expand(realize(p), ties), params)
     ports.check(declared, computing)
     if plan.schedule is not None:  # said here, before anything is compiled
         check_stages(computing, plan.schedule, config.objective.carry)
     if config.optimizer.decay != OptimizerConfig.decay:  # the default names what most trees have, not all
         paths.select([p for p, _ in paths.flatten(params, weights.is_node)], config.optimizer.decay)
+
+    tx = make_optimizer(optimizer_of(config), c.steps, params, c.trainable)
 
     def init(key: jax.Array, given: Params | None) -> TrainState:
         init_key, step_key = jax.random.split(key)

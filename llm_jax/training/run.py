@@ -24,6 +24,7 @@ from llm_jax.delta.base import Base, BaseError, digest, left_out
 from llm_jax.interop import referenced
 from llm_jax.nn import weights
 from llm_jax.nn.protocols import Model, Params
+from llm_jax.nn.realized import realize
 from llm_jax.nn.ties import Ties, expand
 from llm_jax.objectives.objective import Objective
 from llm_jax.parallel import processes
@@ -60,8 +61,11 @@ class Trained:
 
     @property
     def params(self) -> Params:
-        """Its parameters, their moving average where it kept one, on the devices, what is shared in every place."""
-        return expand(offload.to_device(averaged(self.state)), self.ties)
+        """Its parameters, their moving average where it kept one, on the devices, as the model takes them.
+
+        What is shared is in every place, and realized nodes are what they become.
+        """
+        return expand(realize(offload.to_device(averaged(self.state))), self.ties)
 
 
 def train(

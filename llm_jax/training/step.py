@@ -11,6 +11,7 @@ import optax
 
 from llm_jax.nn import weights
 from llm_jax.nn.protocols import Batch, Model, Params, Tree
+from llm_jax.nn.realized import realize
 from llm_jax.nn.stack import unstack
 from llm_jax.nn.ties import Ties, expand
 from llm_jax.objectives.objective import Objective
@@ -66,10 +67,12 @@ def _make_gradient(
 
     forward = gradients.Forward(model, objective, compute, wrap, plan.constrain_grads)
     if plan.pipe is not None:
-        return gradients.piped(forward, plan.pipe), plan.pipe.schedule.micros
-    if config.accumulation > 1:
-        return gradients.accumulated(forward, config.accumulation), config.accumulation
-    return gradients.whole(forward), 1
+        gradient, micros = gradients.piped(forward, plan.pipe), plan.pipe.schedule.micros
+    elif config.accumulation > 1:
+        gradient, micros = gradients.accumulated(forward, config.accumulation), config.accumulation
+    else:
+        gradient, micros = gradients.whole(forward), 1
+    return gradients.realizing(gradient, plan.constrain_stored), micros
 
 
 def _make_update(tx: optax.GradientTransformation, config: StepConfig) -> Update:
@@ -181,7 +184,7 @@ def make_eval_step(
     """Builds `evaluate(params, batch) -> (score sums, weight sums)`, without dropout."""
 
     def evaluate(params: Params, batch: Batch) -> tuple[Sums, Sums]:
-        params = expand(precision.cast(params), ties)
+        params = expand(precision.cast(realize(params)), ties)
         prepared = objective.prepare(batch, jax.random.key(0))
         out = model.apply({"params": params}, **prepared.inputs)
         return objective.score(out, prepared.targets), prepared.weights

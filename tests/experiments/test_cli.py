@@ -169,6 +169,7 @@ def test_configs_survive_the_flags(config):
 
 def test_overrides_reach_the_config():
     overrides = ("training.steps=7", "model.hidden_dim=48", "optimizer.learning_rate=1", "data.tokenizer=x.json")
+    overrides += ("optimizer.rates=('*/b=16', 'embed/*=0.5')", "optimizer.layer_decay=0.9")
     with binary("train", DEMO, *(f"--config.{o}" for o in overrides)) as module:
         config = cli.from_config_dict(RunConfig, module.CONFIG.value)
     plain = cli.from_config_dict(RunConfig, demo.get_config("tiny"))
@@ -176,7 +177,9 @@ def test_overrides_reach_the_config():
         plain,
         training=dataclasses.replace(plain.training, steps=7),
         model=dataclasses.replace(plain.model, hidden_dim=48),
-        optimizer=dataclasses.replace(plain.optimizer, learning_rate=1.0),
+        optimizer=dataclasses.replace(
+            plain.optimizer, learning_rate=1.0, rates=("*/b=16", "embed/*=0.5"), layer_decay=0.9
+        ),
         data=dataclasses.replace(plain.data, tokenizer="x.json"),
     )
     with pytest.raises(ValueError, match="variant 'x' is neither"):

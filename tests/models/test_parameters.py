@@ -35,7 +35,7 @@ class Shift(ports.PortNode):
 
     value: Any
 
-    def __call__(self, x):
+    def __call__(self, x, residual, norm, key):
         return x + self.value.reshape(1, 1, -1)
 
 

@@ -7,6 +7,7 @@ al. 2019 and Xiong et al. 2020 (norm first), https://arxiv.org/abs/2002.04745.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.models.shared.frame import Inputs
+from llm_jax.nn import ports
 from llm_jax.nn.attention import Attention, AttentionConfig, AttentionLayer, Positions, View, dropout
 from llm_jax.nn.cache import Cache, LayerCache
 from llm_jax.nn.execution import SUM, Execution
@@ -132,22 +134,25 @@ class Block(nn.Module):
         def before(norm: nn.Module, x: jax.Array) -> jax.Array:
             return norm(x).astype(dtype) if c.norm == "pre" else x
 
-        def add(norm: nn.Module, x: jax.Array, y: jax.Array) -> jax.Array:
-            x = x + dropout(self, y, c.dropout, train)
+        def add(norm: nn.Module, sublayer: Any, x: jax.Array, inputs: jax.Array, y: jax.Array) -> jax.Array:
+            normed = lambda x: norm(x).astype(dtype)
+            y = dropout(self, y, c.dropout, train)
+            x = x + ports.through(sublayer, y, inputs, x, normed, train)
             x = checkpoint_name(self.execution.constrain(x, ("batch", "sequence", "embed")), SUM)
-            return x if c.norm == "pre" else norm(x).astype(dtype)
+            return x if c.norm == "pre" else normed(x)
 
-        states = jax.tree.unflatten(structure, [before(attention_norm, x) for x in streams])
+        inputs = [before(attention_norm, x) for x in streams]
+        states = jax.tree.unflatten(structure, inputs)
         attended, cache, shown = attention(states, shared.attention, cache, train, self.output_attentions)
         cross_shown = None
         for i, y in enumerate(jax.tree.leaves(attended)):
-            x = add(attention_norm, streams[i], y)
+            x = add(attention_norm, attention, streams[i], inputs[i], y)
             if c.cross:
-                y, cross_cache, cross_shown = cross(
-                    before(cross_norm, x), shared.cross, cross_cache, train, self.output_attentions
-                )
-                x = add(cross_norm, x, y)
-            streams[i] = add(mlp_norm, x, mlp(before(mlp_norm, x), train))
+                states = before(cross_norm, x)
+                y, cross_cache, cross_shown = cross(states, shared.cross, cross_cache, train, self.output_attentions)
+                x = add(cross_norm, cross, x, states, y)
+            states = before(mlp_norm, x)
+            streams[i] = add(mlp_norm, mlp, x, states, mlp(states, train))
         hidden = streams[0] if self.output_hidden_states else None
         return jax.tree.unflatten(structure, streams), ((cache, cross_cache), hidden, shown, cross_shown)
 
