@@ -4,12 +4,15 @@ import contextlib
 import dataclasses
 import functools
 import json
+import pathlib
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from binaries import call
+from jax.sharding import PartitionSpec as P
 from tiny_models import noise
 
 from llm_jax import interop
@@ -18,13 +21,14 @@ from llm_jax.delta import dora, lora
 from llm_jax.delta.base import Base, BaseError, left_out
 from llm_jax.delta.lora import LoraConfig
 from llm_jax.interop.names import InteropError
+from llm_jax.models import parameters
 from llm_jax.models.bert import BertConfig
 from llm_jax.models.llama import LlamaConfig
 from llm_jax.nn import paths, weights
 from llm_jax.nn.ties import expand, parse
 from llm_jax.objectives.labels import Labels
 from llm_jax.parallel.memory.disk import EMPTY
-from llm_jax.parallel.plan import PlanConfig
+from llm_jax.parallel.plan import Plan, PlanConfig
 from llm_jax.storage.checkpoints import CheckpointError, Checkpoints
 from llm_jax.training import finetune
 from llm_jax.training.averaging import average_checkpoints
@@ -36,6 +40,7 @@ from llm_jax.training.run_config import DataConfig, RunConfig
 TEXT = "abc abd abe, abc abd abe. " * 60
 HALF, STEPS = 2, 4
 KEY = jax.random.key(0)
+FINETUNE = pathlib.Path(__file__).resolve().parents[2] / "experiments" / "configs" / "finetune.py"
 ALONE = PlanConfig(data=1)
 LORA = LoraConfig(rank=2)
 ROWS = {  # name: (plan, fields of FinetuneConfig, fields of LoopConfig)
@@ -183,6 +188,29 @@ def test_the_work_directory_loads_as_what_the_run_ended_with(name, whole):
     bitwise(half, weights.cast(done.trained.params, jnp.bfloat16))
 
 
+def test_a_run_loads_onto_a_mesh(whole):
+    done, workdir = whole("zero-3, int8, average")
+    plan = Plan(PlanConfig(data=2, model=4, zero=3), done.trained.model.config)
+    placed = interop.load(workdir, place=plan.param_shardings).params
+    bitwise(placed, done.trained.params)
+    up = placed["decoder"]["layers"]["mlp"]["up"]["kernel"]
+    assert up.base.values.sharding.spec == P(None, "data", "model")
+    shardings = plan.param_shardings(placed, parameters.declared(done.trained.model.config)[1])
+    assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), placed, shardings))
+
+
+def test_the_command_refers_to_its_model(folder, tmp_path):
+    flags = {"base": "bfloat16", "lora.rank": 2, "run.data.source": folder / "text.txt", "run.plan.data": 8,
+             "run.training.steps": 1, "run.training.batch_size": 8, "run.training.sequence_length": 16}  # fmt: skip
+    given = [f"--config.{name}={value}" for name, value in flags.items()]
+    call("finetune", f"--model={folder}", f"--config={FINETUNE}", f"--workdir={tmp_path}", *given)
+    assert json.loads((tmp_path / "base.json").read_text())["path"] == str(folder)
+    stored = Checkpoints(tmp_path / "checkpoints", read_only=True).stored_shapes(1)
+    assert not any(p.endswith("base") for p in stored)
+    merged, run = interop.load(tmp_path / "merged"), interop.load(tmp_path)
+    assert merged.config == run.config and jax.tree.leaves(merged.params)[0].dtype == jnp.float32
+
+
 def test_a_base_in_bfloat16(folder, whole):
     """What is frozen takes two bytes, what trains four, and so does what is merged."""
     done, _ = whole("bfloat16, DoRA")
@@ -229,9 +257,9 @@ def test_another_base_is_refused(folder, whole, other, tmp_path):
     words = (
         r"the base at \S*other \(fingerprint \w{12}\) is not the one that the run began with \(\S*base, fingerprint "
     )
-    for call in (lambda: finetuned(folder, ROW, run, other), lambda: interop.load(run, base=other)):
+    for read in (lambda: finetuned(folder, ROW, run, other), lambda: interop.load(run, base=other)):
         with pytest.raises(BaseError, match=words) as error:
-            call()
+            read()
         message = str(error.value)
         assert "\n" not in message and "decoder/layers/mlp/up/kernel is float32[4,192,512]" in message
     assert (run / "base.json").read_text() == before
