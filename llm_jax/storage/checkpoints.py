@@ -329,13 +329,15 @@ class Checkpoints:
         prefix = "average" if average else "params"
         if prefix not in everything:
             raise CheckpointError(f"checkpoint {step} of {self.folder} holds no moving average")
-        wanted = {"params": everything["params"], **({"average": everything["average"]} if average else {})}
-        shapes = jax.eval_shape(lambda p: weights.cast(p, cast), self._as_params(wanted["params"], structure))
+        shapes = jax.eval_shape(lambda p: weights.cast(p, cast), self._as_params(everything["params"], structure))
         spec = jax.tree.map(lambda _: device, shapes) if place is None else place(shapes)
         placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, spec)
         given = {p.removeprefix("params/"): shape for p, (shape, _) in absent.items()}
         flat = dict(paths.flatten(placed))
-        wanted["params"] = paths.nested((p, x) for p, x in flat.items() if p not in given)
+        wanted = {"params": paths.nested((p, x) for p, x in flat.items() if p not in given)}
+        if average:
+            like = lambda p, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=flat[p].sharding)
+            wanted["average"] = paths.map_with_path(like, everything["average"])
         with self._reading(step):
             raw = self._read_arrays(step, wanted)
         read = dict(paths.flatten(raw["params"]))
