@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from llm_jax.delta import lora, node
 from llm_jax.delta.lora import Lora
 from llm_jax.nn import paths, weights
+from llm_jax.nn.ports import PortNode
 from llm_jax.nn.protocols import Params
 from llm_jax.nn.stack import stack
 
@@ -50,7 +51,8 @@ def sizes(params: Params, trainable: str | Iterable[str]) -> Sizes:
     params = stack(params)
     flat = dict(paths.flatten(params))
     trained = [flat[path] for path in paths.select(flat, trainable)]
-    base = [node.stripped(w) for _, w in paths.flatten(params, weights.is_node)]
+    flat_nodes = [w for _, w in paths.flatten(params, weights.is_node)]
+    base = [node.stripped(w) for w in flat_nodes if not isinstance(w, PortNode)]
     number = weights.count(trained) - _padding(params)
     return Sizes(weights.count(base), number, weights.bytes_of(base), weights.bytes_of(trained))
 
