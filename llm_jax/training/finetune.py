@@ -15,7 +15,6 @@ from llm_jax.delta.lora import LoraConfig
 from llm_jax.delta.methods import BitFitConfig, DeltaConfig, Ia3Config
 from llm_jax.interop import Pretrained, pretrained
 from llm_jax.models.elmo import ElmoConfig
-from llm_jax.models.llama import LlamaConfig
 from llm_jax.nn import weights
 from llm_jax.nn.protocols import ModelConfig, Params
 from llm_jax.objectives.labels import Labels
@@ -226,8 +225,3 @@ def _base(loaded: Pretrained, config: FinetuneConfig, trainable: tuple[str, ...]
 def can_save(model_config: ModelConfig) -> bool:
     """Whether some format but ours has a place for the model; ELMo's has none for a head."""
     return not isinstance(model_config, ElmoConfig) or model_config.head == "none"
-
-
-def can_export(model_config: ModelConfig) -> bool:
-    """Whether PEFT's format has names for this family."""
-    return isinstance(model_config, LlamaConfig)
