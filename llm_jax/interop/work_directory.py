@@ -1,4 +1,7 @@
-"""Work directories of this library, as training leaves them: `config.json`, tokenizer and checkpoints."""
+"""Work directories of this library, as training leaves them: `config.json`, tokenizer and checkpoints.
+
+The checkpoints of a delta run leave its frozen base out, which is loaded from where `base.json` says that it is.
+"""
 
 import json
 from collections.abc import Callable
@@ -7,6 +10,7 @@ from etils import epath
 from jax.typing import DTypeLike
 
 from llm_jax.data import tokenizers
+from llm_jax.interop import referenced
 from llm_jax.interop.names import InteropError
 from llm_jax.models import parameters, registry
 from llm_jax.nn.execution import Execution
@@ -29,13 +33,25 @@ def load(
     execution: Execution = Execution(),
     place: Place | None = None,
     average: bool | None = None,
+    load_base: referenced.Load | None = None,
+    base: epath.PathLike | None = None,
 ) -> tuple[Model, Params]:
     """The module and the parameters of the newest checkpoint, or their moving average (None: where there is one).
 
     Shared parameters are in every place, and realized nodes are what they become.
 
+    Args:
+      path: the folder.
+      dtype: of floating parameters, as stored by default.
+      execution: how the model runs.
+      place: where parameters go, one device by default.
+      average: the moving average, or the last parameters.
+      load_base: `interop.load`, for the frozen base of a delta run.
+      base: where that base is, if not where the folder says.
+
     Raises:
-      InteropError: if the folder holds no config of ours.
+      InteropError: if the folder holds no config of ours, its base is not there, or it has none.
+      BaseError: if another model is where the base was.
       CheckpointError: if there is no checkpoint, it is damaged, or it holds no average.
     """
     from llm_jax.storage.checkpoints import Checkpoints
@@ -49,7 +65,13 @@ def load(
     _, axes = parameters.declared(config)
     checkpoints = Checkpoints(path / CHECKPOINTS, read_only=True)
     on_devices = None if place is None else lambda shapes: place(shapes, axes)
-    params, _ = checkpoints.restore_params(average=average, cast=dtype, place=on_devices)
+    step, run, _ = checkpoints.read_run()
+    rest = None
+    if "base" in run and load_base is not None:
+        rest = referenced.read(path, run["base"], load_base, place, ties, base)
+    elif base is not None:
+        raise InteropError(f"{path} holds its whole model and takes no base={str(base)!r}")
+    params, _ = checkpoints.restore_params(step, average=average, cast=dtype, place=on_devices, rest=rest)
     params = expand(realize(params), ties)
     parameters.check(model, params)
     return model, params

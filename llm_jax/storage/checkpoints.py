@@ -4,13 +4,16 @@
 structured weights), `run` (config, position in the data, library version) and, of a run with state on disk, `mapped`
 (copies of its files). Layers are stored stacked, whatever the run used, unless they differ. A checkpoint of either kind
 of run resumes as the other.
+
+A checkpoint may leave arrays out that are stored elsewhere, like the frozen base of a delta run; `run["left_out"]` then
+holds their shapes and dtypes by path, and whoever restores brings them.
 """
 
 import contextlib
 import dataclasses
 import math
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -95,6 +98,7 @@ class Checkpoints:
           mapped: the part of the state that lies in files.
         """
         self._mapped = mapped
+        self._left_out: frozenset[str] = frozenset()
         self._waiting: threading.Thread | None = None
         keep: list[Any] = [policies.LatestN(keep_last)]
         if keep_best:
@@ -119,6 +123,10 @@ class Checkpoints:
         """The newest step with a finished checkpoint."""
         return self._manager.latest_step()
 
+    def leave_out(self, names: Collection[str]) -> None:
+        """Saves nothing at these paths from here on (`params/embed/embedding`): it is stored elsewhere."""
+        self._left_out = frozenset(names)
+
     def save(self, step: int, state: Tree, run: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
         """Writes a checkpoint; it appears only once it is complete.
 
@@ -129,8 +137,13 @@ class Checkpoints:
           CheckpointError: where the disk refuses; earlier checkpoints stay untouched.
         """
         run = {"version": llm_jax.__version__, **run}
+        if self._left_out:
+            absent = {p: (x.shape, x.dtype.name) for p, x in paths.flatten(state) if p in self._left_out}
+            if missing := sorted(self._left_out - absent.keys()):
+                raise CheckpointError(f"checkpoint {step} cannot leave out {missing[0]}, which the state lacks")
+            run["left_out"] = {p: [list(shape), dtype] for p, (shape, dtype) in absent.items()}
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(_unkey(state)),
+            state=ocp.args.StandardSave(_unkey(_without(state, self._left_out))),
             structure=ocp.args.JsonSave(weights.structure(state)),
             run=ocp.args.JsonSave(run),
             **({} if self._mapped is None else {"mapped": copied_files.CopyFiles(self._mapped)}),
@@ -196,8 +209,14 @@ class Checkpoints:
     def _item(self, step: int, name: str) -> epath.Path:
         return self.folder.absolute() / str(step) / name
 
-    def restore(self, target: Tree, step: int | None = None, shardings: Tree = None) -> Restored:
+    def restore(self, target: Tree, step: int | None = None, shardings: Tree = None, rest: Tree = None) -> Restored:
         """Restores onto any mesh: shapes and types come from `target`, devices from `shardings`.
+
+        Args:
+          target: the state's shapes and types; arrays or abstract.
+          step: the newest by default.
+          shardings: of `target`; where its arrays are, or one device, by default.
+          rest: a state like `target` that gives what the checkpoint leaves out; None where it holds everything.
 
         Raises:
           CheckpointError: if the checkpoint is missing, damaged or of another model; the message names what differs
@@ -211,11 +230,23 @@ class Checkpoints:
                 f"checkpoint {step} holds other structured weights than this run: {first} is "
                 f"{structure.get(first)} there and {wanted.get(first)} here"
             )
-        abstract = _abstract(target, shardings)
-        self._compare(step, abstract)
+        abstract, absent = _abstract(target, shardings), self._absent(step, run, rest)
+        self._compare(step, abstract, absent)
         with self._reading(step):
-            raw = self._restore(step, abstract)
-        return Restored(step, _rekey(raw, target), run)
+            raw = self._restore(step, _without(abstract, absent))
+        state = _rekey(raw, _without(target, absent))
+        return Restored(step, _filled(state, rest) if absent else state, run)
+
+    def _absent(self, step: int, run: Mapping[str, Any], rest: Any) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """`{path: (shape, dtype)}` of what a checkpoint leaves out, which `rest` has to bring."""
+        absent = {p: (tuple(shape), jnp.dtype(dtype)) for p, (shape, dtype) in run.get("left_out", {}).items()}
+        if absent and rest is None:
+            base = run.get("base", {}).get("path", "another model")
+            raise CheckpointError(
+                f"checkpoint {step} of {self.folder} holds a delta without its frozen base, which is {base}: "
+                "interop.load of the work directory joins them"
+            )
+        return absent
 
     def _files(self, step: int) -> dict[str, epath.Path]:
         return copied_files.files_in(self._item(step, "mapped"))
@@ -253,8 +284,8 @@ class Checkpoints:
             found = {p: (tuple(m.shape), m.dtype) for p, m in paths.flatten(tree)}
             return found | {name: copied_files.header(file) for name, file in self._files(step).items()}
 
-    def _compare(self, step: int, abstract: Tree) -> None:
-        stored = {p: s for p, (s, _) in self.stored_shapes(step).items()}
+    def _compare(self, step: int, abstract: Tree, absent: Mapping[str, tuple[tuple[int, ...], Any]]) -> None:
+        stored = {p: s for p, (s, _) in (self.stored_shapes(step) | dict(absent)).items()}
         wanted = _shapes(abstract)
         missing, extra = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
         other = sorted(p for p in wanted.keys() & stored.keys() if wanted[p] != stored[p])
@@ -272,6 +303,7 @@ class Checkpoints:
         average: bool | None = False,
         cast: DTypeLike | None = None,
         place: Callable[[Params], Tree] | None = None,
+        rest: Mapping[str, Any] | None = None,
     ) -> tuple[Params, dict[str, Any]]:
         """Parameters only (or their moving average), built from what the checkpoint itself says it holds.
 
@@ -280,29 +312,45 @@ class Checkpoints:
           average: the moving average instead of the trained parameters; None takes it where there is one.
           cast: dtype of floating leaves.
           place: `(abstract params) -> shardings`; one device by default.
+          rest: arrays by path that give what the checkpoint leaves out of the parameters (see `leave_out`).
 
         Returns:
           (parameters, `run`).
+
+        Raises:
+          CheckpointError: if the checkpoint is missing or damaged, holds no average, or leaves out what `rest` lacks.
         """
         step, run, structure = self.read_run(step)
-        stored = self.stored_shapes(step)
+        absent = self._absent(step, run, rest)
+        stored = self.stored_shapes(step) | absent
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         everything = paths.nested((p, jax.ShapeDtypeStruct(*x, sharding=device)) for p, x in stored.items())
         average = "average" in everything if average is None else average
         prefix = "average" if average else "params"
         if prefix not in everything:
             raise CheckpointError(f"checkpoint {step} of {self.folder} holds no moving average")
-        wanted = {"params": everything["params"], **({"average": everything["average"]} if average else {})}
-        shapes = jax.eval_shape(lambda p: weights.cast(p, cast), self._as_params(wanted["params"], structure))
+        shapes = jax.eval_shape(lambda p: weights.cast(p, cast), self._as_params(everything["params"], structure))
         spec = jax.tree.map(lambda _: device, shapes) if place is None else place(shapes)
         placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, spec)
-        wanted["params"] = _dict_of(placed)
+        given = {p.removeprefix("params/"): shape for p, (shape, _) in absent.items()}
+        flat = dict(paths.flatten(placed))
+        wanted = {"params": paths.nested((p, x) for p, x in flat.items() if p not in given)}
+        if average:
+            like = lambda p, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=flat[p].sharding)
+            wanted["average"] = paths.map_with_path(like, everything["average"])
         with self._reading(step):
             raw = self._read_arrays(step, wanted)
-        params = self._as_params(raw["params"], structure)
+        read = dict(paths.flatten(raw["params"]))
+        for path, shape in given.items():
+            if rest is None or path not in rest or tuple(rest[path].shape) != shape:
+                raise CheckpointError(
+                    f"checkpoint {step} leaves out {path} {list(shape)}, which its base does not have"
+                )
+            read[path] = jax.device_put(rest[path].astype(flat[path].dtype), flat[path].sharding)
+        params = self._as_params(paths.nested(read.items()), structure)
         if average:
-            flat = dict(paths.flatten(raw["average"]))
-            params = paths.map_with_path(lambda p, x: flat[p].astype(x.dtype) if p in flat else x, params)
+            mean = dict(paths.flatten(raw["average"]))
+            params = paths.map_with_path(lambda p, x: mean[p].astype(x.dtype) if p in mean else x, params)
         return params, run
 
     def _read_arrays(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -344,9 +392,14 @@ class Checkpoints:
         return walk(tree, "")
 
 
-def _dict_of(tree: Tree) -> dict[str, Any]:
-    """Structured nodes as plain dicts of their leaves, the way array files hold them."""
-    return paths.nested(paths.flatten(tree))
+def _without(tree: Tree, absent: Collection[str]) -> Tree:
+    """The tree with None at these paths."""
+    return paths.map_with_path(lambda p, x: None if p in absent else x, tree) if absent else tree
+
+
+def _filled(tree: Tree, rest: Tree) -> Tree:
+    """Undoes `_without` with the leaves of `rest`."""
+    return jax.tree.map(lambda x, r: r if x is None else x, tree, rest, is_leaf=lambda x: x is None)
 
 
 def _quality(metrics: dict[str, float]) -> float:

@@ -135,6 +135,19 @@ def _read(file: str, owner: object) -> Iterator[tuple[str, Entry]]:
         yield name, (data, np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"]), start)
 
 
+def metadata(file: epath.PathLike) -> dict[str, str]:
+    """The texts that a file holds beside its tensors.
+
+    Raises:
+      StorageError: if it is not a safetensors file.
+    """
+    try:
+        with safetensors.safe_open(str(file), framework="np") as opened:
+            return dict(opened.metadata() or {})
+    except (safetensors.SafetensorError, OSError) as e:
+        raise StorageError(f"{file} is not a readable safetensors file: {e}") from e
+
+
 def write_folder(path: epath.PathLike, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int = 2 * 2**30) -> None:
     """Writes tensors as they come, in shards of about `shard_bytes`; one shard needs no index.
 

@@ -9,12 +9,12 @@ from etils import epath
 
 from llm_jax import config as configs
 from llm_jax.data import chat, labeled
+from llm_jax.delta import base as bases
 from llm_jax.delta import describe, methods, node
 from llm_jax.delta.lora import LoraConfig
 from llm_jax.delta.methods import BitFitConfig, DeltaConfig, Ia3Config
 from llm_jax.interop import Pretrained, pretrained
 from llm_jax.models.elmo import ElmoConfig
-from llm_jax.models.llama import LlamaConfig
 from llm_jax.nn import weights
 from llm_jax.nn.protocols import ModelConfig, Params
 from llm_jax.objectives.labels import Labels
@@ -39,7 +39,8 @@ class FinetuneConfig:
         the data's labels where the objective is `Labels`.
       lora: LoRA and its kin; None for none. Without any delta, `run.training.trainable` chooses what trains, or
         everything does. A head with labels trains beside deltas.
-      base: `float` or `int8` (kernels under LoRA are quantized).
+      base: what is kept of what does not train: `float` (as loaded), `bfloat16`, or `int8` (kernels under LoRA are
+        quantized). What trains stays in float32.
       format: `text` (plain text) or `chat` (chats and instructions; the loss falls on the assistant's turns only).
       ia3: factors beside kernels; None for none.
       bitfit: biases; None for none.
@@ -58,12 +59,14 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         """Checks names."""
-        if self.base not in ("float", "int8"):
-            raise ValueError(f"base={self.base!r} is neither float nor int8")
+        if self.base not in bases.FORMS:
+            raise ValueError(f"base={self.base!r} is not one of {', '.join(bases.FORMS)}")
         if self.format not in ("text", "chat"):
             raise ValueError(f"format={self.format!r} is neither text nor chat")
         if self.base == "int8" and self.lora is None:
             raise ValueError("a quantized base cannot train whole; give it LoRA")
+        if self.base == "bfloat16" and self.delta.is_empty and self.run.training.trainable is None:
+            raise ValueError("base='bfloat16' is of what does not train: give it a delta, or run.training.trainable")
         if self.format == "chat" and isinstance(self.run.objective, Labels):
             raise ValueError("format='chat' has no labels: leave format, or take another objective")
 
@@ -122,11 +125,9 @@ def load(path: str, config: FinetuneConfig) -> Pretrained:
     return pretrained.load(path, dtype="float32", head=objective.head, labels=labels)
 
 
-def adapt(params: Params, config: FinetuneConfig, key: jax.Array) -> Params:
-    """The parameters as they will train: quantized where asked for, with deltas attached."""
-    if config.base == "int8":
-        params = methods.quantized(params, config.delta)
-    return methods.attach(params, config.delta, key)
+def adapt(params: Params, config: FinetuneConfig, key: jax.Array, trainable: tuple[str, ...] = ()) -> Params:
+    """The parameters as they will train: the base in its form, with deltas attached."""
+    return bases.adapt(params, config.delta, config.base, trainable, key)
 
 
 def _stored(config: FinetuneConfig, loaded: Pretrained) -> dict[str, Any]:
@@ -149,6 +150,7 @@ def run(
     key: jax.Array,
     restore_step: int | None = None,
     accept_changed_data: bool = False,
+    path: epath.PathLike | None = None,
 ) -> Finetuned:
     """Adapts and trains; resumes like any run. The parameters of `loaded` are taken over.
 
@@ -159,6 +161,8 @@ def run(
       key: draws LoRA's matrices.
       restore_step: see `run.train`.
       accept_changed_data: see `run.train`.
+      path: that `loaded` came from. Checkpoints of a run that trains a part then leave the frozen rest out, and the
+        work directory refers to it there; without a path they hold everything.
 
     Raises:
       ValueError: and its kin, each with one line.
@@ -186,15 +190,18 @@ def run(
         kind=config.format,
         restore_step=restore_step,
         extra={"finetune": _stored(config, loaded)},
-        adapt=lambda params: adapt(params, config, key),
+        adapt=lambda params: adapt(params, config, key, trainable or ()),
         accept_changed_data=accept_changed_data,
+        base=None if path is None or trainable is None else _base(loaded, config, trainable, path),
     )
     sizes = {
         "parameters": weights.bytes_of(trained.state.params),
         "trainable": weights.bytes_of(partition(trained.state.params, trainable)[0]),
         "optimizer state": weights.bytes_of(trained.state.opt_state),
     }
-    return Finetuned(trained, merged(trained.params), sizes, trainable)
+    # small updates would vanish in a merged bfloat16
+    whole = weights.cast(trained.params, "float32") if config.base == "bfloat16" else trained.params
+    return Finetuned(trained, merged(whole), sizes, trainable)
 
 
 def merged(params: Params) -> Params | None:
@@ -208,11 +215,13 @@ def merged(params: Params) -> Params | None:
         return None
 
 
+def _base(loaded: Pretrained, config: FinetuneConfig, trainable: tuple[str, ...], path: epath.PathLike) -> bases.Base:
+    """The loaded model as the run refers to it."""
+    labels = isinstance(config.run.objective, Labels)
+    head = {"head": loaded.config.head, "labels": loaded.config.labels} if labels else {}
+    return bases.Base(str(path), form=config.base, delta=config.delta, trainable=trainable, **head)
+
+
 def can_save(model_config: ModelConfig) -> bool:
     """Whether some format but ours has a place for the model; ELMo's has none for a head."""
     return not isinstance(model_config, ElmoConfig) or model_config.head == "none"
-
-
-def can_export(model_config: ModelConfig) -> bool:
-    """Whether PEFT's format has names for this family."""
-    return isinstance(model_config, LlamaConfig)

@@ -20,6 +20,8 @@ from llm_jax import config as configs
 from llm_jax.data import tokenizers, tokens
 from llm_jax.data.corpora import CorpusError
 from llm_jax.data.loader import Loader, eval_batches
+from llm_jax.delta.base import Base, BaseError, digest, left_out
+from llm_jax.interop import referenced
 from llm_jax.nn import weights
 from llm_jax.nn.protocols import Model, Params
 from llm_jax.nn.realized import realize
@@ -77,6 +79,7 @@ def train(
     extra: dict[str, Any] | None = None,
     adapt: Callable[[Params], Params] = lambda params: params,
     accept_changed_data: bool = False,
+    base: Base | None = None,
 ) -> Trained:
     """Trains, or resumes where the work directory's last checkpoint stands.
 
@@ -92,9 +95,12 @@ def train(
       extra: what else defines the run (JSON-ready); saved and compared like the config.
       adapt: a pure function of `params`: what is added or exchanged before training (LoRA, quantized weights).
       accept_changed_data: resumes although the data files are not those that the run began with.
+      base: where `params` came from and what `adapt` does with them, where part of them is frozen. Checkpoints then
+        hold what trains and leave the frozen part out, and `params` must be there to resume.
 
     Raises:
-      CorpusError, TokenizerError, ConfigError, CheckpointError, WorkdirError, TrainingError: each with one line.
+      CorpusError, TokenizerError, ConfigError, CheckpointError, WorkdirError, TrainingError, BaseError: each with one
+        line.
       Interrupted: on SIGINT or SIGTERM, after saving.
     """
     if recipe_of(config.objective).source.keeps_tokens:
@@ -103,7 +109,9 @@ def train(
         whole = {**config.to_dict(), **(extra or {})}
         defaults = RunConfig(model=type(config.model)(), objective=type(config.objective)())
         claimed.settle_config(whole, defaults.to_dict())
-        return _train(config, claimed, params, adapt, tokenizer, encode, kind, restore_step, whole, accept_changed_data)
+        return _train(
+            config, claimed, params, adapt, tokenizer, encode, kind, restore_step, whole, accept_changed_data, base
+        )
 
 
 def _is_gone(params: Any) -> bool:
@@ -169,6 +177,7 @@ def _train(
     restore_step: int | None,
     whole: dict[str, Any],
     accept: bool,
+    base: Base | None,
 ) -> Trained:
     c, workdir = config.training, claimed.path
     limit = getattr(config.model, "context_length", None)
@@ -201,7 +210,7 @@ def _train(
     if cut := getattr(rows.held_out, "cut_tokens", 0):
         constants["eval/cut_tokens"] = float(cut)
     held_out = HeldOut(rows.held_out, rows.tokens_per_byte, constants)
-    state, evaluation = run_program(program, config, plan, loader, held_out, workdir, whole, params, restore_step)
+    state, evaluation = run_program(program, config, plan, loader, held_out, workdir, whole, params, restore_step, base)
     return Trained(state, config.model.make(), tokenizer, evaluation, program.ties)
 
 
@@ -229,6 +238,7 @@ def run_program(
     whole: dict[str, Any],
     params: Params | None = None,
     restore_step: int | None = None,
+    base: Base | None = None,
 ) -> tuple[TrainState, dict[str, float]]:
     """Runs what was built, from its first state or from a checkpoint of the work directory; see `train`.
 
@@ -240,11 +250,16 @@ def run_program(
     mapped = None if on_disk is None else on_disk.arrays
     checkpoints = Checkpoints(workdir / "checkpoints", c.keep_last, c.keep_best, mapped=mapped)
     _describe(program, config, plan, workdir)
-    if restore_step is None and checkpoints.latest() is None:
+    resumes = restore_step is not None or checkpoints.latest() is not None
+    info: dict[str, Any] = {"config": whole}
+    if (reference := _refer(program, checkpoints, restore_step, resumes, workdir, params, base)) is not None:
+        info["base"] = configs.to_dict(reference)
+    if not resumes:
         state = _begin(program, c.seed, params)
     else:
+        first = None if reference is None else _begin(program, c.seed, params)
         _release(params)
-        state = _resume(program, config, checkpoints, restore_step, loader, workdir)
+        state = _resume(program, config, checkpoints, restore_step, loader, workdir, first)
 
     rows_sharding = plan.batch_sharding()
     local = functools.partial(jax.make_array_from_process_local_data, rows_sharding)
@@ -278,7 +293,7 @@ def run_program(
         learning_rate=lambda m: learning_rate(rate, m.state.opt_state, not int(m.metrics["bad_steps"])),
     )
     evaluation = Evaluation(measure, report)
-    saves = Saves(checkpoints, {"config": whole}, loader.state, evaluation)
+    saves = Saves(checkpoints, info, loader.state, evaluation)
     hooks = hooks_of(c, report, evaluation, saves)
     together = True
     try:
@@ -313,10 +328,47 @@ def _describe(program: Program, config: RunConfig, plan: Plan, workdir: epath.Pa
         (workdir / "parameters.txt").write_text(f"{shardings}\n\n{dtypes}\n")
 
 
-def _begin(program: Program, seed: int, params: Params | None) -> TrainState:
-    """Builds the first state; `params` are donated to it."""
+def _refer(
+    program: Program,
+    checkpoints: Checkpoints,
+    restore_step: int | None,
+    resumes: bool,
+    workdir: epath.Path,
+    params: Params | None,
+    base: Base | None,
+) -> Base | None:
+    """The base that checkpoints leave out, None where they hold everything; a resumed run stays as it began.
+
+    Raises:
+      BaseError: where the run began with another base, or its base was not given.
+    """
+    stored = checkpoints.read_run(restore_step)[1].get("base") if resumes else None
+    if resumes and stored is None:
+        return None
+    if base is None or params is None:
+        if stored is None:
+            return None
+        raise BaseError(f"the run in {workdir} holds a delta of {stored['path']}: give train() that model and its base")
+    _check_there(params)
+    if stored is not None:
+        configs.from_dict(Base, stored).check(params, base.path)
+    names = left_out(program.params, params, base.trainable)
+    checkpoints.leave_out([f"params/{name}" for name in names])
+    reference = base.of_run(workdir, params, names)
+    if jax.process_index() == 0:
+        referenced.note(workdir, reference)
+    log.info("checkpoints hold the delta; its base is %s (fingerprint %s)", reference.path, digest(reference.prints))
+    return reference
+
+
+def _check_there(params: Params | None) -> None:
     if _is_gone(params):
         raise ValueError("an earlier run took these parameters over; load the model again")
+
+
+def _begin(program: Program, seed: int, params: Params | None) -> TrainState:
+    """Builds the first state; `params` are donated to it."""
+    _check_there(params)
     placed = None if params is None else jax.device_put(params, program.given_placement)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Some donated buffers were not usable")  # those that change their dtype
@@ -332,10 +384,14 @@ def _resume(
     restore_step: int | None,
     loader: Loader,
     workdir: epath.Path,
+    first: TrainState | None,
 ) -> TrainState:
-    """The state of a checkpoint, the newest by default; the loader goes to where it stood."""
+    """The state of a checkpoint, the newest by default, around the frozen base of the first one.
+
+    The loader goes to where it stood.
+    """
     try:
-        restored = checkpoints.restore(program.shapes, restore_step, program.shardings)
+        restored = checkpoints.restore(program.shapes, restore_step, program.shardings, first)
     except CheckpointError as e:
         if config.optimizer.name == "muon" and "opt_state" in str(e):
             hint = f"start a new --workdir from its parameters (experiments.finetune --model={workdir})"

@@ -9,11 +9,13 @@ import peft
 import pytest
 import torch
 import transformers
+from etils import epath
+from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 
 from llm_jax import interop
 from llm_jax.delta import lora
 from llm_jax.interop.huggingface import peft as peft_format
-from llm_jax.interop.huggingface import peft_config
+from llm_jax.interop.huggingface import peft_config, peft_match
 from llm_jax.nn import paths
 from llm_jax.training.trainable import combine, partition
 
@@ -31,6 +33,10 @@ def theirs(tmp_path):
     model = transformers.LlamaForCausalLM(config).eval()
     model.save_pretrained(tmp_path / "base")
     return model
+
+
+def run(base, params):
+    return jax.jit(lambda p: base.model.apply({"params": p}, jnp.asarray(IDS)).logits)(params)
 
 
 def logits_of(model):
@@ -55,7 +61,7 @@ def test_their_adapter_here(theirs, tmp_path, rs):
     loss.backward()
     base = interop.load(tmp_path / "base")
     params = peft_format.load(tmp_path / "adapter", base.model, base.params)
-    run = lambda params: base.model.apply({"params": params}, jnp.asarray(IDS)).logits
+    run = jax.jit(lambda params: base.model.apply({"params": params}, jnp.asarray(IDS)).logits)
     np.testing.assert_allclose(run(params), want, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(run(lora.merge(params)), want, rtol=1e-5, atol=1e-5)
 
@@ -63,7 +69,7 @@ def test_their_adapter_here(theirs, tmp_path, rs):
         logp = jax.nn.log_softmax(run(combine(trainable, frozen))[:, :-1])
         return -jnp.mean(jnp.take_along_axis(logp, jnp.asarray(IDS)[:, 1:, None], axis=-1))
 
-    value, grads = jax.value_and_grad(ours)(*partition(params, lora.TRAINABLE))
+    value, grads = jax.jit(jax.value_and_grad(ours))(*partition(params, lora.TRAINABLE))
     np.testing.assert_allclose(value, loss.item(), rtol=1e-5)
     got = dict(paths.flatten(grads))
     assert len(got) == 2 * len(TARGETS)
@@ -83,7 +89,7 @@ def test_our_adapter_there(theirs, tmp_path):
     params = paths.map_with_path(noise, params)
     peft_format.save(tmp_path / "adapter", base.model, params, str(tmp_path / "base"))
     adapted = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
-    want = base.model.apply({"params": params}, jnp.asarray(IDS)).logits
+    want = run(base, params)
     np.testing.assert_allclose(logits_of(adapted), want, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(logits_of(adapted.merge_and_unload()), want, rtol=1e-5, atol=1e-5)
 
@@ -95,19 +101,54 @@ def test_norms_that_trained_beside_lora_arrive_there(theirs, tmp_path):
     params = paths.map_with_path(train, params)
     peft_format.save(tmp_path / "adapter", base.model, params, str(tmp_path / "base"), whole=("*/scale",))
     adapted = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
-    want = base.model.apply({"params": params}, jnp.asarray(IDS)).logits
+    want = run(base, params)
     np.testing.assert_allclose(logits_of(adapted), want, rtol=1e-5, atol=1e-5)
 
 
-def test_every_field_of_theirs_is_decided():
+CLASSES = {"LORA": peft.LoraConfig, "IA3": peft.IA3Config, "LN_TUNING": peft.LNTuningConfig,
+           "TRAINABLE_TOKENS": peft.TrainableTokensConfig}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", peft_config.HONOURED)
+def test_every_field_of_theirs_is_decided(kind):
     """A field that is in no table is refused unless it is off; its default must then be off."""
-    decided = peft_config.HONOURED | peft_config.NEUTRAL | peft_config.ALLOWED.keys()
-    defaults = peft.LoraConfig().to_dict()
-    assert {f.name for f in dataclasses.fields(peft.LoraConfig)} - defaults.keys() <= peft_config.NEUTRAL
+    decided = peft_config.HONOURED[kind] | peft_config.NEUTRAL | peft_config.ALLOWED.keys()
+    defaults = CLASSES[kind]().to_dict()
+    assert {f.name for f in dataclasses.fields(CLASSES[kind])} - defaults.keys() <= peft_config.NEUTRAL
     left = {name: value for name, value in defaults.items() if name not in decided and value not in peft_config.OFF}
     assert not left
     for name, allowed in peft_config.ALLOWED.items():
-        assert defaults[name] in allowed or name == "peft_type"
+        assert name not in defaults or defaults[name] in allowed or name == "peft_type"
+
+
+NAMES = [
+    f"{stack}.block.{i}.layer.{j}.{m}"
+    for stack in ("encoder", "decoder")
+    for i in range(12)
+    for j, m in ((0, "SelfAttention.q"), (0, "SelfAttention.k"), (1, "EncDecAttention.q"), (1, "DenseReluDense.wi"))
+]
+NAMES += [f"model.layers.{i}.{m}" for i in range(12) for m in ("self_attn.q_proj", "mlp.up_proj", "input_layernorm")]
+NAMES += ["lm_head", "model.norm", "classifier.dense", "classifier", "pre_classifier", "model.embed_tokens"]
+SELECTIONS = [
+    {"target_modules": ["q", "up_proj"]},
+    {"target_modules": ["1.self_attn.q_proj", "lm_head", "dense"], "modules_to_save": ["classifier"]},
+    {"target_modules": r".*\.(q|q_proj|wi)", "exclude_modules": r".*\.1[01]\..*"},
+    {"target_modules": ["q", "q_proj", "k"], "exclude_modules": ["EncDecAttention.q", "layers.3.self_attn.q_proj"]},
+    {"target_modules": ["q", "q_proj"], "layers_to_transform": [1, 11]},
+    {"target_modules": ["q", "q_proj"], "layers_to_transform": 2, "layers_pattern": ["layers", "block"]},
+    {"target_modules": ["q", "q_proj"], "layers_to_transform": [2, 3], "layers_pattern": "block"},
+    {"target_modules": ["norm", "embed_tokens", "pre_classifier"], "modules_to_save": ["norm", "head"]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", SELECTIONS, ids=str)
+def test_modules_are_found_as_theirs_are(fields, tmp_path):
+    theirs = peft.LoraConfig(**fields)
+    theirs.save_pretrained(tmp_path)
+    ours = peft_config.read(epath.Path(tmp_path))
+    for name in NAMES:
+        found = check_target_module_exists(theirs, name)
+        assert peft_match.is_target(ours, name) == (bool(found) and not isinstance(found, _ExcludedModule)), name
 
 
 NEUTRAL = [
@@ -129,7 +170,7 @@ def test_fields_without_effect_leave_their_logits(theirs, tmp_path, options):
     want = logits_of(peft.PeftModel.from_pretrained(again, tmp_path / "adapter").eval())
     base = interop.load(tmp_path / "base")
     params = peft_format.load(tmp_path / "adapter", base.model, base.params)
-    np.testing.assert_allclose(base.model.apply({"params": params}, IDS).logits, want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(run(base, params), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -155,7 +196,7 @@ def test_heads_with_labels_both_ways(theirs, tmp_path, kind, task):
     adapted.save_pretrained(tmp_path / "adapter")
     base = interop.load(tmp_path / "base")
     params = peft_format.load(tmp_path / "adapter", base.model, base.params)
-    np.testing.assert_allclose(base.model.apply({"params": params}, IDS).logits, want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(run(base, params), want, rtol=1e-5, atol=1e-5)
     peft_format.save(tmp_path / "back", base.model, params, str(tmp_path / "base"))
     again = peft.PeftModel.from_pretrained(cls.from_pretrained(tmp_path / "base"), tmp_path / "back").eval()
     np.testing.assert_allclose(both(again), want, rtol=1e-5, atol=1e-5)

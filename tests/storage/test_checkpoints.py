@@ -260,6 +260,37 @@ def test_parameters_alone(saved, mesh):
     assert placed["layers"]["kernel"].a.addressable_shards[0].data.shape == (2, 3)
 
 
+BASE = ("params/half", "params/layers/kernel/base/values", "params/layers/kernel/base/scale")
+
+
+def test_what_is_stored_elsewhere_is_left_out(mesh, tmp_path):
+    """Restored bitwise around what the caller brings, also when only parameters are read, cast or placed."""
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.leave_out(BASE)
+    checkpoints.save(1, state(1), RUN)
+    checkpoints.wait()
+    assert not checkpoints.stored_shapes(1).keys() & set(BASE)
+    assert checkpoints.read_run()[1]["left_out"]["params/half"] == [[5], "bfloat16"]
+    brought = {**state(2), "params": state(1)["params"]}
+    found = checkpoints.restore(jax.eval_shape(state), rest=brought).state
+    assert bits(found) == bits(state(1)) and jax.tree.structure(found) == jax.tree.structure(state(1))
+    rest = dict(paths.flatten(state(1)["params"]))
+    for average in (False, True):
+        params, _ = checkpoints.restore_params(average=average, rest=rest)
+        assert jax.tree.structure(params) == jax.tree.structure(state(1)["params"])
+        assert average or bits(params) == bits(state(1)["params"])
+    rows = lambda x: NamedSharding(mesh, P("data" if x.shape[0] % 4 == 0 else None))
+    place = lambda shapes: jax.tree.map(rows, shapes)
+    placed, _ = checkpoints.restore_params(cast=jnp.float32, place=place, rest=rest)
+    assert placed["half"].dtype == jnp.float32 and placed["layers"]["kernel"].base.values.sharding.spec == P("data")
+    one_line("holds a delta without its frozen base", lambda: checkpoints.restore(state(0)))
+    one_line("holds a delta without its frozen base", checkpoints.restore_params)
+    one_line("leaves out half [5], which its base", lambda: checkpoints.restore_params(rest={}))
+    checkpoints.leave_out(["params/other"])
+    one_line("cannot leave out params/other", lambda: checkpoints.save(2, state(2), RUN))
+    checkpoints.close()
+
+
 def test_no_average(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, {"params": {"a": jnp.ones(2)}}, {})

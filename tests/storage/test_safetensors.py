@@ -191,3 +191,12 @@ def test_damaged_files_load_or_are_refused(tmp_path):
 
     outcomes, peak = outcomes_of(file, variants(), read)
     assert outcomes["loaded"] > 20 and outcomes["refused"] > 200 and peak < 2**24, (outcomes, peak)
+
+
+def test_texts_beside_the_tensors(tmp_path):
+    file = tmp_path / "a.safetensors"
+    safetensors.numpy.save_file({"x": np.ones(2)}, file, metadata={"format": "pt"})
+    assert storage.metadata(file) == {"format": "pt"}
+    file.write_bytes(b"not safetensors")
+    with pytest.raises(StorageError, match="a.safetensors is not a readable safetensors file"):
+        storage.metadata(file)

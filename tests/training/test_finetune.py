@@ -192,7 +192,7 @@ def test_configs_round_trip_and_refuse(folder):
         c = config(folder, **changes)
         assert FinetuneConfig.from_dict(json.loads(json.dumps(c.to_dict()))) == c
     for changes, message in [
-        ({"base": "int4"}, "base='int4' is neither float nor int8"),
+        ({"base": "int4"}, "base='int4' is not one of float, bfloat16, int8"),
         ({"format": "html"}, "format='html' is neither text nor chat"),
         ({"base": "int8", "lora": None}, "a quantized base cannot train whole"),
     ]:
