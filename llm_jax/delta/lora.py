@@ -138,12 +138,12 @@ class Lora(Delta):
     def update(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """`scale * (drop(x) @ a) @ b`, the part beside the base's product.
 
-        The scale multiplies the few numbers between A and B: behind B it would cost a pass over all outputs, and one
-        over their gradients.
+        The scale multiplies B, which is small: on the product it would cost a pass over all outputs, and one over their
+        gradients.
         """
         if key is not None and self.dropout > 0:
             x = drop(x, self.dropout, key)
-        return weights.matmul(self.scaled(weights.matmul(x, self.a)), self.b)
+        return weights.matmul(weights.matmul(x, self.a), self.scaled(self.b))
 
     def matmul(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """`x @ base + scale * (x @ a) @ b`; forming W + A B would cost the full weight gradient."""
@@ -155,11 +155,11 @@ class Lora(Delta):
 
     def matmul_t(self, x: jax.Array) -> jax.Array:
         """`x @ base.T + scale * (x @ b.T) @ a.T`."""
-        return weights.matmul_t(x, self.base) + weights.matmul_t(self.scaled(weights.matmul_t(x, self.b)), self.a)
+        return weights.matmul_t(x, self.base) + weights.matmul_t(weights.matmul_t(x, self.b), self.scaled(self.a))
 
     def take(self, ids: jax.Array) -> jax.Array:
         """Rows of the merged matrix."""
-        return weights.take(self.base, ids) + weights.matmul(self.scaled(weights.take(self.a, ids)), self.b)
+        return weights.take(self.base, ids) + weights.matmul(weights.take(self.a, ids), self.scaled(self.b))
 
     def axes(self, base: Axes) -> "Lora":
         """A takes the input axis, B the output axis; the rank stays whole."""
