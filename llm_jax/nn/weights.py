@@ -174,7 +174,9 @@ def _product(x: jax.Array, w: jax.Array, transposed: bool) -> jax.Array:
 
 
 def _product_fwd(x, w, transposed):
-    saved = (x.value if w.perturbed else None, w.value if x.perturbed else None)
+    # of one structure whatever is differentiated: jax keeps that of the first time for a traced product
+    nothing = jnp.zeros((0,), x.value.dtype)
+    saved = (x.value if w.perturbed else nothing, w.value if x.perturbed else nothing)
     return _contract(x.value, w.value, 1 if transposed else 0), saved
 
 
@@ -184,8 +186,8 @@ def _product_bwd(transposed, saved, dy):
         return None, None
     # two products read dy; without the barrier a TPU computes dy twice
     dy = lax.optimization_barrier(dy)
-    dx = None if w is None else _contract(dy, w, 0 if transposed else 1)
-    if x is None:
+    dx = _contract(dy, w, 0 if transposed else 1) if w.size else None
+    if not x.size:
         return dx, None
     return dx, _outer(dy, x, dy.dtype) if transposed else _outer(x, dy, dy.dtype)
 

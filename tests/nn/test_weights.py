@@ -185,3 +185,14 @@ def test_boxes_gain_and_lose_axes():
     stacked = box.add_axis(0, {"name": "layers"})
     assert stacked.names == ("layers", "embed") and stacked.remove_axis(0, {}).names == ("embed",)
     assert weights.split_axes({"a": np.zeros((2, 2))})[1] == {"a": P(None, None)}
+
+
+def test_a_traced_product_is_differentiated_by_one_operand_after_the_other():
+    """One trace, gradients of its first operand alone, then of its second, then of both."""
+    product = jax.jit(weights.matmul)
+    x, w = jnp.arange(6.0).reshape(2, 3), jnp.arange(12.0).reshape(3, 4)
+    loss = lambda x, w: jnp.sum(jnp.sin(product(x, w)))
+    plain = lambda x, w: jnp.sum(jnp.sin(x @ w))
+    for chosen in (0, 1, (0, 1)):
+        for got, want in zip(*(jax.tree.leaves(jax.grad(f, chosen)(x, w)) for f in (loss, plain)), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
