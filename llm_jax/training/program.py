@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from llm_jax.delta import node
+from llm_jax.delta.dora import Dora
 from llm_jax.nn import paths, ports, weights
 from llm_jax.nn.protocols import Axes, Params
 from llm_jax.nn.realized import has_any, realize
@@ -83,6 +85,13 @@ def optimizer_of(config: RunConfig) -> OptimizerConfig:
     return dataclasses.replace(optimizer, noam_dim=config.model.model_dim)
 
 
+def _check_dora(params: Params, model: int) -> None:
+    """Refuses DoRA where a pipeline's stages divide matrices: its norms exchange between devices at other turns."""
+    found = [path for path, w in node.of(params).items() if any(isinstance(d, Dora) for d in node.layers_of(w))]
+    if found and model > 1:
+        raise ValueError(f"{found[0]} carries DoRA: with plan.pipe set plan.model=1 (it is {model}), or take LoRA")
+
+
 def build(
     config: RunConfig,
     plan: Plan,
@@ -125,6 +134,7 @@ def build(
     ports.check(declared, computing)
     if plan.schedule is not None:  # said here, before anything is compiled
         check_stages(computing, plan.schedule, config.objective.carry)
+        _check_dora(computing, config.plan.model)
     if config.optimizer.decay != OptimizerConfig.decay:  # the default names what most trees have, not all
         paths.select([p for p, _ in paths.flatten(params, weights.is_node)], config.optimizer.decay)
 
