@@ -13,8 +13,8 @@ import numpy as np
 import optax
 from tiny_models import ENCODER_DECODERS, ENCODERS, MODELS, V, model_params
 
-from llm_jax.delta import methods, node
-from llm_jax.delta.lora import LoraConfig
+from llm_jax.delta import lora, methods, node
+from llm_jax.delta.lora import LayeredLora, Lora, LoraConfig
 from llm_jax.delta.methods import BitFitConfig, DeltaConfig, Ia3Config
 from llm_jax.models.xlnet import XLNetConfig
 from llm_jax.nn import paths, weights
@@ -74,11 +74,11 @@ DECODERS = ("gpt2", "llama")
 
 def impossible(method: str, base: str) -> str | None:
     """Words of the error that refuses a cell; None where it runs."""
-    lora = METHODS[method].config.lora
-    if base == "int8" and lora is None:
+    chosen = METHODS[method].config.lora
+    if base == "int8" and chosen is None:
         return "a quantized base needs lora"
-    if base == "int8" and lora is not None and lora.start != "zero":
-        return f"start={lora.start} needs a plain matrix"
+    if base == "int8" and chosen is not None and chosen.start != "zero":
+        return f"start={chosen.start} needs a plain matrix"
     return None
 
 
@@ -137,13 +137,26 @@ def masked(learn: Params, params: Params) -> Params:
     """Zeros where A and B are padding."""
     real = {}
     for path, w in node.of(params).items():
-        inner, where = w, path
-        while node.is_delta(inner):
-            if getattr(inner, "ranks", None) is not None:
-                columns = np.arange(inner.a.shape[-1]) < np.array(inner.ranks)[:, None]
+        for depth, delta in enumerate(node.layers_of(w)):
+            if isinstance(delta, LayeredLora):
+                columns, where = lora.columns(delta.ranks, delta.a.shape[-1]), path + "/base" * depth
                 real |= {f"{where}/a": columns[:, None, :], f"{where}/b": columns[:, :, None]}
-            inner, where = inner.base, f"{where}/base"
     return paths.map_with_path(lambda p, x: jnp.where(real[p], x, 0) if p in real else x, learn)
+
+
+def filled(params: Params, seed: int) -> Params:
+    """Random B for every LoRA, zero behind the real ranks, so that the update counts."""
+    rng = np.random.default_rng(seed)
+
+    def fill(w: Any) -> Any:
+        if not isinstance(w, Lora):
+            return w
+        b = rng.normal(size=w.b.shape).astype(np.float32) * 0.2
+        if ranks := lora.ranks_of(w):
+            b *= lora.columns(ranks, w.a.shape[-1])[..., None]
+        return w.replace(b=jnp.asarray(b))
+
+    return jax.tree.map(fill, params, is_leaf=lambda x: isinstance(x, Lora))
 
 
 def check_start(method: str, family: str, base: str) -> None:
@@ -165,8 +178,8 @@ def check_training(method: str, family: str, base: str) -> None:
         assert moved == (path in chosen), path
     for path, w in node.of(trained(method, family, base)).items():
         for delta in node.layers_of(w):
-            if getattr(delta, "ranks", None) is not None:
-                padding = np.arange(delta.a.shape[-1]) >= np.array(delta.ranks)[:, None]
+            if isinstance(delta, LayeredLora):
+                padding = ~lora.columns(delta.ranks, delta.a.shape[-1])
                 assert not np.any(np.asarray(delta.a).swapaxes(-1, -2)[padding]), path
                 assert not np.any(np.asarray(delta.b)[padding]), path
 

@@ -1,4 +1,4 @@
-"""A bank: K LoRAs over one base, of which every row of a batch chooses one.
+"""A bank holds K LoRAs over one base; every row of a batch chooses one.
 
     params, names = bank.make({"sql": with_sql, "chat": with_chat})
     params = bank.choose(params, ["chat", "sql", "base", "chat"], names)     # a batch of four rows

@@ -70,7 +70,7 @@ class Base:
         return adapt(params, self.delta, self.form, self.trainable, jax.random.key(0))
 
     def of_run(self, workdir: epath.PathLike, given: Params, left_out: Collection[str]) -> "Base":
-        """The same with what only the run knows: paths that hold from elsewhere, the dtype, the fingerprint.
+        """Adds what only the run knows: paths that hold from elsewhere, the dtype, the fingerprint.
 
         Args:
           workdir: of the run.

@@ -62,10 +62,6 @@ class Dora(Delta):
         """Refused: the lengths of the columns before are not stored."""
         raise DeltaError("DoRA cannot be taken out of a merged matrix; keep the parameters before the merge")
 
-    def linear(self, x: jax.Array, bias: Bias, key: jax.Array | None = None) -> jax.Array:
-        """The LoRA's product times the factor, and the bias as it is."""
-        return weights.add_bias(self.matmul(x, key), bias)
-
     def matmul(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """`(x @ (W + s A B)) * factor`."""
         product = checkpoint_name(weights.matmul(x, self.base, key), PRODUCT)  # the magnitude's gradient reads it

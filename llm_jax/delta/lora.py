@@ -34,7 +34,7 @@ from flax import struct
 from jax.typing import DTypeLike
 
 from llm_jax.delta import targets
-from llm_jax.delta.node import Bias, Delta, DeltaError, detach, merge, unmerge
+from llm_jax.delta.node import Bias, Delta, DeltaError, check_matrix, detach, merge, unmerge
 from llm_jax.delta.starts import STARTS
 from llm_jax.nn import paths, weights
 from llm_jax.nn.attend import drop
@@ -189,7 +189,7 @@ class LayeredLora(Lora, kw_only=True):
         return weights.scaled(y, self.scale * scales)
 
     def axes(self, base: Axes) -> "LayeredLora":
-        """As LoRA's; the scales follow the layers."""
+        """Logical axes of LoRA's arrays; the scales take the axis of layers."""
         axes: LayeredLora = super().axes(base)  # type: ignore[assignment]
         return axes.replace(scales=Axes(*base[:-2]))
 
@@ -257,10 +257,8 @@ def attach(params: Params, config: LoraConfig, key: jax.Array) -> Params:
     def adapted(path: str, w: Any) -> Any:
         if isinstance(w, Lora):
             raise DeltaError(f"{path} carries LoRA already; merge or detach it first")
-        shape = weights.shape_of(w)
-        if not weights.is_matrix(path, w):
-            raise DeltaError(f"{path} has shape {shape} and is not a matrix; LoRA goes on kernels")
-        *lead, fan_in, fan_out = shape
+        check_matrix(path, w, "LoRA goes on kernels")
+        *lead, fan_in, fan_out = weights.shape_of(w)
         own_ranks, own_scales = _plan(path, config, lead[0] if lead else None, chosen[path], ranks, alphas)
         rank = max(own_ranks)
         if rank > min(fan_in, fan_out):

@@ -85,8 +85,7 @@ def _scale(params: Params, chosen: tuple[str, ...], inputs: bool) -> Params:
     def scaled(path: str, w: Any) -> Any:
         if path not in found:
             return w
-        if not weights.is_matrix(path, w):
-            raise DeltaError(f"{path} has shape {weights.shape_of(w)} and is not a matrix; IA3 scales kernels")
+        node.check_matrix(path, w, "IA3 scales kernels")
         if any(isinstance(x, Scaled) and x.inputs == inputs for x in node.layers_of(w)):
             raise DeltaError(f"{path} carries IA3 already; merge or detach it first")
         *lead, fan_in, fan_out = weights.shape_of(w)
@@ -116,8 +115,7 @@ def attach_bitfit(params: Params, config: BitFitConfig = BitFitConfig()) -> Para
     def biased(path: str, w: Any) -> Any:
         if path not in found or f"{path.rpartition('/')[0]}/bias" in names:
             return w
-        if not weights.is_matrix(path, w):
-            raise DeltaError(f"{path} has shape {weights.shape_of(w)} and is not a matrix; biases go on kernels")
+        node.check_matrix(path, w, "biases go on kernels")
         *lead, _, fan_out = weights.shape_of(w)
         return Biased(w, jnp.zeros((*lead, fan_out), jnp.float32))
 

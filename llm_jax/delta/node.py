@@ -68,6 +68,16 @@ class Delta(Weight):
         return {name: getattr(self, name) for name in own}
 
 
+def check_matrix(path: str, w: Any, purpose: str) -> None:
+    """Refuses a target that is not a matrix; `purpose` ends the message.
+
+    Raises:
+      DeltaError: naming the path and the shape.
+    """
+    if not weights.is_matrix(path, w):
+        raise DeltaError(f"{path} has shape {weights.shape_of(w)} and is not a matrix; {purpose}")
+
+
 def is_delta(x: Any) -> bool:
     """Whether `x` is a delta."""
     return isinstance(x, Delta)

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
-from jax.typing import DTypeLike
 
 from llm_jax.delta.node import Bias, Delta, DeltaError
 from llm_jax.nn import weights
@@ -130,7 +129,3 @@ class Biased(Delta):
         """The shift takes the output axis."""
         *lead, _, o = base
         return Biased(weights.axes_of(self.base, base), Axes(*lead, o))  # type: ignore[arg-type]
-
-    def cast(self, dtype: DTypeLike) -> "Biased":
-        """Casts base and shift."""
-        return self.replace(base=weights.cast(self.base, dtype), shift=weights.cast(self.shift, dtype))

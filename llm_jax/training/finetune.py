@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 
 HEAD = ("classifier", "pooler", "mix")  # what a head with labels adds; it trains beside deltas
 EARLIER = ("attention/*/kernel", "mlp/*/kernel")  # LoRA's default before it had cross-attention
-FIRST = {"lora": ("targets", "rank", "alpha", "dropout", "rs"), "": ("lora", "base", "format")}  # fields of old runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,15 +130,11 @@ def adapt(params: Params, config: FinetuneConfig, key: jax.Array, trainable: tup
 
 
 def _stored(config: FinetuneConfig, loaded: Pretrained) -> dict[str, Any]:
-    """What defines the run beside its `RunConfig`, without new fields at their defaults, so that old runs resume."""
-    defaults = FinetuneConfig().to_dict()
-    extra = {k: v for k, v in config.to_dict().items() if k != "run" and (k in FIRST[""] or v != defaults[k])}
-    if config.lora is not None:
-        first, given = defaults["lora"], extra["lora"]
-        extra["lora"] = {k: v for k, v in given.items() if k in FIRST["lora"] or v != first[k]}
-        if config.lora.targets == weights.LAYER_KERNELS and loaded.config.reads != "source":
-            # the same kernels where there is no cross-attention
-            extra["lora"] |= {"targets": list(EARLIER)}
+    """What defines the run beside its `RunConfig`."""
+    extra = {k: v for k, v in config.to_dict().items() if k != "run"}
+    if config.lora is not None and config.lora.targets == weights.LAYER_KERNELS and loaded.config.reads != "source":
+        # the same kernels where there is no cross-attention: runs that began with the earlier default resume
+        extra["lora"] |= {"targets": list(EARLIER)}
     return extra
 
 
@@ -190,6 +185,7 @@ def run(
         kind=config.format,
         restore_step=restore_step,
         extra={"finetune": _stored(config, loaded)},
+        extra_defaults={"finetune": FinetuneConfig().to_dict()},
         adapt=lambda params: adapt(params, config, key, trainable or ()),
         accept_changed_data=accept_changed_data,
         base=None if path is None or trainable is None else _base(loaded, config, trainable, path),

@@ -80,6 +80,7 @@ def train(
     adapt: Callable[[Params], Params] = lambda params: params,
     accept_changed_data: bool = False,
     base: Base | None = None,
+    extra_defaults: dict[str, Any] | None = None,
 ) -> Trained:
     """Trains, or resumes where the work directory's last checkpoint stands.
 
@@ -97,6 +98,7 @@ def train(
       accept_changed_data: resumes although the data files are not those that the run began with.
       base: where `params` came from and what `adapt` does with them, where part of them is frozen. Checkpoints then
         hold what trains and leave the frozen part out, and `params` must be there to resume.
+      extra_defaults: what fields of `extra` mean that an earlier run did not have.
 
     Raises:
       CorpusError, TokenizerError, ConfigError, CheckpointError, WorkdirError, TrainingError, BaseError: each with one
@@ -108,7 +110,7 @@ def train(
     with Workdir(workdir) as claimed:
         whole = {**config.to_dict(), **(extra or {})}
         defaults = RunConfig(model=type(config.model)(), objective=type(config.objective)())
-        claimed.settle_config(whole, defaults.to_dict())
+        claimed.settle_config(whole, {**defaults.to_dict(), **(extra_defaults or {})})
         return _train(
             config, claimed, params, adapt, tokenizer, encode, kind, restore_step, whole, accept_changed_data, base
         )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models
+from delta_cells import filled
 from tiny_models import noise
 
 from llm_jax.compress.quantize import quantize
@@ -44,21 +45,6 @@ RNG = np.random.default_rng(0)
 def base(config, quantized=False):
     params = noise(config.make(), 0.3)
     return jax.jit(quantize)(params) if quantized else params
-
-
-def filled(params, seed):
-    """Random B, zero behind the real ranks, so that the update counts."""
-    rng = np.random.default_rng(seed)
-
-    def fill(w):
-        if not isinstance(w, Lora):
-            return w
-        b = rng.normal(size=w.b.shape).astype(np.float32) * 0.2
-        if ranks := lora.ranks_of(w):
-            b *= lora.columns(ranks, w.a.shape[-1])[..., None]
-        return w.replace(b=jnp.asarray(b))
-
-    return jax.tree.map(fill, params, is_leaf=lambda x: isinstance(x, Lora))
 
 
 @functools.cache

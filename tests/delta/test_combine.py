@@ -3,10 +3,10 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models
+from delta_cells import filled
 from tiny_models import noise
 
 from llm_jax.compress.quantize import quantize
@@ -34,18 +34,7 @@ def base():
 
 def adapted(params, config, seed):
     """With a random B, zero behind the real ranks."""
-    rng = np.random.default_rng(seed)
-
-    def fill(w):
-        if not isinstance(w, Lora):
-            return w
-        b = rng.normal(size=w.b.shape).astype(np.float32) * 0.2
-        if ranks := lora.ranks_of(w):
-            b *= lora.columns(ranks, w.a.shape[-1])[..., None]
-        return w.replace(b=jnp.asarray(b))
-
-    params = lora.attach(params, config, jax.random.key(seed))
-    return jax.tree.map(fill, params, is_leaf=lambda x: isinstance(x, Lora))
+    return filled(lora.attach(params, config, jax.random.key(seed)), seed)
 
 
 @functools.cache
