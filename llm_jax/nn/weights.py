@@ -143,6 +143,7 @@ def wide_half(x: jax.Array, wide: bool) -> Any:
 
 
 FEW_ROWS = 64
+NARROW = 8  # a side this many times as long as the other
 
 
 def _contract(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
@@ -164,6 +165,8 @@ def _few_rows(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _outer(a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    if NARROW * b.shape[-1] <= a.shape[-1]:  # as `b.T @ a`, because XLA:CPU copies the transpose of the first operand
+        return _outer(b, a, dtype).T
     lead = tuple(range(a.ndim - 1))  # contract all leading axes: reshaping them would gather sharded sequences
     return lax.dot_general(a, b, ((lead, lead), ((), ()))).astype(dtype)
 
