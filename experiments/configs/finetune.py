@@ -36,7 +36,7 @@ METHODS: dict[str, dict[str, Any]] = {  # fields of FinetuneConfig
     "norms": {"lora": None, "norms": True},
     "full": {"lora": None},
 }
-RATES = {"dora": 5e-4, "lora_plus": 5e-4, "ia3": 5e-3}  # 1e-3 for all others
+RATES = {"dora": 5e-4, "lora_plus": 5e-4, "ia3": 5e-3, "full": 1e-4}  # 1e-3 for all others
 
 
 def get_config(variant: str = "lora") -> ConfigDict:
@@ -49,7 +49,7 @@ def get_config(variant: str = "lora") -> ConfigDict:
             learning_rate=RATES.get(variant, 1e-3), schedule="linear", warmup_steps=5, weight_decay=0.0
         ),
         training=LoopConfig(
-            steps=60, batch_size=4, sequence_length=256, eval_every=30, eval_batches=8, checkpoint_every=30
+            steps=60, batch_size=4, sequence_length=128, eval_every=30, eval_batches=16, checkpoint_every=60
         ),
     )
     return cli.as_config_dict(FinetuneConfig(run=run, **METHODS[variant]))

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from experiments import cli
-from llm_jax.delta.lora import LoraConfig
+from experiments.configs.finetune import METHODS, RATES
 from llm_jax.objectives.labels import Labels
 from llm_jax.parallel.plan import PlanConfig
 from llm_jax.tasks.text_sets import FOLDER, SST2, TREC, LabeledFiles
@@ -60,10 +60,10 @@ SICK = LabeledFiles(
 EWT = LabeledFiles("ud_ewt/en_ewt-ud-train.conllu.gz", "ud_ewt/en_ewt-ud-dev.conllu.gz", ("FORM", "UPOS"))
 SENTIMENT = Task("classification", SST2, 48, 432)
 QUESTIONS = Task("classification", TREC, 24, 510)
+DELTAS = [method for method in METHODS if method != "full"]
 TASKS = {
     "sst2": SENTIMENT,
-    "sst2_lora": SENTIMENT,
-    "sst2_bitfit": SENTIMENT,
+    **{f"sst2_{method}": SENTIMENT for method in DELTAS},
     "trec": QUESTIONS,
     "sick": Task("regression", SICK, 40, 420),
     "pos": Task("tokens", EWT, 48, 392),
@@ -72,15 +72,14 @@ TASKS = {
 }
 # how they differ from tuning everything
 WAYS: dict[str, dict[str, Any]] = {
-    "sst2_lora": {"rate": 1e-3, "lora": LoraConfig(rank=8)},
+    **{f"sst2_{method}": {"rate": RATES.get(method, 1e-3), "deltas": METHODS[method]} for method in DELTAS},
     "elmo_frozen": {"rate": 1e-2, "trainable": ("mix/*", "classifier/*")},
     "elmo_whole": {"rate": 1e-3},
-    "sst2_bitfit": {"rate": 2e-3, "trainable": ("bias", "pooler/*", "classifier/*")},
 }
 
 
 def get_config(variant: str = "sst2") -> ConfigDict:
-    """One of the tasks, tuned whole, with LoRA, by its biases (BitFit), or (ELMo) by the mix of its layers only."""
+    """One of the tasks, tuned whole, with a method of delta tuning, or (ELMo) by the mix of its layers only."""
     if variant not in TASKS:
         raise ValueError(f"variant {variant!r} is not one of {', '.join(TASKS)}")
     task, way = TASKS[variant], WAYS.get(variant, {})
@@ -99,4 +98,4 @@ def get_config(variant: str = "sst2") -> ConfigDict:
             trainable=way.get("trainable"),
         ),
     )  # fmt: skip
-    return cli.as_config_dict(FinetuneConfig(run=run, lora=way.get("lora")))
+    return cli.as_config_dict(FinetuneConfig(run=run, **way.get("deltas", {"lora": None})))

@@ -45,13 +45,23 @@ class Dora(Delta):
 
     def factor(self) -> jax.Array:
         """`magnitude / ||W + s A B||`, float32 `[out]`; no gradient passes through the norm."""
+        return weights.wide(self.magnitude) / self.norm()
+
+    def norm(self) -> jax.Array:
+        """`||W + s A B||`, float32 `[out]`, of one layer."""
         lora = self.base
-        a, b = jax.lax.stop_gradient((weights.wide(lora.a), weights.wide(lora.b)))
+        a, b, squares = jax.lax.stop_gradient((weights.wide(lora.a), weights.wide(lora.b), self.squares))
         cross_RO = jax.lax.stop_gradient(weights.wide(weights.matmul(a.T.astype(lora.a.dtype), lora.base)))
         mixed = lora.scaled(jnp.sum(cross_RO * b, axis=0))
         own = lora.scaled(lora.scaled(jnp.sum((a.T @ a @ b) * b, axis=0)))
-        norm = jnp.sqrt(jnp.maximum(jax.lax.stop_gradient(self.squares) + 2 * mixed + own, 1e-30))
-        return weights.wide(self.magnitude) / norm
+        return jnp.sqrt(jnp.maximum(squares + 2 * mixed + own, 1e-30))
+
+    def ready(self) -> "ReadyDora":
+        """The same with its norms, which exchange sums where the matrix is divided."""
+        norm = type(self).norm
+        for _ in self.shape[:-2]:
+            norm = jax.vmap(norm)
+        return ReadyDora(weights.ready(self.base), self.magnitude, self.squares, norms=norm(self))
 
     def fold(self, matrix: jax.Array, bias: Bias) -> tuple[jax.Array, Bias]:
         """Gives the columns of the merged LoRA the lengths `magnitude`."""
@@ -78,11 +88,26 @@ class Dora(Delta):
     def axes(self, base: Axes) -> "Dora":
         """Both vectors take the output axis."""
         *lead, _, o = base
-        return Dora(weights.axes_of(self.base, base), Axes(*lead, o), Axes(*lead, o))  # type: ignore[arg-type]
+        vectors: Dora = jax.tree.map(lambda _: Axes(*lead, o), self.replace(base=None))
+        return vectors.replace(base=weights.axes_of(self.base, base))
 
     def cast(self, dtype: DTypeLike) -> "Dora":
         """Casts the LoRA; lengths of columns stay as they are."""
         return self.replace(base=weights.cast(self.base, dtype))
+
+
+class ReadyDora(Dora, kw_only=True):
+    """A DoRA whose norms were computed in advance, for one step; never stored.
+
+    Attributes:
+      norms: float32 `[out]` (with a leading layer axis when stacked), of the columns with the LoRA.
+    """
+
+    norms: jax.Array
+
+    def norm(self) -> jax.Array:
+        """The norms that were computed in advance."""
+        return jax.lax.stop_gradient(self.norms)
 
 
 @jax.jit

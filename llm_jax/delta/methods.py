@@ -76,11 +76,17 @@ class DeltaConfig:
         return self == DeltaConfig()
 
 
-def _scale(params: Params, chosen: tuple[str, ...], inputs: bool) -> Params:
+def _of_all_layers(params: Params, chosen: tuple[str, ...], method: str) -> set[str]:
+    """Paths of the targets, which may name no subset of the layers of a stack."""
     found = targets.resolve(params, chosen) if chosen else {}
     partial = [path for path, layers in found.items() if layers is not None]
     if partial:
-        raise DeltaError(f"IA3 scales all layers of {partial[0]}: leave layers[...] in its targets, or unstack")
+        raise DeltaError(f"{method} takes all layers of {partial[0]}: leave layers[...] out of its targets, or unstack")
+    return set(found)
+
+
+def _scale(params: Params, chosen: tuple[str, ...], inputs: bool) -> Params:
+    found = _of_all_layers(params, chosen, "IA3")
 
     def scaled(path: str, w: Any) -> Any:
         if path not in found:
@@ -98,7 +104,8 @@ def attach_ia3(params: Params, config: Ia3Config = Ia3Config()) -> Params:
     """Puts factors of 1 on every target.
 
     Raises:
-      DeltaError, ValueError: if a target matches nothing, is not a matrix, or carries IA3 already.
+      DeltaError, ValueError: if a target matches nothing, is not a matrix, carries IA3 already, or names some layers of
+        a stack.
     """
     return _scale(_scale(params, config.outputs, False), config.inputs, True)
 
@@ -107,9 +114,9 @@ def attach_bitfit(params: Params, config: BitFitConfig = BitFitConfig()) -> Para
     """Puts a bias of 0 on every target whose module has none.
 
     Raises:
-      DeltaError, ValueError: if a target matches nothing or is not a matrix.
+      DeltaError, ValueError: if a target matches nothing, is not a matrix, or names some layers of a stack.
     """
-    found = targets.resolve(params, config.targets)
+    found = _of_all_layers(params, config.targets, "BitFit")
     names = {path for path, _ in paths.flatten(params, weights.is_node)}
 
     def biased(path: str, w: Any) -> Any:

@@ -55,6 +55,10 @@ class Delta(Weight):
         """The base matrix with the delta folded in."""
         return self.fold(weights.dense(self.base), None)[0]
 
+    def ready(self) -> "Delta":
+        """The same delta around a base that is ready."""
+        return self.replace(base=weights.ready(self.base))
+
     def cast(self, dtype: DTypeLike) -> "Delta":
         """Casts the base by its own rule, and all floating leaves of the delta."""
         cast = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x

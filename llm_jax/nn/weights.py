@@ -69,6 +69,10 @@ class Weight(Node):
         """Rows `ids` of the matrix, `[*ids.shape, out]`."""
         return take(self.dense(), ids)
 
+    def ready(self) -> "Weight":
+        """The same weight, stacked or not, with what its products derive from it alone computed in advance."""
+        return self
+
     def axes(self, base: Axes) -> "Weight":
         """Logical axes of every leaf, in a node of the same type; `base` are the axes of the plain matrix."""
         return jax.tree.map(lambda leaf: Axes(*base[: leaf.ndim]), self)
@@ -277,6 +281,11 @@ def cast(tree: Any, dtype: Any) -> Any:
         return tree
     leaf = lambda w: w.cast(dtype) if isinstance(w, Weight) else jax.tree.map(lambda x: _cast_leaf(x, dtype), w)
     return jax.tree.map(leaf, tree, is_leaf=is_node)
+
+
+def ready(tree: Any) -> Any:
+    """A parameter tree whose products compute nothing from parameters alone; see `Weight.ready`."""
+    return jax.tree.map(lambda w: w.ready() if isinstance(w, Weight) else w, tree, is_leaf=is_node)
 
 
 def shape_of(w: Any) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llm_jax.nn import realized
+from llm_jax.nn import realized, weights
 from llm_jax.nn.protocols import Batch, Model, Params, Tree
 from llm_jax.objectives.objective import Objective, Prepared, total_loss
 from llm_jax.parallel.step_plan import Pipe
@@ -159,7 +159,7 @@ def piped(forward: Forward, pipe: Pipe) -> Gradient:
     ) -> Gradients:
         prepared, totals = _prepare(forward.objective, batch, key, count)
         keys = jax.vmap(lambda index: _micro_keys(key, index)[1])(jnp.arange(count))
-        run = make_gradient(forward.model, forward.objective, pipe, lambda t: forward.compute(t, frozen))
+        run = make_gradient(forward.model, forward.objective, pipe, lambda t: weights.ready(forward.compute(t, frozen)))
         (loss, scores), grads = run(trainable, prepared, totals, keys, scale)
         return Gradients(loss, scores, totals, forward.constrain_grads(grads), carry)
 

@@ -9,8 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from llm_jax.delta import node
-from llm_jax.delta.dora import Dora
 from llm_jax.nn import paths, ports, weights
 from llm_jax.nn.protocols import Axes, Params
 from llm_jax.nn.realized import has_any, realize
@@ -36,6 +34,7 @@ class Program(NamedTuple):
       params: abstract parameters, as the state holds them.
       axes: logical axes of the model's parameters.
       ties: shared parameters, see `nn.ties`.
+      ahead: what given parameters become before they are placed.
       given_placement: device or shardings that `init` expects given parameters on; None for fresh ones.
       init: `(key, given) -> state`, compiled; takes `given` over.
       shapes: the abstract state.
@@ -51,6 +50,7 @@ class Program(NamedTuple):
     params: Params
     axes: Axes
     ties: Ties
+    ahead: Callable[[Params], Params]
     given_placement: Any
     init: Callable[[jax.Array, Params | None], TrainState]
     shapes: TrainState
@@ -85,13 +85,6 @@ def optimizer_of(config: RunConfig) -> OptimizerConfig:
     return dataclasses.replace(optimizer, noam_dim=config.model.model_dim)
 
 
-def _check_dora(params: Params, model: int) -> None:
-    """Refuses DoRA where a pipeline's stages divide matrices: its norms exchange between devices at other turns."""
-    found = [path for path, w in node.of(params).items() if any(isinstance(d, Dora) for d in node.layers_of(w))]
-    if found and model > 1:
-        raise ValueError(f"{found[0]} carries DoRA: with plan.pipe set plan.model=1 (it is {model}), or take LoRA")
-
-
 def build(
     config: RunConfig,
     plan: Plan,
@@ -99,6 +92,7 @@ def build(
     given: Params | None = None,
     adapt: Callable[[Params], Params] = lambda params: params,
     scratch: epath.PathLike | None = None,
+    ahead: bool = False,
 ) -> Program:
     """Everything up to the first compilation.
 
@@ -109,6 +103,7 @@ def build(
       given: parameters to start from (abstract will do).
       adapt: see `run.train`.
       scratch: local folder for state on disk.
+      ahead: `adapt` runs before the parameters are placed, and not inside of `init`.
 
     Raises:
       ValueError: where plan, batch, model, objective or optimizer do not fit together, or naming a parameter that no
@@ -125,7 +120,9 @@ def build(
     ids = np.zeros((plan.batch_divisor, c.sequence_length), np.int32)
     fresh = lambda key: model.init(key, ids)["params"]
     declared, axes = weights.split_axes(jax.eval_shape(fresh, jax.random.key(0)))
-    given = None if given is None else jax.eval_shape(lambda p: p, given)
+    same = lambda params: params
+    before, adapt = (adapt, same) if ahead else (same, adapt)
+    given = None if given is None else jax.eval_shape(before, given)
     first = lambda key, given: tie(weights.split_axes(fresh(key))[0] if given is None else adapt(given), ties)
     params = jax.eval_shape(first, jax.random.key(0), given)
     if has_any(params) and plan.keeps_parameters_on_host:
@@ -134,7 +131,7 @@ def build(
     ports.check(declared, computing)
     if plan.schedule is not None:  # said here, before anything is compiled
         check_stages(computing, plan.schedule, config.objective.carry)
-        _check_dora(computing, config.plan.model)
+        computing = jax.eval_shape(weights.ready, computing)
     if config.optimizer.decay != OptimizerConfig.decay:  # the default names what most trees have, not all
         paths.select([p for p, _ in paths.flatten(params, weights.is_node)], config.optimizer.decay)
 
@@ -166,6 +163,7 @@ def build(
         params=params,
         axes=axes,
         ties=ties,
+        ahead=before,
         given_placement=None if given is None else step_plan.given_shardings(plan, given, axes),
         init=step_plan.compile_init(plan, init, shardings, spread.on_disk),
         shapes=shapes,

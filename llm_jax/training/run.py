@@ -81,6 +81,7 @@ def train(
     accept_changed_data: bool = False,
     base: Base | None = None,
     extra_defaults: dict[str, Any] | None = None,
+    ahead: bool = False,
 ) -> Trained:
     """Trains, or resumes where the work directory's last checkpoint stands.
 
@@ -99,6 +100,8 @@ def train(
       base: where `params` came from and what `adapt` does with them, where part of them is frozen. Checkpoints then
         hold what trains and leave the frozen part out, and `params` must be there to resume.
       extra_defaults: what fields of `extra` mean that an earlier run did not have.
+      ahead: `adapt` runs where `params` are, before they are divided over devices: decompositions of matrices, which
+        every device would repeat.
 
     Raises:
       CorpusError, TokenizerError, ConfigError, CheckpointError, WorkdirError, TrainingError, BaseError: each with one
@@ -112,7 +115,7 @@ def train(
         defaults = RunConfig(model=type(config.model)(), objective=type(config.objective)())
         claimed.settle_config(whole, {**defaults.to_dict(), **(extra_defaults or {})})
         return _train(
-            config, claimed, params, adapt, tokenizer, encode, kind, restore_step, whole, accept_changed_data, base
+            config, claimed, params, adapt, tokenizer, encode, kind, restore_step, whole, accept_changed_data, base, ahead
         )
 
 
@@ -180,6 +183,7 @@ def _train(
     whole: dict[str, Any],
     accept: bool,
     base: Base | None,
+    ahead: bool,
 ) -> Trained:
     c, workdir = config.training, claimed.path
     limit = getattr(config.model, "context_length", None)
@@ -207,7 +211,7 @@ def _train(
     _check_same_rows(rows.train)
     loader = Loader(rows.train, c.batch_size, c.seed, *plan.data_blocks(), shuffle=not config.objective.carry)
 
-    program = build(config, plan, tokenizer.role("mask"), params, adapt, workdir / "on_disk")
+    program = build(config, plan, tokenizer.role("mask"), params, adapt, workdir / "on_disk", ahead)
     constants = {"eval/baseline_loss": rows.baseline} if rows.baseline else {}
     if cut := getattr(rows.held_out, "cut_tokens", 0):
         constants["eval/cut_tokens"] = float(cut)
@@ -371,7 +375,7 @@ def _check_there(params: Params | None) -> None:
 def _begin(program: Program, seed: int, params: Params | None) -> TrainState:
     """Builds the first state; `params` are donated to it."""
     _check_there(params)
-    placed = None if params is None else jax.device_put(params, program.given_placement)
+    placed = None if params is None else jax.device_put(program.ahead(params), program.given_placement)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Some donated buffers were not usable")  # those that change their dtype
         state = program.init(jax.random.key(seed), placed)

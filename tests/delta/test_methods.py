@@ -119,7 +119,8 @@ ERRORS = [
         DeltaConfig(LoraConfig(targets=("mlp",), ranks=("attention.key=2",))),
         "attention/key/kernel, which is not a target",
     ),
-    (DeltaConfig(ia3=Ia3Config(outputs=("layers[0].mlp.up",))), "leave layers"),
+    (DeltaConfig(ia3=Ia3Config(outputs=("layers[0].mlp.up",))), "IA3 takes all layers of"),
+    (DeltaConfig(bitfit=BitFitConfig(targets=("layers[0].mlp",))), "BitFit takes all layers of"),
     (DeltaConfig(token_rows=(3, 31)), "different numbers from 0 to 30"),
 ]
 

@@ -32,6 +32,18 @@ def test_pissa_leaves_the_smallest_norm():
             np.testing.assert_allclose(a[i].T @ a[i], b[i] @ b[i].T, rtol=1e-10, atol=1e-12)
 
 
+def test_the_largest_part_of_a_large_matrix():
+    """Found by products alone: nearly as close as any matrix of this rank, with almost equal singular values."""
+    u, v = (np.linalg.qr(RNG.normal(size=(2, n, 60)))[0] for n in (90, 60))
+    w = (u * 0.9 ** np.arange(60)) @ v.swapaxes(-1, -2)  # singular values as slowly smaller as those of trained kernels
+    u, s, v = map(np.asarray, starts.leading(jnp.asarray(w, jnp.float32), 4))
+    for i in range(2):
+        exact = np.linalg.svd(w[i], compute_uv=False)
+        np.testing.assert_allclose(s[i][:4], exact[:4], rtol=1e-5)
+        left = np.linalg.norm(w[i] - (u[i][:, :4] * s[i][:4]) @ v[i][:4])
+        assert left == pytest.approx(np.linalg.norm(exact[4:]), rel=1e-5)
+
+
 def test_olora_is_orthogonal_and_triangular():
     with jax.enable_x64(True):
         _, a, b = starts.olora(jnp.asarray(W), 3, 0.7)

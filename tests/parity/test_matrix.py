@@ -59,8 +59,6 @@ def impossible(model, plan):
     config = PLANS[plan][0]
     if config.pipe > 1 and config.schedule != "gpipe" and model in ("t5", "transformer"):
         return "needs one stack of layers, the model has 2"
-    if config.pipe > 1 and config.model > 1 and model == "deltas":
-        return "carries DoRA: with plan.pipe set plan.model=1"
     if config.explicit and model in ("albert", "xlnet"):
         return "plan.explicit has no place for"
     return None

@@ -36,6 +36,10 @@ def command(source, workdir, *flags, config="demo"):
 
 
 def start(count, *args, **kwargs):
+    return start_command(count, command(*args, **kwargs))
+
+
+def start_command(count, words):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
@@ -47,7 +51,7 @@ def start(count, *args, **kwargs):
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     return subprocess.Popen(
-        [str(ROOT / "launch" / "local.sh"), str(count), *command(*args, **kwargs)],
+        [str(ROOT / "launch" / "local.sh"), str(count), *words],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -58,7 +58,8 @@ ROWS = {  # name: (plan, fields of FinetuneConfig, fields of LoopConfig)
         {"lora": dataclasses.replace(LORA, freeze_a=True)},
         {"trainable": ("*/b",)},
     ),
-    "PiSSA": (ALONE, {"lora": dataclasses.replace(LORA, start="pissa", targets=("attention/query/kernel",))}, {}),
+    "PiSSA": (PlanConfig(data=8, zero=3),
+              {"lora": dataclasses.replace(LORA, start="pissa", targets=("attention/query/kernel",))}, {}),
     "norms and one kernel": (ALONE, {"lora": None}, {"trainable": ("*norm*/scale", "layers/attention/query/kernel")}),
 }  # fmt: skip
 TIES = {"zero-3, int8, average": ("decoder/layers/attention/key=decoder/layers/attention/query",)}

@@ -35,7 +35,11 @@ def _config(spec: dict[str, Any]) -> LlamaConfig:
 
 
 def _program(spec: dict[str, Any], objective: CausalLM) -> tuple[Any, TrainState, tuple[str, ...] | None]:
-    """(`(state, batch) -> (state, metrics)`, unrolled and jitted, its first state, what trains)."""
+    """(`(state, batch) -> (state, metrics)`, jitted, its first state, what trains).
+
+    Each as fast as it runs on a CPU: the whole step unrolled, because a scan sums gradients of stacked kernels in place;
+    steps over a frozen base scanned, because unrolled ones copy every layer out of the stack and keep the copies.
+    """
     config, delta, precision = _config(spec), METHODS[spec["method"]], precision_of(spec)
     model, tx = config.make(), make_optimizer(OptimizerConfig(), 100)
     params = methods.attach(fresh(model), delta, jax.random.key(2))
@@ -45,7 +49,7 @@ def _program(spec: dict[str, Any], objective: CausalLM) -> tuple[Any, TrainState
         evaluate = make_eval_step(model, objective, precision)
         run = lambda state, batch: (state, evaluate(unstack(state.params), batch))
         return jax.jit(run, donate_argnums=0), state, None
-    options = StepConfig(trainable=trainable, precision=precision, unroll=True)
+    options = StepConfig(trainable=trainable, precision=precision, unroll=trainable is None)
     return jax.jit(make_train_step(model, objective, tx, options), donate_argnums=0), state, trainable
 
 

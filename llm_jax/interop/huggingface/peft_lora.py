@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import scipy.sparse.linalg
 
 from llm_jax.delta import node
 from llm_jax.delta.dora import Dora
@@ -36,6 +37,14 @@ def _pair(w: Lora, layer: int | None, shape: tuple[int, int]) -> Pair | None:
     return Pair(at(w.a)[: shape[0], :rank], at(w.b)[:rank, : shape[1]], scale)
 
 
+def _largest(x: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(U, S, V) of the r largest singular values, the largest first."""
+    if rank == min(x.shape):
+        return np.linalg.svd(x, full_matrices=False)
+    u, s, v = scipy.sparse.linalg.svds(x, rank, v0=np.ones(min(x.shape)))
+    return u[:, ::-1], s[::-1], v[::-1]
+
+
 def against(pair: Pair, first: np.ndarray, now: np.ndarray, path: str) -> Pair:
     """The same sum as `now + scale * a @ b`, as LoRA on `first`: of rank 2r, with minus what a start took out.
 
@@ -47,13 +56,12 @@ def against(pair: Pair, first: np.ndarray, now: np.ndarray, path: str) -> Pair:
     first, now = np.asarray(first, np.float64), np.asarray(now, np.float64)
     if np.array_equal(first, now):
         return pair
-    rank = pair.rank
-    u, s, v = np.linalg.svd(first - now, full_matrices=False)
-    if np.linalg.norm(s[rank:]) > _LEFT * np.linalg.norm(first):
-        raise InteropError(f"{path} differs from the original by more than rank {rank}: only what PiSSA and OLoRA take "
+    u, s, v = _largest(first - now, pair.rank)
+    if np.linalg.norm(first - now - (u * s) @ v) > _LEFT * np.linalg.norm(first):
+        raise InteropError(f"{path} differs from the original by more than rank {pair.rank}: only what PiSSA and OLoRA take "
                            "out can be put back")  # fmt: skip
-    root = np.sqrt(s[:rank] / pair.scale)
-    a0, b0 = (u[:, :rank] * root).astype(pair.a.dtype), (root[:, None] * v[:rank]).astype(pair.b.dtype)
+    root = np.sqrt(s / pair.scale)
+    a0, b0 = (u * root).astype(pair.a.dtype), (root[:, None] * v).astype(pair.b.dtype)
     return Pair(np.concatenate([pair.a, a0], axis=1), np.concatenate([pair.b, -b0]), pair.scale)
 
 

@@ -12,7 +12,7 @@ from llm_jax.delta import dora, node
 from llm_jax.delta.lora import LayeredLora, Lora
 from llm_jax.delta.rows import TokenRows
 from llm_jax.delta.scaled import Biased, Scaled
-from llm_jax.delta.starts import STARTS
+from llm_jax.delta.starts import olora
 from llm_jax.interop.huggingface import peft_fused, peft_match, peft_names
 from llm_jax.interop.huggingface.peft_config import REMEDY, AdapterConfig
 from llm_jax.interop.huggingface.peft_fused import Pair
@@ -144,12 +144,15 @@ def _started(
         raise InteropError(f"{folder}: init_lora_weights={config.start!r} needs the plain matrix of {name}, not {kind}")
     at = lambda w: jnp.asarray(w[layer] if site.is_stacked else w)
     whole = jnp.concatenate([at(base[path]) for path in site.kernels], axis=-1)
-    if config.start == "pissa":
-        s = np.linalg.svd(np.asarray(whole, np.float64), compute_uv=False)
+    if config.start == "pissa":  # to the last bit, because the file holds what trained and not where it began
+        u, s, v = np.linalg.svd(np.asarray(whole, np.float64), full_matrices=False)
         if pair.rank < len(s) and s[pair.rank - 1] - s[pair.rank] < _GAP * s[0]:
             raise InteropError(f"{folder}: {name} has equal singular values {pair.rank} and {pair.rank + 1}, so that "
                                f"pissa may start in several ways{REMEDY['init_lora_weights']}")  # fmt: skip
-    left = STARTS[config.start](whole, pair.rank, pair.scale)[0]
+        taken = (u[:, : pair.rank] * s[: pair.rank]) @ v[: pair.rank]
+        left = whole - jnp.asarray(taken, whole.dtype)
+    else:
+        left = olora(whole, pair.rank, pair.scale)[0]
     for path, piece in zip(site.kernels, jnp.split(left, np.cumsum(site.widths)[:-1], axis=-1), strict=True):
         out[path] = jnp.asarray(base[path]).at[layer].set(piece) if site.is_stacked else piece
     return out
