@@ -31,9 +31,8 @@ log = logging.getLogger("experiments.finetune")
 def main() -> None:
     """Loads, adapts, trains, merges, exports."""
     from experiments.configs.finetune import FinetuneConfig
-    from llm_jax import interop
-    from llm_jax.interop import peft
-    from llm_jax.tasks import report
+    from llm_jax.parallel import processes
+    from llm_jax.tasks import export, report
     from llm_jax.training import finetune
 
     config = cli.from_config_dict(FinetuneConfig, CONFIG.value)
@@ -43,20 +42,9 @@ def main() -> None:
     key = jax.random.key(config.run.training.seed)
     result = finetune.run(loaded, config, WORKDIR.value, key, RESTORE.value, ACCEPT.value, path)
     print(result.describe())
-    if result.merged is not None and finetune.can_save(loaded.config):
-        if not config.delta.is_empty:
-            difference = peft.merged_difference(loaded.model, result.trained.params, result.merged)
-            log.info("merging changed logits by %.2g at most", difference)
-        interop.save(f"{WORKDIR.value}/merged", loaded.model, result.merged, loaded.tokenizer)
-    if not config.delta.is_empty:
-        # what a start took out of the base is written against the base as it was
-        changed = config.lora is not None and config.lora.start != "zero"
-        original = finetune.load(path, config).params if changed else None
-        whole = result.trainable or ()
-        try:
-            peft.save(f"{WORKDIR.value}/adapter", loaded.model, result.trained.params, path, whole, original)
-        except interop.InteropError as e:  # what was trained is in the checkpoint, and whole in merged/
-            log.warning("no adapter/ is written: %s; the checkpoint holds everything", e)
+    if jax.process_index() == 0:
+        export.write(WORKDIR.value, result, loaded, config, path)
+    processes.wait_for_all("export")
     print(report.numbers(result.trained, WORKDIR.value))
 
 

@@ -23,12 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from llm_jax.delta import methods, node
 from llm_jax.delta.methods import DeltaConfig
 from llm_jax.nn import paths, weights
 from llm_jax.nn.protocols import Params
+from llm_jax.parallel import processes
 
 FORMS = ("float", "bfloat16", "int8")
 
@@ -131,9 +131,7 @@ def fingerprint(params: Params, chosen: Iterable[str]) -> dict[str, str]:
 
 
 def _print(x: Any) -> str:
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        x = multihost_utils.process_allgather(x, tiled=True)
-    array = np.ascontiguousarray(np.asarray(x))
+    array = np.ascontiguousarray(np.asarray(processes.whole(x)))
     shape = ",".join(map(str, array.shape))
     return f"{array.dtype.name}[{shape}] {zlib.crc32(array.reshape(-1).view(np.uint8).data):08x}"
 

@@ -268,7 +268,9 @@ def attach(params: Params, config: LoraConfig, key: jax.Array) -> Params:
         a, b = _fresh(key, index[path], (*lead, fan_in, rank), (*lead, rank, fan_out))
         if config.start != "zero":
             if chosen[path] is not None:
-                raise DeltaError(f"start={config.start} changes the base of all layers: leave layers[...] out of targets")
+                raise DeltaError(
+                    f"start={config.start} changes the base of all layers: leave layers[...] out of targets"
+                )
             if weights.is_node(w):
                 raise DeltaError(f"start={config.start} needs a plain matrix; {path} is {type(w).__name__}")
             return Lora(*STARTS[config.start](w, rank, own_scales[0]), own_scales[0], config.dropout)

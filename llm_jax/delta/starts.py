@@ -34,7 +34,8 @@ def leading(w: jax.Array, rank: int, rounds: int = ROUNDS) -> tuple[jax.Array, j
     """
     width = 2 * rank + 16
     if 2 * width >= min(w.shape[-2:]):
-        return jnp.linalg.svd(w, full_matrices=False)
+        u, s, v = jnp.linalg.svd(w, full_matrices=False)
+        return u, s, v
     turned = jnp.swapaxes(w, -1, -2)
     basis = lambda y: jnp.linalg.qr(y)[0]
     q = jax.random.normal(jax.random.key(0), (w.shape[-1], width), w.dtype)

@@ -6,8 +6,10 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 PATIENCE, HEARTBEAT = "JAX_COORDINATOR_TIMEOUT", "JAX_HEARTBEAT_TIMEOUT"  # seconds
@@ -114,3 +116,19 @@ def explain(text: str) -> str:
         f"another process of this job ended or cannot be reached ({text}): its log says why; run the same command "
         "again to resume from the last checkpoint"
     )
+
+
+def whole(tree: Any) -> Any:
+    """A tree whose arrays are all within reach of this process; every process calls it.
+
+    Args:
+      tree: arrays that span processes are copied to the host of each, one at a time; others stay what they are.
+    """
+    is_part = lambda x: isinstance(x, jax.Array) and not x.is_fully_addressable
+    return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True) if is_part(x) else x, tree)
+
+
+def wait_for_all(what: str) -> None:
+    """Returns when every process of the job has come here; `what` names the place."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)

@@ -18,6 +18,7 @@ from llm_jax.models.elmo import ElmoConfig
 from llm_jax.nn import weights
 from llm_jax.nn.protocols import ModelConfig, Params
 from llm_jax.objectives.labels import Labels
+from llm_jax.parallel import processes
 from llm_jax.training import labeled_examples
 from llm_jax.training.run import Trained, train
 from llm_jax.training.run_config import RunConfig
@@ -92,12 +93,14 @@ class Finetuned:
 
     Attributes:
       trained: state, model, tokenizer, evaluation.
+      params: its parameters with their deltas, on the host of every process where they span processes.
       merged: plain parameters with everything folded in; None where a bias has no module to go to.
       bytes: sizes of the parameters, of what trains, and of the optimizer state.
       trainable: patterns of what trained; None where everything did.
     """
 
     trained: Trained
+    params: Params
     merged: Params | None
     bytes: dict[str, int]
     trainable: tuple[str, ...] | None = None
@@ -105,9 +108,9 @@ class Finetuned:
     def describe(self) -> str:
         """Sizes on one line, after the list of weights with deltas."""
         sizes = ", ".join(f"{k} {v:,} bytes" for k, v in self.bytes.items())
-        if not node.of(self.trained.params):
+        if not node.of(self.params):
             return sizes
-        return f"{describe.describe(self.trained.params, self.trainable or '*')}\n{sizes}"
+        return f"{describe.describe(self.params, self.trainable or '*')}\n{sizes}"
 
 
 def load(path: str, config: FinetuneConfig) -> Pretrained:
@@ -196,9 +199,10 @@ def run(
         "trainable": weights.bytes_of(partition(trained.state.params, trainable)[0]),
         "optimizer state": weights.bytes_of(trained.state.opt_state),
     }
+    params = processes.whole(trained.params)
     # small updates would vanish in a merged bfloat16
-    whole = weights.cast(trained.params, "float32") if config.base == "bfloat16" else trained.params
-    return Finetuned(trained, merged(whole), sizes, trainable)
+    wide = weights.cast(params, "float32") if config.base == "bfloat16" else params
+    return Finetuned(trained, params, merged(wide), sizes, trainable)
 
 
 def merged(params: Params) -> Params | None:

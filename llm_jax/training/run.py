@@ -115,7 +115,18 @@ def train(
         defaults = RunConfig(model=type(config.model)(), objective=type(config.objective)())
         claimed.settle_config(whole, {**defaults.to_dict(), **(extra_defaults or {})})
         return _train(
-            config, claimed, params, adapt, tokenizer, encode, kind, restore_step, whole, accept_changed_data, base, ahead
+            config,
+            claimed,
+            params,
+            adapt,
+            tokenizer,
+            encode,
+            kind,
+            restore_step,
+            whole,
+            accept_changed_data,
+            base,
+            ahead,
         )
 
 
@@ -133,8 +144,7 @@ def _release(params: Any) -> None:
 def _first_process_first(what: str, prepare: Callable[[], Any]) -> Any:
     """Runs `prepare` in every process, in the others when the first has written what they then read."""
     done = prepare() if jax.process_index() == 0 else None
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+    processes.wait_for_all(what)
     return prepare() if done is None else done
 
 

@@ -55,7 +55,7 @@ def test_a_killed_delta_run_resumes_and_is_exported(folder, tmp_path, monkeypatc
     os.kill(int(children[-1]), signal.SIGKILL)
     said = job.communicate(timeout=120)[0]
     assert job.returncode not in (0, 130), said
-    said = finished(2, folder, tmp_path / "two", max(saved()) + 2, zero)
+    said = finished(2, folder, tmp_path / "two", max(saved()) + STEPS, zero)
     assert "resuming from step" in said
     losses = jobs.losses(tmp_path / "two")
     for step, loss in jobs.losses(tmp_path / "one").items():

@@ -37,8 +37,8 @@ def _config(spec: dict[str, Any]) -> LlamaConfig:
 def _program(spec: dict[str, Any], objective: CausalLM) -> tuple[Any, TrainState, tuple[str, ...] | None]:
     """(`(state, batch) -> (state, metrics)`, jitted, its first state, what trains).
 
-    Each as fast as it runs on a CPU: the whole step unrolled, because a scan sums gradients of stacked kernels in place;
-    steps over a frozen base scanned, because unrolled ones copy every layer out of the stack and keep the copies.
+    Each as it is faster on two CPU cores: the whole step unrolled (2.4 s, 2.9 scanned), LoRA's scanned (1.75 s, 1.95
+    unrolled: it then keeps copies of all layers of the base, 1.5 GB of temporaries instead of 0.5).
     """
     config, delta, precision = _config(spec), METHODS[spec["method"]], precision_of(spec)
     model, tx = config.make(), make_optimizer(OptimizerConfig(), 100)

@@ -58,8 +58,8 @@ def against(pair: Pair, first: np.ndarray, now: np.ndarray, path: str) -> Pair:
         return pair
     u, s, v = _largest(first - now, pair.rank)
     if np.linalg.norm(first - now - (u * s) @ v) > _LEFT * np.linalg.norm(first):
-        raise InteropError(f"{path} differs from the original by more than rank {pair.rank}: only what PiSSA and OLoRA take "
-                           "out can be put back")  # fmt: skip
+        raise InteropError(f"{path} differs from the original by more than rank {pair.rank}: only what PiSSA and OLoRA "
+                           "take out can be put back")  # fmt: skip
     root = np.sqrt(s / pair.scale)
     a0, b0 = (u * root).astype(pair.a.dtype), (root[:, None] * v).astype(pair.b.dtype)
     return Pair(np.concatenate([pair.a, a0], axis=1), np.concatenate([pair.b, -b0]), pair.scale)
