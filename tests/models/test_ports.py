@@ -32,7 +32,7 @@ class Bottleneck(ports.PortNode):
     up: Any
 
     def inner(self, x):
-        return jax.nn.relu(x @ self.down) @ self.up
+        return jnp.tanh(x @ self.down) @ self.up
 
 
 class Houlsby(Bottleneck):
@@ -67,7 +67,8 @@ KINDS = {
 
 
 def node_of(port, dim, *lead):
-    draw = lambda *shape: RNG.normal(size=(*lead, *shape)).astype(np.float32) * 0.3
+    rng = np.random.default_rng(list(KINDS).index(port))
+    draw = lambda *shape: rng.normal(size=(*lead, *shape)).astype(np.float32) * 0.3
     return KINDS[port](draw(dim, RANK), draw(RANK, dim))
 
 
