@@ -31,6 +31,7 @@ from llm_jax.nn.protocols import Params
 from llm_jax.parallel import processes
 
 FORMS = ("float", "bfloat16", "int8")
+PRODUCTS = "products"  # how `delta.starts` finds the largest singular values; by whole decompositions at first
 
 
 class BaseError(ValueError):
@@ -52,6 +53,7 @@ class Base:
       form: what the run keeps of it: `float` (as loaded), `bfloat16`, or `int8` (kernels under LoRA).
       delta: what was attached; nothing where parameters of the model itself train.
       trainable: patterns of what trains.
+      starts: how a start by singular values was computed, where the delta has one.
       prints: fingerprint of every parameter that checkpoints leave out, see `fingerprint`.
     """
 
@@ -63,6 +65,7 @@ class Base:
     form: str = "float"
     delta: DeltaConfig = DeltaConfig()
     trainable: tuple[str, ...] = ()
+    starts: str = ""
     prints: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def adapt(self, params: Params) -> Params:
@@ -86,7 +89,8 @@ class Base:
         below = [
             p for path, w in paths.flatten(given, weights.is_node) if _feeds(path, left_out) for p in _leaves(path, w)
         ]
-        return dataclasses.replace(self, path=path, relative=relative, dtype=dtype, prints=fingerprint(given, below))
+        prints = fingerprint(given, below)
+        return dataclasses.replace(self, path=path, relative=relative, dtype=dtype, starts=PRODUCTS, prints=prints)
 
     def check(self, params: Params, where: object) -> None:
         """Refuses other parameters than those that the run began with.
@@ -96,8 +100,15 @@ class Base:
           where: its path, for the message.
 
         Raises:
-          BaseError: naming the path, both fingerprints and a parameter that differs.
+          BaseError: naming the path, both fingerprints and a parameter that differs; or where an earlier version
+            computed the start.
         """
+        start = "zero" if self.delta.lora is None else self.delta.lora.start
+        if start in ("pissa", "loftq") and self.starts != PRODUCTS:
+            raise BaseError(
+                f"the run on {self.path} began with {start} of an earlier version, which took another part out of the "
+                "base: resume it with that version, or choose another --workdir"
+            )
         found = fingerprint(params, self.prints)
         if found == self.prints:
             return

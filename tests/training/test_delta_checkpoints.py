@@ -15,6 +15,7 @@ from binaries import call
 from jax.sharding import PartitionSpec as P
 from tiny_models import noise
 
+from llm_jax import config as configs
 from llm_jax import interop
 from llm_jax.data import tokenizers
 from llm_jax.delta import dora, lora
@@ -295,6 +296,17 @@ def test_a_base_that_moved(folder, whole, tmp_path):
         interop.load(run)
     (run / "base.json").unlink()  # the checkpoint says where the base was
     bitwise(interop.load(run).params, done.trained.params)
+
+
+def test_a_start_of_an_earlier_version_is_refused(folder, whole):
+    """Its first singular vectors differ by more than rounding, and the base would be another one."""
+    _, workdir = whole("PiSSA")
+    stored = Checkpoints(workdir / "checkpoints", read_only=True).read_run(STEPS)[1]["base"]
+    params = interop.load(folder).params
+    configs.from_dict(Base, stored).check(params, folder)
+    del stored["starts"]
+    with pytest.raises(BaseError, match=r"began with pissa of an earlier version, .* choose another --workdir$"):
+        configs.from_dict(Base, stored).check(params, folder)
 
 
 def test_a_base_that_is_not_given(folder, whole, tmp_path):
