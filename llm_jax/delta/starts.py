@@ -29,8 +29,8 @@ def leading(w: jax.Array, rank: int, rounds: int = ROUNDS) -> tuple[jax.Array, j
     """(U, S, V) of at least the r largest singular values of `[..., in, out]`, the largest first.
 
     A basis of `2 r + 16` columns is multiplied by W.T W again and again. So the work is products, which are fast and
-    can be divided over devices; a whole decomposition of every kernel takes several times as long. Where the basis would
-    be half of the matrix, the decomposition is whole.
+    can be divided over devices; a whole decomposition of every kernel takes several times as long. Where the basis
+    would be half of the matrix, the decomposition is whole.
     """
     width = 2 * rank + 16
     if 2 * width >= min(w.shape[-2:]):
