@@ -62,9 +62,11 @@ class Bank(Delta):
     def _scaled(self, y: jax.Array, ids: jax.Array) -> jax.Array:
         """`y` times its rows' scales: 0 without an adapter, not a number where `ids` is out of range."""
         count = self.scales.shape[0]
-        scales = jnp.where(ids < 0, 0.0, self.scales[jnp.clip(ids, 0, count - 1)])
-        scales = jnp.where((ids < -1) | (ids >= count), jnp.nan, scales)
-        return weights.scaled(y, scales.reshape(*ids.shape, *[1] * (y.ndim - ids.ndim)))
+        scales = jnp.where((ids < -1) | (ids >= count), jnp.nan, self.scales[jnp.clip(ids, 0, count - 1)])
+        by_row = lambda v: v.reshape(*ids.shape, *[1] * (y.ndim - ids.ndim))
+        y = weights.scaled(y, by_row(scales))
+        # not times zero: in half precision the product with somebody else's adapter may be infinite
+        return jnp.where(jnp.broadcast_to(by_row(ids == -1), y.shape), 0, y)
 
     def _own(self, h: jax.Array, ids: jax.Array) -> jax.Array:
         """`h[..., K * r]` with zeros everywhere but in the row's own adapter."""

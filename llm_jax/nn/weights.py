@@ -169,7 +169,7 @@ def _few_rows(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _outer(a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    if NARROW * b.shape[-1] <= a.shape[-1]:  # as `b.T @ a`, because XLA:CPU copies the transpose of the first operand
+    if b.shape[-1] <= min(FEW_ROWS, a.shape[-1] // NARROW):  # `b.T @ a`: XLA:CPU copies the first operand's transpose
         return _outer(b, a, dtype).T
     lead = tuple(range(a.ndim - 1))  # contract all leading axes: reshaping them would gather sharded sequences
     return lax.dot_general(a, b, ((lead, lead), ((), ()))).astype(dtype)

@@ -187,6 +187,15 @@ def test_every_product_of_the_node_is_that_of_its_matrices(rows, length):
     assert all(np.isnan(x[:bad]).all() and np.isfinite(x[bad:]).all() for x in wrong)
 
 
+@pytest.mark.parametrize("length", [1, 30])
+def test_a_row_without_an_adapter_never_meets_one(length):
+    """In half precision the product with the first adapter, whose matrix would be copied for it, is infinite."""
+    w, _ = node_of([-1, -1, -1, -1])
+    w = w.replace(a=w.a * 1e4).cast(jnp.float16)
+    x = jnp.full((4, length, 6), 10, jnp.float16)
+    np.testing.assert_array_equal(weights.matmul(x, w), weights.matmul(x, w.base))
+
+
 def test_a_bank_is_stored_with_its_structure():
     w, _ = node_of([0, 1])
     for tree in ({"k": w}, {"k": w.replace(ids=None)}):

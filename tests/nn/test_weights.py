@@ -79,6 +79,14 @@ def test_what_is_frozen_costs_no_product(product, argument, products):
     assert str(jaxpr).count("dot_general[") == products
 
 
+@pytest.mark.parametrize("columns, turned", [(2, True), (3, False)])
+def test_the_gradient_of_a_narrow_matrix_is_its_transposes(columns, turned):
+    x, w, dy = normal(5, 3, 16), normal(16, columns, seed=1), normal(5, 3, columns, seed=2)
+    grad = lambda w: jax.vjp(lambda w: weights.matmul(x, w), w)[1](dy)[0]
+    np.testing.assert_allclose(jax.jit(grad)(w), np.einsum("bti,bto->io", x, dy), rtol=1e-5, atol=1e-5)
+    assert (f"f32[{columns},16] = dot_general[" in str(jax.make_jaxpr(grad)(w))) == turned
+
+
 @pytest.mark.parametrize("rows", [1, 2, weights.FEW_ROWS, weights.FEW_ROWS + 1])
 def test_few_rows_keep_the_stored_matrix_in_place(rows):
     x, w = normal(rows, 1, 7), normal(5, 7, seed=1)
