@@ -75,6 +75,11 @@ class DeltaConfig:
         """Whether nothing is attached and nothing chosen."""
         return self == DeltaConfig()
 
+    @property
+    def changes_base(self) -> bool:
+        """Whether LoRA starts out of decompositions of the base, which is then another one."""
+        return self.lora is not None and self.lora.start != "zero"
+
 
 def _of_all_layers(params: Params, chosen: tuple[str, ...], method: str) -> set[str]:
     """Paths of the targets, which may name no subset of the layers of a stack."""

@@ -60,6 +60,7 @@ def read(
     stored: dict[str, Any],
     load: Load,
     place: Place | None,
+    axes: Axes,
     ties: Ties,
     where: epath.PathLike | None = None,
 ) -> dict[str, jax.Array]:
@@ -70,6 +71,7 @@ def read(
       stored: `base` of a checkpoint's `run`.
       load: `interop.load`.
       place: see there.
+      axes: logical axes of the model's parameters.
       ties: parameters that the run shares.
       where: the base; where `find` says by default.
 
@@ -80,8 +82,11 @@ def read(
     base = configs.from_dict(Base, stored)
     where = find(workdir, base) if where is None else where
     head = {} if base.head is None else {"head": base.head, "labels": base.labels}
-    given = load(where, dtype=base.dtype, place=place, **head).params
+    first = None if base.delta.changes_base else place  # divided over devices, all of them would decompose it
+    given = load(where, dtype=base.dtype, place=first, **head).params
     base.check(given, where)
     adapted = tie(base.adapt(given), ties)
+    if first is not place and place is not None:
+        adapted = jax.device_put(adapted, place(adapted, axes))
     names = set(left_out(adapted, given, base.trainable))
     return {path: x for path, x in paths.flatten(adapted) if path in names}

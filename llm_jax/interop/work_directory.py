@@ -68,7 +68,7 @@ def load(
     step, run, _ = checkpoints.read_run()
     rest = None
     if "base" in run and load_base is not None:
-        rest = referenced.read(path, run["base"], load_base, place, ties, base)
+        rest = referenced.read(path, run["base"], load_base, place, axes, ties, base)
     elif base is not None:
         raise InteropError(f"{path} holds its whole model and takes no base={str(base)!r}")
     params, _ = checkpoints.restore_params(step, average=average, cast=dtype, place=on_devices, rest=rest)

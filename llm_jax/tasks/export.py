@@ -33,8 +33,7 @@ def write(
     if not has_deltas:
         return
     # what a start took out of the base is written against the base as it was
-    changed = config.lora is not None and config.lora.start != "zero"
-    original = finetune.load(str(path), config).params if changed else None
+    original = finetune.load(str(path), config).params if config.delta.changes_base else None
     try:
         peft.save(f"{workdir}/adapter", loaded.model, result.params, str(path), result.trainable or (), original)
     except interop.InteropError as e:  # what was trained is in the checkpoint, and whole in merged/

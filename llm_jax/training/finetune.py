@@ -191,7 +191,7 @@ def run(
         extra_defaults={"finetune": FinetuneConfig().to_dict()},
         adapt=lambda params: adapt(params, config, key, trainable or ()),
         accept_changed_data=accept_changed_data,
-        ahead=config.lora is not None and config.lora.start != "zero",
+        ahead=config.delta.changes_base,
         base=None if path is None or trainable is None else _base(loaded, config, trainable, path),
     )
     sizes = {
