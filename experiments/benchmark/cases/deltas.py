@@ -5,10 +5,10 @@
 Wanted on 2 CPU cores: LoRA's step at most 0.75 of our whole step and at most 1 / 1.5 of peft's, DoRA's at most 1.15 of
 LoRA's; with a bank of 8 adapters at least 1 / 1.15 of the tokens a second that one LoRA gives.
 
-On two cores of a Xeon (jax 0.10.2, medians of three turns) the whole step takes 2.26 s, LoRA's 1.75 (0.73 to 0.77 of
-it), DoRA's 1.05 of LoRA's, both unrolled, and a bank of 8 gives 1 / 1.14 of one LoRA's tokens a second: as wanted. The
-LoRA of peft in eager torch takes 1.62 s, less than ours and not 1.5 times as much (its DoRA 2.29): of our 1.75 s,
-products with the base are 1.05, at 285 GFLOP/s, so that 1.08 s in all is out of reach.
+On two cores of a Xeon (jax 0.10.2, medians) the whole step takes 2.3 to 2.7 s, LoRA's 1.75 to 1.8 (0.67 to 0.78 of it),
+DoRA's 2.1 (1.18 of LoRA's), and a bank of 8 gives 1 / 1.14 of one LoRA's tokens a second. The LoRA of peft in eager
+torch takes 1.62 s, less than ours and not 1.5 times as much (its DoRA 2.29): of our 1.75 s, products with the base are
+1.05, at 285 GFLOP/s, so that 1.08 s in all is out of reach.
 
 As traced, LoRA's step has 0.69 of the whole step's FLOPs (300 of 434 G), and DoRA's 1.01 of LoRA's. FLOPs of the table
 are those of the compiled program beside our count (`training.flops`), which leaves out norms, activations and the
