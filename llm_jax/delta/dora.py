@@ -57,7 +57,7 @@ class Dora(Delta):
         return jnp.sqrt(jnp.maximum(squares + 2 * mixed + own, 1e-30))
 
     def ready(self) -> "ReadyDora":
-        """The same with its norms, which exchange sums where the matrix is divided."""
+        """This DoRA with its norms computed; where a matrix is divided over devices, that exchanges sums."""
         norm = type(self).norm
         for _ in self.shape[:-2]:
             norm = jax.vmap(norm)

@@ -56,7 +56,7 @@ class Delta(Weight):
         return self.fold(weights.dense(self.base), None)[0]
 
     def ready(self) -> "Delta":
-        """The same delta around a base that is ready."""
+        """This delta, with its base made ready."""
         return self.replace(base=weights.ready(self.base))
 
     def cast(self, dtype: DTypeLike) -> "Delta":

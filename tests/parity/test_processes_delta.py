@@ -1,4 +1,4 @@
-"""A delta run of two processes: killed, resumed by one and by two, exported; against one process from the beginning."""
+"""A delta run of two processes: killed, resumed, exported; against one process that was never interrupted."""
 
 import os
 import pathlib
